@@ -1,0 +1,68 @@
+"""Every error llmslim raises on purpose.
+
+    SlimError
+    ├── RecipeError      (ValueError)    the recipe: file, line, key
+    ├── TargetError      (LookupError)   a rule or a name that fits nothing in the model
+    ├── SizeError        (ValueError)    sizes, groups and ranks that do not fit each other
+    ├── CheckpointError  (ValueError)    a model folder or file that cannot be read, written or trusted
+    ├── DataError        (ValueError)    calibration or training text
+    └── HealingError     (RuntimeError)  training that cannot go on
+
+Messages follow one grammar: *where*: *what was given*; *what is allowed*. *What to do.*
+Several problems found together travel in one error: its `problems` has a sentence for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class SlimError(Exception):
+    """Base of every error that llmslim raises on purpose.
+
+    Args:
+        problems: one sentence, or several that were found together.
+    """
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems: tuple[str, ...] = (
+            (problems,) if isinstance(problems, str) else tuple(problems)
+        )
+        super().__init__("\n".join(self.problems))
+
+
+class RecipeError(SlimError, ValueError):
+    """A recipe that cannot be read, or says something that is not allowed."""
+
+
+class TargetError(SlimError, LookupError):
+    """A rule or name that fits nothing in the model, or a module that cannot be replaced."""
+
+
+class SizeError(SlimError, ValueError):
+    """Sizes, groups or ranks that do not fit each other."""
+
+
+class CheckpointError(SlimError, ValueError):
+    """A model folder or file that cannot be read, written or trusted."""
+
+
+class DataError(SlimError, ValueError):
+    """Calibration or training text that cannot be used."""
+
+
+class HealingError(SlimError, RuntimeError):
+    """Training that cannot go on."""
+
+
+def raise_together(errors: Sequence[SlimError]) -> None:
+    """Raise all of `errors` as one; do nothing when there are none.
+
+    Args:
+        errors: problems found independently of each other.
+
+    Raises:
+        SlimError: of the class that all errors share, else of the first one's class.
+    """
+    if errors:
+        raise type(errors[0])([sentence for error in errors for sentence in error.problems])

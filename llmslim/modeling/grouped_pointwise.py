@@ -1,0 +1,261 @@
+"""Grouped pointwise convolutions: the blocks of the kphi-3 report.
+
+Variant `io`, used by every published kphi-3 projection. Two grouped linear maps side by side,
+both reading the input, so that each output group g sees two sets of channels:
+
+    y[:, g] = x[:, g i : (g+1) i] @ W1[g]  +  x[:, g :: G] @ W2[g]        g = 0 .. G-1
+
+the contiguous block g and the residue class g modulo G ("interleave, then group"). Held here as
+one parameter, [W1[g]; W2[g]] stacked to (G, 2i, o), so that both branches are one batched product
+over 2i gathered channels; the naive two einsums read and write the output twice. 2IO/G weights.
+
+Variant `residual`, the serial block of the earlier vision papers: grouped, interleaved, grouped
+again, with a skip connection:
+
+    h = act(x G1);  y = act(interleave(h) G2) + h        the second part only if I >= O
+
+IO/G + O²/G weights. With an activation it is no longer linear and has no dense equivalent.
+
+Shapes: I = in_features, O = out_features, G = groups, i = I/G, o = O/G, N = rows of x.
+Source: Schuler et al. 2022, "Grouped Pointwise Convolutions Reduce Parameters in Convolutional
+Neural Networks"; Schuler, "Saving 77% of the Parameters in Large Language Models" (kphi-3). The
+published code keeps W1 and W2 apart and scales their initial values differently, see `llmslim.init`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from .sizes import (
+    StaysDense,
+    budget,
+    check_groups,
+    common_divisors,
+    first_within,
+    groups_for_min_channels,
+)
+from .structured import StructuredLinear
+
+VARIANTS = ("io", "residual")
+
+# Above this many rows copying the gathered input costs more than reading the output twice:
+# measured by benchmarks/bench_grouped_pointwise.py.
+_GATHER_ROWS = 1024
+
+
+class GroupedPointwise(StructuredLinear):
+    """A grouped pointwise convolution, variant `io` or `residual`; see the module's text.
+
+    Args:
+        in_features: input channels I.
+        out_features: output channels O.
+        groups: G; must divide I and O. By default the largest common divisor of both that
+            leaves at least `min_channels_per_group` input channels to each group (the report's
+            rule). G = 1 is a dense projection.
+        min_channels_per_group: used only where `groups` is not given.
+        variant: `io` or `residual`.
+        activation: name of a transformers activation, `residual` only.
+        bias: whether a bias of shape (O,) is added.
+        device: where the parameters live.
+        dtype: the parameters' type.
+
+    Raises:
+        ValueError: if the groups do not divide both sizes, or the variant is not known.
+
+    Example:
+        >>> block = GroupedPointwise(8, 12, groups=2)
+        >>> block(torch.ones(3, 8)).shape, block.weight.shape
+        (torch.Size([3, 12]), torch.Size([2, 8, 6]))
+    """
+
+    name: ClassVar[str] = "grouped_pointwise"
+    option_names: ClassVar[tuple[str, ...]] = (
+        "groups",
+        "min_channels_per_group",
+        "keep_ratio",
+        "variant",
+        "activation",
+    )
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        groups: int | None = None,
+        min_channels_per_group: int = 256,
+        variant: str = "io",
+        activation: str | None = None,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        if groups is None:
+            try:
+                groups = groups_for_min_channels(in_features, out_features, min_channels_per_group)
+            except StaysDense:
+                groups = 1
+        self.groups = check_groups(in_features, out_features, groups)
+        _check_variant(variant, activation)
+        self.variant = variant
+        self.activation = activation
+        self.act = nn.Identity() if activation is None else ACT2FN[activation]
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
+
+        i, o = in_features // groups, out_features // groups
+        # One group sees every channel already: there is nothing for a second branch to add.
+        branches = 2 if variant == "io" and groups > 1 else 1
+        self.weight = parameter(groups, branches * i, o)
+        if _has_second(in_features, out_features, groups, variant):
+            self.second = parameter(groups, o, o)
+        else:
+            self.register_parameter("second", None)
+        self.reset_parameters()
+
+    @classmethod
+    def resolve(
+        cls,
+        in_features: int,
+        out_features: int,
+        *,
+        groups: int | None = None,
+        min_channels_per_group: int | None = None,
+        keep_ratio: float | None = None,
+        variant: str = "io",
+        activation: str | None = None,
+    ) -> dict[str, Any]:
+        """Return explicit groups, variant and activation.
+
+        Args:
+            in_features: input channels I.
+            out_features: output channels O.
+            groups: an explicit G.
+            min_channels_per_group: the report's rule; 256 where nothing else is given.
+            keep_ratio: share of the dense weights to keep; picks the smallest G within it.
+            variant: `io` or `residual`.
+            activation: `residual` only.
+
+        Raises:
+            StaysDense: if these sizes leave nothing to group.
+            ValueError: if more than one of the three ways to choose G is used, or it is wrong.
+        """
+        _check_variant(variant, activation)
+        if sum(given is not None for given in (groups, min_channels_per_group, keep_ratio)) > 1:
+            raise ValueError(
+                "grouped_pointwise takes one of groups, min_channels_per_group and keep_ratio"
+            )
+        if keep_ratio is not None:
+            allowed = budget(in_features, out_features, keep_ratio)
+            costs = [
+                (g, cls.count_weights(in_features, out_features, groups=g, variant=variant))
+                for g in common_divisors(in_features, out_features)
+            ]
+            groups = first_within(costs, allowed, "number of groups")
+        elif groups is not None:
+            groups = check_groups(in_features, out_features, groups)
+        else:
+            groups = groups_for_min_channels(
+                in_features, out_features, min_channels_per_group or 256
+            )
+        if groups == 1:
+            raise StaysDense("one group is the dense projection")
+        resolved: dict[str, Any] = {"groups": groups, "variant": variant}
+        if activation is not None:
+            resolved["activation"] = activation
+        return resolved
+
+    @classmethod
+    def count_weights(
+        cls,
+        in_features: int,
+        out_features: int,
+        *,
+        groups: int,
+        variant: str = "io",
+        activation: str | None = None,  # noqa: ARG003  (costs nothing)
+    ) -> int:
+        """Return 2IO/G for `io`, IO/G plus O²/G where a second part exists for `residual`."""
+        branches = 2 if variant == "io" and groups > 1 else 1
+        weights = branches * in_features * out_features // groups
+        if _has_second(in_features, out_features, groups, variant):
+            weights += out_features * out_features // groups
+        return weights
+
+    def options(self) -> dict[str, Any]:
+        """Return groups and variant, and the activation where there is one."""
+        options: dict[str, Any] = {"groups": self.groups, "variant": self.variant}
+        return options if self.activation is None else {**options, "activation": self.activation}
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw weights so that white input gives the output variance of `nn.Linear`, 1/3."""
+        bound = math.sqrt(1 / self.weight.shape[1])
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.second is not None:
+            # y = h + second(h): each of the two independent parts carries half the variance.
+            self.weight.mul_(math.sqrt(0.5))
+            bound = math.sqrt(3 / self.second.shape[1])
+            nn.init.uniform_(self.second, -bound, bound)
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return the block's output for x (..., I), bias not added."""
+        rows = x.reshape(-1, self.in_features)  # (N, I)
+        y = self._io(rows) if self.variant == "io" else self._residual(rows)
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def _io(self, x_NI: Tensor) -> Tensor:
+        rows, groups = x_NI.shape[0], self.groups
+        if groups == 1:
+            return x_NI @ self.weight[0]
+        i = self.in_features // groups
+        block = x_NI.reshape(rows, groups, i).transpose(0, 1)  # (G, N, i)
+        residue = x_NI.reshape(rows, i, groups).permute(2, 0, 1)  # (G, N, i)
+        if rows > _GATHER_ROWS:
+            first, second = self.weight[:, :i], self.weight[:, i:]
+            y = torch.baddbmm(torch.bmm(block, first), residue, second)
+        else:
+            y = torch.bmm(torch.cat((block, residue), dim=-1), self.weight)
+        return y.transpose(0, 1).reshape(rows, self.out_features)
+
+    def _residual(self, x_NI: Tensor) -> Tensor:
+        rows, groups, o = x_NI.shape[0], self.groups, self.out_features // self.groups
+        blocks = x_NI.reshape(rows, groups, -1).transpose(0, 1)  # (G, N, i)
+        h = self.act(torch.bmm(blocks, self.weight))  # (G, N, o)
+        h_NO = h.transpose(0, 1).reshape(rows, self.out_features)
+        if self.second is None:
+            return h_NO
+        interleaved = h_NO.reshape(rows, o, groups).permute(2, 0, 1)  # (G, N, o)
+        y = self.act(torch.bmm(interleaved, self.second))
+        return y.transpose(0, 1).reshape(rows, self.out_features) + h_NO
+
+    @torch.no_grad()
+    def to_dense(self) -> Tensor:
+        """Return the equivalent dense weight, shape (O, I).
+
+        Raises:
+            ValueError: if the block has an activation, so that no matrix equals it.
+        """
+        if self.activation is not None:
+            raise ValueError(f"a block with activation {self.activation!r} has no dense equivalent")
+        return super().to_dense()
+
+
+def _has_second(in_features: int, out_features: int, groups: int, variant: str) -> bool:
+    return variant == "residual" and groups > 1 and in_features >= out_features
+
+
+def _check_variant(variant: str, activation: str | None) -> None:
+    if variant not in VARIANTS:
+        raise ValueError(f"variant {variant!r}; allowed {', '.join(VARIANTS)}")
+    if activation is not None and variant != "residual":
+        raise ValueError("activation belongs to variant residual")
+    if activation is not None and activation not in ACT2FN:
+        raise ValueError(f"activation {activation!r} is not one that transformers knows")

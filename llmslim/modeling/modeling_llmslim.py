@@ -1,0 +1,252 @@
+"""Load a slimmed checkpoint as a subclass of the model it was made from.
+
+A slim checkpoint's config.json holds every field of its base config plus
+
+    model_type: llmslim        so that no reader takes it for the dense base model
+    base_model_type: llama     which transformers classes to build on
+    llmslim: {format: 1, sites: {module name: spec}}
+
+`SlimConfig` and `SlimForCausalLM` are factories for transformers' Auto classes, never instances:
+from config.json they derive a config class from the base config class and a model class from the
+base model class whose `__init__` swaps each site for the block that its spec describes. What
+comes back is a LlamaForCausalLM, Phi3ForCausalLM ... to generate, peft, Trainer and accelerate.
+
+The original model_type would load too, as a dense model with random weights where the blocks
+were: hence the type of its own, and a load that fails on any missing or left-over weight.
+
+These files travel inside checkpoints: they import torch and transformers only.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .structured import build
+
+FORMAT = 1
+MODEL_TYPE = "llmslim"
+ENTRY_FILE = "llmslim_entry.py"
+"""Generated beside the weights; imports the structures used, so that transformers copies them."""
+AUTO_MAP = {
+    "AutoConfig": "llmslim_entry.SlimConfig",
+    "AutoModelForCausalLM": "llmslim_entry.SlimForCausalLM",
+}
+
+
+class SlimConfig(PreTrainedConfig):
+    """Factory for slim configs, as AutoConfig uses it."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Return an instance of the slim subclass of the base config class.
+
+        Raises:
+            ValueError: if the dictionary is not a slim config that this version can read.
+        """
+        slim = config_dict.get("llmslim")
+        base_type = config_dict.get("base_model_type")
+        if not isinstance(slim, dict) or not isinstance(base_type, str):
+            raise ValueError(
+                "config.json: not a llmslim config; it must have `llmslim` and `base_model_type`"
+            )
+        if slim.get("format") != FORMAT:
+            raise ValueError(
+                f"config.json: llmslim format {slim.get('format')!r}; this version reads {FORMAT}. "
+                "Install a newer llmslim."
+            )
+        if base_type not in CONFIG_MAPPING:
+            raise ValueError(
+                f"config.json: base_model_type {base_type!r} is not known to this transformers. "
+                "Install a newer transformers."
+            )
+        return slim_config_class(CONFIG_MAPPING[base_type]).from_dict(config_dict, **kwargs)
+
+
+@functools.cache
+def slim_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """Return the slim subclass of a config class, known to the Auto classes."""
+    cls = type(
+        f"Slim{base.__name__}",
+        (base,),
+        {
+            "__module__": __name__,
+            "__doc__": f"{base.__name__} of a model with slim blocks.",
+            "model_type": MODEL_TYPE,
+            "base_model_type": base.model_type,
+        },
+    )
+    AutoModelForCausalLM.register(cls, SlimForCausalLM, exist_ok=True)
+    return cls
+
+
+class SlimModelMixin:
+    """What a slim model does on top of its base class: build its blocks, refuse half a load."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        replace_sites(self, config.llmslim["sites"])  # type: ignore[arg-type]
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load as the base class does, but fail where weights are missing or left over.
+
+        Raises:
+            ValueError: if the files do not hold exactly this model's weights.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(*args, **kwargs, output_loading_info=True)  # type: ignore[misc]
+        problems = [
+            f"{what}: {', '.join(map(str, sorted(info[key])[:5]))}"
+            f"{f' and {len(info[key]) - 5} more' if len(info[key]) > 5 else ''}"
+            for key, what in (
+                ("missing_keys", "missing weights"),
+                ("unexpected_keys", "left-over weights"),
+                ("mismatched_keys", "weights of another shape"),
+            )
+            if info.get(key)
+        ]
+        if problems:
+            raise ValueError(f"{args[0]}: not a whole slim checkpoint; {'; '.join(problems)}")
+        return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Save as the base class does, and the files that load it again beside the weights."""
+        self.config.auto_map = dict(AUTO_MAP)  # type: ignore[attr-defined]
+        # Names are the module's own: model_type llmslim has no conversion to undo on loading.
+        kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        if kwargs.get("is_main_process", True):
+            sites = self.config.llmslim["sites"]  # type: ignore[attr-defined]
+            write_code(Path(save_directory), {spec["structure"] for spec in sites.values()})
+
+
+@functools.cache
+def slim_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """Return the slim subclass of a causal language model class."""
+    return type(
+        f"Slim{base.__name__}",
+        (SlimModelMixin, base),
+        {
+            "__module__": __name__,
+            "__doc__": f"{base.__name__} with slim blocks.",
+            "config_class": slim_config_class(base.config_class),
+        },
+    )
+
+
+class SlimForCausalLM:
+    """Factory for slim models, as AutoModelForCausalLM uses it.
+
+    It has no `config_class`: the Auto classes compare that by name, and there is one per base.
+    """
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """Load a slim checkpoint."""
+        if config is None:
+            config = SlimConfig.from_pretrained(path)
+        return cls._model_class(config).from_pretrained(path, *args, config=config, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+        return cls._model_class(config)._from_config(config, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Accept what transformers calls on remote code; `save_pretrained` copies the files."""
+
+    @staticmethod
+    def _model_class(config: Any) -> type[PreTrainedModel]:
+        base_config = CONFIG_MAPPING[config.base_model_type]
+        base = AutoModelForCausalLM._model_mapping[base_config]
+        # A few config classes list several models; the first is the plain decoder.
+        return slim_model_class(base[0] if isinstance(base, tuple | list) else base)
+
+
+def replace_sites(model: nn.Module, sites: dict[str, dict[str, Any]]) -> None:
+    """Swap every site for an empty block, in place, on the device and in the type it had.
+
+    Args:
+        model: the base model; still dense.
+        sites: module name to block spec.
+
+    Raises:
+        ValueError: if the model has no module of that name.
+    """
+    for name, spec in sites.items():
+        try:
+            old = model.get_submodule(name)
+        except AttributeError as error:
+            raise ValueError(f"config.json: no module {name!r} to replace in the model") from error
+        weight = next(old.parameters())
+        set_module(model, name, build(spec, device=weight.device, dtype=weight.dtype))
+
+
+def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place of `name`, in place."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def become_slim(model: PreTrainedModel, sites: dict[str, dict[str, Any]]) -> None:
+    """Turn a model whose sites were replaced into a slim model, in place: class and config.
+
+    Args:
+        model: a causal language model with blocks at `sites`.
+        sites: module name to block spec.
+    """
+    base_config, base_model = type(model.config), type(model)
+    if issubclass(base_model, SlimModelMixin):
+        sites = {**model.config.llmslim["sites"], **sites}
+    else:
+        model.config.__class__ = slim_config_class(base_config)
+        model.__class__ = slim_model_class(base_model)
+    model.config.base_model_type = type(model.config).base_model_type
+    model.config.llmslim = {"format": FORMAT, "sites": sites}
+    model.config.auto_map = dict(AUTO_MAP)
+    model.config.architectures = [type(model).__name__]
+
+
+def write_code(folder: Path, structures: set[str]) -> list[Path]:
+    """Copy the files a checkpoint needs to load where llmslim is not installed.
+
+    Args:
+        folder: the checkpoint.
+        structures: names of the structures in it.
+
+    Returns:
+        The files written: this package's own, verbatim, and one generated entry file that
+        imports them, since transformers copies only what it sees imported.
+    """
+    here = Path(__file__).parent
+    modules = sorted({"sizes", "structured", "modeling_llmslim", *structures})
+    written = []
+    for module in modules:
+        target = folder / f"{module}.py"
+        shutil.copyfile(here / target.name, target)
+        written.append(target)
+    entry = folder / ENTRY_FILE
+    imports = "".join(f"from .{name} import *  # noqa: F403\n" for name in sorted(structures))
+    entry.write_text(
+        '"""Entry point of this checkpoint: the model classes and the structures it uses."""\n\n'
+        f"{imports}from .modeling_llmslim import SlimConfig, SlimForCausalLM  # noqa: F401\n",
+        encoding="utf-8",
+    )
+    return [*written, entry]
+
+
+def register() -> None:
+    """Teach transformers' Auto classes the model type `llmslim`."""
+    AutoConfig.register(MODEL_TYPE, SlimConfig, exist_ok=True)
+
+
+__all__ = ["SlimConfig", "SlimForCausalLM", "become_slim", "register", "replace_sites"]

@@ -1,0 +1,220 @@
+"""What a recipe may say. Every key, its type and its meaning; nothing else is accepted.
+
+A recipe changes a model in the order of its sections: which layers stay (`depth`), how wide the
+MLP is (`width`), which projections become structured (`replace`). `init` names how the blocks get
+their weights from the dense ones; `calibration` and `heal` say what text they are fitted and
+trained on.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
+
+from llmslim.errors import RecipeError
+
+
+def _read_fraction(value: Any) -> Any:
+    """Let a ratio be written as people say it: `1/3`."""
+    if isinstance(value, str):
+        try:
+            return float(Fraction(value.replace(" ", "")))
+        except (ValueError, ZeroDivisionError):
+            return value
+    return value
+
+
+Ratio = Annotated[
+    float,
+    BeforeValidator(_read_fraction),
+    Field(
+        gt=0, le=1, json_schema_extra={"anyOf": [{"type": "number"}, {"pattern": r"^\d+/\d+$"}]}
+    ),
+]
+Count = Annotated[int, Field(ge=1, strict=True)]
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Depth(Section):
+    """Which decoder layers stay."""
+
+    keep_layers: Count | Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=1)]
+    """How many layers stay, spread evenly from the first to the last; or a list of their indices, from 0."""
+
+
+class Width(Section):
+    """How wide the MLPs are."""
+
+    intermediate_size: Count
+    """Neurons of every MLP. More than before: neurons are duplicated, the function stays the same. Fewer: the least important go."""
+
+
+class Rule(Section):
+    """What happens to the projections whose names match; the first rule that matches wins."""
+
+    match: str | Annotated[list[str], Field(min_length=1)]
+    """A glob, or several, on dotted module names; `*` also matches dots: `*.mlp.*`."""
+    keep: Literal[True] | None = None
+    """Leave these projections as they are."""
+    structure: Name | None = None
+    """What they become: grouped_pointwise, low_rank."""
+    groups: Count | None = None
+    """Grouped structures: number of groups; must divide both sizes."""
+    min_channels_per_group: Count | None = None
+    """Grouped structures: as many groups as leave each this many input channels (the report uses 256)."""
+    keep_ratio: Ratio | None = None
+    """Any structure: share of the dense weights to keep, as 0.5 or 1/3; picks groups or rank just below it."""
+    rank: Count | None = None
+    """low_rank: inner size."""
+    variant: Literal["io", "residual"] | None = None
+    """grouped_pointwise: `io` (two branches side by side, the kphi-3 block) or `residual` (serial, with a skip)."""
+    activation: Name | None = None
+    """grouped_pointwise, residual only: an activation inside the block."""
+    init: Name | None = None
+    """How these blocks get their weights; the recipe's `init` where not given."""
+
+    @property
+    def globs(self) -> tuple[str, ...]:
+        """The rule's globs, always as a tuple."""
+        return (self.match,) if isinstance(self.match, str) else tuple(self.match)
+
+    def options(self) -> dict[str, Any]:
+        """Return the structure's options that were given."""
+        fixed = {"match", "keep", "structure", "init"}
+        return self.model_dump(exclude=fixed, exclude_none=True)
+
+    @model_validator(mode="after")
+    def _one_outcome(self) -> Rule:
+        if (self.keep is None) == (self.structure is None):
+            raise ValueError("a rule says either `keep: true` or a `structure`")
+        if self.keep and (self.options() or self.init):
+            raise ValueError("a rule with `keep: true` takes no other key than `match`")
+        return self
+
+
+class Calibration(Section):
+    """Text whose activations the blocks are fitted to."""
+
+    data: str = "self"
+    """`self` (sampled from the dense model), a data set on the hub, or a .txt, .jsonl or .parquet file."""
+    tokens: Count = 65_536
+    """Tokens to read."""
+    sequence_length: Count = 1024
+    """Tokens of one window."""
+    seed: int = 0
+    """Seed of sampling and shuffling."""
+
+
+class Heal(Section):
+    """Fine-tuning after surgery."""
+
+    data: str = "lamini"
+    """`lamini`, `self`, a data set on the hub, or a .jsonl or .parquet file."""
+    train: Literal["blocks", "all", "lora"] = "all"
+    """What is trained."""
+    tokens: Count | None = None
+    """Tokens to train on; takes the place of `epochs`."""
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the data."""
+    context_length: Count = 4096
+    """Tokens of one packed row."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    """Peak learning rate."""
+    seed: int = 42
+    """Seed of shuffling and of the held-out split."""
+
+
+class Recipe(Section):
+    """A recipe, checked; made by `Recipe.load` or from keyword arguments.
+
+    Example:
+        >>> rule = {"match": "*.mlp.*", "structure": "low_rank", "keep_ratio": "1/3"}
+        >>> Recipe(name="third", replace=[rule]).replace[0].keep_ratio
+        0.3333333333333333
+    """
+
+    name: Annotated[str, Field(min_length=1)]
+    """Short name, used in reports and output folders."""
+    description: str = ""
+    """One or two sentences on what the recipe does."""
+    source: str = ""
+    """Where the recipe comes from."""
+    depth: Depth | None = None
+    width: Width | None = None
+    replace: tuple[Rule, ...] = ()
+    """Rules, tried in this order on every projection."""
+    init: Name = "project"
+    """How blocks get their weights: project, random, random_published."""
+    calibration: Calibration | None = None
+    heal: Heal | None = None
+
+    _lines: dict[tuple[str | int, ...], int] = PrivateAttr(default_factory=dict)
+    _file: str = PrivateAttr(default="recipe")
+
+    @classmethod
+    def load(cls, source: str | Path) -> Recipe:
+        """Read a recipe file, or a shipped recipe by its name.
+
+        Args:
+            source: path of a YAML file, or a name such as `kphi3`.
+
+        Raises:
+            RecipeError: if there is no such recipe, or anything in it is wrong; all problems at
+                once, each with file, line and key.
+
+        Example:
+            >>> Recipe.load("kphi3").replace[0].min_channels_per_group
+            256
+        """
+        from .load import load_recipe  # the reader builds on this schema
+
+        return load_recipe(source)
+
+    @classmethod
+    def of(cls, recipe: Recipe | str | Path | dict[str, Any]) -> Recipe:
+        """Return a recipe from whatever a caller has: a Recipe, a path, a name or a dictionary.
+
+        Raises:
+            RecipeError: as `load` does.
+        """
+        if isinstance(recipe, Recipe):
+            return recipe
+        if isinstance(recipe, dict):
+            from .load import recipe_from_dict
+
+            return recipe_from_dict(recipe)
+        return cls.load(recipe)
+
+    def where(self, *path: str | int) -> str:
+        """Return where a key stands, for messages: `half.yaml:12 replace[1].groups`."""
+        line = next(
+            (self._lines[path[:n]] for n in range(len(path), -1, -1) if path[:n] in self._lines),
+            None,
+        )
+        return f"{self._file}{f':{line}' if line else ''} {key_text(path)}".rstrip()
+
+    def problem(self, path: tuple[str | int, ...], sentence: str) -> RecipeError:
+        """Return an error about one key of this recipe."""
+        return RecipeError(f"{self.where(*path)}: {sentence}")
+
+
+def key_text(path: tuple[str | int, ...]) -> str:
+    """Write a path of keys as people do.
+
+    Example:
+        >>> key_text(("replace", 1, "groups"))
+        'replace[1].groups'
+    """
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
