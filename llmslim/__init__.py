@@ -1,0 +1,76 @@
+"""llmslim: make a language model smaller by giving its projections structure.
+
+    from llmslim import slim
+    report = slim(model, "mlp-half")
+
+Everything here is imported on first use: `import llmslim` itself loads no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from llmslim._autoregister import register_when_imported
+
+if TYPE_CHECKING:
+    from llmslim.api import Conversion as Conversion
+    from llmslim.api import convert as convert
+    from llmslim.api import export_dense as export_dense
+    from llmslim.api import load as load
+    from llmslim.api import plan as plan
+    from llmslim.api import save as save
+    from llmslim.api import slim as slim
+    from llmslim.api import verify as verify
+    from llmslim.errors import CheckpointError as CheckpointError
+    from llmslim.errors import DataError as DataError
+    from llmslim.errors import HealingError as HealingError
+    from llmslim.errors import RecipeError as RecipeError
+    from llmslim.errors import SizeError as SizeError
+    from llmslim.errors import SlimError as SlimError
+    from llmslim.errors import TargetError as TargetError
+    from llmslim.modeling.grouped_pointwise import GroupedPointwise as GroupedPointwise
+    from llmslim.modeling.low_rank import LowRank as LowRank
+    from llmslim.recipe import Recipe as Recipe
+    from llmslim.surgery import Plan as Plan
+    from llmslim.surgery import Report as Report
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Conversion": "llmslim.api",
+    "convert": "llmslim.api",
+    "export_dense": "llmslim.api",
+    "load": "llmslim.api",
+    "plan": "llmslim.api",
+    "save": "llmslim.api",
+    "slim": "llmslim.api",
+    "verify": "llmslim.api",
+    "CheckpointError": "llmslim.errors",
+    "DataError": "llmslim.errors",
+    "HealingError": "llmslim.errors",
+    "RecipeError": "llmslim.errors",
+    "SizeError": "llmslim.errors",
+    "SlimError": "llmslim.errors",
+    "TargetError": "llmslim.errors",
+    "GroupedPointwise": "llmslim.modeling.grouped_pointwise",
+    "LowRank": "llmslim.modeling.low_rank",
+    "Recipe": "llmslim.recipe",
+    "Plan": "llmslim.surgery",
+    "Report": "llmslim.surgery",
+}
+
+__all__ = sorted(_HOMES)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
+register_when_imported()

@@ -12,9 +12,10 @@ over 2i gathered channels; the naive two einsums read and write the output twice
 Variant `residual`, the serial block of the earlier vision papers: grouped, interleaved, grouped
 again, with a skip connection:
 
-    h = act(x G1);  y = act(interleave(h) G2) + h        the second part only if I >= O
+    h = act(x G1);  y = act(interleave(h) G2) + h        if I >= O
+                    y = interleave(h)                    otherwise
 
-IO/G + O²/G weights. With an activation it is no longer linear and has no dense equivalent.
+IO/G + O²/G weights, or IO/G. With an activation it is no longer linear, no dense matrix equals it.
 
 Shapes: I = in_features, O = out_features, G = groups, i = I/G, o = O/G, N = rows of x.
 Source: Schuler et al. 2022, "Grouped Pointwise Convolutions Reduce Parameters in Convolutional
@@ -230,9 +231,9 @@ class GroupedPointwise(StructuredLinear):
         blocks = x_NI.reshape(rows, groups, -1).transpose(0, 1)  # (G, N, i)
         h = self.act(torch.bmm(blocks, self.weight))  # (G, N, o)
         h_NO = h.transpose(0, 1).reshape(rows, self.out_features)
-        if self.second is None:
-            return h_NO
         interleaved = h_NO.reshape(rows, o, groups).permute(2, 0, 1)  # (G, N, o)
+        if self.second is None:
+            return interleaved.transpose(0, 1).reshape(rows, self.out_features)
         y = self.act(torch.bmm(interleaved, self.second))
         return y.transpose(0, 1).reshape(rows, self.out_features) + h_NO
 

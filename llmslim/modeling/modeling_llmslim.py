@@ -21,71 +21,23 @@ from __future__ import annotations
 
 import functools
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from .configuration_llmslim import FORMAT, SlimConfig, slim_config_class
 from .structured import build
 
-FORMAT = 1
-MODEL_TYPE = "llmslim"
 ENTRY_FILE = "llmslim_entry.py"
 """Generated beside the weights; imports the structures used, so that transformers copies them."""
 AUTO_MAP = {
     "AutoConfig": "llmslim_entry.SlimConfig",
     "AutoModelForCausalLM": "llmslim_entry.SlimForCausalLM",
 }
-
-
-class SlimConfig(PreTrainedConfig):
-    """Factory for slim configs, as AutoConfig uses it."""
-
-    model_type = MODEL_TYPE
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Return an instance of the slim subclass of the base config class.
-
-        Raises:
-            ValueError: if the dictionary is not a slim config that this version can read.
-        """
-        slim = config_dict.get("llmslim")
-        base_type = config_dict.get("base_model_type")
-        if not isinstance(slim, dict) or not isinstance(base_type, str):
-            raise ValueError(
-                "config.json: not a llmslim config; it must have `llmslim` and `base_model_type`"
-            )
-        if slim.get("format") != FORMAT:
-            raise ValueError(
-                f"config.json: llmslim format {slim.get('format')!r}; this version reads {FORMAT}. "
-                "Install a newer llmslim."
-            )
-        if base_type not in CONFIG_MAPPING:
-            raise ValueError(
-                f"config.json: base_model_type {base_type!r} is not known to this transformers. "
-                "Install a newer transformers."
-            )
-        return slim_config_class(CONFIG_MAPPING[base_type]).from_dict(config_dict, **kwargs)
-
-
-@functools.cache
-def slim_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
-    """Return the slim subclass of a config class, known to the Auto classes."""
-    cls = type(
-        f"Slim{base.__name__}",
-        (base,),
-        {
-            "__module__": __name__,
-            "__doc__": f"{base.__name__} of a model with slim blocks.",
-            "model_type": MODEL_TYPE,
-            "base_model_type": base.model_type,
-        },
-    )
-    AutoModelForCausalLM.register(cls, SlimForCausalLM, exist_ok=True)
-    return cls
 
 
 class SlimModelMixin:
@@ -126,7 +78,7 @@ class SlimModelMixin:
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if kwargs.get("is_main_process", True):
             sites = self.config.llmslim["sites"]  # type: ignore[attr-defined]
-            write_code(Path(save_directory), {spec["structure"] for spec in sites.values()})
+            write_code(Path(save_directory), set(structure_names(sites)))
 
 
 @functools.cache
@@ -202,18 +154,25 @@ def become_slim(model: PreTrainedModel, sites: dict[str, dict[str, Any]]) -> Non
 
     Args:
         model: a causal language model with blocks at `sites`.
-        sites: module name to block spec.
+        sites: module name to block spec, of all its blocks.
     """
     base_config, base_model = type(model.config), type(model)
-    if issubclass(base_model, SlimModelMixin):
-        sites = {**model.config.llmslim["sites"], **sites}
-    else:
+    if not issubclass(base_model, SlimModelMixin):
         model.config.__class__ = slim_config_class(base_config)
         model.__class__ = slim_model_class(base_model)
     model.config.base_model_type = type(model.config).base_model_type
     model.config.llmslim = {"format": FORMAT, "sites": sites}
     model.config.auto_map = dict(AUTO_MAP)
     model.config.architectures = [type(model).__name__]
+
+
+def structure_names(specs: dict[str, Any]) -> Iterator[str]:
+    """Yield the name of every structure in `specs`, those inside other specs too."""
+    for key, value in specs.items():
+        if isinstance(value, dict):
+            yield from structure_names(value)
+        elif key == "structure":
+            yield value
 
 
 def write_code(folder: Path, structures: set[str]) -> list[Path]:
@@ -228,7 +187,9 @@ def write_code(folder: Path, structures: set[str]) -> list[Path]:
         imports them, since transformers copies only what it sees imported.
     """
     here = Path(__file__).parent
-    modules = sorted({"sizes", "structured", "modeling_llmslim", *structures})
+    modules = sorted(
+        {"configuration_llmslim", "modeling_llmslim", "sizes", "structured", *structures}
+    )
     written = []
     for module in modules:
         target = folder / f"{module}.py"
@@ -238,15 +199,11 @@ def write_code(folder: Path, structures: set[str]) -> list[Path]:
     imports = "".join(f"from .{name} import *  # noqa: F403\n" for name in sorted(structures))
     entry.write_text(
         '"""Entry point of this checkpoint: the model classes and the structures it uses."""\n\n'
-        f"{imports}from .modeling_llmslim import SlimConfig, SlimForCausalLM  # noqa: F401\n",
+        f"{imports}from .configuration_llmslim import SlimConfig  # noqa: F401\n"
+        "from .modeling_llmslim import SlimForCausalLM  # noqa: F401\n",
         encoding="utf-8",
     )
     return [*written, entry]
 
 
-def register() -> None:
-    """Teach transformers' Auto classes the model type `llmslim`."""
-    AutoConfig.register(MODEL_TYPE, SlimConfig, exist_ok=True)
-
-
-__all__ = ["SlimConfig", "SlimForCausalLM", "become_slim", "register", "replace_sites"]
+__all__ = ["SlimForCausalLM", "become_slim", "replace_sites"]

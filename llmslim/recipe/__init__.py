@@ -1,6 +1,7 @@
 """Recipes: what the user wrote, checked. No torch here."""
 
 from .load import json_schema as json_schema
+from .load import recipe_yaml as recipe_yaml
 from .load import shipped_recipes as shipped_recipes
 from .match import close_names as close_names
 from .match import first_rule as first_rule

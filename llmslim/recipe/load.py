@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +65,19 @@ def load_recipe(source: str | Path) -> Recipe:
     return _validate(data, str(path), lines)
 
 
-def recipe_from_dict(data: dict[str, Any]) -> Recipe:
+def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
     """Return a checked recipe from a dictionary shaped like a recipe file.
 
     Raises:
         RecipeError: if anything in it is wrong.
     """
     return _validate({"name": "recipe", **data}, "recipe", {})
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """Return a recipe as YAML that reads back as the same recipe."""
+    data = recipe.model_dump(mode="json", exclude_unset=True)
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
 
 
 def json_schema() -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from .schema import Recipe
@@ -23,11 +24,17 @@ def first_rule(recipe: Recipe, name: str) -> int | None:
     return None
 
 
-def close_names(globs: Iterable[str], names: Iterable[str], count: int = 3) -> list[str]:
-    """Return the names most like any of the globs, best first."""
-    names = list(names)
-    scores = {
-        name: max(difflib.SequenceMatcher(None, glob.strip("*."), name).ratio() for glob in globs)
-        for name in names
-    }
-    return sorted(names, key=lambda name: -scores[name])[:count]
+def close_names(globs: Sequence[str], names: Iterable[str], count: int = 3) -> list[str]:
+    """Return the names most like any of the globs, best first, one of each kind.
+
+    Names that differ by their layer number alone are of one kind; the first stands for all.
+    """
+    first_of_kind: dict[str, str] = {}
+    for name in names:
+        first_of_kind.setdefault(re.sub(r"\d+", "N", name), name)
+
+    def likeness(name: str) -> float:
+        pieces = [glob.strip("*.") for glob in globs]
+        return max(difflib.SequenceMatcher(None, piece, name).ratio() for piece in pieces)
+
+    return sorted(first_of_kind.values(), key=likeness, reverse=True)[:count]

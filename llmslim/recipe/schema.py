@@ -8,6 +8,7 @@ trained on.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -180,7 +181,7 @@ class Recipe(Section):
         return load_recipe(source)
 
     @classmethod
-    def of(cls, recipe: Recipe | str | Path | dict[str, Any]) -> Recipe:
+    def of(cls, recipe: Recipe | str | Path | Mapping[str, Any]) -> Recipe:
         """Return a recipe from whatever a caller has: a Recipe, a path, a name or a dictionary.
 
         Raises:
@@ -188,7 +189,7 @@ class Recipe(Section):
         """
         if isinstance(recipe, Recipe):
             return recipe
-        if isinstance(recipe, dict):
+        if isinstance(recipe, Mapping):
             from .load import recipe_from_dict
 
             return recipe_from_dict(recipe)

@@ -1,0 +1,247 @@
+"""The promised verbs: plan, slim, convert, load, save, export_dense, verify.
+
+Each is a few calls into the layers below; none prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from llmslim import surgery
+from llmslim.checkpoint import (
+    Verification,
+    check_target,
+    dense_copy,
+    load_model,
+    load_tokenizer,
+    open_source,
+    verify_folder,
+    write_checkpoint,
+)
+from llmslim.errors import RecipeError
+from llmslim.recipe import Recipe, recipe_yaml
+from llmslim.reporting import model_card
+from llmslim.surgery import Plan, Progress, Report
+
+RecipeLike = Recipe | str | Path | Mapping[str, Any]
+"""A recipe, its file, the name of a shipped one, or a mapping shaped like a recipe file."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` made."""
+
+    path: Path
+    """The checkpoint's folder."""
+    report: Report
+
+
+def plan(
+    model: PreTrainedModel | PreTrainedConfig | str | Path,
+    recipe: RecipeLike,
+    *,
+    init: str | None = None,
+    trust_remote_code: bool = False,
+) -> Plan:
+    """Work out what a recipe makes of a model, without touching or loading a weight.
+
+    Args:
+        model: a model, its config, a hub id, a folder (one with config.json alone will do) or a
+            GGUF file.
+        recipe: what to do.
+        init: a method that takes the place of the recipe's.
+        trust_remote_code: run model code that comes with the model.
+
+    Raises:
+        SlimError: with every problem found.
+    """
+    recipe = Recipe.of(recipe)
+    if isinstance(model, str | Path):
+        source = open_source(model, trust_remote_code=trust_remote_code, weights=False)
+        return surgery.plan(source.config, recipe, model_name=source.name, init=init)
+    config = getattr(model, "config", model)
+    return surgery.plan(model, recipe, model_name=config.name_or_path or "", init=init)
+
+
+def slim(
+    model: PreTrainedModel,
+    recipe: RecipeLike,
+    *,
+    init: str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Report:
+    """Change a model as a recipe says, in place.
+
+    The model stays a subclass of its class; `model.save_pretrained(path)` then writes a slim
+    checkpoint that `AutoModelForCausalLM.from_pretrained` loads back.
+
+    Args:
+        model: a transformers causal language model.
+        recipe: what to do.
+        init: a method that takes the place of the recipe's.
+        seed: seed of everything drawn.
+        progress: told how many blocks are done, how many there are, and what comes now.
+
+    Returns:
+        The ledger: a row for every module that owns parameters.
+
+    Raises:
+        SlimError: with every problem found; the model is then untouched.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=2, **sizes))
+        >>> rule = {"match": "*.mlp.*", "structure": "low_rank", "rank": 4}
+        >>> slim(model, {"replace": [rule]}).totals.non_embedding_after
+        10784
+    """
+    made = plan(model, recipe, init=init)
+    return surgery.rewrite(model, made, seed=seed, progress=progress)
+
+
+def convert(
+    model: str | Path,
+    recipe: RecipeLike | None = None,
+    out: str | Path | None = None,
+    *,
+    init: str | None = None,
+    dtype: str | None = None,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Make a slim checkpoint from a model.
+
+    Args:
+        model: a hub id, a folder, a GGUF file, or a folder with a published kphi-3 checkpoint.
+        recipe: what to do; may be left out for a kphi-3 checkpoint, which is slim already.
+        out: folder to write; `./<model>-<recipe>` by default. Must not exist.
+        init: a method that takes the place of the recipe's.
+        dtype: `float32`, `bfloat16` or `float16`; the source's own by default.
+        seed: seed of everything drawn.
+        trust_remote_code: run model code that comes with the model.
+        overwrite: replace `out` where it exists, once the new one is whole.
+        progress: told about every step.
+
+    Raises:
+        SlimError: with every problem found; `out` is then as it was.
+    """
+    chosen = None if recipe is None else Recipe.of(recipe)
+    source = open_source(model, trust_remote_code=trust_remote_code)
+    if chosen is None:
+        if not source.is_kphi3:
+            raise RecipeError(
+                f"{source.given}: no recipe given; only kphi-3 checkpoints are slim already. "
+                "Name a recipe."
+            )
+        chosen = Recipe(name="kphi3", description="A published kphi-3 checkpoint, as it is.")
+    target = Path(out) if out is not None else Path(f"{source.name}-{chosen.name}")
+    check_target(target, overwrite)
+    if not source.is_kphi3:
+        # Everything that can be wrong with the recipe is found before gigabytes are read.
+        surgery.plan(source.config, chosen, model_name=source.name, init=init)
+    loaded = load_model(source, dtype=dtype, trust_remote_code=trust_remote_code)
+    made = surgery.plan(loaded, chosen, model_name=source.name, init=init)
+    report = surgery.rewrite(loaded, made, seed=seed, progress=progress)
+    write_checkpoint(
+        loaded,
+        target,
+        source=source,
+        tokenizer=load_tokenizer(source),
+        report=report.to_dict(),
+        recipe_text=recipe_yaml(chosen),
+        model_card=model_card(report, recipe_yaml(chosen)),
+        overwrite=overwrite,
+    )
+    return Conversion(target, report)
+
+
+def load(path: str | Path, *, dtype: str | None = None) -> PreTrainedModel:
+    """Load a model, slim or dense, from a folder, a hub id or a GGUF file; evaluation mode, CPU.
+
+    Args:
+        path: what `convert` or `save` wrote, or any other causal language model.
+        dtype: the files' own by default.
+
+    Raises:
+        CheckpointError: if it is not there or not whole.
+    """
+    return load_model(open_source(path), dtype=dtype)
+
+
+def save(
+    model: PreTrainedModel,
+    path: str | Path,
+    *,
+    tokenizer: Any = None,
+    report: Report | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a model so that a half-written folder can never be taken for a whole one.
+
+    Args:
+        model: slim or dense.
+        path: folder to write. Must not exist.
+        tokenizer: saved beside the model.
+        report: what `slim` returned, for `llmslim report`.
+        overwrite: replace `path` where it exists, once the new one is whole.
+
+    Raises:
+        CheckpointError: if it cannot be written; `path` is then as it was.
+    """
+    data = None if report is None else report.to_dict()
+    return write_checkpoint(
+        model, Path(path), tokenizer=tokenizer, report=data, overwrite=overwrite
+    )
+
+
+def export_dense(path: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
+    """Write an ordinary checkpoint of the base class that computes what a slim one does.
+
+    Args:
+        path: a slim checkpoint.
+        out: folder to write. Must not exist.
+        overwrite: replace `out` where it exists, once the new one is whole.
+
+    Raises:
+        CheckpointError: if it is not a slim checkpoint, or has no dense equivalent.
+    """
+    target = Path(out)
+    check_target(target, overwrite)
+    source = open_source(path)
+    dense = dense_copy(load_model(source))
+    return write_checkpoint(
+        dense, target, source=source, tokenizer=load_tokenizer(source), overwrite=overwrite
+    )
+
+
+def verify(path: str | Path) -> Verification:
+    """Compare a checkpoint with its manifest: missing, added and changed files.
+
+    Args:
+        path: what `convert` or `save` wrote.
+
+    Raises:
+        CheckpointError: if there is no manifest to compare with.
+    """
+    return verify_folder(Path(path))
+
+
+__all__ = [
+    "Conversion",
+    "convert",
+    "export_dense",
+    "load",
+    "plan",
+    "save",
+    "slim",
+    "verify",
+]

@@ -1,0 +1,76 @@
+"""The config of a slimmed model: every field of its base config, and what its blocks are.
+
+Kept apart from the model classes so that reading a config.json needs none of them: `import
+llmslim` teaches transformers the model type through this file alone.
+
+These files travel inside checkpoints: they import torch and transformers only.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
+
+FORMAT = 1
+MODEL_TYPE = "llmslim"
+
+
+class SlimConfig(PreTrainedConfig):
+    """Factory for slim configs, as AutoConfig uses it."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Return an instance of the slim subclass of the base config class.
+
+        Raises:
+            ValueError: if the dictionary is not a slim config that this version can read.
+        """
+        slim = config_dict.get("llmslim")
+        base_type = config_dict.get("base_model_type")
+        if not isinstance(slim, dict) or not isinstance(base_type, str):
+            raise ValueError(
+                "config.json: not a llmslim config; it must have `llmslim` and `base_model_type`"
+            )
+        if slim.get("format") != FORMAT:
+            raise ValueError(
+                f"config.json: llmslim format {slim.get('format')!r}; this version reads {FORMAT}. "
+                "Install a newer llmslim."
+            )
+        if base_type not in CONFIG_MAPPING:
+            raise ValueError(
+                f"config.json: base_model_type {base_type!r} is not known to this transformers. "
+                "Install a newer transformers."
+            )
+        return slim_config_class(CONFIG_MAPPING[base_type]).from_dict(config_dict, **kwargs)
+
+
+@functools.cache
+def slim_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """Return the slim subclass of a config class, known to the Auto classes."""
+    cls = type(
+        f"Slim{base.__name__}",
+        (base,),
+        {
+            "__module__": __name__,
+            "__doc__": f"{base.__name__} of a model with slim blocks.",
+            "model_type": MODEL_TYPE,
+            "base_model_type": base.model_type,
+        },
+    )
+    # Only a model class needs the rest, and importing it first would import it in a circle.
+    from transformers import AutoModelForCausalLM
+
+    from .modeling_llmslim import SlimForCausalLM
+
+    AutoModelForCausalLM.register(cls, SlimForCausalLM, exist_ok=True)
+    return cls
+
+
+def register() -> None:
+    """Teach AutoConfig the model type `llmslim`, and through its configs the other Auto classes."""
+    AutoConfig.register(MODEL_TYPE, SlimConfig, exist_ok=True)

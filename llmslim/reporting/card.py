@@ -1,0 +1,88 @@
+"""The model card of a slim checkpoint: its README.md.
+
+Says what was done to which model, how to load the result, and that it is not ready for use.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePath
+
+import yaml
+
+from llmslim.surgery.report import Report
+
+from . import markdown, wording
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+_LOAD_SLIM = """\
+With llmslim installed (`pip install llmslim-toolkit`):
+
+```python
+import llmslim
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+
+Without it, the modeling files in this folder do the same:
+
+```python
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True)
+```
+"""
+
+_LOAD_PLAIN = """\
+Only depth or width changed, so this is a plain model of its base class and loads like any other:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+"""
+
+_HONEST = """\
+## Before you use it
+
+The blocks were fitted to the dense weights, not trained. Until it is healed (fine-tuned), this
+model is worse than its base, and with much removed it writes nonsense. Numbers that say how good
+the base model is do not hold for it.
+"""
+
+
+def model_card(report: Report, *, recipe_text: str = "") -> str:
+    """Return the README.md of a checkpoint just made, not yet healed.
+
+    Args:
+        report: what was done.
+        recipe_text: the recipe's YAML as it was used.
+    """
+    is_hub_id = bool(_HUB_ID.fullmatch(report.model))
+    # A folder on the maker's disk means nothing to a reader, and is not theirs to know.
+    base = report.model if is_hub_id else PurePath(report.model).name or "a causal language model"
+    front: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if is_hub_id:
+        front["base_model"] = base
+    front["tags"] = ["llmslim"]
+    totals = report.totals
+    kept = wording.percent(totals.non_embedding_after, totals.non_embedding_before, 2)
+    slim = any(row.action == "replaced" for row in report.rows)
+    shown_base, shown_recipe = wording.plain(base), wording.plain(report.recipe)
+    sections = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
+        f"# {shown_base}, slimmed with {shown_recipe}\n",
+        f"llmslim made this model from {shown_base} "
+        f"with the recipe `{shown_recipe}`. It has {totals.params_after:,} parameters; "
+        f"{kept} of the non-embedding parameters are left.\n",
+        f"## Loading\n\n{_LOAD_SLIM if slim else _LOAD_PLAIN}",
+        _HONEST,
+        f"## What changed\n\n{markdown.totals_table(report)}\n\n{markdown.rows_table(report)}\n",
+    ]
+    if recipe_text:
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", recipe_text)), default=0))
+        sections.append(f"## Recipe\n\n{fence}yaml\n{recipe_text.strip()}\n{fence}\n")
+    return "\n".join(sections)

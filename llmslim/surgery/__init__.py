@@ -1,0 +1,10 @@
+"""What becomes of every module of a model: the plan, the ledger, and carrying it out."""
+
+from .plan import Plan as Plan
+from .plan import model_on_meta as model_on_meta
+from .plan import plan as plan
+from .report import Report as Report
+from .report import Row as Row
+from .report import Totals as Totals
+from .rewrite import Progress as Progress
+from .rewrite import rewrite as rewrite

@@ -1,0 +1,429 @@
+"""Work out what a recipe makes of a model, before anything is touched.
+
+`plan` reads names and shapes only, so a model on the meta device, built from config.json alone,
+will do. Every problem is found before any is raised, and every parameter of the model ends in
+exactly one row of the ledger.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from llmslim.errors import RecipeError, SizeError, SlimError, TargetError, raise_together
+from llmslim.init import method_named
+from llmslim.modeling import structured
+from llmslim.modeling.sizes import StaysDense
+from llmslim.modeling.structured import StructuredLinear, structure_class
+from llmslim.recipe import Recipe, close_names, first_rule
+from llmslim.surgery.depth import depth_changes, kept_layers
+from llmslim.surgery.report import Kind, Report, Row
+from llmslim.surgery.sites import Layers, Mlp, Site, find_layers, find_mlps, find_sites
+from llmslim.surgery.width import width_field
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """One dense map and the block that takes its place."""
+
+    name: str
+    """Name in the source model."""
+    new_name: str
+    """Name once layers have moved."""
+    spec: dict[str, Any]
+    """What `build` needs."""
+    init: str
+    """Name of the method that fills it."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a recipe does to one model; made by `plan`, carried out by `rewrite`."""
+
+    model: str
+    recipe: Recipe
+    rows: tuple[Row, ...]
+    sites: tuple[SitePlan, ...] = ()
+    """Blocks to build, in the model's order."""
+    layers: Layers | None = None
+    keep_layers: tuple[int, ...] | None = None
+    """Decoder layers that stay; None leaves the depth alone."""
+    mlps: tuple[Mlp, ...] = ()
+    """MLPs that change their width."""
+    resized: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Specs of resized projections that the config alone cannot express, by new name."""
+    text_config: dict[str, Any] = field(default_factory=dict)
+    """Fields of the text config that change."""
+    notes: tuple[str, ...] = ()
+    """What a reader of the report must know."""
+
+    def report(self) -> Report:
+        """Return the ledger, as it will be once the plan is carried out."""
+        return Report(self.model, self.recipe.name, self.rows, self.notes)
+
+    def new_name(self, name: str) -> str:
+        """Return what a module of the source model is called afterwards."""
+        if self.layers is None or self.keep_layers is None:
+            return name
+        places = {old: new for new, old in enumerate(self.keep_layers)}
+        return self.layers.renamed(name, places)
+
+
+def model_on_meta(config: Any) -> nn.Module:
+    """Build a causal language model from its config without memory for its weights."""
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    return model
+
+
+def plan(
+    model: Any, recipe: Recipe, *, model_name: str = "", init: str | None = None
+) -> Plan:
+    """Work out what `recipe` makes of `model`; touches nothing.
+
+    Args:
+        model: a transformers causal language model (on any device, meta too) or its config.
+        recipe: what to do.
+        model_name: how reports call the model; its class name by default.
+        init: name of a method that takes the place of the recipe's own.
+
+    Raises:
+        SlimError: with every problem found: rules that match nothing, sizes that do not fit,
+            layers that are not there. Its class is that of the first.
+    """
+    if not isinstance(model, nn.Module):
+        model = model_on_meta(model)
+    return _Planner(model, recipe, model_name or type(model).__name__, init).plan()
+
+
+class _Planner:
+    """Gathers rows and problems over one walk through the model."""
+
+    def __init__(self, model: Any, recipe: Recipe, name: str, init: str | None) -> None:
+        self.model, self.recipe, self.name, self.init = model, recipe, name, init
+        self.errors: list[SlimError] = []
+        self.notes: list[str] = []
+        self.sites = find_sites(model)
+        self.sizes = {site.name: (site.in_features, site.out_features) for site in self.sites.values()}
+        self.layers: Layers | None = None
+        self.keep: tuple[int, ...] | None = None
+        self.mlps: list[Mlp] = []
+        self.changes: dict[str, Any] = {}
+        self.planned: list[SitePlan] = []
+        self.resized: dict[str, dict[str, Any]] = {}
+        # One sentence per rule and cause, with every site it concerns.
+        self.wrong: dict[tuple[int, str], list[str]] = defaultdict(list)
+
+    def plan(self) -> Plan:
+        recipe = self.recipe
+        for step in (self._plan_depth, self._plan_width, self._check_rules):
+            try:
+                step()
+            except SlimError as error:
+                self.errors.append(error)
+        rows = tuple(self._rows())
+        for (index, cause), names in self.wrong.items():
+            where = recipe.where("replace", index, *self._guilty_option(index, cause))
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            self.errors.append(SizeError(f"{where}: {names[0]}{more}: {cause}."))
+        raise_together(self.errors)
+        draft = Plan(
+            self.name, recipe, rows, layers=self.layers, keep_layers=self.keep
+        )
+        return replace(
+            draft,
+            sites=tuple(replace(site, new_name=draft.new_name(site.name)) for site in self.planned),
+            mlps=tuple(self.mlps),
+            resized={draft.new_name(name): spec for name, spec in self.resized.items()},
+            text_config=self.changes,
+            notes=tuple(self.notes),
+        )
+
+    def _plan_depth(self) -> None:
+        if self.recipe.depth is None:
+            return
+        self.layers = find_layers(self.model)
+        self.keep = kept_layers(self.recipe, self.layers.count)
+        config = self.model.config.get_text_config()
+        self.changes |= depth_changes(config, self.keep, self.layers.count)
+
+    def _plan_width(self) -> None:
+        if self.recipe.width is None:
+            return
+        width = self.recipe.width.intermediate_size
+        layers = self.layers or find_layers(self.model)
+        mlps = [mlp for mlp in find_mlps(self.model, layers) if self._stays(mlp.name, layers)]
+        if not mlps:
+            raise TargetError(
+                f"{self.recipe.where('width', 'intermediate_size')}: no MLP found in "
+                f"{type(self.model).__name__} whose sizes fit each other. Leave `width` out."
+            )
+        self.mlps = [mlp for mlp in mlps if mlp.width != width]
+        for mlp in self.mlps:
+            self._check_alone(mlp)
+            hidden = self.sizes[mlp.down][1]
+            self.sizes[mlp.down] = (width, hidden)
+            for up in mlp.up:
+                self.sizes[up] = (hidden, width * (2 if mlp.fused else 1))
+        if self.mlps:
+            change = width_field(self.model.config, width, model_on_meta)
+            if change is not None:
+                self.changes |= change
+            else:
+                for mlp in self.mlps:
+                    for name in (*mlp.up, mlp.down):
+                        self.resized[name] = self._linear_spec(name)
+
+    def _check_alone(self, mlp: Mlp) -> None:
+        """Refuse an MLP with per-neuron parameters outside its projections (an inner norm)."""
+        known = {*mlp.up, mlp.down}
+        parent = self.model.get_submodule(mlp.name)
+        if isinstance(parent, nn.Module) and len(list(parent.children())) > len(known) + 4:
+            return  # the projections stand directly in the decoder layer, among attention
+        for name, parameter in parent.named_parameters():
+            owner = f"{mlp.name}.{name}".rpartition(".")[0]
+            if owner not in known and mlp.width in parameter.shape:
+                raise TargetError(
+                    f"{self.recipe.where('width', 'intermediate_size')}: {owner} has one parameter "
+                    "for each neuron too, which cannot be resized. Leave `width` out."
+                )
+
+    def _linear_spec(self, name: str) -> dict[str, Any]:
+        in_features, out_features = self.sizes[name]
+        return {
+            "structure": "linear",
+            "in_features": in_features,
+            "out_features": out_features,
+            "bias": self.sites[name].bias,
+        }
+
+    def _check_rules(self) -> None:
+        """Check each rule by itself: its structure, its options, its method, and that it matches."""
+        recipe = self.recipe
+        matched = Counter(first_rule(recipe, name) for name in self.sites)
+        for index, rule in enumerate(recipe.replace):
+            if not matched[index]:
+                self._explain_no_match(index)
+            if rule.structure is None:
+                continue
+            self._check_init(index)
+            try:
+                cls = structure_class(rule.structure)
+                if not issubclass(cls, StructuredLinear):
+                    raise ValueError(f"structure {rule.structure!r} is not for recipes")
+            except ValueError as error:
+                where = ("replace", index, "structure")
+                self.errors.append(recipe.problem(where, f"{error}.{_did_you_mean(rule.structure)}"))
+                continue
+            for option in rule.options():
+                if option not in cls.option_names:
+                    allowed = ", ".join(cls.option_names)
+                    self.errors.append(
+                        recipe.problem(
+                            ("replace", index, option),
+                            f"not an option of {rule.structure}; allowed {allowed}.",
+                        )
+                    )
+
+    def _check_init(self, index: int) -> None:
+        """Refuse a method that does not exist; the recipe's own is told of once."""
+        own = self.recipe.replace[index].init is not None and self.init is None
+        where = self.recipe.where(*(("replace", index, "init") if own else ("init",)))
+        try:
+            method_named(self._init_of(index))
+        except RecipeError as error:
+            told = RecipeError(f"{'--init' if self.init else where}: {error}")
+            if str(told) not in map(str, self.errors):
+                self.errors.append(told)
+
+    def _explain_no_match(self, index: int) -> None:
+        rule = self.recipe.replace[index]
+        alone = Recipe(name="-", replace=(rule,))
+        taken = [name for name in self.sites if first_rule(alone, name) == 0]
+        if taken:
+            earlier = first_rule(self.recipe, taken[0])
+            self.notes.append(
+                f"{self.recipe.where('replace', index)}: all {len(taken)} projections it matches "
+                f"are taken by replace[{earlier}] above it."
+            )
+            return
+        close = ", ".join(close_names(rule.globs, self.sites))
+        where = self.recipe.where("replace", index, "match")
+        self.errors.append(
+            TargetError(
+                f"{where}: {', '.join(rule.globs)} matches no projection of "
+                f"{type(self.model).__name__}; closest are {close}."
+            )
+        )
+
+    def _rows(self) -> list[Row]:
+        owners: dict[int, str] = {}
+        head = self.model.get_output_embeddings()
+        rows = []
+        for name, module in self.model.named_modules():
+            parameters = [p for p in module._parameters.values() if p is not None]
+            if not parameters:
+                continue
+            own = [p for p in parameters if id(p) not in owners]
+            tied_to = next((owners[id(p)] for p in parameters if id(p) in owners), "")
+            for parameter in own:
+                owners[id(parameter)] = name
+            kind = self._kind(name, module, head)
+            row = Row(
+                name=name or "(model)",
+                kind=kind,
+                action="kept",
+                params_before=sum(p.numel() for p in own),
+                bytes_before=sum(p.numel() * p.element_size() for p in own),
+                flops_per_token_before=self._flops(name, module),
+            )
+            site = self.sites.get(name)
+            if site:
+                row = replace(row, in_features=site.in_features, out_features=site.out_features)
+            row = replace(
+                row,
+                params_after=row.params_before,
+                bytes_after=row.bytes_before,
+                flops_per_token_after=row.flops_per_token_before,
+            )
+            rows.append(self._decide(row, site, own[0] if own else None, tied_to))
+        return rows
+
+    def _kind(self, name: str, module: nn.Module, head: nn.Module | None) -> Kind:
+        if module is head:
+            return "head"
+        if isinstance(module, nn.Embedding):
+            return "embedding"
+        dense = name in self.sites or isinstance(module, StructuredLinear)
+        return "projection" if dense else "other"
+
+    def _flops(self, name: str, module: nn.Module) -> int:
+        """Return two per weight of a dense map or block; a tied head multiplies all the same."""
+        if name not in self.sites and not isinstance(module, StructuredLinear):
+            return 0
+        weights = [p for key, p in module._parameters.items() if p is not None and key != "bias"]
+        return 2 * sum(p.numel() for p in weights)
+
+    def _decide(
+        self, row: Row, site: Site | None, parameter: nn.Parameter | None, tied_to: str
+    ) -> Row:
+        """Return the row with its action, its reason and what is left of it."""
+        if self.layers and self.keep is not None:
+            index = self.layers.index_of(row.name)
+            if index is not None and index not in self.keep:
+                return _emptied(row, "dropped", f"decoder layer {index} is dropped")
+        if tied_to and parameter is None:
+            return replace(row, action="tied", reason=f"shares its parameters with {tied_to}")
+        if site is None:
+            what = {"embedding": "an embedding", "projection": "a block already"}
+            return replace(row, reason=f"{what.get(row.kind, 'not a projection')}")
+        assert parameter is not None
+        row = self._resize(row, parameter)
+        index = first_rule(self.recipe, site.name)
+        if index is None:
+            reason = row.reason or "no rule matches"
+            return replace(row, action="unmatched", reason=reason)
+        rule = self.recipe.replace[index]
+        if rule.keep:
+            return replace(row, reason=row.reason or f"replace[{index}] keeps it")
+        return self._replace(row, site, parameter, index)
+
+    def _resize(self, row: Row, parameter: nn.Parameter) -> Row:
+        sizes = self.sizes[row.name]
+        if sizes == (row.in_features, row.out_features):
+            return row
+        bias = sizes[1] if self.sites[row.name].bias else 0
+        return self._with_weights(
+            row, sizes[0] * sizes[1], bias, parameter, reason=f"resized to {sizes[1]}x{sizes[0]}"
+        )
+
+    def _replace(self, row: Row, site: Site, parameter: nn.Parameter, index: int) -> Row:
+        rule = self.recipe.replace[index]
+        assert rule.structure is not None
+        try:
+            cls = structure_class(rule.structure)
+        except ValueError:
+            return row  # told once by _check_rules
+        if not issubclass(cls, StructuredLinear):
+            return row
+        options = {key: value for key, value in rule.options().items() if key in cls.option_names}
+        in_features, out_features = self.sizes[site.name]
+        try:
+            resolved = cls.resolve(in_features, out_features, **options)
+        except StaysDense as reason:
+            kept = f"stays dense: {reason}"
+            return replace(row, reason=f"{row.reason}; {kept}" if row.reason else kept)
+        except ValueError as error:
+            self.wrong[index, str(error)].append(site.name)
+            return row
+        init = self._init_of(index)
+        if resolved.get("activation") and not init.startswith("random"):
+            self.wrong[index, f"init {init} needs a linear block; use random"].append(site.name)
+        spec = {
+            "structure": rule.structure,
+            "in_features": in_features,
+            "out_features": out_features,
+            "bias": site.bias,
+            **resolved,
+        }
+        self.planned.append(SitePlan(site.name, site.name, spec, init))
+        self.resized.pop(site.name, None)
+        weights = cls.count_weights(in_features, out_features, **resolved)
+        row = self._with_weights(row, weights, out_features if site.bias else 0, parameter)
+        return replace(row, action="replaced", structure=rule.structure, options=resolved)
+
+    def _with_weights(
+        self, row: Row, weights: int, bias: int, parameter: nn.Parameter, reason: str = ""
+    ) -> Row:
+        return replace(
+            row,
+            reason=reason or row.reason,
+            params_after=weights + bias,
+            bytes_after=(weights + bias) * parameter.element_size(),
+            flops_per_token_after=2 * weights,
+        )
+
+    def _init_of(self, index: int) -> str:
+        return self.init or self.recipe.replace[index].init or self.recipe.init
+
+    def _stays(self, name: str, layers: Layers) -> bool:
+        return self.keep is None or layers.index_of(name) in self.keep
+
+    def _guilty_option(self, index: int, cause: str) -> tuple[str, ...]:
+        """Return the rule's key that a sentence about sizes starts with, if any."""
+        rule = self.recipe.replace[index]
+        first = cause.partition(" ")[0]
+        return (first,) if first in (*rule.options(), "init") else ()
+
+
+def _did_you_mean(structure: str) -> str:
+    known = [path.stem for path in Path(structured.__file__).parent.glob("*.py")]
+    known = [name for name in known if _for_recipes(name)]
+    close = difflib.get_close_matches(structure, known, n=1)
+    return f" Did you mean {close[0]}?" if close else f" Known are {', '.join(sorted(known))}."
+
+
+def _for_recipes(name: str) -> bool:
+    try:
+        return issubclass(structure_class(name), StructuredLinear)
+    except ValueError:
+        return False
+
+
+def _emptied(row: Row, action: Any, reason: str) -> Row:
+    return replace(
+        row,
+        action=action,
+        reason=reason,
+        params_after=0,
+        bytes_after=0,
+        flops_per_token_after=0,
+    )

@@ -1,0 +1,108 @@
+"""Make every MLP wider without changing its function, or narrower by its least important neurons.
+
+Wider: neurons are repeated, and the columns of the down projection that read a repeated neuron are
+divided by how often it now occurs, so the sum they contribute is what it was (Net2WiderNet, Chen
+et al. 2016, arXiv:1511.05641, section 2.2).
+
+Narrower: neuron j scores ‖down column j‖ times the norms of the rows that produce it, and the
+highest scores stay, in their order. No data is looked at.
+
+Shapes: I = in_features, O = out_features, M = neurons.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from llmslim.modeling.modeling_llmslim import set_module
+from llmslim.surgery.depth import apply_changes
+from llmslim.surgery.sites import Mlp, dense_weight, find_layers, find_mlps
+
+_WIDTH_FIELDS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "inner_dim")
+
+
+def width_field(
+    config: Any, width: int, build: Callable[[Any], nn.Module]
+) -> dict[str, Any] | None:
+    """Return the change to a text config that makes its MLPs `width` wide.
+
+    The field is found by trying: a model is built from the changed config and measured, so a
+    field of the right name that means something else is never trusted.
+
+    Args:
+        config: the whole config; its text part is changed in a copy.
+        width: neurons wanted.
+        build: builds a model from a config, without memory (meta device).
+
+    Returns:
+        The field and its value; None where the architecture has no such field (BLOOM).
+    """
+    for field in _WIDTH_FIELDS:
+        trial = copy.deepcopy(config)
+        text = trial.get_text_config()
+        real = text.attribute_map.get(field, field)
+        if not hasattr(text, real) or isinstance(getattr(text, real), list):
+            continue
+        apply_changes(text, {real: width})
+        model = build(trial)
+        mlps = find_mlps(model, find_layers(model))
+        if mlps and all(mlp.width == width for mlp in mlps):
+            return {real: width}
+    return None
+
+
+def resize_mlp(model: nn.Module, mlp: Mlp, width: int) -> None:
+    """Give one MLP another number of neurons, in place.
+
+    Args:
+        model: the model that holds it.
+        mlp: where its sites are.
+        width: neurons wanted; more are made by repeating, fewer by dropping.
+    """
+    down = model.get_submodule(mlp.down)
+    ups = [model.get_submodule(name) for name in mlp.up]
+    down_OM = dense_weight(down)
+    if width >= mlp.width:
+        neurons = torch.arange(width, device=down_OM.device) % mlp.width
+        times = torch.bincount(neurons, minlength=mlp.width)[neurons]
+        columns = down_OM[:, neurons] / times.to(down_OM)
+    else:
+        score = down_OM.float().norm(dim=0)
+        for up in ups:
+            rows = dense_weight(up).float().reshape(-1, mlp.width, down_OM.shape[0])
+            score = score * rows.norm(dim=2).prod(dim=0)
+        neurons = score.topk(width).indices.sort().values
+        columns = down_OM[:, neurons]
+    _put(model, mlp.down, down, columns, _bias(down))
+    for name, up in zip(mlp.up, ups, strict=True):
+        halves = torch.arange(2 if mlp.fused else 1, device=neurons.device) * mlp.width
+        rows = (halves[:, None] + neurons).flatten()
+        bias = _bias(up)
+        _put(model, name, up, dense_weight(up)[rows], None if bias is None else bias[rows])
+
+
+def _bias(module: nn.Module) -> Tensor | None:
+    bias = module.bias
+    return None if bias is None else bias.data  # type: ignore[return-value]
+
+
+def _put(model: nn.Module, name: str, old: nn.Module, weight_OI: Tensor, bias: Tensor | None) -> None:
+    """Put a dense map of the old one's kind, but of the weight's sizes, in its place."""
+    out_features, in_features = weight_OI.shape
+    new: nn.Module
+    if isinstance(old, Conv1D):
+        new = Conv1D(out_features, in_features)
+        new.weight = nn.Parameter(weight_OI.t().contiguous())
+    else:
+        new = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
+        new.weight = nn.Parameter(weight_OI.contiguous())
+    if bias is not None:
+        new.bias = nn.Parameter(bias.clone())
+    new.train(old.training)
+    set_module(model, name, new)
