@@ -25,7 +25,7 @@ from llmslim.checkpoint import (
 )
 from llmslim.errors import RecipeError
 from llmslim.recipe import Recipe, recipe_yaml
-from llmslim.reporting import model_card
+from llmslim.reporting.card import model_card
 from llmslim.surgery import Plan, Progress, Report
 
 RecipeLike = Recipe | str | Path | Mapping[str, Any]
@@ -158,7 +158,7 @@ def convert(
         tokenizer=load_tokenizer(source),
         report=report.to_dict(),
         recipe_text=recipe_yaml(chosen),
-        model_card=model_card(report, recipe_yaml(chosen)),
+        model_card=model_card(report, recipe_text=recipe_yaml(chosen)),
         overwrite=overwrite,
     )
     return Conversion(target, report)

@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .structured import build
 
@@ -79,7 +78,7 @@ class FactoredEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Map token ids (...) to vectors (..., H)."""
-        y: Tensor = self.projection(F.embedding(ids, self.weight, self.padding_idx))
+        y: Tensor = self.projection(nn.functional.embedding(ids, self.weight, self.padding_idx))
         return y
 
     def spec(self) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .structured import build
 
@@ -66,7 +65,7 @@ class FactoredHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map hidden states (..., H) to logits (..., V)."""
-        return F.linear(self.projection(x), self.weight)
+        return nn.functional.linear(self.projection(x), self.weight)
 
     def spec(self) -> dict[str, Any]:
         """Return what `build` needs to make an empty module like this one; JSON values only."""

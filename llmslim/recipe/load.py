@@ -32,7 +32,8 @@ def shipped_folder() -> Path:
 
 def shipped_recipes() -> dict[str, Path]:
     """Return every shipped recipe: name to path, sorted by name."""
-    return {path.stem: path for path in sorted(shipped_folder().glob("*.yaml"))}
+    paths = {path.stem: path for path in shipped_folder().glob("*.yaml")}
+    return dict(sorted(paths.items()))
 
 
 def load_recipe(source: str | Path) -> Recipe:
@@ -98,6 +99,8 @@ def _parse(text: str, file: str) -> tuple[dict[str, Any], Lines]:
         lines: Lines = {}
         repeated = list(_walk(root, (), lines))
         data = yaml.safe_load(text)
+    except RecipeError:  # is a ValueError too
+        raise
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""

@@ -1,7 +1,7 @@
 """Views of a `Report`: text, JSON, Markdown, CSV, SVG, and the model card.
 
-None of them counts anything again: they fold, order and word the numbers of `llmslim.surgery.report`.
-A format is a module here with `render(report, *, full) -> str` and a line in `FORMATS`.
+None of them counts anything again: they fold, order and word the numbers of the report. A format
+is a module here with `render(report, *, full) -> str` and a line in `FORMATS`.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ Says what was done to which model, how to load the result, and that it is not re
 from __future__ import annotations
 
 import re
-from pathlib import PurePath
+from pathlib import Path
 
 import yaml
 
@@ -54,16 +54,18 @@ the base model is do not hold for it.
 """
 
 
-def model_card(report: Report, *, recipe_text: str = "") -> str:
+def model_card(report: Report, *, recipe_text: str = "", base_model: str = "") -> str:
     """Return the README.md of a checkpoint just made, not yet healed.
 
     Args:
         report: what was done.
         recipe_text: the recipe's YAML as it was used.
+        base_model: what the user called the source model; the report's name for it by default.
     """
-    is_hub_id = bool(_HUB_ID.fullmatch(report.model))
+    given = base_model or report.model
     # A folder on the maker's disk means nothing to a reader, and is not theirs to know.
-    base = report.model if is_hub_id else PurePath(report.model).name or "a causal language model"
+    is_hub_id = bool(_HUB_ID.fullmatch(given)) and not Path(given).exists()
+    base = given if is_hub_id else Path(given).name or "a causal language model"
     front: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if is_hub_id:
         front["base_model"] = base

@@ -59,14 +59,14 @@ def fold(rows: Iterable[Row]) -> list[Line]:
         >>> [(line.name, len(line.rows)) for line in fold(rows)]
         [('layers.{0-2,5}.fc', 4)]
     """
-    groups: dict[tuple[object, ...], list[tuple[int, Numbers, Row]]] = {}
+    groups: dict[tuple[tuple[str, ...], tuple[object, ...]], list[tuple[int, Numbers, Row]]] = {}
     for position, row in enumerate(rows):
         parts = row.name.split(".")
         pattern = tuple("#" if _is_number(part) else part for part in parts)
         numbers = tuple(int(part) for part in parts if _is_number(part))
-        groups.setdefault((pattern, *_outcome(row)), []).append((position, numbers, row))
+        groups.setdefault((pattern, _outcome(row)), []).append((position, numbers, row))
     found = []
-    for (pattern, *_), members in groups.items():
+    for (pattern, _), members in groups.items():
         grids = _grids(list(dict.fromkeys(numbers for _, numbers, _ in members)))
         place = {
             numbers: index
@@ -76,7 +76,6 @@ def fold(rows: Iterable[Row]) -> list[Line]:
         inside: list[list[tuple[int, Row]]] = [[] for _ in grids]
         for position, numbers, row in members:
             inside[place[numbers]].append((position, row))
-        assert isinstance(pattern, tuple)
         for grid, numbered in zip(grids, inside, strict=True):
             line = Line(_name(pattern, grid), tuple(row for _, row in numbered))
             found.append((numbered[0][0], line))

@@ -25,8 +25,8 @@ def read_report(path: str | Path) -> Report:
     if not file.is_file():
         what = f"no {REPORT_FILE} in it" if path.is_dir() else "no such folder or file"
         raise CheckpointError(
-            f"{path}: {what}; a report is in every folder that `llmslim convert` wrote, and in what "
-            "`llmslim plan --json FILE` writes. Give one of those."
+            f"{path}: {what}; a report is in every folder that `llmslim convert` wrote, and what "
+            "`llmslim plan --json FILE` writes is one. Give one of those."
         )
     try:
         data = json.loads(file.read_text(encoding="utf-8"))

@@ -55,7 +55,7 @@ class TextView:
         self.bars = full if bars is None else bars
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        times = "x" if options.ascii_only else "×"
+        times = "x" if options.ascii_only else "×"  # noqa: RUF001  (meant)
         yield Text(wording.title(self.report), style="bold")
         yield ""
         wide = self._wide(times)
@@ -79,8 +79,9 @@ class TextView:
             table.add_column("error", justify="right", no_wrap=True)
         for line in self.lines:
             words, shape = wording.structure(line.first), wording.shape(line.first)
-            cells = [_name(line, times), _action(line), Text(words), shape, *_params(line)]
-            table.add_row(*cells, *([wording.mean_error(line)] if errors else []))
+            error = [wording.mean_error(line)] if errors else []
+            numbers = (shape, *_params(line), *error)
+            table.add_row(_name(line, times), _action(line), Text(words), *numbers)
         return table
 
     def _narrow(self, times: str) -> Table:

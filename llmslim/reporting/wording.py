@@ -13,10 +13,10 @@ _BARE_OPTIONS = ("variant", "activation")
 
 
 def plain(text: str) -> str:
-    """Return text that cannot steer a terminal: a report may come from anyone.
+    r"""Return text that cannot steer a terminal: a report may come from anyone.
 
     Example:
-        >>> plain("a\\x1b[2Jb")
+        >>> plain("a\x1b[2Jb")
         'a?[2Jb'
     """
     return "".join(char if char.isprintable() else "?" for char in text)
@@ -31,13 +31,11 @@ def short(number: int) -> str:
     """
     if number < 1000:
         return str(number)
-    scaled = float(number)
-    for suffix in ("k", "M", "B"):
-        scaled /= 1000
+    scaled, suffix = number / 1000, "k"
+    for larger in ("M", "B", "T"):
         if scaled < 999.5:
             break
-    else:
-        scaled, suffix = scaled / 1000, "T"
+        scaled, suffix = scaled / 1000, larger
     digits = 2 if scaled < 9.995 else 1 if scaled < 99.95 else 0
     return f"{scaled:.{digits}f}{suffix}"
 
@@ -80,7 +78,8 @@ def structure(row: Row) -> str:
         return ""
     if row.structure is None:
         return plain(row.reason)
-    return plain(" ".join([row.structure, *_options(row.options)]))
+    block = " ".join([row.structure, *_options(row.options)])
+    return plain(f"{block}; {row.reason}" if row.reason else block)
 
 
 def _options(options: dict[str, Any]) -> list[str]:

@@ -53,7 +53,9 @@ def rewrite(
         method = method_named(site.init)
         old = _dense_at(model, site.name)
         weight = old.weight
-        block = build(site.spec, device=weight.device, dtype=weight.dtype)
+        # Made without memory first: drawing weights that the method overwrites would cost time and
+        # move the caller's random state.
+        block = build(site.spec, device="meta", dtype=weight.dtype).to_empty(device=weight.device)
         assert isinstance(block, StructuredLinear)
         bias = None if old.bias is None else old.bias.data
         # A stream of its own for each site: results do not depend on what else is replaced.

@@ -1,0 +1,153 @@
+"""Turn a slim model back into an ordinary one of its base class that computes the same.
+
+Each block becomes the dense matrix it equals, worked out in float32 and stored in the model's
+type; every other weight is handed over as it is. The file grows back to the dense size: this is
+for runtimes that know the base architecture only (llama.cpp, vLLM, ONNX exporters).
+
+What has no dense equivalent: a block with an activation inside, and layers of different widths.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
+
+from llmslim.errors import CheckpointError
+from llmslim.modeling.factored_embedding import FactoredEmbedding
+from llmslim.modeling.factored_head import FactoredHead
+from llmslim.modeling.modeling_llmslim import SlimModelMixin
+from llmslim.modeling.structured import StructuredLinear
+
+from .quiet import quiet
+
+_SLIM_FIELDS = ("llmslim", "base_model_type", "auto_map", "model_type", "architectures")
+_WIDTH_FIELDS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "inner_dim")
+
+
+@torch.no_grad()
+def dense_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """Return an ordinary model of the base class with the same function.
+
+    Args:
+        model: a slim model; it stays as it is. Weights outside its blocks are shared, not copied.
+
+    Raises:
+        CheckpointError: if it is not slim, or a block has no dense equivalent in the base class.
+    """
+    if not isinstance(model, SlimModelMixin):
+        raise CheckpointError(
+            f"{type(model).__name__}: not a slim model; an ordinary one needs no export. "
+            "Save it as it is."
+        )
+    base = next(
+        cls
+        for cls in type(model).__mro__
+        if issubclass(cls, PreTrainedModel) and not issubclass(cls, SlimModelMixin)
+    )
+    config = _base_config(model.config)
+    skeleton = _skeleton(base, config)
+    state = dict(model.state_dict())
+    for name in model.config.llmslim["sites"]:
+        for key in [key for key in state if key.startswith(f"{name}.")]:
+            del state[key]
+        transposed = isinstance(skeleton.get_submodule(name), Conv1D)
+        state |= _dense_state(name, model.get_submodule(name), transposed)
+    for one, other in skeleton.all_tied_weights_keys.items():
+        if one in state and other in state and not torch.equal(state[one], state[other]):
+            config.tie_word_embeddings = False
+    config = _fitting_config(base, config, state)
+    with quiet(), no_init_weights():
+        dense: PreTrainedModel = base._from_config(config, dtype=model.dtype)
+    dense.load_state_dict(state, assign=True)
+    dense.tie_weights()
+    dense.generation_config = copy.deepcopy(model.generation_config)
+    moved: PreTrainedModel = dense.to(model.device).eval()  # type: ignore[arg-type]
+    return moved
+
+
+def _base_config(slim: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the base class's config with the slim one's values."""
+    fields = {key: value for key, value in slim.to_dict().items() if key not in _SLIM_FIELDS}
+    base: Any = type(slim).__bases__[0]
+    config: PreTrainedConfig = base.from_dict(fields)
+    return config
+
+
+def _skeleton(base: type[PreTrainedModel], config: PreTrainedConfig) -> Any:
+    with quiet(), torch.device("meta"):
+        return base._from_config(copy.deepcopy(config))
+
+
+def _dense_state(name: str, module: nn.Module, transposed: bool) -> dict[str, Tensor]:
+    """Return the weight, and the bias where there is one, of the dense map a block equals.
+
+    Raises:
+        CheckpointError: if no dense map equals it.
+    """
+    weight: Tensor = module.weight if isinstance(module, nn.Linear) else _dense_weight(name, module)
+    dtype = next(module.parameters()).dtype
+    state = {f"{name}.weight": (weight.t() if transposed else weight).to(dtype).contiguous()}
+    bias = getattr(module, "bias", None)
+    return state if bias is None else {**state, f"{name}.bias": bias}
+
+
+def _dense_weight(name: str, module: nn.Module) -> Tensor:
+    """Return a block's matrix in float32, shaped as the base class's weight.
+
+    Raises:
+        CheckpointError: if it has none.
+    """
+    block = copy.deepcopy(module).float()
+    device = next(block.parameters()).device
+    if isinstance(block, StructuredLinear):
+        try:
+            return block.to_dense()
+        except ValueError as error:
+            raise CheckpointError(f"{name}: {error}; it cannot be exported.") from error
+    if isinstance(block, FactoredEmbedding):
+        table: Tensor = block(torch.arange(block.num_embeddings, device=device))
+        return table
+    if isinstance(block, FactoredHead):
+        columns: Tensor = block(torch.eye(block.in_features, device=device))
+        return columns.t()
+    raise CheckpointError(f"{name}: {type(module).__name__} has no dense equivalent.")
+
+
+def _fitting_config(
+    base: type[PreTrainedModel], config: PreTrainedConfig, state: dict[str, Tensor]
+) -> PreTrainedConfig:
+    """Return the config, its MLP width corrected if need be, that makes the base class fit.
+
+    Raises:
+        CheckpointError: if no single width does.
+    """
+    wanted = {key: tensor.shape for key, tensor in state.items()}
+
+    def misfits(trial: PreTrainedConfig) -> set[str]:
+        shapes = {k: t.shape for k, t in _skeleton(base, trial).state_dict().items()}
+        return {key for key in wanted.keys() | shapes if wanted.get(key) != shapes.get(key)}
+
+    wrong = misfits(config)
+    if not wrong:
+        return config
+    sizes = sorted({size for key in wrong for size in wanted.get(key, ())})
+    text = config.get_text_config()
+    for field in _WIDTH_FIELDS:
+        for size in sizes if hasattr(text, field) else ():
+            trial = copy.deepcopy(config)
+            setattr(trial.get_text_config(), field, size)
+            if not misfits(trial):
+                return trial
+    first = min(wrong)
+    shape = list(wanted[first]) if first in wanted else "missing"
+    raise CheckpointError(
+        f"{first}: {shape}, and {len(wrong) - 1} more weights of sizes that {base.__name__} does "
+        "not have; an ordinary checkpoint needs one width for all layers and a config field for "
+        "it. Keep this one slim."
+    )

@@ -1,0 +1,163 @@
+"""Load a model or a tokenizer whose files were found and checked.
+
+GGUF weights are unpacked to plain dense ones. A weight that the model needs and the files do not
+hold is an error here; transformers would draw a random one and say so in its log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from llmslim.errors import CheckpointError
+from llmslim.modeling.configuration_llmslim import register
+
+from .quiet import quiet
+from .shards import FLOATS, Entry, read_weights
+from .source import Source, first_line
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""Types that a model may be loaded in."""
+
+_TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "tokenizer_config.json")
+
+
+def load_model(
+    source: Source, *, dtype: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a model in eval mode on the CPU.
+
+    Args:
+        source: from `open_source`.
+        dtype: float32, bfloat16 or float16; by default the type its weights are stored in
+            (GGUF: float32), where they are of several types the one config.json names, as long
+            as that loses nothing.
+        trust_remote_code: as for `open_source`.
+
+    Raises:
+        CheckpointError: if the files cannot be loaded, or do not hold every weight of the model.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise CheckpointError(f"dtype: {dtype!r}; allowed {', '.join(DTYPES)}.")
+    if source.path is None:
+        raise CheckpointError(f"{source.given}: has no folder to load weights from.")
+    if source.is_kphi3:
+        from .kphi3 import load_kphi3
+
+        with quiet():
+            return load_kphi3(source.path, dtype=dtype)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if source.gguf_file is not None:
+        options |= {
+            "gguf_file": source.gguf_file,
+            "quantization_config": GgufConfig(dequantize=True),
+            "dtype": dtype or "float32",
+        }
+        return _from_pretrained(source, options)
+    entries = read_weights(source.path)
+    options["use_safetensors"] = True
+    stored = _float_types(source.given, entries)
+    if dtype is None and len(stored) == 1:
+        dtype = FLOATS[stored[0]]
+    model = _from_pretrained(source, {**options, "dtype": dtype or "auto"})
+    if dtype is None and _narrowed(model, entries):
+        exact = "float64" if "F64" in stored else "float32"
+        return _from_pretrained(source, {**options, "dtype": exact})
+    return model
+
+
+def load_tokenizer(
+    source: Source | str | Path, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase | None:
+    """Load a model's tokenizer with its chat template; None where the folder has none.
+
+    Args:
+        source: from `open_source`, or a folder or .gguf file.
+        trust_remote_code: as for `open_source`.
+
+    Raises:
+        CheckpointError: if there is no such folder, or its tokenizer files cannot be read.
+    """
+    if isinstance(source, Source):
+        folder, gguf_file, given = source.path, source.gguf_file, source.given
+    else:
+        path = Path(source).expanduser()
+        given = str(source)
+        folder, gguf_file = (path.parent, path.name) if path.is_file() else (path, None)
+    if folder is None or not folder.is_dir():
+        raise CheckpointError(f"{given}: no such folder.")
+    if gguf_file is None and not any(any(folder.glob(name)) for name in _TOKENIZER_FILES):
+        return None
+    options = {} if gguf_file is None else {"gguf_file": gguf_file}
+    register()
+    try:
+        with quiet():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=trust_remote_code, **options
+            )
+    except Exception as error:  # whatever hostile or unusual files make of the readers
+        raise CheckpointError(
+            f"{given}: its tokenizer cannot be loaded ({first_line(error)})."
+        ) from error
+    return tokenizer
+
+
+def _from_pretrained(source: Source, options: dict[str, Any]) -> PreTrainedModel:
+    """Load, and hold the result against what the model needs.
+
+    Raises:
+        CheckpointError: if loading fails or leaves a weight out.
+    """
+    register()
+    try:
+        with quiet():
+            loader: Any = AutoModelForCausalLM
+            model, info = loader.from_pretrained(source.path, output_loading_info=True, **options)
+    except Exception as error:  # config and model classes fail each in their own way
+        raise CheckpointError(
+            f"{source.given}: cannot be loaded as a causal language model ({first_line(error)})."
+        ) from error
+    absent = sorted({*map(str, info["missing_keys"]), *map(str, info["mismatched_keys"])})
+    if absent:
+        raise CheckpointError(
+            f"{source.given}: {len(absent)} weights of the model are missing or of another shape, "
+            f"such as {absent[0]}; every weight must be there. Download the model again."
+        )
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+def _float_types(given: str, entries: Mapping[str, Entry]) -> list[str]:
+    """Return the types of the stored floating-point weights, narrowest first.
+
+    Raises:
+        CheckpointError: if there are none, or some are of a type only quantised models have.
+    """
+    found = {entry.dtype for entry in entries.values() if entry.dtype.startswith(("F", "BF"))}
+    if not found or not found <= set(FLOATS):
+        raise CheckpointError(
+            f"{given}: weights of type {', '.join(sorted(found - set(FLOATS))) or 'integer'}; "
+            f"allowed {', '.join(FLOATS)}."
+        )
+    return sorted(found, key=list(FLOATS).index)
+
+
+def _narrowed(model: PreTrainedModel, entries: Mapping[str, Entry]) -> bool:
+    """Return whether a weight was loaded in a type that cannot hold all its stored values."""
+    widths = {name: torch.finfo(getattr(torch, dtype)).bits for name, dtype in FLOATS.items()}
+    for name, tensor in model.state_dict().items():
+        stored = entries[name].dtype if name in entries else ""
+        other = stored in FLOATS and tensor.dtype != getattr(torch, FLOATS[stored])
+        if other and torch.finfo(tensor.dtype).bits <= widths[stored]:
+            return True
+    return False

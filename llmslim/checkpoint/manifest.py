@@ -1,0 +1,173 @@
+"""What a checkpoint is made of, written down, and checked again later.
+
+`llmslim_manifest.json` names every file of the checkpoint with its size and SHA-256, and the
+files of the model it was made from. No times, no absolute paths: the same input gives the same
+bytes. It finds damage and accidents; whoever can change a file can change the manifest too, so
+it proves no origin.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from llmslim import __version__
+from llmslim.errors import CheckpointError
+from llmslim.modeling.configuration_llmslim import MODEL_TYPE, register
+
+from .quiet import quiet
+from .shards import INDEX, read_json, read_weights, weight_files
+from .source import Source, first_line
+
+FORMAT = 1
+MANIFEST = "llmslim_manifest.json"
+
+_INPUTS = ("config.json", "generation_config.json", "tokenizer*", "*.model", "vocab.*", INDEX)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What comparing a checkpoint with its manifest found."""
+
+    path: Path
+    files: int
+    """Number of files that the manifest names."""
+    problems: tuple[str, ...]
+    """A sentence for each difference."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing differs."""
+        return not self.problems
+
+
+def write_manifest(folder: Path, *, source: Source | None = None) -> Path:
+    """Write the manifest of a checkpoint.
+
+    Args:
+        folder: the checkpoint, complete but for the manifest.
+        source: the model it was made from; its files are listed as well.
+
+    Returns:
+        The manifest's path.
+    """
+    data = {
+        "format": FORMAT,
+        "llmslim": __version__,
+        "files": _describe(folder, _files(folder)),
+        "source": None
+        if source is None or source.path is None
+        else {"model": source.name, "files": _describe(source.path, _inputs(source))},
+    }
+    path = folder / MANIFEST
+    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return path
+
+
+def verify_folder(path: Path) -> Verification:
+    """Compare a checkpoint with its manifest, and its weights with what its config needs.
+
+    Files and folders whose names begin with a dot are not part of a checkpoint: git and the hub
+    put theirs beside it.
+
+    Args:
+        path: a folder that `write_checkpoint` wrote.
+
+    Raises:
+        CheckpointError: if there is no such folder or no manifest to compare with.
+    """
+    path = Path(path)
+    if not (path / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{path}: has no {MANIFEST}; only a checkpoint that llmslim wrote can be verified."
+        )
+    manifest = read_json(path / MANIFEST)
+    listed = manifest.get("files")
+    if manifest.get("format") != FORMAT or not isinstance(listed, dict):
+        raise CheckpointError(
+            f"{path / MANIFEST}: format {manifest.get('format')!r}; this version reads {FORMAT}, "
+            "with an object of files."
+        )
+    found = {file.relative_to(path).as_posix(): file for file in _files(path)}
+    problems = [f"{name}: not in the manifest; it was added." for name in found.keys() - listed]
+    for name, entry in listed.items():
+        if name not in found:
+            problems.append(f"{name}: missing.")
+            continue
+        size = found[name].stat().st_size
+        if not isinstance(entry, dict) or entry.get("bytes") != size:
+            wanted = entry.get("bytes") if isinstance(entry, dict) else entry
+            problems.append(f"{name}: {size} bytes; {wanted} were written.")
+        elif entry.get("sha256") != _sha256(found[name]):
+            problems.append(f"{name}: changed; its SHA-256 is not the one written.")
+    return Verification(path, len(listed), (*sorted(problems), *_weight_problems(path)))
+
+
+def _weight_problems(folder: Path) -> list[str]:
+    """Return how the weights in the files differ from those that the slim config's model needs."""
+    register()
+    try:
+        if read_json(folder / "config.json").get("model_type") != MODEL_TYPE:
+            return []  # base classes may store other names than they use
+        entries = read_weights(folder)
+        with quiet(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    except CheckpointError as error:
+        return list(error.problems)
+    except Exception as error:  # whatever a changed config makes of the classes
+        return [f"config.json: no model can be built from it ({first_line(error)})."]
+    needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = set(model.all_tied_weights_keys)
+    return [
+        *(
+            f"{n}: a weight that the model needs is missing."
+            for n in needed.keys() - entries - tied
+        ),
+        *(f"{n}: a weight that the model does not have." for n in entries.keys() - needed),
+        *(
+            f"{n}: a weight of shape {list(entries[n].shape)}; the model needs {list(needed[n])}."
+            for n in entries.keys() & needed.keys()
+            if entries[n].shape != needed[n]
+        ),
+    ]
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return the files of a checkpoint but the manifest, in order."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file()
+        and path != folder / MANIFEST
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+
+
+def _inputs(source: Source) -> list[Path]:
+    assert source.path is not None
+    if source.gguf_file is not None:
+        return [source.path / source.gguf_file]
+    small = {path for pattern in _INPUTS for path in source.path.glob(pattern) if path.is_file()}
+    return sorted({*small, *weight_files(source.path)})
+
+
+def _describe(folder: Path, files: Iterable[Path]) -> dict[str, Any]:
+    return {
+        file.relative_to(folder).as_posix(): {
+            "bytes": file.stat().st_size,
+            "sha256": _sha256(file),
+        }
+        for file in files
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,204 @@
+"""Look into the safetensors files of a folder before anything is loaded from them.
+
+A file is eight bytes of header length, a JSON header, then the tensors end to end. Everything
+about it can be checked against the file's size without reading a single weight: a download that
+stopped half-way, an index that points elsewhere, an archive made to deceive. transformers would
+load some of these with fresh random weights in the gaps.
+
+Nothing here reads tensor data, and pickles are not opened at all.
+"""
+
+from __future__ import annotations
+
+import json
+from math import prod
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple
+
+from llmslim.errors import CheckpointError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+"""Types that weights may have, as safetensors and as torch name them."""
+
+_MAX_HEADER = 100_000_000
+"""The format's own limit."""
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_BITS = {
+    **dict.fromkeys(("BOOL", "U8", "I8"), 8),
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+}
+
+
+class Entry(NamedTuple):
+    """What a header says about one tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """Return what a safetensors file holds, once it is known to be whole.
+
+    Args:
+        path: the file.
+
+    Raises:
+        CheckpointError: if the header cannot be read, or the file is not exactly the tensors
+            that the header describes.
+    """
+    again = "Download or copy the file again."
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            text = file.read(length) if length <= min(size - 8, _MAX_HEADER) else None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
+    if text is None:
+        raise CheckpointError(
+            f"{path}: a header of {length:,} bytes in a file of {size:,}; not a whole safetensors "
+            f"file. {again}"
+        )
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its header is not JSON. {again}") from error
+    malformed = CheckpointError(
+        f"{path}: its header does not give every tensor a known dtype, a shape and two "
+        f"data_offsets. {again}"
+    )
+    entries, spans = {}, []
+    try:
+        header.pop("__metadata__", None)
+        for name, given in header.items():
+            start, stop = given["data_offsets"]
+            entries[name] = entry = Entry(given["dtype"], tuple(given["shape"]))
+            spans.append((start, stop, _BITS[entry.dtype], name))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise malformed from error
+    numbers = (n for *span, _, name in spans for n in (*span, *entries[name].shape))
+    if not all(type(n) is int and n >= 0 for n in numbers):
+        raise malformed
+    end = 0
+    for start, stop, bits, name in sorted(spans):
+        if start != end:
+            how = "overlaps the tensor before it" if start < end else "leaves a gap before it"
+            raise CheckpointError(f"{path}: {name} {how}; tensors must lie end to end. {again}")
+        shape = entries[name].shape
+        if (stop - start) * 8 != prod(shape) * bits:
+            raise CheckpointError(
+                f"{path}: {name} has data_offsets {start} to {stop}; {entries[name].dtype} of "
+                f"shape {list(shape)} takes another number of bytes. {again}"
+            )
+        end = stop
+    if end != size - 8 - length:
+        raise CheckpointError(
+            f"{path}: {size:,} bytes; its header describes {8 + length + end:,}. {again}"
+        )
+    return entries
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files that make up a model, each inside the folder.
+
+    Args:
+        folder: holds `model.safetensors`, or an index and the shards it names.
+
+    Raises:
+        CheckpointError: if there are none, or the index cannot be trusted.
+    """
+    if (folder / WEIGHTS).exists():
+        return [_inside(folder, WEIGHTS, folder / WEIGHTS)]
+    if (folder / INDEX).exists():
+        names = sorted(set(_weight_map(folder).values()))
+        return [_inside(folder, name, folder / INDEX) for name in names]
+    loose = sorted(path.name for path in folder.glob("*.safetensors"))
+    if loose:
+        raise CheckpointError(
+            f"{folder}: {', '.join(loose[:3])} without {INDEX}; weights are {WEIGHTS}, or shards "
+            "and their index. Download the index as well."
+        )
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise CheckpointError(
+            f"{folder}: weights only as {', '.join(pickles[:3])}, which can run code when opened; "
+            "only safetensors and GGUF are read. If you trust the file, load it with "
+            "AutoModelForCausalLM.from_pretrained and write it back with save_pretrained."
+        )
+    raise CheckpointError(f"{folder}: holds no weights; there must be {WEIGHTS} or {INDEX}.")
+
+
+def read_weights(folder: Path) -> dict[str, Entry]:
+    """Return every tensor of a model, all files checked.
+
+    Args:
+        folder: as for `weight_files`.
+
+    Raises:
+        CheckpointError: if a file is missing or broken, or holds other tensors than the index says.
+    """
+    headers = {path.name: read_header(path) for path in weight_files(folder)}
+    if not (folder / WEIGHTS).exists():
+        for tensor, name in _weight_map(folder).items():
+            if tensor not in headers[Path(name).name]:
+                raise CheckpointError(
+                    f"{folder / name}: does not hold {tensor}, which {INDEX} says it does. "
+                    "Download both again."
+                )
+    return {tensor: entry for header in headers.values() for tensor, entry in header.items()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        CheckpointError: if the file cannot be read, is not JSON, or holds something else.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON ({str(error).splitlines()[0]}).") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: holds a {type(data).__name__}; it must be a JSON object.")
+    return data
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    path = folder / INDEX
+    names = read_json(path).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise CheckpointError(f"{path}: has no weight_map of tensor names to files.")
+    if not all(isinstance(name, str) for name in names.values()):
+        raise CheckpointError(f"{path}: its weight_map holds something else than file names.")
+    return names
+
+
+def _inside(folder: Path, name: str, where: Path) -> Path:
+    """Return a weight file of `folder`.
+
+    Raises:
+        CheckpointError: if it is not there, or is not a plain file inside the folder.
+    """
+    path = folder / name
+    home = folder.resolve()
+    allowed = [home]
+    if home.parent.name == "snapshots":  # the hub's cache: files are links to ../../blobs
+        allowed.append(home.parents[1] / "blobs")
+    if PurePath(name).name != name or not any(root in path.resolve().parents for root in allowed):
+        raise CheckpointError(
+            f"{where}: names {name!r}, which is outside {folder}; weights must be plain files "
+            "inside it. Copy them there."
+        )
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: {name} is missing; {where.name} names it. Download it.")
+    return path

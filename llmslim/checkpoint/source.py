@@ -1,0 +1,190 @@
+"""Find a model and check its files: hub id, folder or .gguf file.
+
+Everything that can be known without reading a weight is checked first, so that a broken download
+is one sentence naming the file, and never a model with fresh random weights in the gaps.
+
+Left out: pickled weights (they can run code) and weights stored quantised other than as GGUF.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from llmslim.errors import CheckpointError
+from llmslim.modeling.configuration_llmslim import register
+
+from .quiet import quiet
+from .shards import read_json, read_weights
+
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that was found and whose files were checked; nothing is loaded yet."""
+
+    given: str
+    """What the user wrote."""
+    path: Path | None
+    """The folder; for hub ids, the folder of the downloaded snapshot."""
+    gguf_file: str | None
+    """Name of the .gguf file in the folder, if that holds the weights."""
+    config: PreTrainedConfig
+    is_kphi3: bool
+    """Whether it is a published kphi-3 checkpoint, which has a reader of its own."""
+
+    @property
+    def name(self) -> str:
+        """The last part of what was given: `SmolLM2-135M` for `HuggingFaceTB/SmolLM2-135M`."""
+        return Path(self.given).expanduser().resolve().name.removesuffix(".gguf")
+
+
+def open_source(
+    model: str | Path, *, trust_remote_code: bool = False, weights: bool = True
+) -> Source:
+    """Find a model and check its files.
+
+    Args:
+        model: a folder, a .gguf file, or a model's name on the hub, which is downloaded.
+        trust_remote_code: run the Python files that come with the model, where it needs them.
+        weights: whether weights are needed; without, a folder with only config.json will do.
+
+    Raises:
+        CheckpointError: if there is no such model, or its files are not whole.
+    """
+    given = str(model)
+    path = Path(given).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise CheckpointError(
+                f"{given}: a file that is not .gguf; a model is a folder, a .gguf file or a name "
+                "on the hub. Give the folder that the file is in."
+            )
+        return _open_gguf(given, path)
+    # Path("") is the current folder, which nobody means by an empty name.
+    local = path.is_dir() and given.strip() != ""
+    folder = path if local else _download(given, trust_remote_code, weights)
+    ggufs = sorted(folder.glob("*.gguf"))
+    if ggufs and not any(folder.glob("*.safetensors")):
+        if len(ggufs) > 1:
+            raise CheckpointError(
+                f"{given}: holds {len(ggufs)} .gguf files, such as {ggufs[0].name}; one is "
+                "needed. Give the file itself."
+            )
+        return _open_gguf(given, ggufs[0])
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{given}: has no config.json; a model folder holds config.json and "
+            f"{'safetensors weights' if weights else 'may hold weights'}, or one .gguf file."
+        )
+    config_dict = read_json(folder / "config.json")
+    if weights:
+        method = config_dict.get("quantization_config")
+        if method:
+            name = method.get("quant_method") if isinstance(method, dict) else method
+            raise CheckpointError(
+                f"{given}: its weights are quantised ({name}); only plain weights and GGUF are "
+                "read. Use the model it was quantised from."
+            )
+        read_weights(folder)
+    is_kphi3, config = _read_config(given, folder, config_dict, trust_remote_code)
+    return Source(given, folder, None, config, is_kphi3)
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error says, short enough to stand in a sentence."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
+
+
+def _download(given: str, trust_remote_code: bool, weights: bool) -> Path:
+    """Return the folder of a hub model, downloaded where needed.
+
+    Raises:
+        CheckpointError: if there is no such model, or the hub cannot be reached.
+    """
+    if not _HUB_ID.fullmatch(given):
+        raise CheckpointError(
+            f"{given!r}: not a local folder or file, and not a name on the hub; "
+            "allowed are a path or owner/name. Check the path."
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    wanted = ["*.json", "*.model", "*.txt", "*.jinja"]
+    wanted += ["*.safetensors"] if weights else []
+    wanted += ["*.py"] if trust_remote_code else []
+    try:
+        with quiet():
+            folder = snapshot_download(
+                given,
+                allow_patterns=wanted,
+                # The same weights again, in other formats.
+                ignore_patterns=["original/*", "onnx/*", "consolidated*"],
+            )
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{given}: not a local folder or file, and the hub has no such model, or it is "
+            "private. Check the name, or log in with `hf auth login`."
+        ) from error
+    except Exception as error:  # name lookup, proxies, timeouts, offline mode: many classes
+        raise CheckpointError(
+            f"{given}: not a local folder or file, and the hub could not be reached "
+            f"({first_line(error)})."
+        ) from error
+    return Path(folder)
+
+
+def _open_gguf(given: str, path: Path) -> Source:
+    try:
+        with quiet():
+            # Reads the whole table of tensors, so that a file cut short fails here.
+            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    except ImportError as error:
+        raise CheckpointError(
+            f"{path}: reading GGUF needs the gguf package. Run pip install 'llmslim-toolkit[gguf]'."
+        ) from error
+    except Exception as error:  # the readers raise whatever the bytes lead them into
+        raise CheckpointError(
+            f"{path}: not a whole GGUF file of a known architecture ({first_line(error)}). "
+            "Download or copy it again."
+        ) from error
+    return Source(given, path.parent, path.name, config, is_kphi3=False)
+
+
+def _read_config(
+    given: str, folder: Path, config_dict: dict[str, Any], trust_remote_code: bool
+) -> tuple[bool, PreTrainedConfig]:
+    """Return whether it is a published kphi-3, and the config.
+
+    Raises:
+        CheckpointError: if transformers cannot make a config of it.
+    """
+    from .kphi3 import is_kphi3_config
+
+    register()
+    try:
+        with quiet():
+            if is_kphi3_config(config_dict):
+                known = {
+                    k: v for k, v in config_dict.items() if k not in ("auto_map", "model_type")
+                }
+                return True, AutoConfig.for_model("phi3", **known)
+            config: PreTrainedConfig = AutoConfig.from_pretrained(
+                folder, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # config classes check their own fields, each in its own way
+        hint = (
+            ""
+            if trust_remote_code or "auto_map" not in config_dict
+            else (" It comes with Python files: if you trust them, pass trust_remote_code=True.")
+        )
+        raise CheckpointError(
+            f"{given}: its config.json cannot be used ({first_line(error)}).{hint}"
+        ) from error
+    return False, config

@@ -1,0 +1,97 @@
+"""Ask a model something and pass the answer on as its tokens come."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+
+from llmslim.errors import DataError
+
+
+class _Stream(TextStreamer):
+    """Hands finished pieces of text to a function instead of printing them."""
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.write = write
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Pass text on."""
+        self.write(text + "\n" if stream_end else text)
+
+
+def reply(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    write: Callable[[str], None],
+    system: str | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int | None = None,
+) -> tuple[int, float]:
+    """Generate an answer to `prompt`.
+
+    Args:
+        model: any causal language model.
+        tokenizer: its tokenizer; its chat template is used where it has one.
+        prompt: what the user says.
+        write: takes the answer, piece by piece.
+        system: a system message; needs a chat template.
+        max_new_tokens: where to stop at the latest.
+        temperature: 0 takes the likeliest token each time.
+        seed: makes a temperature above 0 repeatable.
+
+    Returns:
+        The number of new tokens, and seconds.
+
+    Raises:
+        DataError: if there is a system message but no place for it, or the prompt is empty.
+    """
+    inputs = _encode(tokenizer, prompt, system).to(model.device)
+    if seed is not None:
+        torch.manual_seed(seed)
+    # The likeliest token has no temperature; unset, so that none is complained about.
+    unset = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else unset
+    start = time.perf_counter()
+    with torch.inference_mode():
+        ids = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=_pad_token(model, tokenizer),
+            streamer=_Stream(tokenizer, write),
+            **sampling,
+        )
+    return ids.shape[-1] - inputs["input_ids"].shape[-1], time.perf_counter() - start
+
+
+def _encode(tokenizer: Any, prompt: str, system: str | None) -> Any:
+    if getattr(tokenizer, "chat_template", None):
+        messages = [{"role": "user", "content": prompt}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    if system is not None:
+        raise DataError(
+            "--system: this model's tokenizer has no chat template, so a system message has no "
+            "place. Write it into the prompt."
+        )
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    if inputs["input_ids"].shape[-1] == 0:
+        raise DataError("PROMPT: no tokens in it; a model needs at least one. Write something.")
+    return inputs
+
+
+def _pad_token(model: Any, tokenizer: Any) -> int | None:
+    if tokenizer.pad_token_id is not None:
+        return int(tokenizer.pad_token_id)
+    eos: int | list[int] | None = model.generation_config.eos_token_id
+    return eos[0] if isinstance(eos, list) else eos

@@ -1,0 +1,102 @@
+"""`llmslim convert`: make a model smaller and write it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import click
+
+from llmslim.cli.output import progress, show_report
+from llmslim.cli.settings import backend, settings
+
+_NEXT = """
+wrote {path}
+
+what next
+  llmslim generate {quoted} "What is the capital of France?"
+  llmslim report {quoted} --full
+  python: import llmslim; from transformers import AutoModelForCausalLM
+          model = AutoModelForCausalLM.from_pretrained({path!r})
+The blocks are fitted to the dense weights, not trained: expect the model to be worse than its base
+until it is fine-tuned (healed)."""
+
+
+@click.command()
+@click.argument("model")
+@click.option("-r", "--recipe", help="Name of a shipped recipe, or a recipe file.")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder to write; by default ./<model>-<recipe>.",
+)
+@click.option(
+    "--init", metavar="NAME", help="How blocks get their weights, in place of the recipe's."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Type of the weights; by default as MODEL has them.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="For weights that are drawn.")
+@click.option(
+    "--trust-remote-code", is_flag=True, help="Run the modeling code that comes with MODEL."
+)
+@click.option("--overwrite", is_flag=True, help="Replace the folder if it exists.")
+@click.option("--dry-run", is_flag=True, help="Only show the plan, as `llmslim plan` does.")
+def command(
+    model: str,
+    recipe: str | None,
+    out: Path | None,
+    init: str | None,
+    dtype: str | None,
+    seed: int,
+    trust_remote_code: bool,
+    overwrite: bool,
+    dry_run: bool,
+) -> None:
+    """Make MODEL smaller as a recipe says, and write it to a folder.
+
+    MODEL is a hub id, a folder, or a .gguf file. A folder with a published kphi-3 model needs no
+    recipe: it is rewritten as it is. The folder appears when it is whole, and not before.
+    """
+    if recipe is None and not _is_kphi3(model):
+        from llmslim.recipe import shipped_recipes
+
+        raise click.UsageError(
+            f"Missing option '--recipe'; a file, or one of {', '.join(shipped_recipes())}."
+        )
+    api = backend()
+    if dry_run:
+        planned = {"name": "kphi3"} if recipe is None else recipe
+        made = api.plan(model, planned, init=init, trust_remote_code=trust_remote_code)
+        show_report(made.report())
+        click.echo("\ndry run: nothing was written")
+        return
+    with progress() as moved:
+        result = api.convert(
+            model,
+            recipe,
+            out,
+            init=init,
+            dtype=dtype,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+            overwrite=overwrite,
+            progress=moved,
+        )
+    settings().written = result.path
+    show_report(result.report)
+    path = str(result.path)
+    click.echo(_NEXT.format(path=path, quoted=shlex.quote(path)))
+
+
+def _is_kphi3(model: str) -> bool:
+    """Return whether `model` is a folder with a published kphi-3 model; quick, no torch."""
+    try:
+        config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") == "kphi3"

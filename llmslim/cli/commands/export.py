@@ -1,0 +1,30 @@
+"""`llmslim export`: a slim checkpoint as something else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from llmslim.cli.settings import backend, settings
+
+
+@click.command()
+@click.argument("slim")
+@click.option(
+    "--dense", is_flag=True, help="As a model of its base class, every block multiplied out."
+)
+@click.option(
+    "-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write."
+)
+@click.option("--overwrite", is_flag=True, help="Replace the folder if it exists.")
+def command(slim: str, dense: bool, out: Path, overwrite: bool) -> None:
+    """Write SLIM as a model that programs without llmslim's layers can read.
+
+    The result computes the same, and is as large as the model that SLIM was made from.
+    """
+    if not dense:
+        raise click.UsageError("Say what to export: --dense is the one kind there is.")
+    path = backend().export_dense(slim, out, overwrite=overwrite)
+    settings().written = path
+    click.echo(f"wrote {path}")

@@ -1,0 +1,74 @@
+"""`llmslim plan`: what a recipe would do, before anything is done."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import click
+
+from llmslim.cli.output import show_report, write_out
+from llmslim.cli.settings import backend
+
+
+class Ratio(click.ParamType[Fraction]):
+    """A share above 0 and at most 1, as 0.5 or 1/2."""
+
+    name = "ratio"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Fraction:
+        """Read the ratio exactly as it was written."""
+        try:
+            ratio = Fraction(str(value).replace(" ", ""))
+        except (ValueError, ZeroDivisionError):
+            ratio = Fraction(0)
+        if not 0 < ratio <= 1:
+            self.fail(f"{value!r} is not above 0 and at most 1, as 0.5 or 1/2.", param, ctx)
+        return ratio
+
+
+@click.command()
+@click.argument("model")
+@click.option("-r", "--recipe", required=True, help="Name of a shipped recipe, or a recipe file.")
+@click.option(
+    "--json", "json_target", metavar="FILE", help="Write the report as JSON too; - for stdout only."
+)
+@click.option("--full", is_flag=True, help="A line for every module, and a bar for every layer.")
+@click.option("--init", metavar="NAME", help="As for `llmslim convert`.")
+@click.option("--trust-remote-code", is_flag=True, help="As for `llmslim convert`.")
+@click.option(
+    "--fail-under",
+    type=Ratio(),
+    help="Exit 1 unless at least this share of the non-embedding parameters is saved (0.5, 1/2).",
+)
+def command(
+    model: str,
+    recipe: str,
+    json_target: str | None,
+    full: bool,
+    init: str | None,
+    trust_remote_code: bool,
+    fail_under: Fraction | None,
+) -> None:
+    """Show what a recipe would make of MODEL; touch nothing.
+
+    MODEL is a hub id, a folder (with weights or with only a config.json), or a .gguf file. No
+    weights are read.
+    """
+    made = backend().plan(model, recipe, init=init, trust_remote_code=trust_remote_code)
+    report = made.report()
+    if json_target != "-":
+        show_report(report, full=full)
+    if json_target is not None:
+        from llmslim.reporting import render
+
+        write_out(render(report, "json"), json_target)
+    if fail_under is not None:
+        totals = report.totals
+        saved = totals.non_embedding_before - totals.non_embedding_after
+        if saved < fail_under * totals.non_embedding_before:
+            raise click.ClickException(
+                f"saves {1 - totals.kept_ratio:.2%} of the non-embedding parameters; --fail-under "
+                f"asks for at least {float(fail_under):.2%}."
+            )

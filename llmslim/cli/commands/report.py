@@ -1,0 +1,35 @@
+"""`llmslim report`: the savings report of a slim checkpoint, in any format."""
+
+from __future__ import annotations
+
+import click
+
+from llmslim.cli.output import show_report, write_out
+from llmslim.reporting import FORMATS
+
+
+@click.command()
+@click.argument("slim")
+@click.option(
+    "-f",
+    "--format",
+    "format_name",
+    type=click.Choice(list(FORMATS)),
+    default="text",
+    show_default=True,
+)
+@click.option("-o", "--out", metavar="FILE", help="Write to this file instead of stdout.")
+@click.option("--full", is_flag=True, help="A line for every module; in text, a bar per layer too.")
+def command(slim: str, format_name: str, out: str | None, full: bool) -> None:
+    """Show what was saved where in SLIM.
+
+    SLIM is a folder that `llmslim convert` wrote, or a report file of `llmslim plan --json`.
+    """
+    from llmslim.reporting import render
+    from llmslim.reporting.read import read_report
+
+    report = read_report(slim)
+    if format_name == "text" and out is None:
+        show_report(report, full=full)
+    else:
+        write_out(render(report, format_name, full=full), out or "-")

@@ -1,0 +1,18 @@
+"""`llmslim verify`: whether a slim checkpoint is what was written."""
+
+from __future__ import annotations
+
+import click
+
+from llmslim.cli.settings import backend
+from llmslim.errors import CheckpointError
+
+
+@click.command()
+@click.argument("slim")
+def command(slim: str) -> None:
+    """Check every file of SLIM against its manifest; exit 1 where one differs."""
+    verification = backend().verify(slim)
+    if not verification.ok:
+        raise CheckpointError(verification.problems)
+    click.echo(f"ok: {verification.files} files as written")

@@ -1,0 +1,90 @@
+"""The command `llmslim`: finds commands, and turns errors into messages and exit statuses.
+
+    0   done
+    1   an error: one message on stderr; or a check (`verify`, `--fail-under`) that failed
+    2   wrong usage
+    130 interrupted
+
+A command is a file in `commands`. Its module is imported when the command runs or its help is
+asked for, and imports no more than click itself: `llmslim --help` must not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import click
+
+from llmslim import __version__
+from llmslim.errors import SlimError
+
+from .settings import Settings, shared_options
+
+
+class CommandFolder(click.Group):
+    """A group whose commands are the files of `commands`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  (click's signature)
+        """Return the names of all commands, sorted."""
+        files = (Path(__file__).parent / "commands").glob("[a-z]*.py")
+        return sorted(file.stem.replace("_", "-") for file in files)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import one command; None where there is no such file."""
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        module = importlib.import_module(f".commands.{cmd_name.replace('-', '_')}", __package__)
+        command: click.Command = module.command
+        command.name = cmd_name
+        if not any(param.name == "debug" for param in command.params):
+            # People put -v and --debug last as often as first.
+            command.params += shared_options()
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; end with a message and a status where it fails."""
+        settings = ctx.ensure_object(Settings)
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo(f"\nInterrupted; {settings.what_was_written()}.", err=True)
+            ctx.exit(130)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise  # click's own business
+        except SlimError as error:
+            if settings.debug:
+                raise
+            # The problems of one run line up below each other.
+            click.echo("Error: " + "\n       ".join(error.problems), err=True)
+            ctx.exit(1)
+        except Exception as error:
+            if settings.debug:
+                raise
+            said = str(error).strip().partition("\n")[0]
+            click.echo(
+                f"Error: {type(error).__name__}{f': {said}' if said else ''}\n"
+                "llmslim does not know this error; run again with --debug for the traceback.",
+                err=True,
+            )
+            ctx.exit(1)
+
+
+@click.group(
+    cls=CommandFolder,
+    params=shared_options(),
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.version_option(__version__, prog_name="llmslim")
+def cli() -> None:
+    """Make a language model smaller by giving its projections structure.
+
+    Start with `llmslim demo` (a small model that needs no download), or see what a recipe would
+    do to a model of yours: `llmslim plan MODEL --recipe mlp-half`.
+    """
+
+
+def main() -> None:
+    """Run the command line; the entry point of the package."""
+    cli(prog_name="llmslim")

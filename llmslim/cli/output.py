@@ -1,0 +1,84 @@
+"""How commands print: reports and progress through rich, everything for machines as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from llmslim.surgery.report import Report
+
+
+def console(*, err: bool = False) -> Console:
+    """Return a console on stdout or stderr; markup off: names may hold brackets."""
+    from rich.console import Console
+
+    return Console(stderr=err, markup=False, highlight=False, emoji=False)
+
+
+def show_report(report: Report, *, full: bool = False, bars: bool | None = None) -> None:
+    """Print a report for a person.
+
+    Args:
+        report: what to print.
+        full: one line per module.
+        bars: whether a bar per layer is printed too; as `full` where not given.
+    """
+    from llmslim.reporting.text import TextView
+
+    console().print(TextView(report, full=full, bars=bars))
+
+
+def write_out(text: str, target: str) -> None:
+    """Write text to a file, or to stdout where the target is `-`.
+
+    Args:
+        text: what to write, as it is.
+        target: path or `-`.
+
+    Raises:
+        click.FileError: if the file cannot be written.
+    """
+    if target == "-":
+        click.echo(text, nl=False)
+        return
+    try:
+        Path(target).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise click.FileError(target, error.strerror) from error
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[int, int, str], None]]:
+    """Show a bar with the time left on stderr; yield the function that moves it.
+
+    Nothing is shown where stderr is not a terminal: a log is no place for a bar.
+    """
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    err = console(err=True)
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task("reading the model", total=None)
+
+        def move(done: int, total: int, what: str) -> None:
+            bar.update(task, completed=done, total=total, description=what)
+
+        yield move

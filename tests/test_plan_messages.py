@@ -1,0 +1,147 @@
+"""What a user reads when a recipe does not fit the model: each message, with its values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_config, tiny_model
+
+import llmslim
+from llmslim import RecipeError, SizeError, SlimError, TargetError
+
+GROUPED = {"structure": "grouped_pointwise"}
+
+
+def problems(recipe: dict[str, Any], architecture: str = "llama", **kwargs: Any) -> tuple[str, ...]:
+    with pytest.raises(SlimError) as caught:
+        llmslim.plan(tiny_config(architecture), recipe, **kwargs)
+    return caught.value.problems
+
+
+def test_rule_that_matches_nothing_names_the_closest() -> None:
+    recipe = {"replace": [{"match": "*.mlp.up_prj", "keep": True}]}
+    (sentence,) = problems(recipe)
+    assert "replace[0].match: *.mlp.up_prj matches no projection of LlamaForCausalLM" in sentence
+    assert "closest are model.layers.0.mlp.up_proj" in sentence
+    with pytest.raises(TargetError):
+        llmslim.plan(tiny_config("llama"), recipe)
+
+
+def test_one_matching_glob_of_several_is_enough() -> None:
+    rule = {"match": ["*.mlp.*", "*.nothing"], **GROUPED, "groups": 4}
+    assert llmslim.plan(tiny_config("llama"), {"replace": [rule]}).sites
+
+
+def test_groups_that_do_not_divide_are_told_once_per_size() -> None:
+    recipe = {"replace": [{"match": "*.mlp.*", **GROUPED, "groups": 7}]}
+    told = problems(recipe)
+    assert told[0] == (
+        "recipe replace[0].groups: model.layers.0.mlp.gate_proj and 7 more: groups 7 does not "
+        "divide in_features 48 and out_features 96; allowed 1, 2, 3, 4, 6, 8, 12, 16, 24, 48."
+    )
+    assert len(told) == 2
+    with pytest.raises(SizeError):
+        llmslim.plan(tiny_config("llama"), recipe)
+
+
+def test_rank_out_of_range() -> None:
+    (sentence,) = problems({"replace": [{"match": "*.o_proj", "structure": "low_rank", "rank": 49}]})
+    assert "replace[0].rank: model.layers.0.self_attn.o_proj and 3 more: rank 49; allowed 1 to 48" in sentence  # fmt: skip  # noqa: E501
+
+
+def test_option_of_another_structure() -> None:
+    (sentence,) = problems({"replace": [{"match": "*.mlp.*", **GROUPED, "groups": 4, "rank": 2}]})
+    assert sentence == (
+        "recipe replace[0].rank: not an option of grouped_pointwise; allowed groups, "
+        "min_channels_per_group, keep_ratio, variant, activation."
+    )
+
+
+def test_unknown_structure_and_init_with_the_nearest_name() -> None:
+    told = problems({"replace": [{"match": "*.mlp.*", "structure": "lowrank"}], "init": "svd"})
+    assert told == (
+        "recipe init: 'svd'; allowed project, random, random_published.",
+        "recipe replace[0].structure: structure 'lowrank' is not known. Did you mean low_rank?",
+    )
+    assert problems({"replace": [{"match": "*.mlp.*", "structure": "low_rank", "rank": 1}]}, init="x")[0].startswith("--init: 'x'")  # fmt: skip  # noqa: E501
+
+
+def test_internal_structures_are_not_for_recipes() -> None:
+    (sentence,) = problems({"replace": [{"match": "*.mlp.*", "structure": "linear"}]})
+    assert "'linear' is not for recipes" in sentence
+
+
+def test_an_activation_cannot_be_projected() -> None:
+    rule = {"match": "*.mlp.*", **GROUPED, "groups": 4, "variant": "residual", "activation": "silu"}
+    assert "init project needs a linear block" in problems({"replace": [rule]})[0]
+    assert llmslim.plan(tiny_config("llama"), {"replace": [rule], "init": "random"}).sites
+
+
+def test_everything_at_once_with_file_and_line(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(
+        "depth:\n  keep_layers: 9\nreplace:\n  - match: '*.mlpp.*'\n    keep: true\n"
+        "  - match: '*.mlp.*'\n    structure: grouped_pointwise\n    groups: 5\n",
+        encoding="utf-8",
+    )
+    with pytest.raises(RecipeError) as caught:
+        llmslim.plan(tiny_config("llama"), path)
+    told = caught.value.problems
+    assert [sentence.partition(": ")[0].removeprefix(f"{path}:") for sentence in told] == [
+        "2 depth.keep_layers",
+        "4 replace[0].match",
+        "8 replace[1].groups",
+        "8 replace[1].groups",
+    ]
+
+
+def test_nothing_is_touched_when_a_plan_fails() -> None:
+    model = tiny_model("llama")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(SlimError):
+        llmslim.slim(model, {"replace": [{"match": "*.mlp.*", **GROUPED, "groups": 7}]})
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_rows_say_why() -> None:
+    recipe = {
+        "depth": {"keep_layers": [0, 1, 3]},
+        "replace": [
+            {"match": "*.0.*", "keep": True},
+            {"match": "*.down_proj", **GROUPED, "min_channels_per_group": 96},
+            {"match": "*.up_proj", "structure": "low_rank", "rank": 3},
+        ],
+    }
+    model = tiny_model("llama", tie_word_embeddings=True)
+    rows = {row.name: row for row in llmslim.plan(model, recipe).rows}
+
+    def outcome(name: str) -> tuple[str, str]:
+        return rows[name].action, rows[name].reason
+
+    assert outcome("model.layers.2.mlp.up_proj") == ("dropped", "decoder layer 2 is dropped")
+    assert outcome("model.layers.0.mlp.up_proj") == ("kept", "replace[0] keeps it")
+    action, reason = outcome("model.layers.1.mlp.down_proj")
+    assert action == "kept" and "no common divisor of 96 and 48 from 2 to 1" in reason
+    assert outcome("model.layers.1.mlp.gate_proj") == ("unmatched", "no rule matches")
+    assert outcome("model.norm") == ("kept", "not a projection")
+    assert outcome("lm_head") == ("tied", "shares its parameters with model.embed_tokens")
+    assert rows["lm_head"].params_before == 0
+    assert rows["lm_head"].flops_per_token_after == 2 * 96 * 48
+    assert rows["model.layers.1.mlp.up_proj"].options == {"rank": 3}
+    assert sum(row.params_before for row in rows.values()) == sum(p.numel() for p in model.parameters())  # fmt: skip  # noqa: E501
+
+
+def test_a_rule_behind_another_is_noted() -> None:
+    recipe = {
+        "replace": [
+            {"match": "*.mlp.*", "structure": "low_rank", "rank": 3},
+            {"match": "*.up_proj", "keep": True},
+        ]
+    }
+    (note,) = llmslim.plan(tiny_config("llama"), recipe).report().problems
+    assert note == "recipe replace[1]: all 4 projections it matches are taken by replace[0] above it."

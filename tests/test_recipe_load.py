@@ -1,0 +1,233 @@
+"""Reading recipes: what is accepted, and that every refusal names its file, line, key and values."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pydantic
+import pytest
+
+from llmslim.errors import RecipeError
+from llmslim.recipe import Recipe, json_schema, shipped_recipes
+
+GOOD = """\
+# a comment
+name: mine
+description: all keys
+source: nowhere
+depth:
+  keep_layers: [0, 2]
+width:
+  intermediate_size: 64
+replace:
+  - match: "*.down_proj"
+    keep: true
+  - match: ["*.up_proj", "*.gate_proj"]
+    structure: grouped_pointwise
+    variant: residual
+    activation: silu
+    groups: 4
+    init: random
+  - match: "*.o_proj"
+    structure: low_rank
+    keep_ratio: 1/3
+init: random
+calibration:
+  data: text.jsonl
+  tokens: 1000
+  sequence_length: 128
+  seed: 3
+heal:
+  data: self
+  train: lora
+  tokens: 5000
+  context_length: 256
+  learning_rate: 2.0e-4
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    """Return a function that writes a recipe file and returns its path."""
+
+    def write_recipe(text: str | bytes, name: str = "mine.yaml") -> Path:
+        path = tmp_path / name
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        return path
+
+    return write_recipe
+
+
+def problems_of(path: Path | str) -> list[str]:
+    """Load what must be refused; return its sentences, without the folder."""
+    with pytest.raises(RecipeError) as caught:
+        Recipe.load(path)
+    folder = f"{Path(path).parent}/"
+    return [sentence.removeprefix(folder) for sentence in caught.value.problems]
+
+
+def test_every_key_arrives(write):
+    recipe = Recipe.load(write(GOOD))
+    assert (recipe.name, recipe.description, recipe.source) == ("mine", "all keys", "nowhere")
+    assert recipe.depth.keep_layers == [0, 2]
+    assert recipe.width.intermediate_size == 64
+    keep, grouped, low_rank = recipe.replace
+    assert keep.globs == ("*.down_proj",)
+    assert keep.keep is True
+    assert grouped.globs == ("*.up_proj", "*.gate_proj")
+    assert grouped.options() == {"variant": "residual", "activation": "silu", "groups": 4}
+    assert (grouped.init, low_rank.init, recipe.init) == ("random", None, "random")
+    assert low_rank.keep_ratio == pytest.approx(1 / 3)
+    assert (recipe.calibration.data, recipe.calibration.tokens) == ("text.jsonl", 1000)
+    assert (recipe.calibration.sequence_length, recipe.calibration.seed) == (128, 3)
+    assert (recipe.heal.train, recipe.heal.tokens, recipe.heal.learning_rate) == ("lora", 5000, 2e-4)
+
+
+def test_the_name_is_the_files_own_where_none_is_given(write):
+    assert Recipe.load(write("init: random\n", "half-size.yaml")).name == "half-size"
+
+
+def test_a_recipe_is_frozen(write):
+    recipe = Recipe.load(write(GOOD))
+    with pytest.raises(pydantic.ValidationError, match="frozen"):
+        recipe.init = "project"
+
+
+def test_a_recipe_comes_from_a_dictionary_a_path_a_name_or_itself(write):
+    from_file = Recipe.of(write(GOOD))
+    assert Recipe.of(from_file) is from_file
+    from_dict = Recipe.of(json.loads(from_file.model_dump_json(exclude_none=True)))
+    assert from_dict.model_dump() == from_file.model_dump()
+    assert Recipe.of("kphi3").model_dump() == Recipe.load("recipes/kphi3.yaml").model_dump()
+    with pytest.raises(RecipeError, match=r"^recipe replace\[0\]\.structur: unknown key"):
+        Recipe.of({"replace": [{"match": "*", "structur": "low_rank"}]})
+
+
+def test_a_shipped_recipe_is_found_from_any_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert Recipe.load("kphi3") == Recipe.load("recipes/kphi3.yaml")
+
+
+def test_an_unknown_name_lists_the_shipped_recipes_and_the_nearest():
+    (sentence,) = problems_of("kphi4")
+    assert sentence.startswith("kphi4: no such recipe file")
+    assert sentence.endswith("Did you mean kphi3?")
+    for name in shipped_recipes():
+        assert name in sentence
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "init: project\ndept:\n  keep_layers: 2\n",
+            "mine.yaml:2 dept: unknown key; allowed name, description, source, depth, width, "
+            "replace, init, calibration, heal. Did you mean depth?",
+        ),
+        (
+            "replace:\n  - match: '*'\n    structure: low_rank\n    ranks: 4\n",
+            "mine.yaml:4 replace[0].ranks: unknown key; allowed match, keep, structure, groups, "
+            "min_channels_per_group, keep_ratio, rank, variant, activation, init. "
+            "Did you mean rank?",
+        ),
+        (
+            "depth:\n  keep_layers: 0\n",
+            "mine.yaml:2 depth.keep_layers: 0; input should be greater than or equal to 1.",
+        ),
+        (
+            "depth:\n  keep_layers: true\n",
+            "mine.yaml:2 depth.keep_layers: True; input should be a valid integer.",
+        ),
+        (
+            "replace:\n  - match: '*'\n    structure: low_rank\n    keep_ratio: 3/2\n",
+            "mine.yaml:4 replace[0].keep_ratio: '3/2'; input should be less than or equal to 1.",
+        ),
+        (
+            "replace:\n  - match: '*'\n    structure: low_rank\n    keep_ratio: 1/0\n",
+            "mine.yaml:4 replace[0].keep_ratio: '1/0'; input should be a valid number, "
+            "unable to parse string as a number.",
+        ),
+        (
+            "replace:\n  - match: '*'\n    structure: x\n    variant: io2\n",
+            "mine.yaml:4 replace[0].variant: 'io2'; input should be 'io' or 'residual'.",
+        ),
+        (
+            "replace:\n  - match: '*'\n",
+            "mine.yaml:2 replace[0]: a rule says either `keep: true` or a `structure`.",
+        ),
+        (
+            "replace:\n  - match: '*'\n    keep: true\n    groups: 2\n",
+            "mine.yaml:2 replace[0]: a rule with `keep: true` takes no other key than `match`.",
+        ),
+        (
+            "heal:\n  train: everything\n",
+            "mine.yaml:2 heal.train: 'everything'; input should be 'blocks', 'all' or 'lora'.",
+        ),
+        (
+            "init: ../../evil\n",
+            "mine.yaml:1 init: '../../evil'; string should match pattern '^[a-z][a-z0-9_]*$'.",
+        ),
+    ],
+)
+def test_a_wrong_value_is_refused_with_file_line_key_and_value(write, text, expected):
+    assert problems_of(write(text)) == [expected]
+
+
+def test_all_problems_come_together(write):
+    text = "inti: random\nwidth:\n  intermediate_size: -3\nreplace:\n  - match: '*'\n    rank: 2\n"
+    where = [sentence.split(": ")[0] for sentence in problems_of(write(text))]
+    assert sorted(where) == [
+        "mine.yaml:1 inti",
+        "mine.yaml:3 width.intermediate_size",
+        "mine.yaml:5 replace[0]",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("init: project\ninit: random\n", "mine.yaml:2 init: given twice. Keep one."),
+        (
+            "heal:\n  data: self\n  data: lamini\n",
+            "mine.yaml:3 heal.data: given twice. Keep one.",
+        ),
+        ("a: &x 1\nb: *x\n", "mine.yaml: a YAML alias"),
+        ("- a\n- b\n", "mine.yaml: holds no keys"),
+        ("", "mine.yaml: holds no keys"),
+        ("replace: [\n", "mine.yaml:2: not valid YAML"),
+        ("name: !!python/object/apply:os.getcwd []\n", "mine.yaml:1: not valid YAML"),
+        (b"name: \xff\n", "mine.yaml: cannot be read as UTF-8 text"),
+        (b"#" * ((1 << 20) + 1), "mine.yaml: 1,048,577 bytes; a recipe has at most 1,048,576."),
+        ("[" * 800 + "]" * 800, "mine.yaml: nested too deeply"),
+        ("a: 0001-99-99\n", "mine.yaml: not valid YAML"),
+    ],
+)
+def test_what_is_not_a_recipe_is_refused_in_one_sentence(write, text, expected):
+    (sentence,) = problems_of(write(text))
+    assert sentence.startswith(expected)
+
+
+def test_an_object_tag_is_never_carried_out(write, tmp_path):
+    target = tmp_path / "made-by-yaml"
+    problems_of(write(f"name: !!python/object/apply:pathlib.Path.touch [{target}]\n"))
+    assert not target.exists()
+
+
+def test_where_names_the_nearest_line_that_is_known(write):
+    recipe = Recipe.load(write(GOOD))
+    assert recipe.where("replace", 1, "groups").endswith("mine.yaml:16 replace[1].groups")
+    assert recipe.where("replace", 1, "rank").endswith("mine.yaml:12 replace[1].rank")
+    assert recipe.problem(("init",), "no.").problems[0].endswith("mine.yaml:21 init: no.")
+
+
+def test_the_json_schema_describes_every_key_and_is_closed():
+    schema = json.loads(json_schema())
+    sections = [schema, *schema["$defs"].values()]
+    assert len(sections) >= 6
+    for section in sections:
+        assert section["additionalProperties"] is False
+    rule = schema["$defs"]["Rule"]["properties"]
+    assert set(rule) >= {"match", "keep", "structure", "groups", "keep_ratio", "rank", "init"}
+    for key, value in rule.items():
+        assert value.get("description"), key

@@ -1,0 +1,160 @@
+"""The shipped recipes: each reads well, says what it says, and fits the models it is for."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.pytorch_utils import Conv1D
+
+from llmslim.modeling.structured import structure_class
+from llmslim.recipe import Recipe, first_rule, shipped_recipes
+
+FOLDER = Path(__file__).parents[1] / "recipes"
+NAMES = sorted(path.stem for path in FOLDER.rglob("*.yaml"))
+ANY_MODEL = ["grouped-half", "grouped-third", "mlp-half", "mlp-third"]
+
+# Phi-3-mini, from its published config: hidden size, layers.
+HIDDEN, LAYERS = 3072, 32
+
+
+def test_every_recipe_in_the_folder_is_shipped():
+    assert list(shipped_recipes()) == NAMES
+    assert set(NAMES) >= {"kphi3", "kphi3-2layer", "kphi3-3layer", "phi3-2layer", *ANY_MODEL}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_reads_and_opens_with_how_to_use_it(name):
+    recipe = Recipe.load(name)
+    assert recipe.name == name
+    assert recipe.description
+    opening = (FOLDER / f"{name}.yaml").read_text().split("\n\n")[0]
+    assert all(line.startswith("#") for line in opening.splitlines())
+    assert re.search(rf"#   llmslim convert \S+ --recipe {name} --out \S+\n", opening)
+    assert "Override:" in opening
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_rule_names_a_structure_that_takes_its_options(name):
+    for rule in Recipe.load(name).replace:
+        cls = structure_class(rule.structure)
+        assert set(rule.options()) <= set(cls.option_names)
+        assert cls.resolve(3072, 9216, **rule.options())
+
+
+def non_embedding_params(recipe: Recipe) -> int:
+    """Count what `recipe` makes of Phi-3-mini by hand: projections of each layer, and the norms."""
+    layers = LAYERS if recipe.depth is None else recipe.depth.keep_layers
+    mlp = 8192 if recipe.width is None else recipe.width.intermediate_size
+    per_layer = 2 * HIDDEN  # its two norms
+    for projection, inputs, outputs in (
+        ("self_attn.qkv_proj", HIDDEN, 3 * HIDDEN),
+        ("self_attn.o_proj", HIDDEN, HIDDEN),
+        ("mlp.gate_up_proj", HIDDEN, 2 * mlp),
+        ("mlp.down_proj", mlp, HIDDEN),
+    ):
+        index = first_rule(recipe, f"model.layers.0.{projection}")
+        weights = inputs * outputs
+        if index is not None:
+            rule = recipe.replace[index]
+            cls = structure_class(rule.structure)
+            weights = cls.count_weights(
+                inputs, outputs, **cls.resolve(inputs, outputs, **rule.options())
+            )
+        per_layer += weights
+    return layers * per_layer + HIDDEN  # and the last norm
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("phi3-2layer", 226_507_776),
+        ("kphi3-2layer", 35_011_584),
+        ("kphi3-3layer", 52_515_840),
+        ("kphi3", 654_511_104),
+    ],
+)
+def test_the_reports_rows_have_the_reports_parameters(name, published):
+    recipe = Recipe.load(name)
+    assert non_embedding_params(recipe) == published
+    opening = (FOLDER / f"{name}.yaml").read_text().split("\n\n")[0]
+    assert f"{published:,}" in opening
+
+
+def test_phi3_mini_itself_is_counted_right():
+    assert non_embedding_params(Recipe(name="dense")) == 3_624_078_336
+
+
+@pytest.mark.parametrize("name", ["phi3-2layer", "kphi3-2layer", "kphi3-3layer", "kphi3"])
+def test_the_reports_recipes_train_as_the_report_did(name):
+    heal = Recipe.load(name).heal
+    assert (heal.data, heal.train, heal.epochs) == ("lamini", "all", 3)
+    assert (heal.context_length, heal.learning_rate, heal.seed) == (4096, 1e-4, 42)
+
+
+@pytest.mark.parametrize("name", ["kphi3", "kphi3-2layer", "kphi3-3layer"])
+def test_the_phi3_recipes_replace_all_projections_of_a_layer_and_nothing_else(name):
+    replaced = matched(Recipe.load(name), "phi3")
+    assert replaced == {
+        "model.layers.0.self_attn.qkv_proj",
+        "model.layers.0.self_attn.o_proj",
+        "model.layers.0.mlp.gate_up_proj",
+        "model.layers.0.mlp.down_proj",
+    }
+
+
+GATED = {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
+# Model type to the MLP projections of its first decoder layer, as the model's own code names them.
+MLPS = {
+    "llama": ("model.layers.0", GATED),
+    "mistral": ("model.layers.0", GATED),
+    "qwen2": ("model.layers.0", GATED),
+    "qwen3": ("model.layers.0", GATED),
+    "gemma": ("model.layers.0", GATED),
+    "gemma2": ("model.layers.0", GATED),
+    "gemma3_text": ("model.layers.0", GATED),
+    "olmo2": ("model.layers.0", GATED),
+    "smollm3": ("model.layers.0", GATED),
+    "phi3": ("model.layers.0", {"mlp.gate_up_proj", "mlp.down_proj"}),
+    "glm": ("model.layers.0", {"mlp.gate_up_proj", "mlp.down_proj"}),
+    "phi": ("model.layers.0", {"mlp.fc1", "mlp.fc2"}),
+    "opt": ("model.decoder.layers.0", {"fc1", "fc2"}),
+    "gpt2": ("transformer.h.0", {"mlp.c_fc", "mlp.c_proj"}),
+    "gpt_neo": ("transformer.h.0", {"mlp.c_fc", "mlp.c_proj"}),
+    "gpt_neox": ("gpt_neox.layers.0", {"mlp.dense_h_to_4h", "mlp.dense_4h_to_h"}),
+    "gptj": ("transformer.h.0", {"mlp.fc_in", "mlp.fc_out"}),
+    "bloom": ("transformer.h.0", {"mlp.dense_h_to_4h", "mlp.dense_4h_to_h"}),
+    "falcon": ("transformer.h.0", {"mlp.dense_h_to_4h", "mlp.dense_4h_to_h"}),
+    "mpt": ("transformer.blocks.0", {"ffn.up_proj", "ffn.down_proj"}),
+    "starcoder2": ("model.layers.0", {"mlp.c_fc", "mlp.c_proj"}),
+}
+
+
+def matched(recipe: Recipe, model_type: str) -> set[str]:
+    """Return the dense maps of the first layer that the recipe matches, in a model of one layer."""
+    config = CONFIG_MAPPING[model_type]()
+    for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"):
+        if key in config.to_dict() or key in type(config).attribute_map:
+            setattr(config, key, 1)
+    config.attention_layers = ["global"]  # GPT-Neo's own list; the others have no such field
+    config.layer_types = None if model_type == "gpt_neo" else ["full_attention"]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and first_rule(recipe, name) is not None
+    }
+
+
+@pytest.mark.parametrize("model_type", MLPS)
+def test_the_any_model_recipes_match_the_mlp_and_nothing_else(model_type):
+    prefix, names = MLPS[model_type]
+    expected = {f"{prefix}.{name}" for name in names}
+    for recipe in ANY_MODEL:
+        assert matched(Recipe.load(recipe), model_type) == expected, recipe
