@@ -129,9 +129,11 @@ def convert(
         seed: seed of everything drawn.
         trust_remote_code: run model code that comes with the model.
         overwrite: replace `out` where it exists, once the new one is whole.
-        progress: told about every step.
+        progress: told how many steps are done, how many there are (0 while that is not known),
+            and what comes now.
 
     Raises:
+        RecipeError: if no recipe is given and the model is not slim already.
         SlimError: with every problem found; `out` is then as it was.
     """
     chosen = None if recipe is None else Recipe.of(recipe)
@@ -148,9 +150,14 @@ def convert(
     if not source.is_kphi3:
         # Everything that can be wrong with the recipe is found before gigabytes are read.
         surgery.plan(source.config, chosen, model_name=source.name, init=init)
+    tell = progress or (lambda done, total, what: None)
+    tell(0, 0, "reading the model")
     loaded = load_model(source, dtype=dtype, trust_remote_code=trust_remote_code)
     made = surgery.plan(loaded, chosen, model_name=source.name, init=init)
-    report = surgery.rewrite(loaded, made, seed=seed, progress=progress)
+    report = surgery.rewrite(
+        loaded, made, seed=seed, progress=lambda done, total, what: tell(done, total + 1, what)
+    )
+    tell(len(made.sites), len(made.sites) + 1, "writing and reading back")
     write_checkpoint(
         loaded,
         target,
@@ -158,9 +165,15 @@ def convert(
         tokenizer=load_tokenizer(source),
         report=report.to_dict(),
         recipe_text=recipe_yaml(chosen),
-        model_card=model_card(report, recipe_text=recipe_yaml(chosen)),
+        model_card=model_card(
+            report,
+            recipe_text=recipe_yaml(chosen),
+            base_model=source.given,
+            slim=loaded.config.model_type == "llmslim",
+        ),
         overwrite=overwrite,
     )
+    tell(len(made.sites) + 1, len(made.sites) + 1, "done")
     return Conversion(target, report)
 
 

@@ -1,4 +1,4 @@
-"""What the checkpoint tests share: slim models made by hand, a tokenizer, files and their hashes."""
+"""What the checkpoint tests share: slim models made by hand, a tokenizer, files and hashes."""
 
 from __future__ import annotations
 
@@ -47,8 +47,11 @@ def make_slim(model: Any, structures: dict[str, dict[str, Any]], seed: int = 5) 
 
 def slim_llama(dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """Return a slim 4-layer Llama: grouped MLPs and low-rank attention outputs."""
+    model = tiny_model("llama", **changes)
+    for parameter in model.parameters():  # but not the rotary table, as from_pretrained does it
+        parameter.data = parameter.data.to(dtype)
     return make_slim(
-        tiny_model("llama", **changes).to(dtype),
+        model,
         {
             "mlp.up_proj": {"structure": "grouped_pointwise", "groups": 4},
             "self_attn.o_proj": {"structure": "low_rank", "rank": 5},
@@ -94,3 +97,8 @@ def edit_json(path: Path, **changes: Any) -> None:
     """Change keys of a JSON file; None removes one."""
     data = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({k: v for k, v in data.items() if v is not None}))
+
+
+def names(folder: Path) -> list[str]:
+    """Return the names of what lies in a folder, hidden things too, sorted."""
+    return sorted(path.name for path in folder.iterdir())

@@ -96,7 +96,7 @@ def test_every_cut_of_a_file_is_noticed(tmp_path: Path) -> None:
     assert set(read_header(path)) == {"a", "b"}
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
-        with pytest.raises(CheckpointError, match="model.safetensors"):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors"):
             read_header(path)
 
 

@@ -158,3 +158,16 @@ def test_the_any_model_recipes_match_the_mlp_and_nothing_else(model_type):
     expected = {f"{prefix}.{name}" for name in names}
     for recipe in ANY_MODEL:
         assert matched(Recipe.load(recipe), model_type) == expected, recipe
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_readmes_parameter_counts_are_what_a_plan_gives(name):
+    from transformers import Phi3Config
+
+    from llmslim.surgery import plan
+
+    totals = plan(Phi3Config(), Recipe.load(name)).report().totals
+    readme = (FOLDER.parent / "README.md").read_text()
+    assert f"{totals.non_embedding_before:,}" in readme
+    (row,) = re.findall(rf"^\| `{name}` \|.*$", readme, re.MULTILINE)
+    assert row.endswith(f"| {totals.non_embedding_after:,} | {100 * totals.kept_ratio:.2f} % |")

@@ -347,6 +347,12 @@ def test_card_of_a_plain_model_needs_no_custom_code():
     assert "import llmslim" not in card
 
 
+def test_card_of_a_model_that_was_slim_already():
+    card = model_card(Report("m", "kphi3", (projection("layers.0.fc", 4, 4, "kept"),)), slim=True)
+    assert "import llmslim" in card
+    assert "healed" not in card  # nothing was taken from it
+
+
 def test_card_fences_a_recipe_that_has_fences():
     card = model_card(sample(), recipe_text="# ```\nname: x\n")
     assert "````yaml\n# ```\nname: x\n````" in card

@@ -109,6 +109,8 @@ def load_tokenizer(
         raise CheckpointError(
             f"{given}: its tokenizer cannot be loaded ({first_line(error)})."
         ) from error
+    for passing in ("is_local", "local_files_only"):  # how it was loaded; would be saved with it
+        tokenizer.init_kwargs.pop(passing, None)
     return tokenizer
 
 

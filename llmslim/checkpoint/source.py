@@ -70,7 +70,8 @@ def open_source(
     local = path.is_dir() and given.strip() != ""
     folder = path if local else _download(given, trust_remote_code, weights)
     ggufs = sorted(folder.glob("*.gguf"))
-    if ggufs and not any(folder.glob("*.safetensors")):
+    plannable = not weights and (folder / "config.json").is_file()
+    if ggufs and not plannable and not any(folder.glob("*.safetensors")):
         if len(ggufs) > 1:
             raise CheckpointError(
                 f"{given}: holds {len(ggufs)} .gguf files, such as {ggufs[0].name}; one is "
@@ -165,16 +166,13 @@ def _read_config(
     Raises:
         CheckpointError: if transformers cannot make a config of it.
     """
-    from .kphi3 import is_kphi3_config
+    from .kphi3 import is_kphi3_config, kphi3_config
 
+    if is_kphi3_config(config_dict):
+        return True, kphi3_config(folder)
     register()
     try:
         with quiet():
-            if is_kphi3_config(config_dict):
-                known = {
-                    k: v for k, v in config_dict.items() if k not in ("auto_map", "model_type")
-                }
-                return True, AutoConfig.for_model("phi3", **known)
             config: PreTrainedConfig = AutoConfig.from_pretrained(
                 folder, trust_remote_code=trust_remote_code
             )

@@ -43,7 +43,7 @@ def shared_options() -> list[click.Parameter]:
             is_flag=True,
             expose_value=False,
             callback=note,
-            help="Show warnings of the libraries, and how fast things went.",
+            help="Say more: warnings of the libraries, tokens per second.",
         ),
         click.Option(
             ["--debug"],

@@ -48,19 +48,22 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 _HONEST = """\
 ## Before you use it
 
-The blocks were fitted to the dense weights, not trained. Until it is healed (fine-tuned), this
-model is worse than its base, and with much removed it writes nonsense. Numbers that say how good
-the base model is do not hold for it.
+Nothing was trained after the change. Until it is healed (fine-tuned), this model is worse than its
+base, and with much removed it writes nonsense. Numbers that say how good the base model is do not
+hold for it.
 """
 
 
-def model_card(report: Report, *, recipe_text: str = "", base_model: str = "") -> str:
+def model_card(
+    report: Report, *, recipe_text: str = "", base_model: str = "", slim: bool | None = None
+) -> str:
     """Return the README.md of a checkpoint just made, not yet healed.
 
     Args:
         report: what was done.
         recipe_text: the recipe's YAML as it was used.
         base_model: what the user called the source model; the report's name for it by default.
+        slim: whether loading needs llmslim's classes; by default, where the report has blocks.
     """
     given = base_model or report.model
     # A folder on the maker's disk means nothing to a reader, and is not theirs to know.
@@ -72,7 +75,9 @@ def model_card(report: Report, *, recipe_text: str = "", base_model: str = "") -
     front["tags"] = ["llmslim"]
     totals = report.totals
     kept = wording.percent(totals.non_embedding_after, totals.non_embedding_before, 2)
-    slim = any(row.action == "replaced" for row in report.rows)
+    if slim is None:
+        slim = any(row.action == "replaced" for row in report.rows)
+    changed = any(row.params_before != row.params_after for row in report.rows)
     shown_base, shown_recipe = wording.plain(base), wording.plain(report.recipe)
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
@@ -81,7 +86,7 @@ def model_card(report: Report, *, recipe_text: str = "", base_model: str = "") -
         f"with the recipe `{shown_recipe}`. It has {totals.params_after:,} parameters; "
         f"{kept} of the non-embedding parameters are left.\n",
         f"## Loading\n\n{_LOAD_SLIM if slim else _LOAD_PLAIN}",
-        _HONEST,
+        *([_HONEST] if changed else []),
         f"## What changed\n\n{markdown.totals_table(report)}\n\n{markdown.rows_table(report)}\n",
     ]
     if recipe_text:

@@ -64,7 +64,6 @@ def rewrite(
         errors[site.name] = initialise(block, target, method)
         block.train(old.training)
         set_module(model, site.name, block)
-    tell(total, total, "done")
     if plan.layers and plan.keep_layers is not None:
         drop_layers(model, plan.layers, plan.keep_layers)
     apply_changes(model.config.get_text_config(), plan.text_config)

@@ -19,8 +19,10 @@ what next
   llmslim report {quoted} --full
   python: import llmslim; from transformers import AutoModelForCausalLM
           model = AutoModelForCausalLM.from_pretrained({path!r})
-The blocks are fitted to the dense weights, not trained: expect the model to be worse than its base
-until it is fine-tuned (healed)."""
+"""
+_HONEST = """\
+Nothing was trained after the change: expect the model to be worse than its base until it is
+fine-tuned (healed)."""
 
 
 @click.command()
@@ -62,23 +64,26 @@ def command(
     MODEL is a hub id, a folder, or a .gguf file. A folder with a published kphi-3 model needs no
     recipe: it is rewritten as it is. The folder appears when it is whole, and not before.
     """
-    if recipe is None and not _is_kphi3(model):
-        from llmslim.recipe import shipped_recipes
+    from llmslim.recipe import Recipe, shipped_recipes
 
+    # What is wrong with a recipe is known before torch is imported.
+    read = None if recipe is None else Recipe.load(recipe)
+    if read is None and not _is_kphi3(model):
         raise click.UsageError(
             f"Missing option '--recipe'; a file, or one of {', '.join(shipped_recipes())}."
         )
     api = backend()
     if dry_run:
-        planned = {"name": "kphi3"} if recipe is None else recipe
-        made = api.plan(model, planned, init=init, trust_remote_code=trust_remote_code)
+        made = api.plan(
+            model, read or Recipe(name="kphi3"), init=init, trust_remote_code=trust_remote_code
+        )
         show_report(made.report())
         click.echo("\ndry run: nothing was written")
         return
     with progress() as moved:
         result = api.convert(
             model,
-            recipe,
+            read,
             out,
             init=init,
             dtype=dtype,
@@ -90,7 +95,10 @@ def command(
     settings().written = result.path
     show_report(result.report)
     path = str(result.path)
-    click.echo(_NEXT.format(path=path, quoted=shlex.quote(path)))
+    click.echo(_NEXT.format(path=path, quoted=shlex.quote(path)), nl=False)
+    totals = result.report.totals
+    if totals.params_before != totals.params_after:
+        click.echo(_HONEST)
 
 
 def _is_kphi3(model: str) -> bool:

@@ -42,8 +42,7 @@ def command(out: Path, overwrite: bool) -> None:
     show_report(result.report, bars=True)
     click.echo(f"\nuser: {QUESTION}")
     for name, model in (("dense", source), ("slim", result.path)):
-        click.echo(f"{name}: ", nl=False)
-        _answer(model)
+        _answer(name, model)
     click.echo(
         "\nThe slim model babbles: its blocks are the nearest to the dense weights, and nothing "
         "has been\ntrained yet. Fine-tuning (healing) is what makes it answer again.\n"
@@ -74,13 +73,15 @@ def smollm2_file() -> Path:
     return files[0]
 
 
-def _answer(model: Path) -> None:
+def _answer(name: str, model: Path) -> None:
     from llmslim.checkpoint import load_model, load_tokenizer, open_source
     from llmslim.cli.chat import reply
 
     source = open_source(model)
+    loaded = load_model(source)
+    click.echo(f"{name}: ", nl=False)
     reply(
-        load_model(source),
+        loaded,
         load_tokenizer(source),
         QUESTION,
         write=lambda text: click.echo(text, nl=False),

@@ -10,22 +10,23 @@ from llmslim.cli.output import show_report, write_out
 from llmslim.cli.settings import backend
 
 
-class Ratio(click.ParamType[Fraction]):
-    """A share above 0 and at most 1, as 0.5 or 1/2."""
+def read_ratio(ctx: click.Context, param: click.Parameter, value: str | None) -> Fraction | None:
+    """Read a share exactly as it was written; a float would round it.
 
-    name = "ratio"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> Fraction:
-        """Read the ratio exactly as it was written."""
-        try:
-            ratio = Fraction(str(value).replace(" ", ""))
-        except (ValueError, ZeroDivisionError):
-            ratio = Fraction(0)
-        if not 0 < ratio <= 1:
-            self.fail(f"{value!r} is not above 0 and at most 1, as 0.5 or 1/2.", param, ctx)
-        return ratio
+    Raises:
+        click.BadParameter: if it is not above 0 and at most 1.
+    """
+    if value is None:
+        return None
+    try:
+        ratio = Fraction(value.replace(" ", ""))
+    except (ValueError, ZeroDivisionError):
+        ratio = Fraction(0)
+    if not 0 < ratio <= 1:
+        raise click.BadParameter(
+            f"{value!r} is not above 0 and at most 1, as 0.5 or 1/2.", ctx, param
+        )
+    return ratio
 
 
 @click.command()
@@ -39,7 +40,8 @@ class Ratio(click.ParamType[Fraction]):
 @click.option("--trust-remote-code", is_flag=True, help="As for `llmslim convert`.")
 @click.option(
     "--fail-under",
-    type=Ratio(),
+    metavar="RATIO",
+    callback=read_ratio,
     help="Exit 1 unless at least this share of the non-embedding parameters is saved (0.5, 1/2).",
 )
 def command(
@@ -56,7 +58,10 @@ def command(
     MODEL is a hub id, a folder (with weights or with only a config.json), or a .gguf file. No
     weights are read.
     """
-    made = backend().plan(model, recipe, init=init, trust_remote_code=trust_remote_code)
+    from llmslim.recipe import Recipe
+
+    read = Recipe.load(recipe)  # what is wrong with it is known before torch is imported
+    made = backend().plan(model, read, init=init, trust_remote_code=trust_remote_code)
     report = made.report()
     if json_target != "-":
         show_report(report, full=full)

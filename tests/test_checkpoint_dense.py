@@ -1,0 +1,162 @@
+"""Exporting: an ordinary checkpoint of the base class with the slim model's function."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers_checkpoint import make_slim, same_bytes, slim_llama, stored
+from tiny import logits, tiny_model, tokens
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from llmslim.checkpoint import dense_copy, load_model, open_source, quiet, write_checkpoint
+from llmslim.errors import CheckpointError
+from llmslim.modeling.modeling_llmslim import become_slim, set_module
+
+GROUPED = {"structure": "grouped_pointwise", "groups": 4}
+LOW_RANK = {"structure": "low_rank", "rank": 5}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "blocks"),
+    [
+        ("llama", {"mlp.up_proj": GROUPED, "self_attn.o_proj": LOW_RANK}),
+        ("phi3", {"gate_up_proj": GROUPED, "qkv_proj": LOW_RANK}),
+        ("gpt2", {"mlp.c_fc": GROUPED, "mlp.c_proj": LOW_RANK, "attn.c_attn": LOW_RANK}),
+        ("opt", {"fc1": GROUPED, "fc2": {**GROUPED, "variant": "residual"}}),
+        ("gemma", {"mlp.down_proj": GROUPED}),
+        ("qwen2", {"self_attn.q_proj": GROUPED}),
+        ("bloom", {"dense_h_to_4h": GROUPED}),
+    ],
+)
+def test_the_exported_folder_is_ordinary_and_computes_the_same(
+    tmp_path: Path, architecture: str, blocks: dict[str, Any]
+) -> None:
+    slim = make_slim(tiny_model(architecture), blocks)
+    slim.generation_config.max_new_tokens = 13
+    before = {name: tensor.clone() for name, tensor in slim.state_dict().items()}
+    out = write_checkpoint(dense_copy(slim), tmp_path / "dense")
+
+    config = json.loads((out / "config.json").read_text())
+    assert not {"llmslim", "auto_map", "base_model_type"} & config.keys()
+    reference = tiny_model(architecture)
+    assert config["model_type"] == reference.config.model_type
+    assert config["architectures"] == [type(reference).__name__]
+    assert not list(out.glob("*.py"))
+    with quiet():
+        dense: Any = AutoModelForCausalLM.from_pretrained(out)
+    assert type(dense) is type(reference)
+    assert dense.generation_config.max_new_tokens == 13
+    assert {n: t.shape for n, t in dense.state_dict().items()} == {
+        n: t.shape for n, t in reference.state_dict().items()
+    }
+    torch.testing.assert_close(
+        logits(dense, tokens()), logits(slim, tokens()), atol=1e-4, rtol=1e-4
+    )
+
+    # What is no block goes over bit by bit, and the slim model is as it was.
+    sites = tuple(f"{name}." for name in slim.config.llmslim["sites"])
+    for name, tensor in before.items():
+        assert same_bytes(slim.state_dict()[name], tensor)
+        if not name.startswith(sites):
+            assert same_bytes(dense.state_dict()[name], tensor)
+    assert slim.config.model_type == "llmslim"
+
+
+def test_the_copy_itself_is_a_whole_model(tmp_path: Path) -> None:
+    slim = make_slim(tiny_model("gpt2"), {"mlp.c_fc": GROUPED})
+    dense = dense_copy(slim)
+    assert type(dense) is GPT2LMHeadModel
+    assert isinstance(dense.transformer.h[0].mlp.c_fc, Conv1D)
+    assert dense.lm_head.weight is dense.transformer.wte.weight
+    assert not dense.training
+    torch.testing.assert_close(
+        logits(dense, tokens()), logits(slim, tokens()), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_matrices_are_worked_out_in_float32_and_stored_in_the_models_type() -> None:
+    slim = slim_llama(torch.bfloat16)
+    block = slim.model.layers[2].self_attn.o_proj
+    exact = block.down.double() @ block.up.double()
+    dense = dense_copy(slim)
+    weight = dense.model.layers[2].self_attn.o_proj.weight
+    assert weight.dtype == torch.bfloat16
+    # Rounded once; rounding the factors' product step by step in bfloat16 would be further off.
+    torch.testing.assert_close(weight.double(), exact.t(), rtol=2**-8, atol=1e-6)
+    assert dense.config.dtype in (torch.bfloat16, "bfloat16")
+
+
+def narrow(model: Any, widths: list[int]) -> Any:
+    """Give each MLP a width of its own, as `linear` sites."""
+    sites = {}
+    for i, width in enumerate(widths):
+        for name, shape in (("gate", (48, width)), ("up", (48, width)), ("down", (width, 48))):
+            site = f"model.layers.{i}.mlp.{name}_proj"
+            set_module(model, site, nn.Linear(*shape, bias=False))
+            sites[site] = {
+                "structure": "linear",
+                "in_features": shape[0],
+                "out_features": shape[1],
+                "bias": False,
+            }
+    become_slim(model, sites)
+    return model.eval()
+
+
+def test_layers_of_one_other_width_export_through_the_config(tmp_path: Path) -> None:
+    slim = narrow(tiny_model("llama"), [40] * 4)
+    out = write_checkpoint(slim, tmp_path / "slim")
+    dense = dense_copy(load_model(open_source(out)))
+    assert type(dense) is LlamaForCausalLM
+    assert dense.config.intermediate_size == 40
+    write_checkpoint(dense, tmp_path / "dense")
+    assert torch.equal(logits(dense, tokens()), logits(slim, tokens()))
+
+
+def test_what_has_no_ordinary_form() -> None:
+    with pytest.raises(CheckpointError, match="LlamaForCausalLM: not a slim model"):
+        dense_copy(tiny_model("llama"))
+    with pytest.raises(CheckpointError, match=r"mlp\..*_proj\.weight.* one width for all layers"):
+        dense_copy(narrow(tiny_model("llama"), [40, 40, 40, 32]))
+    active = {**GROUPED, "variant": "residual", "activation": "relu"}
+    with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.up_proj: .*'relu'"):
+        dense_copy(make_slim(tiny_model("llama"), {"up_proj": active}))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_factored_embedding_and_head_export_as_whole_tables(tmp_path: Path, tied: bool) -> None:
+    model = tiny_model("llama", tie_word_embeddings=tied)
+    wide = {"structure": "grouped_pointwise", "in_features": 16, "out_features": 48, "groups": 4}
+    slim = narrow(model, [])
+    sites = {
+        "model.embed_tokens": {
+            "structure": "factored_embedding",
+            "num_embeddings": 96,
+            "embedding_dim": 16,
+            "projection": wide,
+        },
+        "lm_head": {
+            "structure": "factored_head",
+            "out_features": 96,
+            "projection": {**wide, "in_features": 48, "out_features": 16},
+        },
+    }
+    from llmslim.modeling.modeling_llmslim import replace_sites
+
+    torch.manual_seed(3)
+    replace_sites(slim, sites)
+    become_slim(slim, sites)
+    slim.tie_weights()
+    dense = dense_copy(slim)
+    assert not dense.config.tie_word_embeddings
+    torch.testing.assert_close(
+        logits(dense, tokens()), logits(slim, tokens()), atol=1e-4, rtol=1e-4
+    )
+    out = write_checkpoint(dense, tmp_path / "dense")
+    assert stored(out)["lm_head.weight"].shape == (96, 48)

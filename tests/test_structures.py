@@ -1,0 +1,547 @@
+"""Every structure against the formula it stands for, written out group by group."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from llmslim.modeling.factored_embedding import FactoredEmbedding
+from llmslim.modeling.factored_head import FactoredHead
+from llmslim.modeling.grouped_pointwise import GroupedPointwise
+from llmslim.modeling.linear import Linear
+from llmslim.modeling.low_rank import LowRank
+from llmslim.modeling.sizes import (
+    StaysDense,
+    budget,
+    check_groups,
+    common_divisors,
+    groups_for_min_channels,
+)
+from llmslim.modeling.structured import StructuredLinear, build, structure_class
+
+torch.set_num_threads(1)  # on a busy machine tiny products wait for the second thread, not for work
+tried = settings(deadline=None, max_examples=60, derandomize=True)
+
+SPECS: dict[str, dict[str, Any]] = {
+    "io": {"structure": "grouped_pointwise", "groups": 4, "variant": "io"},
+    "io of one group": {"structure": "grouped_pointwise", "groups": 1, "variant": "io"},
+    "residual": {"structure": "grouped_pointwise", "groups": 4, "variant": "residual"},
+    "residual of one group": {"structure": "grouped_pointwise", "groups": 1, "variant": "residual"},
+    "low_rank": {"structure": "low_rank", "rank": 3},
+}
+# Fewer outputs, as many, more: `residual` has its second part in the first two.
+SIZES = [(24, 8), (16, 16), (8, 24)]
+
+every_block = pytest.mark.parametrize("kind", SPECS)
+every_size = pytest.mark.parametrize(("inputs", "outputs"), SIZES)
+
+
+def make(kind: str, inputs: int, outputs: int, *, bias: bool = True, seed: int = 0, **where: Any):
+    torch.manual_seed(seed)
+    spec = {**SPECS[kind], "in_features": inputs, "out_features": outputs, "bias": bias}
+    block = build(spec, **{"dtype": torch.float64, **where})
+    assert isinstance(block, StructuredLinear)
+    if block.bias is not None and not block.bias.is_meta:
+        nn.init.normal_(block.bias)
+    return block
+
+
+# The formulas, independent of the modules' own code.
+
+
+def interleave(h: Tensor, groups: int) -> Tensor:
+    return torch.cat([h[..., g::groups] for g in range(groups)], dim=-1)
+
+
+def grouped(x: Tensor, weight: Tensor) -> Tensor:
+    """Each group of channels times its own matrix, one after the other."""
+    i = weight.shape[1]
+    parts = [x[..., g * i : (g + 1) * i] @ weight[g] for g in range(len(weight))]
+    return torch.cat(parts, dim=-1)
+
+
+def formula(block: StructuredLinear, x: Tensor) -> Tensor:
+    if isinstance(block, LowRank):
+        matrix = sum(torch.outer(block.down[:, r], block.up[r]) for r in range(block.rank))
+        y = torch.einsum("...i,io->...o", x, matrix)
+    else:
+        assert isinstance(block, GroupedPointwise)
+        G, i = block.groups, block.in_features // block.groups
+        if block.variant == "io" and G > 1:
+            W1, W2 = block.weight[:, :i], block.weight[:, i:]
+            outputs = [
+                torch.einsum("...i,io->...o", x[..., g * i : (g + 1) * i], W1[g])
+                + torch.einsum("...i,io->...o", x[..., g::G], W2[g])
+                for g in range(G)
+            ]
+            y = torch.cat(outputs, dim=-1)
+        else:
+            y = grouped(x, block.weight)
+            if block.variant == "residual":
+                h = block.act(y)
+                y = interleave(h, G)
+                if block.second is not None:
+                    y = block.act(grouped(y, block.second)) + h
+    return y if block.bias is None else y + block.bias
+
+
+@st.composite
+def blocks_and_inputs(draw: st.DrawFn) -> tuple[StructuredLinear, Tensor]:
+    groups = draw(st.integers(1, 6))
+    inputs = groups * draw(st.integers(1, 6))
+    outputs = groups * draw(st.integers(1, 6))
+    options: dict[str, Any] = draw(
+        st.sampled_from(
+            [
+                {"structure": "grouped_pointwise", "groups": groups, "variant": "io"},
+                {"structure": "grouped_pointwise", "groups": groups, "variant": "residual"},
+                {
+                    "structure": "grouped_pointwise",
+                    "groups": groups,
+                    "variant": "residual",
+                    "activation": "gelu",
+                },
+                {"structure": "low_rank", "rank": min(groups, inputs, outputs)},
+            ]
+        )
+    )
+    sizes = {"in_features": inputs, "out_features": outputs, "bias": draw(st.booleans())}
+    torch.manual_seed(draw(st.integers(0, 9)))
+    block = build({**options, **sizes}, dtype=torch.float64)
+    assert isinstance(block, StructuredLinear)
+    # Above 1024 rows `io` takes another path than below.
+    rows = draw(st.sampled_from([(), (0,), (1,), (5,), (2, 3), (2, 1, 4), (1024,), (5, 205)]))
+    return block, torch.randn(*rows, inputs, dtype=torch.float64)
+
+
+@tried
+@given(blocks_and_inputs())
+def test_output_is_the_formulas(case):
+    block, x = case
+    with torch.no_grad():
+        y, expected = block(x), formula(block, x)
+    assert y.shape == (*x.shape[:-1], block.out_features)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+
+
+@every_block
+@every_size
+def test_equals_its_dense_matrix_in_a_linear(kind, inputs, outputs):
+    block = make(kind, inputs, outputs)
+    linear = nn.Linear(inputs, outputs, dtype=torch.float64)
+    with torch.no_grad():
+        linear.weight.copy_(block.to_dense())
+        linear.bias.copy_(block.bias)
+    for rows in (3, 1023, 1024, 1025, 2000):
+        x = torch.randn(rows, inputs, dtype=torch.float64)
+        torch.testing.assert_close(block(x), linear(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("groups", [2, 3, 4])
+def test_io_is_zero_outside_its_mask_and_nowhere_inside(groups):
+    inputs, outputs = 12, 24
+    dense = GroupedPointwise(inputs, outputs, groups=groups).to_dense()
+    for row in range(outputs):
+        g = row // (outputs // groups)
+        for channel in range(inputs):
+            seen = channel // (inputs // groups) == g or channel % groups == g
+            assert (dense[row, channel] != 0) == seen
+
+
+def test_residual_of_more_outputs_is_a_shuffled_grouped_map():
+    # The vision papers' layer interleaves what it hands on, also where nothing follows.
+    block = GroupedPointwise(4, 8, groups=2, variant="residual")
+    with torch.no_grad():
+        block.weight.copy_(torch.ones(2, 2, 4) * torch.tensor([1.0, 10.0]).reshape(2, 1, 1))
+    assert block(torch.ones(4)).tolist() == [2, 2, 20, 20, 2, 2, 20, 20]
+
+
+@pytest.mark.parametrize("variant", ["io", "residual"])
+@every_size
+def test_one_group_is_a_dense_layer(variant, inputs, outputs):
+    block = GroupedPointwise(inputs, outputs, groups=1, variant=variant, bias=True)
+    assert sum(p.numel() for p in block.parameters()) == inputs * outputs + outputs
+    linear = nn.Linear(inputs, outputs)
+    with torch.no_grad():
+        block.weight[0].copy_(linear.weight.t())
+        block.bias.copy_(linear.bias)
+    x = torch.randn(5, inputs)
+    torch.testing.assert_close(block(x), linear(x))
+    assert torch.equal(block.to_dense(), linear.weight)
+
+
+@every_block
+@every_size
+def test_gradients(kind, inputs, outputs):
+    block = make(kind, inputs, outputs)
+    x = torch.randn(2, inputs, dtype=torch.float64, requires_grad=True)
+    parameters = tuple(block.parameters())
+
+    def run(x, *_):
+        return block(x)
+
+    assert torch.autograd.gradcheck(run, (x, *parameters), fast_mode=True)
+
+
+def test_gradients_of_both_paths_of_io_agree():
+    block = make("io", 24, 8)
+    x = torch.randn(1025, 24, dtype=torch.float64)
+    weight = torch.randn(1025, 8, dtype=torch.float64)
+    (block(x) * weight).sum().backward()
+    together = block.weight.grad.clone()
+    block.weight.grad = None
+    (block(x[:500]) * weight[:500]).sum().backward()
+    (block(x[500:]) * weight[500:]).sum().backward()
+    torch.testing.assert_close(block.weight.grad, together, rtol=1e-10, atol=1e-10)
+
+
+def test_gradients_through_an_activation():
+    torch.manual_seed(0)
+    block = GroupedPointwise(
+        12, 6, groups=3, variant="residual", activation="silu", dtype=torch.float64
+    )
+    x = torch.randn(2, 12, dtype=torch.float64, requires_grad=True)
+    parameters = tuple(block.parameters())
+    assert torch.autograd.gradcheck(lambda x, *_: block(x), (x, *parameters))
+
+
+def test_a_block_with_an_activation_has_no_dense_matrix():
+    block = GroupedPointwise(12, 6, groups=3, variant="residual", activation="silu")
+    with pytest.raises(ValueError, match="activation 'silu' has no dense equivalent"):
+        block.to_dense()
+
+
+# Integers: groups, ranks and counts.
+
+
+@tried
+@given(blocks_and_inputs())
+def test_counted_weights_are_the_parameters(case):
+    block, _ = case
+    held = sum(p.numel() for name, p in block.named_parameters() if name != "bias")
+    assert (
+        type(block).count_weights(block.in_features, block.out_features, **block.options()) == held
+    )
+
+
+@tried
+@given(st.integers(1, 400), st.integers(1, 400), st.integers(1, 100))
+@example(3072, 9216, 256)
+@example(3072, 16384, 256)
+@example(8192, 3072, 256)
+def test_group_rule_is_the_reports(inputs, outputs, least):
+    best = 1
+    for groups in range(1, min(inputs, outputs) + 1):
+        fits = inputs % groups == 0 and outputs % groups == 0
+        if fits and groups <= inputs // least:
+            best = max(best, groups)
+    if best > 1:
+        assert groups_for_min_channels(inputs, outputs, least) == best
+        block = GroupedPointwise(
+            inputs, outputs, min_channels_per_group=least, device=torch.device("meta")
+        )
+        assert block.groups == best
+    else:
+        with pytest.raises(StaysDense, match=f"no common divisor of {inputs} and {outputs}"):
+            groups_for_min_channels(inputs, outputs, least)
+        assert GroupedPointwise(inputs, outputs, min_channels_per_group=least).groups == 1
+
+
+@tried
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 60))
+def test_check_groups_takes_common_divisors_only(inputs, outputs, groups):
+    divides = [d for d in range(1, 61) if inputs % d == 0 and outputs % d == 0]
+    assert common_divisors(inputs, outputs) == divides
+    if groups in divides:
+        assert check_groups(inputs, outputs, groups) == groups
+    else:
+        with pytest.raises(ValueError, match=f"groups {groups} does not divide.*allowed 1"):
+            check_groups(inputs, outputs, groups)
+
+
+ratios = st.builds(Fraction, st.integers(1, 30), st.integers(1, 30)).filter(lambda r: r <= 1)
+
+
+@tried
+@given(st.integers(1, 96), st.integers(1, 96), ratios, st.sampled_from(["io", "residual"]))
+@example(64, 64, Fraction(1, 3), "io")
+def test_keep_ratio_picks_the_fewest_groups_within_the_budget(inputs, outputs, ratio, variant):
+    def cost(groups):
+        block = GroupedPointwise(inputs, outputs, groups=groups, variant=variant, device="meta")
+        return sum(p.numel() for p in block.parameters())
+
+    fitting = [
+        groups
+        for groups in range(1, min(inputs, outputs) + 1)
+        if inputs % groups == outputs % groups == 0 and cost(groups) <= ratio * inputs * outputs
+    ]
+    options = {"keep_ratio": float(ratio), "variant": variant}
+    if fitting and fitting[0] > 1:
+        resolved = GroupedPointwise.resolve(inputs, outputs, **options)
+        assert resolved == {"groups": fitting[0], "variant": variant}
+    else:
+        with pytest.raises(StaysDense):
+            GroupedPointwise.resolve(inputs, outputs, **options)
+
+
+@tried
+@given(st.integers(1, 96), st.integers(1, 96), ratios)
+def test_keep_ratio_picks_the_largest_rank_within_the_budget(inputs, outputs, ratio):
+    def cost(rank):
+        return sum(
+            p.numel() for p in LowRank(inputs, outputs, rank=rank, device="meta").parameters()
+        )
+
+    ranks = range(1, min(inputs, outputs) + 1)
+    fitting = [rank for rank in ranks if cost(rank) <= ratio * inputs * outputs]
+    if fitting:
+        resolved = LowRank.resolve(inputs, outputs, keep_ratio=float(ratio))
+        assert resolved == {"rank": max(fitting)}
+    else:
+        with pytest.raises(StaysDense, match="not even rank 1"):
+            LowRank.resolve(inputs, outputs, keep_ratio=float(ratio))
+
+
+@pytest.mark.parametrize("written", [0.3333, 0.333333, 1 / 3])
+def test_a_third_is_a_third_however_it_is_written(written):
+    assert budget(3, 5, written) == 5
+
+
+def test_resolved_options_build_what_they_count():
+    for options in ({"groups": 4}, {"min_channels_per_group": 8}, {"keep_ratio": 0.5}, {}):
+        resolved = GroupedPointwise.resolve(1024, 2048, **options)
+        block = GroupedPointwise(1024, 2048, **resolved, device="meta")
+        assert block.options() == resolved
+        assert block.weight.numel() == GroupedPointwise.count_weights(1024, 2048, **resolved)
+    resolved = GroupedPointwise.resolve(8, 8, groups=2, variant="residual", activation="relu")
+    assert resolved == {"groups": 2, "variant": "residual", "activation": "relu"}
+    assert LowRank.resolve(8, 12, rank=8) == {"rank": 8}
+
+
+@pytest.mark.parametrize(
+    ("structure", "options", "message"),
+    [
+        (
+            GroupedPointwise,
+            {"groups": 5},
+            "groups 5 does not divide in_features 12.*allowed 1, 2, 4",
+        ),
+        (GroupedPointwise, {"groups": 0}, "groups 0"),
+        (GroupedPointwise, {"groups": 2, "keep_ratio": 0.5}, "one of groups, min_channels"),
+        (
+            GroupedPointwise,
+            {"groups": 2, "min_channels_per_group": 2},
+            "one of groups, min_channels",
+        ),
+        (GroupedPointwise, {"variant": "serial"}, "variant 'serial'; allowed io, residual"),
+        (GroupedPointwise, {"groups": 2, "activation": "relu"}, "belongs to variant residual"),
+        (
+            GroupedPointwise,
+            {"groups": 2, "variant": "residual", "activation": "swoosh"},
+            "activation 'swoosh'",
+        ),
+        (GroupedPointwise, {"keep_ratio": 0.0}, "keep_ratio 0.0; allowed above 0 and at most 1"),
+        (GroupedPointwise, {"keep_ratio": 1.5}, "keep_ratio 1.5; allowed above 0 and at most 1"),
+        (LowRank, {}, "either rank or keep_ratio"),
+        (LowRank, {"rank": 2, "keep_ratio": 0.5}, "either rank or keep_ratio"),
+        (LowRank, {"rank": 9}, "rank 9; allowed 1 to 8"),
+        (LowRank, {"rank": 0}, "rank 0; allowed 1 to 8"),
+    ],
+)
+def test_wrong_options(structure, options, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        structure.resolve(12, 8, **options)
+    assert not isinstance(caught.value, StaysDense)
+
+
+@pytest.mark.parametrize(
+    ("structure", "options", "reason"),
+    [
+        (GroupedPointwise, {"groups": 1}, "one group is the dense projection"),
+        (GroupedPointwise, {"keep_ratio": 1.0}, "one group is the dense projection"),
+        (
+            GroupedPointwise,
+            {"keep_ratio": 0.01},
+            "no number of groups keeps it within 0 parameters",
+        ),
+        (GroupedPointwise, {}, "at least 256 input channels per group"),
+        (LowRank, {"keep_ratio": 0.1}, "not even rank 1 keeps it within 9 parameters"),
+    ],
+)
+def test_what_stays_dense_says_why(structure, options, reason):
+    with pytest.raises(StaysDense, match=reason):
+        structure.resolve(12, 8, **options)
+
+
+# Life as a module.
+
+
+@pytest.mark.parametrize("kind", list(SPECS))
+@pytest.mark.parametrize(("inputs", "outputs"), [(256, 128), (256, 256), (128, 512)])
+def test_fresh_blocks_have_a_fresh_linears_output_variance(kind, inputs, outputs):
+    # One third, whatever the size: averaged over draws, inputs and outputs.
+    x = torch.randn(256, inputs, generator=torch.Generator().manual_seed(1))
+    squares = []
+    for seed in range(12):
+        block = make(kind, inputs, outputs, bias=False, seed=seed, dtype=torch.float32)
+        squares.append(block(x).square().mean().item())
+    # The mean of 12 draws of the least regular, rank 3, is itself off by 3 % at one sigma.
+    assert sum(squares) / len(squares) == pytest.approx(1 / 3, rel=0.08)
+
+
+@pytest.mark.parametrize("kind", ["io", "residual", "low_rank"])
+def test_compiled_gives_the_same(kind):
+    block = make(kind, 24, 8)
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    for rows in ((3, 24), (2, 5, 24)):
+        x = torch.randn(rows, dtype=torch.float64)
+        torch.testing.assert_close(compiled(x), block(x), rtol=1e-12, atol=1e-12)
+    torch.compiler.reset()
+
+
+@every_block
+@every_size
+@pytest.mark.parametrize("rows", [7, 1030])
+def test_bfloat16(kind, inputs, outputs, rows):
+    block = make(kind, inputs, outputs).to(torch.bfloat16)
+    wide = make(kind, inputs, outputs).to(torch.bfloat16).double()
+    x = torch.randn(rows, inputs).bfloat16()
+    y = block(x)
+    assert y.dtype == torch.bfloat16
+    expected = wide(x.double())
+    # Eight bits of mantissa, rounded a few times on the way.
+    assert (y.double() - expected).abs().max() < 0.03 * expected.abs().max()
+
+
+@every_block
+@every_size
+def test_state_dict_round_trip(kind, inputs, outputs):
+    block, other = make(kind, inputs, outputs), make(kind, inputs, outputs, seed=1)
+    x = torch.randn(3, inputs, dtype=torch.float64)
+    assert not torch.equal(other(x), block(x))
+    other.load_state_dict(block.state_dict())
+    assert torch.equal(other(x), block(x))
+
+
+@every_block
+@every_size
+@pytest.mark.parametrize("bias", [True, False])
+def test_spec_makes_an_empty_twin(kind, inputs, outputs, bias):
+    block = make(kind, inputs, outputs, bias=bias)
+    spec = json.loads(json.dumps(block.spec()))
+    twin = build(spec, device="meta")
+    assert type(twin) is type(block)
+    assert twin.spec() == block.spec()
+    shapes = {name: p.shape for name, p in block.named_parameters()}
+    assert {name: p.shape for name, p in twin.named_parameters()} == shapes
+    assert all(p.is_meta for p in twin.parameters())
+    assert f"in_features={inputs}, out_features={outputs}, bias={bias}" in repr(block)
+
+
+@every_block
+def test_parameters_are_made_in_the_type_and_place_asked_for(kind):
+    block = make(kind, 24, 8, dtype=torch.bfloat16)
+    assert {p.dtype for p in block.parameters()} == {torch.bfloat16}
+    assert {p.device.type for p in make(kind, 24, 8, device="meta").parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("rows", [10, 2000])
+def test_inputs_that_are_not_contiguous(rows):
+    for kind in SPECS:
+        block = make(kind, 24, 8)
+        x = torch.randn(24, rows, dtype=torch.float64).t()
+        torch.testing.assert_close(block(x), block(x.contiguous()), rtol=1e-12, atol=1e-12)
+
+
+# Finding structures by name.
+
+
+def test_structures_are_found_by_name():
+    assert structure_class("grouped_pointwise") is GroupedPointwise
+    assert structure_class("low_rank") is LowRank
+    assert structure_class("linear") is Linear
+    assert structure_class("factored_embedding") is FactoredEmbedding
+    assert structure_class("factored_head") is FactoredHead
+
+
+REFUSED = ["../x", "os", "structured", "sizes", "modeling_llmslim", "", ".", "..structured", "a.b"]
+REFUSED += ["Linear", "linear\n", "grouped pointwise", "__init__", "no_such_structure", "a/b"]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_names_are_refused(name):
+    with pytest.raises(ValueError, match="is not known"):
+        structure_class(name)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({}, "structure '' is not known"),
+        ({"structure": "low_rank", "in_features": 4, "out_features": 4}, "'low_rank': .*rank"),
+        (
+            {"structure": "low_rank", "in_features": 4, "out_features": 4, "rank": 2, "x": 1},
+            "'low_rank': .*x",
+        ),
+        (
+            {"structure": "grouped_pointwise", "in_features": 4, "out_features": 6, "groups": 4},
+            "groups 4 does not divide",
+        ),
+        ({"structure": "factored_head", "out_features": 3, "projection": 5}, "'factored_head'"),
+    ],
+)
+def test_specs_that_build_nothing(spec, message):
+    with pytest.raises(ValueError, match=message):
+        build(spec)
+
+
+# Embeddings of another width.
+
+WIDEN = {"structure": "grouped_pointwise", "in_features": 8, "out_features": 12, "bias": False}
+WIDEN |= {"groups": 2, "variant": "io"}
+NARROW = {"structure": "low_rank", "in_features": 12, "out_features": 8, "bias": True, "rank": 3}
+
+
+def test_factored_embedding_is_a_lookup_and_its_block():
+    embedding = FactoredEmbedding(10, 8, projection=WIDEN, padding_idx=0)
+    ids = torch.tensor([[1, 2, 9], [0, 3, 1]])
+    expected = embedding.projection(embedding.weight[ids])
+    assert torch.equal(embedding(ids), expected)
+    assert torch.equal(embedding.weight[0], torch.zeros(8))
+    embedding(ids).sum().backward()
+    assert embedding.weight.grad[0].abs().max() == 0  # the padding token is not trained
+    assert embedding.weight.grad[1].abs().max() > 0
+
+
+def test_factored_head_is_its_block_and_a_product():
+    head = FactoredHead(10, projection=NARROW)
+    assert (head.in_features, head.out_features) == (12, 10)
+    x = torch.randn(2, 3, 12)
+    torch.testing.assert_close(head(x), head.projection(x) @ head.weight.T)
+
+
+def test_factored_specs_make_empty_twins():
+    for module in (
+        FactoredEmbedding(10, 8, projection=WIDEN, padding_idx=3),
+        FactoredEmbedding(10, 8, projection=WIDEN),
+        FactoredHead(10, projection=NARROW),
+    ):
+        twin = build(json.loads(json.dumps(module.spec())), device="meta", dtype=torch.float16)
+        assert twin.spec() == module.spec()
+        assert {p.dtype for p in twin.parameters()} == {torch.float16}
+        shapes = {name: p.shape for name, p in module.named_parameters()}
+        assert {name: p.shape for name, p in twin.named_parameters()} == shapes
+    assert "10, 8, padding_idx=3" in repr(FactoredEmbedding(10, 8, projection=WIDEN, padding_idx=3))
+    assert "in_features=12, out_features=10" in repr(FactoredHead(10, projection=NARROW))
+
+
+def test_a_projection_of_another_width_is_refused():
+    with pytest.raises(ValueError, match="takes 8 channels; the embedding gives 6"):
+        FactoredEmbedding(10, 6, projection=WIDEN)
