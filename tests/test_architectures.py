@@ -47,7 +47,8 @@ def test_plan_slim_save_load(architecture: str, recipe: Recipe, tmp_path: Path) 
     assert report.totals.params_after == count(model) < before
     assert len({row.name for row in report.rows}) == len(report.rows)
     replaced = [row for row in report.rows if row.action == "replaced"]
-    assert replaced and all(row.init_error is not None for row in replaced)
+    assert replaced
+    assert all(row.init_error is not None for row in replaced)
 
     ids = tokens()
     expected = logits(model, ids)
@@ -95,7 +96,9 @@ def test_ledger_has_every_parameter_of_every_architecture(architecture: str) -> 
     rows = llmslim.plan(model, HALF).rows
     owners = {name for name, module in model.named_modules() if module._parameters}
     assert {row.name for row in rows} == {
-        name for name in owners if any(p is not None for p in model.get_submodule(name)._parameters.values())
+        name
+        for name in owners
+        if any(p is not None for p in model.get_submodule(name)._parameters.values())
     }
     embeddings = {
         name

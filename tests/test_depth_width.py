@@ -21,9 +21,7 @@ def test_dropping_layers_equals_skipping_them(architecture: str) -> None:
     assert type(model) is type(dense)
     assert model.config.num_hidden_layers == 2
 
-    stack = next(
-        m for m in dense.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 4
-    )
+    stack = next(m for m in dense.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 4)
     for index in (1, 3):
         stack[index].register_forward_hook(_identity, with_kwargs=True)
     ids = tokens()
@@ -100,7 +98,7 @@ def test_narrower_drops_neurons_that_do_nothing_first(architecture: str) -> None
 
 
 def test_width_without_a_config_field_becomes_sites(tmp_path: Any) -> None:
-    """BLOOM's MLP is four times its hidden size by definition: the checkpoint must say otherwise."""
+    """BLOOM's MLP is four times its hidden size by definition: the checkpoint says otherwise."""
     model = tiny_model("bloom")
     llmslim.slim(model, {"width": {"intermediate_size": 100}})
     ids = tokens()

@@ -49,7 +49,7 @@ def test_gradients_reach_every_block_also_with_checkpointing(checkpoint: Path) -
     for model in (plain, recomputed):
         model(ids, labels=ids, use_cache=False).loss.backward()
     for (name, a), b in zip(plain.named_parameters(), recomputed.parameters(), strict=True):
-        assert a.grad is not None and a.grad.abs().max() > 0, name
+        assert a.grad.abs().max() > 0, name
         assert torch.allclose(a.grad, b.grad, atol=1e-6), name
 
 
@@ -105,7 +105,11 @@ def test_missing_left_over_and_misshapen_weights_are_refused(
     checkpoint: Path, tmp_path: Path
 ) -> None:
     block = "model.layers.0.mlp.up_proj.down"
-    messages = {"missing": "missing weights", "left-over": "left-over weights", "shape": "shape|size"}
+    messages = {
+        "missing": "missing weights",
+        "left-over": "left-over weights",
+        "shape": "shape|size",
+    }
     for change, message in messages.items():
         folder = tmp_path / change
         shutil.copytree(checkpoint, folder)
@@ -163,7 +167,9 @@ def test_fresh_process_without_llmslim(checkpoint: Path, tmp_path: Path) -> None
 
 
 def test_fresh_process_with_neither_is_a_clear_error(checkpoint: Path, tmp_path: Path) -> None:
-    code = GUARD + "from transformers import AutoModelForCausalLM as A\nA.from_pretrained(sys.argv[1])"
+    code = (
+        GUARD + "from transformers import AutoModelForCausalLM as A\nA.from_pretrained(sys.argv[1])"
+    )
     done = run(code, checkpoint, cwd=tmp_path)
     assert done.returncode != 0
     assert "trust_remote_code=True" in done.stderr.splitlines()[-1]

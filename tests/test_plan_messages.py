@@ -48,7 +48,9 @@ def test_groups_that_do_not_divide_are_told_once_per_size() -> None:
 
 
 def test_rank_out_of_range() -> None:
-    (sentence,) = problems({"replace": [{"match": "*.o_proj", "structure": "low_rank", "rank": 49}]})
+    (sentence,) = problems(
+        {"replace": [{"match": "*.o_proj", "structure": "low_rank", "rank": 49}]}
+    )
     assert "replace[0].rank: model.layers.0.self_attn.o_proj and 3 more: rank 49; allowed 1 to 48" in sentence  # fmt: skip  # noqa: E501
 
 
@@ -126,7 +128,8 @@ def test_rows_say_why() -> None:
     assert outcome("model.layers.2.mlp.up_proj") == ("dropped", "decoder layer 2 is dropped")
     assert outcome("model.layers.0.mlp.up_proj") == ("kept", "replace[0] keeps it")
     action, reason = outcome("model.layers.1.mlp.down_proj")
-    assert action == "kept" and "no common divisor of 96 and 48 from 2 to 1" in reason
+    assert action == "kept"
+    assert "no common divisor of 96 and 48 from 2 to 1" in reason
     assert outcome("model.layers.1.mlp.gate_proj") == ("unmatched", "no rule matches")
     assert outcome("model.norm") == ("kept", "not a projection")
     assert outcome("lm_head") == ("tied", "shares its parameters with model.embed_tokens")
@@ -144,4 +147,6 @@ def test_a_rule_behind_another_is_noted() -> None:
         ]
     }
     (note,) = llmslim.plan(tiny_config("llama"), recipe).report().problems
-    assert note == "recipe replace[1]: all 4 projections it matches are taken by replace[0] above it."
+    assert (
+        note == "recipe replace[1]: all 4 projections it matches are taken by replace[0] above it."
+    )

@@ -68,12 +68,12 @@ def test_from_a_model_built(name: str) -> None:
 
 
 def test_smaller_model_rewritten_has_what_the_plan_says() -> None:
-    config = Phi3Config(**{**PHI3_MINI, "hidden_size": 768, "intermediate_size": 1024,
-                           "num_hidden_layers": 3, "num_attention_heads": 8,
-                           "num_key_value_heads": 8, "vocab_size": 64, "pad_token_id": 0})  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config)
-    recipe = Recipe.of({**Recipe.load("kphi3-2layer").model_dump(exclude_unset=True),
-                        "width": {"intermediate_size": 1536}})  # fmt: skip
+    sizes = {"hidden_size": 768, "intermediate_size": 1024, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
+    small = {**PHI3_MINI, **sizes, **heads, "vocab_size": 64, "pad_token_id": 0}
+    model = AutoModelForCausalLM.from_config(Phi3Config(**small))
+    published = Recipe.load("kphi3-2layer").model_dump(exclude_unset=True)
+    recipe = Recipe.of({**published, "width": {"intermediate_size": 1536}})
     plan = plan_on(model, recipe)
     report = rewrite(model, plan)
     # By hand: qkv 768->2304 G=3, o G=3, gate_up 768->3072 G=3, down 1536->768 G=6, two norms;

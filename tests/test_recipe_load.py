@@ -1,4 +1,4 @@
-"""Reading recipes: what is accepted, and that every refusal names its file, line, key and values."""
+"""Reading recipes: what is accepted, and that a refusal names its file, line, key and value."""
 
 from __future__ import annotations
 
@@ -81,7 +81,11 @@ def test_every_key_arrives(write):
     assert low_rank.keep_ratio == pytest.approx(1 / 3)
     assert (recipe.calibration.data, recipe.calibration.tokens) == ("text.jsonl", 1000)
     assert (recipe.calibration.sequence_length, recipe.calibration.seed) == (128, 3)
-    assert (recipe.heal.train, recipe.heal.tokens, recipe.heal.learning_rate) == ("lora", 5000, 2e-4)
+    assert (recipe.heal.train, recipe.heal.tokens, recipe.heal.learning_rate) == (
+        "lora",
+        5000,
+        2e-4,
+    )
 
 
 def test_the_name_is_the_files_own_where_none_is_given(write):

@@ -17,7 +17,9 @@ from llmslim import Recipe
 
 pytestmark = pytest.mark.slow
 
-FRESH = GUARD + """
+FRESH = (
+    GUARD
+    + """
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 path = sys.argv[1]
@@ -28,9 +30,11 @@ with torch.no_grad():
 kwargs = dict(max_new_tokens=8, do_sample=False, attention_mask=torch.ones_like(saved["ids"]))
 cached = model.generate(saved["ids"], **kwargs)
 assert torch.equal(cached, model.generate(saved["ids"], use_cache=False, **kwargs))
-AutoTokenizer.from_pretrained(path, trust_remote_code=True).apply_chat_template([{"role": "user", "content": "Hi"}])
+tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}])
 print("same")
 """
+)
 
 
 @pytest.fixture(scope="module")

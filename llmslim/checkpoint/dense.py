@@ -22,12 +22,12 @@ from llmslim.errors import CheckpointError
 from llmslim.modeling.factored_embedding import FactoredEmbedding
 from llmslim.modeling.factored_head import FactoredHead
 from llmslim.modeling.modeling_llmslim import SlimModelMixin
+from llmslim.modeling.sizes import WIDTH_FIELDS
 from llmslim.modeling.structured import StructuredLinear
 
 from .quiet import quiet
 
 _SLIM_FIELDS = ("llmslim", "base_model_type", "auto_map", "model_type", "architectures")
-_WIDTH_FIELDS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "inner_dim")
 
 
 @torch.no_grad()
@@ -138,7 +138,7 @@ def _fitting_config(
         return config
     sizes = sorted({size for key in wrong for size in wanted.get(key, ())})
     text = config.get_text_config()
-    for field in _WIDTH_FIELDS:
+    for field in WIDTH_FIELDS:
         for size in sizes if hasattr(text, field) else ():
             trial = copy.deepcopy(config)
             setattr(trial.get_text_config(), field, size)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmslim import __version__
+from llmslim._version import __version__
 from llmslim.errors import CheckpointError
 from llmslim.modeling.configuration_llmslim import MODEL_TYPE, register
 

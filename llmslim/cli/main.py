@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from llmslim import __version__
+from llmslim._version import __version__
 from llmslim.errors import SlimError
 
 from .settings import Settings, shared_options

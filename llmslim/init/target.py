@@ -44,7 +44,7 @@ class Method(NamedTuple):
 
     name: str
     fits: bool
-    """Whether the block approximates the dense map afterwards, so that its error means something."""
+    """Whether the block approximates the dense map, so that its error means something."""
     fit: Callable[[StructuredLinear, Target], None]
 
 

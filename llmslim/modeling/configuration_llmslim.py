@@ -8,7 +8,6 @@ These files travel inside checkpoints: they import torch and transformers only.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -49,9 +48,13 @@ class SlimConfig(PreTrainedConfig):
         return slim_config_class(CONFIG_MAPPING[base_type]).from_dict(config_dict, **kwargs)
 
 
-@functools.cache
-def slim_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+_classes: dict[type, Any] = {}
+
+
+def slim_config_class(base: type[PreTrainedConfig]) -> Any:
     """Return the slim subclass of a config class, known to the Auto classes."""
+    if base in _classes:
+        return _classes[base]
     cls = type(
         f"Slim{base.__name__}",
         (base,),
@@ -68,9 +71,16 @@ def slim_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     from .modeling_llmslim import SlimForCausalLM
 
     AutoModelForCausalLM.register(cls, SlimForCausalLM, exist_ok=True)
+    _classes[base] = cls
     return cls
 
 
 def register() -> None:
     """Teach AutoConfig the model type `llmslim`, and through its configs the other Auto classes."""
     AutoConfig.register(MODEL_TYPE, SlimConfig, exist_ok=True)
+
+
+# The package's own file registers itself on import, whichever import comes first; the copy inside
+# a checkpoint must not: there the user decides by `trust_remote_code`, each time.
+if __name__ == "llmslim.modeling.configuration_llmslim":
+    register()

@@ -20,7 +20,7 @@ IO/G + O²/G weights, or IO/G. With an activation it is no longer linear, no den
 Shapes: I = in_features, O = out_features, G = groups, i = I/G, o = O/G, N = rows of x.
 Source: Schuler et al. 2022, "Grouped Pointwise Convolutions Reduce Parameters in Convolutional
 Neural Networks"; Schuler, "Saving 77% of the Parameters in Large Language Models" (kphi-3). The
-published code keeps W1 and W2 apart and scales their initial values differently, see `llmslim.init`.
+published code keeps W1 and W2 apart and scales their initial values otherwise (`llmslim.init`).
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class GroupedPointwise(StructuredLinear):
         self.reset_parameters()
 
     @classmethod
-    def resolve(
+    def resolve(  # type: ignore[override]  # each structure names its own options
         cls,
         in_features: int,
         out_features: int,
@@ -174,7 +174,7 @@ class GroupedPointwise(StructuredLinear):
         return resolved
 
     @classmethod
-    def count_weights(
+    def count_weights(  # type: ignore[override]
         cls,
         in_features: int,
         out_features: int,
@@ -229,12 +229,12 @@ class GroupedPointwise(StructuredLinear):
     def _residual(self, x_NI: Tensor) -> Tensor:
         rows, groups, o = x_NI.shape[0], self.groups, self.out_features // self.groups
         blocks = x_NI.reshape(rows, groups, -1).transpose(0, 1)  # (G, N, i)
-        h = self.act(torch.bmm(blocks, self.weight))  # (G, N, o)
+        h: Tensor = self.act(torch.bmm(blocks, self.weight))  # (G, N, o)
         h_NO = h.transpose(0, 1).reshape(rows, self.out_features)
         interleaved = h_NO.reshape(rows, o, groups).permute(2, 0, 1)  # (G, N, o)
         if self.second is None:
             return interleaved.transpose(0, 1).reshape(rows, self.out_features)
-        y = self.act(torch.bmm(interleaved, self.second))
+        y: Tensor = self.act(torch.bmm(interleaved, self.second))
         return y.transpose(0, 1).reshape(rows, self.out_features) + h_NO
 
     @torch.no_grad()

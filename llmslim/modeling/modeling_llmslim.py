@@ -19,14 +19,13 @@ These files travel inside checkpoints: they import torch and transformers only.
 
 from __future__ import annotations
 
-import functools
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .configuration_llmslim import FORMAT, SlimConfig, slim_config_class
@@ -44,7 +43,7 @@ class SlimModelMixin:
     """What a slim model does on top of its base class: build its blocks, refuse half a load."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         replace_sites(self, config.llmslim["sites"])  # type: ignore[arg-type]
 
     @classmethod
@@ -81,18 +80,22 @@ class SlimModelMixin:
             write_code(Path(save_directory), set(structure_names(sites)))
 
 
-@functools.cache
-def slim_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+_classes: dict[type, Any] = {}
+
+
+def slim_model_class(base: Any) -> Any:
     """Return the slim subclass of a causal language model class."""
-    return type(
-        f"Slim{base.__name__}",
-        (SlimModelMixin, base),
-        {
-            "__module__": __name__,
-            "__doc__": f"{base.__name__} with slim blocks.",
-            "config_class": slim_config_class(base.config_class),
-        },
-    )
+    if base not in _classes:
+        _classes[base] = type(
+            f"Slim{base.__name__}",
+            (SlimModelMixin, base),
+            {
+                "__module__": __name__,
+                "__doc__": f"{base.__name__} with slim blocks.",
+                "config_class": slim_config_class(base.config_class),
+            },
+        )
+    return _classes[base]
 
 
 class SlimForCausalLM:
@@ -117,7 +120,7 @@ class SlimForCausalLM:
         """Accept what transformers calls on remote code; `save_pretrained` copies the files."""
 
     @staticmethod
-    def _model_class(config: Any) -> type[PreTrainedModel]:
+    def _model_class(config: Any) -> Any:
         base_config = CONFIG_MAPPING[config.base_model_type]
         base = AutoModelForCausalLM._model_mapping[base_config]
         # A few config classes list several models; the first is the plain decoder.
@@ -149,7 +152,7 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
-def become_slim(model: PreTrainedModel, sites: dict[str, dict[str, Any]]) -> None:
+def become_slim(model: Any, sites: dict[str, dict[str, Any]]) -> None:
     """Turn a model whose sites were replaced into a slim model, in place: class and config.
 
     Args:

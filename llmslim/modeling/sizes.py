@@ -12,8 +12,11 @@ from collections.abc import Iterator
 from fractions import Fraction
 from math import gcd
 
+WIDTH_FIELDS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "inner_dim")
+"""What configs call the number of neurons of an MLP, over all architectures."""
 
-class StaysDense(ValueError):
+
+class StaysDense(ValueError):  # noqa: N818  (an outcome, not a mistake)
     """A projection that a structure cannot shrink; the message is the reason shown in reports."""
 
 

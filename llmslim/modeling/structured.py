@@ -114,6 +114,7 @@ def structure_class(name: str) -> type[nn.Module]:
 
     Raises:
         ValueError: if no structure has that name.
+        ModuleNotFoundError: if the structure's own imports fail.
     """
     # The name comes from recipes and checkpoints: only a plain word may reach the importer.
     if re.fullmatch(r"[a-z][a-z0-9_]*", name):

@@ -93,14 +93,13 @@ def _parse(text: str, file: str) -> tuple[dict[str, Any], Lines]:
         RecipeError: if it is not YAML, not a mapping, or has repeated keys or aliases.
     """
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise RecipeError(f"{file}: a YAML alias (*name); recipes take none. Write it out.")
-        root = yaml.compose(text, yaml.SafeLoader)
+        # Before anything is composed: nested aliases grow without bound.
+        events = yaml.parse(text, yaml.SafeLoader)
+        aliased = any(isinstance(event, yaml.AliasEvent) for event in events)
+        root = None if aliased else yaml.compose(text, yaml.SafeLoader)
         lines: Lines = {}
         repeated = list(_walk(root, (), lines))
-        data = yaml.safe_load(text)
-    except RecipeError:  # is a ValueError too
-        raise
+        data = None if aliased else yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -110,6 +109,8 @@ def _parse(text: str, file: str) -> tuple[dict[str, Any], Lines]:
         raise RecipeError(f"{file}: nested too deeply to be a recipe.") from error
     except ValueError as error:  # an integer of thousands of digits, a date that is none
         raise RecipeError(f"{file}: not valid YAML; {error}.") from error
+    if aliased:
+        raise RecipeError(f"{file}: a YAML alias (*name); recipes take none. Write it out.")
     if repeated:
         raise RecipeError(
             [f"{file}:{line} {key_text(path)}: given twice. Keep one." for path, line in repeated]
@@ -149,7 +150,7 @@ def _validate(data: dict[Any, Any], file: str, lines: Lines) -> Recipe:
         # Only for its `where`: an empty recipe that knows the file and its lines.
         locator = Recipe(name="-")
         locator._file, locator._lines = file, lines
-        found = {}
+        found: dict[Path_, str] = {}
         for problem in error.errors():
             path = _yaml_path(problem["loc"], data)
             # Unions report once per branch; the first sentence per key is enough.

@@ -31,9 +31,7 @@ def _read_fraction(value: Any) -> Any:
 Ratio = Annotated[
     float,
     BeforeValidator(_read_fraction),
-    Field(
-        gt=0, le=1, json_schema_extra={"anyOf": [{"type": "number"}, {"pattern": r"^\d+/\d+$"}]}
-    ),
+    Field(gt=0, le=1, json_schema_extra={"anyOf": [{"type": "number"}, {"pattern": r"^\d+/\d+$"}]}),
 ]
 Count = Annotated[int, Field(ge=1, strict=True)]
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
@@ -48,7 +46,9 @@ class Section(BaseModel):
 class Depth(Section):
     """Which decoder layers stay."""
 
-    keep_layers: Count | Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=1)]
+    keep_layers: (
+        Count | Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=1)]
+    )
     """How many layers stay, spread evenly from the first to the last; or a list of their indices, from 0."""
 
 

@@ -7,4 +7,5 @@ from .report import Report as Report
 from .report import Row as Row
 from .report import Totals as Totals
 from .rewrite import Progress as Progress
+from .rewrite import quietly as quietly
 from .rewrite import rewrite as rewrite

@@ -8,24 +8,21 @@ exactly one row of the ledger.
 from __future__ import annotations
 
 import copy
-import difflib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from llmslim.errors import RecipeError, SizeError, SlimError, TargetError, raise_together
-from llmslim.init import method_named
-from llmslim.modeling import structured
+from llmslim.errors import SizeError, SlimError, TargetError, raise_together
 from llmslim.modeling.sizes import StaysDense
 from llmslim.modeling.structured import StructuredLinear, structure_class
-from llmslim.recipe import Recipe, close_names, first_rule
+from llmslim.recipe import Recipe, first_rule
 from llmslim.surgery.depth import depth_changes, kept_layers
 from llmslim.surgery.report import Kind, Report, Row
+from llmslim.surgery.rules import check_rules, init_of
 from llmslim.surgery.sites import Layers, Mlp, Site, find_layers, find_mlps, find_sites
 from llmslim.surgery.width import width_field
 
@@ -84,9 +81,7 @@ def model_on_meta(config: Any) -> nn.Module:
     return model
 
 
-def plan(
-    model: Any, recipe: Recipe, *, model_name: str = "", init: str | None = None
-) -> Plan:
+def plan(model: Any, recipe: Recipe, *, model_name: str = "", init: str | None = None) -> Plan:
     """Work out what `recipe` makes of `model`; touches nothing.
 
     Args:
@@ -112,7 +107,9 @@ class _Planner:
         self.errors: list[SlimError] = []
         self.notes: list[str] = []
         self.sites = find_sites(model)
-        self.sizes = {site.name: (site.in_features, site.out_features) for site in self.sites.values()}
+        self.sizes = {
+            site.name: (site.in_features, site.out_features) for site in self.sites.values()
+        }
         self.layers: Layers | None = None
         self.keep: tuple[int, ...] | None = None
         self.mlps: list[Mlp] = []
@@ -124,20 +121,21 @@ class _Planner:
 
     def plan(self) -> Plan:
         recipe = self.recipe
-        for step in (self._plan_depth, self._plan_width, self._check_rules):
+        for step in (self._plan_depth, self._plan_width):
             try:
                 step()
             except SlimError as error:
                 self.errors.append(error)
+        told = check_rules(recipe, list(self.sites), type(self.model).__name__, self.init)
+        self.errors += told.errors
+        self.notes += told.notes
         rows = tuple(self._rows())
         for (index, cause), names in self.wrong.items():
             where = recipe.where("replace", index, *self._guilty_option(index, cause))
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             self.errors.append(SizeError(f"{where}: {names[0]}{more}: {cause}."))
         raise_together(self.errors)
-        draft = Plan(
-            self.name, recipe, rows, layers=self.layers, keep_layers=self.keep
-        )
+        draft = Plan(self.name, recipe, rows, layers=self.layers, keep_layers=self.keep)
         return replace(
             draft,
             sites=tuple(replace(site, new_name=draft.new_name(site.name)) for site in self.planned),
@@ -156,6 +154,11 @@ class _Planner:
         self.changes |= depth_changes(config, self.keep, self.layers.count)
 
     def _plan_width(self) -> None:
+        """Note every MLP that changes its width.
+
+        Raises:
+            TargetError: if there is none to change.
+        """
         if self.recipe.width is None:
             return
         width = self.recipe.width.intermediate_size
@@ -183,7 +186,11 @@ class _Planner:
                         self.resized[name] = self._linear_spec(name)
 
     def _check_alone(self, mlp: Mlp) -> None:
-        """Refuse an MLP with per-neuron parameters outside its projections (an inner norm)."""
+        """Refuse an MLP with per-neuron parameters outside its projections (an inner norm).
+
+        Raises:
+            TargetError: if it has any.
+        """
         known = {*mlp.up, mlp.down}
         parent = self.model.get_submodule(mlp.name)
         if isinstance(parent, nn.Module) and len(list(parent.children())) > len(known) + 4:
@@ -204,65 +211,6 @@ class _Planner:
             "out_features": out_features,
             "bias": self.sites[name].bias,
         }
-
-    def _check_rules(self) -> None:
-        """Check each rule by itself: its structure, its options, its method, and that it matches."""
-        recipe = self.recipe
-        matched = Counter(first_rule(recipe, name) for name in self.sites)
-        for index, rule in enumerate(recipe.replace):
-            if not matched[index]:
-                self._explain_no_match(index)
-            if rule.structure is None:
-                continue
-            self._check_init(index)
-            try:
-                cls = structure_class(rule.structure)
-                if not issubclass(cls, StructuredLinear):
-                    raise ValueError(f"structure {rule.structure!r} is not for recipes")
-            except ValueError as error:
-                where = ("replace", index, "structure")
-                self.errors.append(recipe.problem(where, f"{error}.{_did_you_mean(rule.structure)}"))
-                continue
-            for option in rule.options():
-                if option not in cls.option_names:
-                    allowed = ", ".join(cls.option_names)
-                    self.errors.append(
-                        recipe.problem(
-                            ("replace", index, option),
-                            f"not an option of {rule.structure}; allowed {allowed}.",
-                        )
-                    )
-
-    def _check_init(self, index: int) -> None:
-        """Refuse a method that does not exist; the recipe's own is told of once."""
-        own = self.recipe.replace[index].init is not None and self.init is None
-        where = self.recipe.where(*(("replace", index, "init") if own else ("init",)))
-        try:
-            method_named(self._init_of(index))
-        except RecipeError as error:
-            told = RecipeError(f"{'--init' if self.init else where}: {error}")
-            if str(told) not in map(str, self.errors):
-                self.errors.append(told)
-
-    def _explain_no_match(self, index: int) -> None:
-        rule = self.recipe.replace[index]
-        alone = Recipe(name="-", replace=(rule,))
-        taken = [name for name in self.sites if first_rule(alone, name) == 0]
-        if taken:
-            earlier = first_rule(self.recipe, taken[0])
-            self.notes.append(
-                f"{self.recipe.where('replace', index)}: all {len(taken)} projections it matches "
-                f"are taken by replace[{earlier}] above it."
-            )
-            return
-        close = ", ".join(close_names(rule.globs, self.sites))
-        where = self.recipe.where("replace", index, "match")
-        self.errors.append(
-            TargetError(
-                f"{where}: {', '.join(rule.globs)} matches no projection of "
-                f"{type(self.model).__name__}; closest are {close}."
-            )
-        )
 
     def _rows(self) -> list[Row]:
         owners: dict[int, str] = {}
@@ -351,7 +299,7 @@ class _Planner:
         try:
             cls = structure_class(rule.structure)
         except ValueError:
-            return row  # told once by _check_rules
+            return row  # told once by check_rules
         if not issubclass(cls, StructuredLinear):
             return row
         options = {key: value for key, value in rule.options().items() if key in cls.option_names}
@@ -364,7 +312,7 @@ class _Planner:
         except ValueError as error:
             self.wrong[index, str(error)].append(site.name)
             return row
-        init = self._init_of(index)
+        init = init_of(self.recipe, index, self.init)
         if resolved.get("activation") and not init.startswith("random"):
             self.wrong[index, f"init {init} needs a linear block; use random"].append(site.name)
         spec = {
@@ -391,9 +339,6 @@ class _Planner:
             flops_per_token_after=2 * weights,
         )
 
-    def _init_of(self, index: int) -> str:
-        return self.init or self.recipe.replace[index].init or self.recipe.init
-
     def _stays(self, name: str, layers: Layers) -> bool:
         return self.keep is None or layers.index_of(name) in self.keep
 
@@ -402,20 +347,6 @@ class _Planner:
         rule = self.recipe.replace[index]
         first = cause.partition(" ")[0]
         return (first,) if first in (*rule.options(), "init") else ()
-
-
-def _did_you_mean(structure: str) -> str:
-    known = [path.stem for path in Path(structured.__file__).parent.glob("*.py")]
-    known = [name for name in known if _for_recipes(name)]
-    close = difflib.get_close_matches(structure, known, n=1)
-    return f" Did you mean {close[0]}?" if close else f" Known are {', '.join(sorted(known))}."
-
-
-def _for_recipes(name: str) -> bool:
-    try:
-        return issubclass(structure_class(name), StructuredLinear)
-    except ValueError:
-        return False
 
 
 def _emptied(row: Row, action: Any, reason: str) -> Row:

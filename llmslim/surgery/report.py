@@ -24,7 +24,7 @@ class Row:
     name: str
     """Dotted name in the source model."""
     kind: Kind
-    """`projection` (a dense map inside the network), `embedding`, `head` (output embedding), `other`."""
+    """`projection` (a dense map inside), `embedding`, `head` (output embedding), `other`."""
     action: Action
     """`replaced` by a block, `kept` by a rule or by its nature, `unmatched` by any rule, `tied` to
     another row that counts the parameters, `dropped` with its layer."""

@@ -23,9 +23,11 @@ Progress = Callable[[int, int, str], None]
 """Called with how many steps are done, how many there are, and what comes now."""
 
 
-def rewrite(
-    model: Any, plan: Plan, *, seed: int = 0, progress: Progress | None = None
-) -> Report:
+def quietly(done: int, total: int, what: str) -> None:
+    """Tell nobody."""
+
+
+def rewrite(model: Any, plan: Plan, *, seed: int = 0, progress: Progress | None = None) -> Report:
     """Carry out `plan` on `model`, in place.
 
     A model that keeps its base class's shape stays of that class; any other becomes the slim
@@ -43,7 +45,7 @@ def rewrite(
     Raises:
         SlimError: if the model is not the one the plan was made for.
     """
-    tell = progress or (lambda done, total, what: None)
+    tell = progress or quietly
     for mlp in plan.mlps:
         assert plan.recipe.width is not None
         resize_mlp(model, mlp, plan.recipe.width.intermediate_size)
@@ -86,6 +88,4 @@ def _existing_sites(model: Any, plan: Plan) -> dict[str, dict[str, Any]]:
     """Return the blocks that an already slim model keeps, under their new names."""
     existing = getattr(model.config, "llmslim", {}).get("sites", {})
     dropped = {row.name for row in plan.rows if row.action == "dropped"}
-    return {
-        plan.new_name(name): spec for name, spec in existing.items() if name not in dropped
-    }
+    return {plan.new_name(name): spec for name, spec in existing.items() if name not in dropped}

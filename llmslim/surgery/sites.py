@@ -85,7 +85,7 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
 
 def dense_weight(module: nn.Module) -> Tensor:
     """Return a site's weight the way `nn.Linear` holds it, (O, I), as a view."""
-    weight: Tensor = module.weight.data  # type: ignore[union-attr,assignment]
+    weight: Tensor = module.weight.data  # type: ignore[assignment]
     return weight.t() if isinstance(module, Conv1D) else weight
 
 
@@ -103,7 +103,8 @@ def find_layers(model: Any) -> Layers:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return Layers(name, count)
     raise TargetError(
-        f"{type(model).__name__}: no module list of {count} decoder layers; depth and width need one."
+        f"{type(model).__name__}: no module list of {count} decoder layers; depth and width "
+        "need one."
     )
 
 

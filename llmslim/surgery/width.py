@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from llmslim.modeling.modeling_llmslim import set_module
+from llmslim.modeling.sizes import WIDTH_FIELDS
 from llmslim.surgery.depth import apply_changes
 from llmslim.surgery.sites import Mlp, dense_weight, find_layers, find_mlps
-
-_WIDTH_FIELDS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "inner_dim")
 
 
 def width_field(
@@ -43,7 +42,7 @@ def width_field(
     Returns:
         The field and its value; None where the architecture has no such field (BLOOM).
     """
-    for field in _WIDTH_FIELDS:
+    for field in WIDTH_FIELDS:
         trial = copy.deepcopy(config)
         text = trial.get_text_config()
         real = text.attribute_map.get(field, field)
@@ -92,7 +91,9 @@ def _bias(module: nn.Module) -> Tensor | None:
     return None if bias is None else bias.data  # type: ignore[return-value]
 
 
-def _put(model: nn.Module, name: str, old: nn.Module, weight_OI: Tensor, bias: Tensor | None) -> None:
+def _put(
+    model: nn.Module, name: str, old: nn.Module, weight_OI: Tensor, bias: Tensor | None
+) -> None:
     """Put a dense map of the old one's kind, but of the weight's sizes, in its place."""
     out_features, in_features = weight_OI.shape
     new: nn.Module

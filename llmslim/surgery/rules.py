@@ -1,0 +1,125 @@
+"""Check each rule of a recipe by itself: its structure, its options, its method, its matches."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llmslim.errors import RecipeError, SlimError, TargetError
+from llmslim.init import method_named
+from llmslim.modeling import structured
+from llmslim.modeling.structured import StructuredLinear, structure_class
+from llmslim.recipe import Recipe, close_names, first_rule
+
+
+@dataclass
+class Findings:
+    """What is wrong with a recipe's rules, and what a reader of the report must know."""
+
+    errors: list[SlimError] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def init_of(recipe: Recipe, index: int, init: str | None) -> str:
+    """Return the name of the method that fills the blocks of one rule.
+
+    Args:
+        recipe: the recipe.
+        index: the rule.
+        init: what the caller asked for instead, if anything.
+    """
+    return init or recipe.replace[index].init or recipe.init
+
+
+def check_rules(recipe: Recipe, sites: list[str], model: str, init: str | None) -> Findings:
+    """Check every rule against the names it could match.
+
+    Args:
+        recipe: the recipe.
+        sites: names of all dense maps of the model.
+        model: the model's class, for messages.
+        init: the method the caller asked for in place of the recipe's.
+
+    Returns:
+        All problems found; sizes are not looked at here.
+    """
+    found = Findings()
+    matched = Counter(first_rule(recipe, name) for name in sites)
+    for index, rule in enumerate(recipe.replace):
+        if not matched[index]:
+            _explain_no_match(recipe, index, sites, model, found)
+        if rule.structure is not None:
+            _check_init(recipe, index, init, found)
+            _check_options(recipe, index, rule.structure, found)
+    return found
+
+
+def _check_init(recipe: Recipe, index: int, init: str | None, found: Findings) -> None:
+    """Refuse a method that does not exist; the recipe's own is told of once."""
+    own = recipe.replace[index].init is not None and init is None
+    where = recipe.where(*(("replace", index, "init") if own else ("init",)))
+    try:
+        method_named(init_of(recipe, index, init))
+    except RecipeError as error:
+        told = RecipeError(f"{'--init' if init else where}: {error}")
+        if str(told) not in map(str, found.errors):
+            found.errors.append(told)
+
+
+def _check_options(recipe: Recipe, index: int, structure: str, found: Findings) -> None:
+    """Refuse a structure that does not exist, and options that belong to another one."""
+    where = ("replace", index, "structure")
+    try:
+        cls = structure_class(structure)
+    except ValueError as error:
+        found.errors.append(recipe.problem(where, f"{error}.{_did_you_mean(structure)}"))
+        return
+    if not issubclass(cls, StructuredLinear):
+        sentence = f"structure {structure!r} is not for recipes.{_did_you_mean(structure)}"
+        found.errors.append(recipe.problem(where, sentence))
+        return
+    allowed = ", ".join(cls.option_names)
+    for option in recipe.replace[index].options():
+        if option not in cls.option_names:
+            sentence = f"not an option of {structure}; allowed {allowed}."
+            found.errors.append(recipe.problem(("replace", index, option), sentence))
+
+
+def _explain_no_match(
+    recipe: Recipe, index: int, sites: list[str], model: str, found: Findings
+) -> None:
+    """Tell whether a rule's globs fit nothing, or only what earlier rules have taken."""
+    rule = recipe.replace[index]
+    alone = Recipe(name="-", replace=(rule,))
+    taken = [name for name in sites if first_rule(alone, name) == 0]
+    if taken:
+        earlier = first_rule(recipe, taken[0])
+        found.notes.append(
+            f"{recipe.where('replace', index)}: all {len(taken)} projections it matches are taken "
+            f"by replace[{earlier}] above it."
+        )
+        return
+    close = ", ".join(close_names(rule.globs, sites))
+    closest = f"closest are {close}" if close else "it has no dense projection left"
+    where = recipe.where("replace", index, "match")
+    found.errors.append(
+        TargetError(
+            f"{where}: {', '.join(rule.globs)} matches no projection of {model}; {closest}."
+        )
+    )
+
+
+def _did_you_mean(structure: str) -> str:
+    files = Path(structured.__file__).parent.glob("[a-z]*.py")
+    known = sorted(path.stem for path in files if _for_recipes(path.stem))
+    close = difflib.get_close_matches(structure, known, n=1)
+    return f" Did you mean {close[0]}?" if close else f" Known are {', '.join(known)}."
+
+
+def _for_recipes(name: str) -> bool:
+    try:
+        return issubclass(structure_class(name), StructuredLinear)
+    except ValueError:
+        return False
