@@ -6,7 +6,7 @@ Each is a few calls into the layers below; none prints.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ from llmslim.checkpoint import (
     verify_folder,
     write_checkpoint,
 )
+from llmslim.data import Windows, calibration_windows
 from llmslim.errors import RecipeError
-from llmslim.recipe import Recipe, recipe_yaml
+from llmslim.recipe import Calibration, Recipe, recipe_yaml
 from llmslim.reporting.card import model_card
 from llmslim.surgery import Plan, Progress, Report, quietly
 
@@ -74,6 +75,7 @@ def slim(
     *,
     init: str | None = None,
     seed: int = 0,
+    calibration: Windows | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Change a model as a recipe says, in place.
@@ -86,6 +88,8 @@ def slim(
         recipe: what to do.
         init: a method that takes the place of the recipe's.
         seed: seed of everything drawn.
+        calibration: token windows for methods that fit to activations, as
+            `llmslim.data.calibration_windows` gives them.
         progress: told how many blocks are done, how many there are, and what comes now.
 
     Returns:
@@ -103,7 +107,9 @@ def slim(
         10656
     """
     made = plan(model, recipe, init=init)
-    return surgery.rewrite(model, made, seed=seed, progress=progress)
+    return surgery.rewrite(
+        model, made, seed=seed, calibration=_token_ids(calibration), progress=progress
+    )
 
 
 def convert(
@@ -114,6 +120,8 @@ def convert(
     init: str | None = None,
     dtype: str | None = None,
     seed: int = 0,
+    calibration: str | None = None,
+    calibration_tokens: int | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -127,6 +135,9 @@ def convert(
         init: a method that takes the place of the recipe's.
         dtype: `float32`, `bfloat16` or `float16`; the source's own by default.
         seed: seed of everything drawn.
+        calibration: text to fit to, in place of the recipe's: `self`, a file or a data set. With
+            it, a recipe that needs none is fitted by `least_squares`, unless `init` says otherwise.
+        calibration_tokens: how many tokens of it.
         trust_remote_code: run model code that comes with the model.
         overwrite: replace `out` where it exists, once the new one is whole.
         progress: told how many steps are done, how many there are (0 while that is not known),
@@ -145,6 +156,8 @@ def convert(
                 "Name a recipe."
             )
         chosen = Recipe(name="kphi3", description="A published kphi-3 checkpoint, as it is.")
+    if init is None and (calibration is not None or calibration_tokens is not None):
+        init = "least_squares"
     target = Path(out) if out is not None else Path(f"{source.name}-{chosen.name}")
     check_target(target, overwrite)
     if not source.is_kphi3:
@@ -154,15 +167,29 @@ def convert(
     tell(0, 0, "reading the model")
     loaded = load_model(source, dtype=dtype, trust_remote_code=trust_remote_code)
     made = surgery.plan(loaded, chosen, model_name=source.name, init=init)
+    tokenizer = load_tokenizer(source)
+    windows = None
+    if made.needs_calibration:
+        spec = _calibration_spec(chosen, loaded, calibration, calibration_tokens)
+        windows = calibration_windows(spec, tokenizer, loaded, progress=tell)
+    steps = 0
+
+    def fitting(done: int, total: int, what: str) -> None:
+        nonlocal steps
+        steps = total
+        tell(done, total + 1, what)
+
     report = surgery.rewrite(
-        loaded, made, seed=seed, progress=lambda done, total, what: tell(done, total + 1, what)
+        loaded, made, seed=seed, calibration=_token_ids(windows), progress=fitting
     )
-    tell(len(made.sites), len(made.sites) + 1, "writing and reading back")
+    if windows is not None:
+        report = replace(report, problems=(*report.problems, *windows.notes))
+    tell(steps, steps + 1, "writing and reading back")
     write_checkpoint(
         loaded,
         target,
         source=source,
-        tokenizer=load_tokenizer(source),
+        tokenizer=tokenizer,
         report=report.to_dict(),
         recipe_text=recipe_yaml(chosen),
         model_card=model_card(
@@ -173,8 +200,26 @@ def convert(
         ),
         overwrite=overwrite,
     )
-    tell(len(made.sites) + 1, len(made.sites) + 1, "done")
+    tell(steps + 1, steps + 1, "done")
     return Conversion(target, report)
+
+
+def _token_ids(windows: Windows | None) -> surgery.Calibration | None:
+    return None if windows is None else surgery.Calibration(windows.ids, windows.held_out)
+
+
+def _calibration_spec(
+    recipe: Recipe, model: PreTrainedModel, data: str | None, tokens: int | None
+) -> Calibration:
+    """Return the recipe's calibration section, with what the caller asked for instead."""
+    given = recipe.calibration
+    if given is None:
+        # Windows as long as the model reads, where that is less than the usual length.
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        usual = Calibration().sequence_length
+        given = Calibration(sequence_length=min(usual, longest or usual))
+    changes: dict[str, Any] = {"data": data, "tokens": tokens}
+    return given.model_copy(update={k: v for k, v in changes.items() if v is not None})
 
 
 def load(path: str | Path, *, dtype: str | None = None) -> PreTrainedModel:

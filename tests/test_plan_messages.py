@@ -58,14 +58,14 @@ def test_option_of_another_structure() -> None:
     (sentence,) = problems({"replace": [{"match": "*.mlp.*", **GROUPED, "groups": 4, "rank": 2}]})
     assert sentence == (
         "recipe replace[0].rank: not an option of grouped_pointwise; allowed groups, "
-        "min_channels_per_group, keep_ratio, variant, activation."
+        "min_channels_per_group, keep_ratio, variant, activation, channel_order."
     )
 
 
 def test_unknown_structure_and_init_with_the_nearest_name() -> None:
     told = problems({"replace": [{"match": "*.mlp.*", "structure": "lowrank"}], "init": "svd"})
     assert told == (
-        "recipe init: 'svd'; allowed project, random, random_published.",
+        "recipe init: 'svd'; allowed least_squares, project, random, random_published.",
         "recipe replace[0].structure: structure 'lowrank' is not known. Did you mean low_rank?",
     )
     assert problems({"replace": [{"match": "*.mlp.*", "structure": "low_rank", "rank": 1}]}, init="x")[0].startswith("--init: 'x'")  # fmt: skip  # noqa: E501

@@ -132,7 +132,8 @@ def test_an_unknown_name_lists_the_shipped_recipes_and_the_nearest():
         (
             "replace:\n  - match: '*'\n    structure: low_rank\n    ranks: 4\n",
             "mine.yaml:4 replace[0].ranks: unknown key; allowed match, keep, structure, groups, "
-            "min_channels_per_group, keep_ratio, rank, variant, activation, init. "
+            "min_channels_per_group, keep_ratio, rank, blocks, inner_features, variant, "
+            "activation, channel_order, init. "
             "Did you mean rank?",
         ),
         (

@@ -12,11 +12,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from llmslim.modeling.block_shuffle import BlockShuffle
 from llmslim.modeling.factored_embedding import FactoredEmbedding
 from llmslim.modeling.factored_head import FactoredHead
+from llmslim.modeling.grouped_low_rank import GroupedLowRank
 from llmslim.modeling.grouped_pointwise import GroupedPointwise
 from llmslim.modeling.linear import Linear
 from llmslim.modeling.low_rank import LowRank
+from llmslim.modeling.pivoted_low_rank import PivotedLowRank
 from llmslim.modeling.sizes import (
     StaysDense,
     budget,
@@ -34,7 +37,15 @@ SPECS: dict[str, dict[str, Any]] = {
     "io of one group": {"structure": "grouped_pointwise", "groups": 1, "variant": "io"},
     "residual": {"structure": "grouped_pointwise", "groups": 4, "variant": "residual"},
     "residual of one group": {"structure": "grouped_pointwise", "groups": 1, "variant": "residual"},
+    "learned order": {
+        "structure": "grouped_pointwise",
+        "groups": 4,
+        "channel_order": "learned",
+    },
     "low_rank": {"structure": "low_rank", "rank": 3},
+    "pivoted_low_rank": {"structure": "pivoted_low_rank", "rank": 3},
+    "block_shuffle": {"structure": "block_shuffle", "blocks": 4, "inner_features": 20},
+    "grouped_low_rank": {"structure": "grouped_low_rank", "groups": 4, "rank": 3},
 }
 # Fewer outputs, as many, more: `residual` has its second part in the first two.
 SIZES = [(24, 8), (16, 16), (8, 24)]
@@ -50,7 +61,18 @@ def make(kind: str, inputs: int, outputs: int, *, bias: bool = True, seed: int =
     assert isinstance(block, StructuredLinear)
     if block.bias is not None and not block.bias.is_meta:
         nn.init.normal_(block.bias)
+    for name, buffer in block.named_buffers():
+        assert name in block.buffer_names
+        if not buffer.is_meta:
+            buffer.copy_(shuffled(block, buffer))
     return block
+
+
+def shuffled(block: StructuredLinear, order: Tensor) -> Tensor:
+    """Other indices for an index buffer: a permutation, or channels for each group."""
+    if order.dim() == 1:
+        return torch.randperm(len(order))
+    return torch.randint(block.in_features, order.shape)
 
 
 # The formulas, independent of the modules' own code.
@@ -71,10 +93,26 @@ def formula(block: StructuredLinear, x: Tensor) -> Tensor:
     if isinstance(block, LowRank):
         matrix = sum(torch.outer(block.down[:, r], block.up[r]) for r in range(block.rank))
         y = torch.einsum("...i,io->...o", x, matrix)
+    elif isinstance(block, PivotedLowRank):
+        y = x.new_zeros(*x.shape[:-1], block.out_features)
+        for output, place in enumerate(block.order.tolist()):
+            if place < block.rank:
+                column = block.pivot[:, place]
+            else:
+                column = block.pivot @ block.rest[:, place - block.rank]
+            y[..., output] = (x * column).sum(-1)
+    elif isinstance(block, BlockShuffle):
+        z = grouped(x, block.first)
+        y = grouped(interleave(z, block.first.shape[2]), block.second)
+    elif isinstance(block, GroupedLowRank):
+        y = formula(block.grouped, x) + formula(block.low_rank, x)
     else:
         assert isinstance(block, GroupedPointwise)
         G, i = block.groups, block.in_features // block.groups
-        if block.variant == "io" and G > 1:
+        if block.order is not None:
+            seen = [torch.stack([x[..., c] for c in group], -1) for group in block.order.tolist()]
+            y = torch.cat([part @ block.weight[g] for g, part in enumerate(seen)], dim=-1)
+        elif block.variant == "io" and G > 1:
             W1, W2 = block.weight[:, :i], block.weight[:, i:]
             outputs = [
                 torch.einsum("...i,io->...o", x[..., g * i : (g + 1) * i], W1[g])
@@ -108,7 +146,15 @@ def blocks_and_inputs(draw: st.DrawFn) -> tuple[StructuredLinear, Tensor]:
                     "variant": "residual",
                     "activation": "gelu",
                 },
+                {"structure": "grouped_pointwise", "groups": groups, "channel_order": "learned"},
                 {"structure": "low_rank", "rank": min(groups, inputs, outputs)},
+                {"structure": "pivoted_low_rank", "rank": min(groups, inputs, outputs)},
+                {"structure": "grouped_low_rank", "groups": groups, "rank": 1},
+                {
+                    "structure": "block_shuffle",
+                    "blocks": groups,
+                    "inner_features": groups * draw(st.integers(1, min(inputs, outputs))),
+                },
             ]
         )
     )
@@ -116,6 +162,8 @@ def blocks_and_inputs(draw: st.DrawFn) -> tuple[StructuredLinear, Tensor]:
     torch.manual_seed(draw(st.integers(0, 9)))
     block = build({**options, **sizes}, dtype=torch.float64)
     assert isinstance(block, StructuredLinear)
+    for buffer in block.buffers():
+        buffer.copy_(shuffled(block, buffer))
     # Above 1024 rows `io` takes another path than below.
     rows = draw(st.sampled_from([(), (0,), (1,), (5,), (2, 3), (2, 1, 4), (1024,), (5, 205)]))
     return block, torch.randn(*rows, inputs, dtype=torch.float64)
@@ -309,6 +357,52 @@ def test_keep_ratio_picks_the_largest_rank_within_the_budget(inputs, outputs, ra
             LowRank.resolve(inputs, outputs, keep_ratio=float(ratio))
 
 
+@tried
+@given(st.integers(1, 96), st.integers(1, 96), ratios)
+@example(96, 96, Fraction(1, 1))
+def test_keep_ratio_picks_the_largest_rank_of_pivots_within_the_budget(inputs, outputs, ratio):
+    def cost(rank):
+        block = PivotedLowRank(inputs, outputs, rank=rank, device="meta")
+        return sum(p.numel() for p in block.parameters())
+
+    ranks = range(1, min(inputs, outputs) + 1)
+    fitting = [rank for rank in ranks if cost(rank) <= ratio * inputs * outputs]
+    if fitting and max(fitting) < min(inputs, outputs):
+        resolved = PivotedLowRank.resolve(inputs, outputs, keep_ratio=float(ratio))
+        assert resolved == {"rank": max(fitting)}
+    else:
+        with pytest.raises(StaysDense, match="full rank" if fitting else "not even rank 1"):
+            PivotedLowRank.resolve(inputs, outputs, keep_ratio=float(ratio))
+
+
+@tried
+@given(st.integers(2, 96), st.integers(2, 96), ratios)
+def test_keep_ratio_fills_the_budget_of_sums_and_shuffles(inputs, outputs, ratio):
+    for cls in (GroupedLowRank, BlockShuffle):
+        try:
+            resolved = cls.resolve(inputs, outputs, keep_ratio=float(ratio))
+        except StaysDense:
+            continue
+        block = cls(inputs, outputs, **resolved, device="meta")
+        held = sum(p.numel() for p in block.parameters())
+        assert held == cls.count_weights(inputs, outputs, **resolved)
+        left = ratio * inputs * outputs - held
+        assert left >= 0
+        if cls is BlockShuffle:
+            assert left < inputs + outputs
+            divisors = [d for d in range(2, 97) if inputs % d == outputs % d == 0]
+            assert resolved["blocks"] == divisors[0]
+        else:
+            assert left < inputs + outputs or resolved["rank"] == min(inputs, outputs)
+
+
+def test_the_grouped_part_gets_a_twelfth_of_the_budget():
+    resolved = GroupedLowRank.resolve(576, 1536, keep_ratio=0.5)
+    assert resolved["groups"] == 48
+    assert 2 * 576 * 1536 / 48 == 576 * 1536 / 2 / 12
+    assert GroupedLowRank.resolve(576, 1536, keep_ratio=0.5, groups=12)["groups"] == 12
+
+
 @pytest.mark.parametrize("written", [0.3333, 0.333333, 1 / 3])
 def test_a_third_is_a_third_however_it_is_written(written):
     assert budget(3, 5, written) == 5
@@ -349,6 +443,34 @@ def test_resolved_options_build_what_they_count():
         ),
         (GroupedPointwise, {"keep_ratio": 0.0}, "keep_ratio 0.0; allowed above 0 and at most 1"),
         (GroupedPointwise, {"keep_ratio": 1.5}, "keep_ratio 1.5; allowed above 0 and at most 1"),
+        (
+            GroupedPointwise,
+            {"groups": 2, "channel_order": "free"},
+            "'free'; allowed fixed, learned",
+        ),
+        (
+            GroupedPointwise,
+            {"groups": 2, "variant": "residual", "channel_order": "learned"},
+            "channel_order learned belongs to variant io",
+        ),
+        (PivotedLowRank, {}, "either rank or keep_ratio"),
+        (PivotedLowRank, {"rank": 2, "keep_ratio": 0.5}, "either rank or keep_ratio"),
+        (PivotedLowRank, {"rank": 9}, "rank 9; allowed 1 to 8"),
+        (PivotedLowRank, {"keep_ratio": 1.5}, "keep_ratio 1.5; allowed above 0"),
+        (GroupedLowRank, {}, "either groups and rank, or keep_ratio"),
+        (GroupedLowRank, {"rank": 2}, "either groups and rank, or keep_ratio"),
+        (GroupedLowRank, {"groups": 2, "rank": 2, "keep_ratio": 0.5}, "either groups and rank"),
+        (GroupedLowRank, {"groups": 5, "rank": 2}, "groups 5 does not divide"),
+        (GroupedLowRank, {"groups": 2, "rank": 9}, "rank 9; allowed 1 to 8"),
+        (BlockShuffle, {}, "either inner_features or keep_ratio"),
+        (BlockShuffle, {"inner_features": 8, "keep_ratio": 0.5}, "either inner_features or keep"),
+        (
+            BlockShuffle,
+            {"blocks": 5, "keep_ratio": 0.5},
+            "blocks 5 does not divide.*allowed 1, 2, 4",
+        ),
+        (BlockShuffle, {"blocks": 4, "inner_features": 6}, "6; allowed multiples of 4 up to 32"),
+        (BlockShuffle, {"blocks": 4, "inner_features": 36}, "36; allowed multiples of 4 up to 32"),
         (LowRank, {}, "either rank or keep_ratio"),
         (LowRank, {"rank": 2, "keep_ratio": 0.5}, "either rank or keep_ratio"),
         (LowRank, {"rank": 9}, "rank 9; allowed 1 to 8"),
@@ -373,11 +495,37 @@ def test_wrong_options(structure, options, message):
         ),
         (GroupedPointwise, {}, "at least 256 input channels per group"),
         (LowRank, {"keep_ratio": 0.1}, "not even rank 1 keeps it within 9 parameters"),
+        (PivotedLowRank, {"keep_ratio": 0.1}, "not even rank 1 keeps it within 9 parameters"),
+        (PivotedLowRank, {"rank": 8}, "full rank has the dense projection's parameters"),
+        (GroupedLowRank, {"groups": 1, "rank": 2}, "one group is the dense projection"),
+        (GroupedLowRank, {"groups": 4, "keep_ratio": 0.5}, "no rank beside 4 groups keeps it"),
+        (BlockShuffle, {"keep_ratio": 0.1}, "no inner width keeps it within 9 parameters"),
     ],
 )
 def test_what_stays_dense_says_why(structure, options, reason):
     with pytest.raises(StaysDense, match=reason):
         structure.resolve(12, 8, **options)
+
+
+def test_coprime_sizes_stay_dense():
+    for cls, reason in (
+        (BlockShuffle, "no common divisor of 9 and 8"),
+        (GroupedLowRank, "one group is the dense projection"),
+    ):
+        with pytest.raises(StaysDense, match=reason):
+            cls.resolve(9, 8, keep_ratio=0.5)
+
+
+def test_a_fixed_order_leaves_no_trace():
+    block = GroupedPointwise(12, 8, groups=2)
+    assert list(block.state_dict()) == ["weight"]
+    assert "channel_order" not in block.spec()
+    learned = GroupedPointwise(12, 8, groups=2, channel_order="learned")
+    assert list(learned.state_dict()) == ["weight", "order"]
+    assert learned.spec()["channel_order"] == "learned"
+    learned.load_state_dict(block.state_dict(), strict=False)
+    x = torch.randn(3, 12)
+    assert torch.equal(learned(x), block(x))  # until it is learned, the order is the channels' own
 
 
 # Life as a module.
@@ -396,7 +544,7 @@ def test_fresh_blocks_have_a_fresh_linears_output_variance(kind, inputs, outputs
     assert sum(squares) / len(squares) == pytest.approx(1 / 3, rel=0.08)
 
 
-@pytest.mark.parametrize("kind", ["io", "residual", "low_rank"])
+@pytest.mark.parametrize("kind", list(SPECS))
 def test_compiled_gives_the_same(kind):
     block = make(kind, 24, 8)
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
@@ -466,6 +614,9 @@ def test_inputs_that_are_not_contiguous(rows):
 def test_structures_are_found_by_name():
     assert structure_class("grouped_pointwise") is GroupedPointwise
     assert structure_class("low_rank") is LowRank
+    assert structure_class("pivoted_low_rank") is PivotedLowRank
+    assert structure_class("grouped_low_rank") is GroupedLowRank
+    assert structure_class("block_shuffle") is BlockShuffle
     assert structure_class("linear") is Linear
     assert structure_class("factored_embedding") is FactoredEmbedding
     assert structure_class("factored_head") is FactoredHead

@@ -1,5 +1,13 @@
-"""Dense weights in, block weights out; one method a file."""
+"""Dense weights in, block weights out; one method a file, `_` before the names of their helpers."""
 
+from ._channel_order import Orders as Orders
+from ._channel_order import learn_order as learn_order
+from ._channel_order import learn_order_and_outputs as learn_order_and_outputs
+from ._gram import GramAccumulator as GramAccumulator
+from ._gram import damping as damping
+from ._gram import equivalent_target as equivalent_target
+from ._gram import relative_error as relative_error
+from ._gram import stable_cholesky as stable_cholesky
 from .target import Method as Method
 from .target import Target as Target
 from .target import initialise as initialise

@@ -1,7 +1,9 @@
 """The block nearest to the dense weight in Frobenius norm; needs no data.
 
 Closed forms where there is one: `io` keeps the dense entries under its mask, `low_rank` is the
-truncated singular value decomposition (Eckart and Young 1936). Any other linear structure, the
+truncated singular value decomposition (Eckart and Young 1936), `pivoted_low_rank` the same matrix;
+`block_shuffle` and `grouped_low_rank` alternate closed forms, as `least_squares` does for white
+input. A learned channel order keeps the entries of most weight. Any other linear structure, the
 serial `residual` variant among them, is fitted by L-BFGS on the same objective, so a structure
 that brings no closed form works too.
 
@@ -18,9 +20,14 @@ from functools import singledispatch
 import torch
 from torch import Tensor
 
+from llmslim.init import least_squares
+from llmslim.init._channel_order import order_by_value
 from llmslim.init.target import Target
+from llmslim.modeling.block_shuffle import BlockShuffle
+from llmslim.modeling.grouped_low_rank import GroupedLowRank
 from llmslim.modeling.grouped_pointwise import GroupedPointwise
 from llmslim.modeling.low_rank import LowRank
+from llmslim.modeling.pivoted_low_rank import PivotedLowRank
 from llmslim.modeling.structured import StructuredLinear
 
 FITS = True
@@ -68,6 +75,12 @@ def _project(block: StructuredLinear, weight_OI: Tensor, seed: int) -> None:
 def _project_grouped(block: GroupedPointwise, weight_OI: Tensor, seed: int) -> None:
     groups = block.groups
     i, o = block.in_features // groups, block.out_features // groups
+    if block.order is not None:
+        rows_GIo = weight_OI.reshape(groups, o, block.in_features).transpose(1, 2)
+        block.order.copy_(order_by_value(rows_GIo.square().sum(2)))
+        for g, channels in enumerate(block.order):
+            block.weight[g] = rows_GIo[g, channels]
+        return
     w_GoI = weight_OI.reshape(groups, o, block.in_features)
     if groups == 1:
         block.weight.copy_(w_GoI.transpose(1, 2))
@@ -99,3 +112,11 @@ def _project_low_rank(block: LowRank, weight_OI: Tensor, seed: int) -> None:  # 
     root = s_K[: block.rank].sqrt()  # shared between the factors: both train at one scale
     block.down.copy_(v_KI[: block.rank].t() * root)
     block.up.copy_((u_OK[:, : block.rank] * root).t())
+
+
+@_project.register(PivotedLowRank)
+@_project.register(BlockShuffle)
+@_project.register(GroupedLowRank)
+def _project_for_white_input(block: StructuredLinear, weight_OI: Tensor, seed: int) -> None:
+    white_II = torch.eye(block.in_features, dtype=torch.float64)
+    least_squares.fit_to_gram(block, weight_OI.double().cpu(), white_II, seed)

@@ -3,10 +3,11 @@
 A method is one file in this folder with the method's name and in it
 
     FITS: bool                         whether it approximates the dense map at all
+    NEEDS_GRAM: bool = False           whether it cannot do without calibration
     def fit(block, target) -> None     fills the block's weights, in place
 
-so a new method is one new file and nothing else. Biases are not fitted: the dense one is carried
-over as it is.
+so a new method is one new file and nothing else; helpers' names begin with `_`. Biases are not
+fitted: the dense one is carried over as it is.
 
 Shapes: I = in_features, O = out_features.
 """
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from llmslim.errors import RecipeError
+from llmslim.init._gram import relative_error
 from llmslim.modeling.structured import StructuredLinear
 
 
@@ -37,6 +39,8 @@ class Target:
     """Bias, shape (O,)."""
     seed: int = 0
     """Seed of whatever the method draws."""
+    gram_II: Tensor | None = None
+    """E[x xᵀ] of the inputs x the block will see, (I, I), float64; None without calibration."""
 
 
 class Method(NamedTuple):
@@ -46,6 +50,8 @@ class Method(NamedTuple):
     fits: bool
     """Whether the block approximates the dense map, so that its error means something."""
     fit: Callable[[StructuredLinear, Target], None]
+    needs_gram: bool
+    """Whether it works only where the target has a Gram matrix."""
 
 
 def method_names() -> list[str]:
@@ -63,7 +69,7 @@ def method_named(name: str) -> Method:
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name not in method_names():
         raise RecipeError(f"{name!r}; allowed {', '.join(method_names())}.")
     module = importlib.import_module(f"llmslim.init.{name}")
-    return Method(name, module.FITS, module.fit)
+    return Method(name, module.FITS, module.fit, getattr(module, "NEEDS_GRAM", False))
 
 
 @torch.no_grad()
@@ -76,15 +82,20 @@ def initialise(block: StructuredLinear, target: Target, method: Method) -> float
         method: how.
 
     Returns:
-        Relative squared error of the block's matrix against the dense one, ‖W - B‖² / ‖W‖²
-        (the output error under white input); None where the method does not approximate.
+        Relative squared error of the block's outputs against the dense ones, on the calibration
+        tokens, or under white input (‖W - B‖² / ‖W‖²) where the target has no Gram matrix; None
+        where the method does not approximate.
     """
+    block.reset_buffers()  # made without memory, they hold anything
     method.fit(block, target)
     if target.bias_O is not None and block.bias is not None:
         block.bias.copy_(target.bias_O)
     if not method.fits:
         return None
     weight = target.weight_OI
+    if target.gram_II is not None:
+        dense = block.to_dense().to(weight.device)
+        return relative_error(dense, weight, target.gram_II.to(weight.device))
     difference = block.to_dense().to(weight) - weight
     norm = weight.square().sum()
     return float(difference.square().sum() / norm) if norm > 0 else 0.0

@@ -9,6 +9,10 @@ the contiguous block g and the residue class g modulo G ("interleave, then group
 one parameter, [W1[g]; W2[g]] stacked to (G, 2i, o), so that both branches are one batched product
 over 2i gathered channels; the naive two einsums read and write the output twice. 2IO/G weights.
 
+Which channels a group sees is an accident of their numbering. With `channel_order: learned` an
+index buffer names 2i channels for each group instead, y[:, g] = x[:, order[g]] @ [W1[g]; W2[g]]; it
+is fitted with the weights and never trained.
+
 Variant `residual`, the serial block of the earlier vision papers: grouped, interleaved, grouped
 again, with a skip connection:
 
@@ -43,6 +47,7 @@ from .sizes import (
 from .structured import StructuredLinear
 
 VARIANTS = ("io", "residual")
+ORDERS = ("fixed", "learned")
 
 # Above this many rows copying the gathered input costs more than reading the output twice:
 # measured by benchmarks/bench_grouped_pointwise.py.
@@ -61,6 +66,7 @@ class GroupedPointwise(StructuredLinear):
         min_channels_per_group: used only where `groups` is not given.
         variant: `io` or `residual`.
         activation: name of a transformers activation, `residual` only.
+        channel_order: `learned` adds the index buffer `order` (G, 2i), `io` only; `fixed` has none.
         bias: whether a bias of shape (O,) is added.
         device: where the parameters live.
         dtype: the parameters' type.
@@ -81,7 +87,12 @@ class GroupedPointwise(StructuredLinear):
         "keep_ratio",
         "variant",
         "activation",
+        "channel_order",
     )
+    buffer_names: ClassVar[tuple[str, ...]] = ("order",)
+
+    order: Tensor | None
+    """Channels that each group sees, shape (G, 2i), int64; None where the order is fixed."""
 
     def __init__(
         self,
@@ -92,6 +103,7 @@ class GroupedPointwise(StructuredLinear):
         min_channels_per_group: int = 256,
         variant: str = "io",
         activation: str | None = None,
+        channel_order: str = "fixed",
         bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -103,7 +115,7 @@ class GroupedPointwise(StructuredLinear):
             except StaysDense:
                 groups = 1
         self.groups = check_groups(in_features, out_features, groups)
-        _check_variant(variant, activation)
+        _check_variant(variant, activation, channel_order)
         self.variant = variant
         self.activation = activation
         self.act = nn.Identity() if activation is None else ACT2FN[activation]
@@ -119,6 +131,9 @@ class GroupedPointwise(StructuredLinear):
             self.second = parameter(groups, o, o)
         else:
             self.register_parameter("second", None)
+        shape, learned = self.weight.shape[:2], channel_order == "learned"
+        order = torch.empty(shape, dtype=torch.int64, device=device) if learned else None
+        self.register_buffer("order", order)
         self.reset_parameters()
 
     @classmethod
@@ -132,8 +147,9 @@ class GroupedPointwise(StructuredLinear):
         keep_ratio: float | None = None,
         variant: str = "io",
         activation: str | None = None,
+        channel_order: str = "fixed",
     ) -> dict[str, Any]:
-        """Return explicit groups, variant and activation.
+        """Return explicit groups, variant, activation and channel order.
 
         Args:
             in_features: input channels I.
@@ -143,12 +159,13 @@ class GroupedPointwise(StructuredLinear):
             keep_ratio: share of the dense weights to keep; picks the smallest G within it.
             variant: `io` or `residual`.
             activation: `residual` only.
+            channel_order: `fixed`, or `learned` for `io`.
 
         Raises:
             StaysDense: if these sizes leave nothing to group.
             ValueError: if more than one of the three ways to choose G is used, or it is wrong.
         """
-        _check_variant(variant, activation)
+        _check_variant(variant, activation, channel_order)
         if sum(given is not None for given in (groups, min_channels_per_group, keep_ratio)) > 1:
             raise ValueError(
                 "grouped_pointwise takes one of groups, min_channels_per_group and keep_ratio"
@@ -171,6 +188,8 @@ class GroupedPointwise(StructuredLinear):
         resolved: dict[str, Any] = {"groups": groups, "variant": variant}
         if activation is not None:
             resolved["activation"] = activation
+        if channel_order == "learned":
+            resolved["channel_order"] = channel_order
         return resolved
 
     @classmethod
@@ -182,6 +201,7 @@ class GroupedPointwise(StructuredLinear):
         groups: int,
         variant: str = "io",
         activation: str | None = None,  # noqa: ARG003  (costs nothing)
+        channel_order: str = "fixed",  # noqa: ARG003  (an index, not a weight)
     ) -> int:
         """Return 2IO/G for `io`, IO/G plus O²/G where a second part exists for `residual`."""
         branches = 2 if variant == "io" and groups > 1 else 1
@@ -191,9 +211,13 @@ class GroupedPointwise(StructuredLinear):
         return weights
 
     def options(self) -> dict[str, Any]:
-        """Return groups and variant, and the activation where there is one."""
+        """Return groups and variant, the activation and the learned order where there is one."""
         options: dict[str, Any] = {"groups": self.groups, "variant": self.variant}
-        return options if self.activation is None else {**options, "activation": self.activation}
+        if self.activation is not None:
+            options["activation"] = self.activation
+        if self.order is not None:
+            options["channel_order"] = "learned"
+        return options
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -205,6 +229,15 @@ class GroupedPointwise(StructuredLinear):
             self.weight.mul_(math.sqrt(0.5))
             bound = math.sqrt(3 / self.second.shape[1])
             nn.init.uniform_(self.second, -bound, bound)
+        self.reset_buffers()
+
+    @torch.no_grad()
+    def reset_buffers(self) -> None:
+        """Let every group see the channels that it sees without an order, in place."""
+        if self.order is not None:
+            channel_I = torch.arange(self.in_features)
+            sets = [channel_I.reshape(self.groups, -1), channel_I.reshape(-1, self.groups).t()]
+            self.order.copy_(torch.cat(sets if self.groups > 1 else sets[:1], dim=1))
 
     def product(self, x: Tensor) -> Tensor:
         """Return the block's output for x (..., I), bias not added."""
@@ -217,6 +250,9 @@ class GroupedPointwise(StructuredLinear):
         if groups == 1:
             return x_NI @ self.weight[0]
         i = self.in_features // groups
+        if self.order is not None:
+            seen = x_NI.index_select(1, self.order.flatten()).reshape(rows, groups, 2 * i)
+            return torch.bmm(seen.transpose(0, 1), self.weight).transpose(0, 1).flatten(1)
         block = x_NI.reshape(rows, groups, i).transpose(0, 1)  # (G, N, i)
         residue = x_NI.reshape(rows, i, groups).permute(2, 0, 1)  # (G, N, i)
         if rows > _GATHER_ROWS:
@@ -228,7 +264,7 @@ class GroupedPointwise(StructuredLinear):
 
     def _residual(self, x_NI: Tensor) -> Tensor:
         rows, groups, o = x_NI.shape[0], self.groups, self.out_features // self.groups
-        blocks = x_NI.reshape(rows, groups, -1).transpose(0, 1)  # (G, N, i)
+        blocks = x_NI.reshape(rows, groups, self.in_features // groups).transpose(0, 1)  # (G, N, i)
         h: Tensor = self.act(torch.bmm(blocks, self.weight))  # (G, N, o)
         h_NO = h.transpose(0, 1).reshape(rows, self.out_features)
         interleaved = h_NO.reshape(rows, o, groups).permute(2, 0, 1)  # (G, N, o)
@@ -253,10 +289,14 @@ def _has_second(in_features: int, out_features: int, groups: int, variant: str) 
     return variant == "residual" and groups > 1 and in_features >= out_features
 
 
-def _check_variant(variant: str, activation: str | None) -> None:
+def _check_variant(variant: str, activation: str | None, channel_order: str) -> None:
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r}; allowed {', '.join(VARIANTS)}")
     if activation is not None and variant != "residual":
         raise ValueError("activation belongs to variant residual")
     if activation is not None and activation not in ACT2FN:
         raise ValueError(f"activation {activation!r} is not one that transformers knows")
+    if channel_order not in ORDERS:
+        raise ValueError(f"channel_order {channel_order!r}; allowed {', '.join(ORDERS)}")
+    if channel_order == "learned" and variant != "io":
+        raise ValueError("channel_order learned belongs to variant io")

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .configuration_llmslim import FORMAT, SlimConfig, slim_config_class
-from .structured import build
+from .structured import build, structure_class
 
 ENTRY_FILE = "llmslim_entry.py"
 """Generated beside the weights; imports the structures used, so that transformers copies them."""
@@ -190,6 +190,8 @@ def write_code(folder: Path, structures: set[str]) -> list[Path]:
         imports them, since transformers copies only what it sees imported.
     """
     here = Path(__file__).parent
+    parts = [getattr(structure_class(name), "parts", ()) for name in structures]
+    structures = structures.union(*parts)
     modules = sorted(
         {"configuration_llmslim", "modeling_llmslim", "sizes", "structured", *structures}
     )

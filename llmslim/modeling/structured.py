@@ -35,6 +35,8 @@ class StructuredLinear(nn.Module, ABC):
     """Options that a recipe may give; `resolve` turns them into constructor arguments."""
     buffer_names: ClassVar[tuple[str, ...]] = ()
     """Persistent integer buffers (fitted, never trained)."""
+    parts: ClassVar[tuple[str, ...]] = ()
+    """Other structures that this one is made of; their files travel with it."""
 
     bias: nn.Parameter | None
 
@@ -77,6 +79,9 @@ class StructuredLinear(nn.Module, ABC):
     @abstractmethod
     def reset_parameters(self) -> None:
         """Draw new weights, in place, with the output variance of a fresh `nn.Linear`."""
+
+    def reset_buffers(self) -> None:
+        """Set index buffers to the order of the channels, in place; most blocks have none."""
 
     @abstractmethod
     def product(self, x: Tensor) -> Tensor:

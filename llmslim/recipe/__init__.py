@@ -5,5 +5,6 @@ from .load import recipe_yaml as recipe_yaml
 from .load import shipped_recipes as shipped_recipes
 from .match import close_names as close_names
 from .match import first_rule as first_rule
+from .schema import Calibration as Calibration
 from .schema import Recipe as Recipe
 from .schema import Rule as Rule

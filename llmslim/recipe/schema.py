@@ -67,7 +67,7 @@ class Rule(Section):
     keep: Literal[True] | None = None
     """Leave these projections as they are."""
     structure: Name | None = None
-    """What they become: grouped_pointwise, low_rank."""
+    """What they become: grouped_pointwise, low_rank, pivoted_low_rank, grouped_low_rank, block_shuffle."""
     groups: Count | None = None
     """Grouped structures: number of groups; must divide both sizes."""
     min_channels_per_group: Count | None = None
@@ -75,11 +75,17 @@ class Rule(Section):
     keep_ratio: Ratio | None = None
     """Any structure: share of the dense weights to keep, as 0.5 or 1/3; picks groups or rank just below it."""
     rank: Count | None = None
-    """low_rank: inner size."""
+    """low_rank, pivoted_low_rank, grouped_low_rank: inner size."""
+    blocks: Count | None = None
+    """block_shuffle: number of blocks; must divide both sizes."""
+    inner_features: Count | None = None
+    """block_shuffle: channels between its two maps; a multiple of the blocks."""
     variant: Literal["io", "residual"] | None = None
     """grouped_pointwise: `io` (two branches side by side, the kphi-3 block) or `residual` (serial, with a skip)."""
     activation: Name | None = None
     """grouped_pointwise, residual only: an activation inside the block."""
+    channel_order: Literal["fixed", "learned"] | None = None
+    """Grouped structures, io only: `learned` also fits which input channels each group sees."""
     init: Name | None = None
     """How these blocks get their weights; the recipe's `init` where not given."""
 

@@ -6,6 +6,7 @@ from .plan import plan as plan
 from .report import Report as Report
 from .report import Row as Row
 from .report import Totals as Totals
+from .rewrite import Calibration as Calibration
 from .rewrite import Progress as Progress
 from .rewrite import quietly as quietly
 from .rewrite import rewrite as rewrite

@@ -17,12 +17,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from llmslim.errors import SizeError, SlimError, TargetError, raise_together
-from llmslim.modeling.sizes import StaysDense
+from llmslim.init import method_named
+from llmslim.modeling.sizes import StaysDense, exact_ratio
 from llmslim.modeling.structured import StructuredLinear, structure_class
 from llmslim.recipe import Recipe, first_rule
 from llmslim.surgery.depth import depth_changes, kept_layers
 from llmslim.surgery.report import Kind, Report, Row
-from llmslim.surgery.rules import check_rules, init_of
+from llmslim.surgery.rules import WIDTH, check_rules, init_of, method_exists
 from llmslim.surgery.sites import Layers, Mlp, Site, find_layers, find_mlps, find_sites
 from llmslim.surgery.width import width_field
 
@@ -42,6 +43,21 @@ class SitePlan:
 
 
 @dataclass(frozen=True)
+class MlpPlan:
+    """One MLP and the number of neurons it is to have."""
+
+    mlp: Mlp
+    width: int
+    init: str
+    """Name of the method that chooses and refits."""
+
+    @property
+    def fitted(self) -> bool:
+        """Whether neurons are chosen, and the down projection refitted, by calibration data."""
+        return self.width < self.mlp.width and method_named(self.init).needs_gram
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything a recipe does to one model; made by `plan`, carried out by `rewrite`."""
 
@@ -53,7 +69,7 @@ class Plan:
     layers: Layers | None = None
     keep_layers: tuple[int, ...] | None = None
     """Decoder layers that stay; None leaves the depth alone."""
-    mlps: tuple[Mlp, ...] = ()
+    mlps: tuple[MlpPlan, ...] = ()
     """MLPs that change their width."""
     resized: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Specs of resized projections that the config alone cannot express, by new name."""
@@ -61,6 +77,13 @@ class Plan:
     """Fields of the text config that change."""
     notes: tuple[str, ...] = ()
     """What a reader of the report must know."""
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether any method of the plan works on calibration data alone."""
+        return any(method_named(site.init).needs_gram for site in self.sites) or any(
+            mlp.fitted for mlp in self.mlps
+        )
 
     def report(self) -> Report:
         """Return the ledger, as it will be once the plan is carried out."""
@@ -111,8 +134,9 @@ class _Planner:
             site.name: (site.in_features, site.out_features) for site in self.sites.values()
         }
         self.layers: Layers | None = None
+        self._decoder = _layers_or_none(model)
         self.keep: tuple[int, ...] | None = None
-        self.mlps: list[Mlp] = []
+        self.mlps: list[MlpPlan] = []
         self.changes: dict[str, Any] = {}
         self.planned: list[SitePlan] = []
         self.resized: dict[str, dict[str, Any]] = {}
@@ -154,36 +178,59 @@ class _Planner:
         self.changes |= depth_changes(config, self.keep, self.layers.count)
 
     def _plan_width(self) -> None:
-        """Note every MLP that changes its width.
+        """Note every MLP that changes its width, by the section `width` or by a rule."""
+        if self.recipe.width is None and not any(r.structure == WIDTH for r in self.recipe.replace):
+            return
+        layers = self.layers or find_layers(self.model)
+        found = [mlp for mlp in find_mlps(self.model, layers) if self._stays(mlp.name, layers)]
+        wanted = self._wanted_widths(found)
+        self.mlps = [plan for plan in wanted if plan.width != plan.mlp.width]
+        for plan in self.mlps:
+            self._check_alone(plan.mlp)
+            hidden = self.sizes[plan.mlp.down][1]
+            self.sizes[plan.mlp.down] = (plan.width, hidden)
+            for up in plan.mlp.up:
+                self.sizes[up] = (hidden, plan.width * (2 if plan.mlp.fused else 1))
+        if not self.mlps:
+            return
+        uniform = len(wanted) == len(found) and len({plan.width for plan in wanted}) == 1
+        width = self.mlps[0].width
+        change = width_field(self.model.config, width, model_on_meta) if uniform else None
+        if change is not None:
+            self.changes |= change
+            return
+        for plan in self.mlps:
+            for name in (*plan.mlp.up, plan.mlp.down):
+                self.resized[name] = self._linear_spec(name)
+
+    def _wanted_widths(self, mlps: list[Mlp]) -> list[MlpPlan]:
+        """Return every MLP that is given a width, with it.
 
         Raises:
-            TargetError: if there is none to change.
+            TargetError: if the section `width` finds no MLP.
         """
-        if self.recipe.width is None:
-            return
-        width = self.recipe.width.intermediate_size
-        layers = self.layers or find_layers(self.model)
-        mlps = [mlp for mlp in find_mlps(self.model, layers) if self._stays(mlp.name, layers)]
-        if not mlps:
+        recipe, planned = self.recipe, []
+        if recipe.width is not None and not mlps:
             raise TargetError(
-                f"{self.recipe.where('width', 'intermediate_size')}: no MLP found in "
+                f"{recipe.where('width', 'intermediate_size')}: no MLP found in "
                 f"{type(self.model).__name__} whose sizes fit each other. Leave `width` out."
             )
-        self.mlps = [mlp for mlp in mlps if mlp.width != width]
-        for mlp in self.mlps:
-            self._check_alone(mlp)
-            hidden = self.sizes[mlp.down][1]
-            self.sizes[mlp.down] = (width, hidden)
-            for up in mlp.up:
-                self.sizes[up] = (hidden, width * (2 if mlp.fused else 1))
-        if self.mlps:
-            change = width_field(self.model.config, width, model_on_meta)
-            if change is not None:
-                self.changes |= change
-            else:
-                for mlp in self.mlps:
-                    for name in (*mlp.up, mlp.down):
-                        self.resized[name] = self._linear_spec(name)
+        for mlp in mlps:
+            index = first_rule(recipe, mlp.down)
+            rule = None if index is None else recipe.replace[index]
+            if rule is None or index is None or rule.structure != WIDTH:
+                if recipe.width is not None:
+                    width, init = recipe.width.intermediate_size, self.init or recipe.init
+                    planned.append(MlpPlan(mlp, width, init))
+            elif recipe.width is not None:
+                self.wrong[index, "the section `width` sets the width already"].append(mlp.down)
+            elif {first_rule(recipe, up) for up in mlp.up} != {index}:
+                cause = f"the rule must match all of {', '.join((*mlp.up, mlp.down))}"
+                self.wrong[index, cause].append(mlp.down)
+            elif rule.keep_ratio is not None:
+                width = max(1, int(mlp.width * exact_ratio(rule.keep_ratio)))
+                planned.append(MlpPlan(mlp, width, init_of(recipe, index, self.init)))
+        return planned
 
     def _check_alone(self, mlp: Mlp) -> None:
         """Refuse an MLP with per-neuron parameters outside its projections (an inner norm).
@@ -296,6 +343,8 @@ class _Planner:
     def _replace(self, row: Row, site: Site, parameter: nn.Parameter, index: int) -> Row:
         rule = self.recipe.replace[index]
         assert rule.structure is not None
+        if rule.structure == WIDTH:
+            return self._narrowed(row, site, index)
         try:
             cls = structure_class(rule.structure)
         except ValueError:
@@ -315,6 +364,10 @@ class _Planner:
         init = init_of(self.recipe, index, self.init)
         if resolved.get("activation") and not init.startswith("random"):
             self.wrong[index, f"init {init} needs a linear block; use random"].append(site.name)
+        in_layer = self._decoder is not None and self._decoder.index_of(site.name) is not None
+        if method_exists(init) and method_named(init).needs_gram and not in_layer:
+            cause = f"init {init} works inside decoder layers; give this projection init: project"
+            self.wrong[index, cause].append(site.name)
         spec = {
             "structure": rule.structure,
             "in_features": in_features,
@@ -327,6 +380,22 @@ class _Planner:
         weights = cls.count_weights(in_features, out_features, **resolved)
         row = self._with_weights(row, weights, out_features if site.bias else 0, parameter)
         return replace(row, action="replaced", structure=rule.structure, options=resolved)
+
+    def _narrowed(self, row: Row, site: Site, index: int) -> Row:
+        """Return the row of a projection whose MLP gets fewer neurons."""
+        plan = next((p for p in self.mlps if site.name in (*p.mlp.up, p.mlp.down)), None)
+        if plan is None:
+            if self.recipe.replace[index].keep_ratio is None:
+                cause = "structure width takes keep_ratio, the share of neurons to keep"
+            elif self.recipe.replace[index].keep_ratio == 1:
+                return row
+            else:
+                cause = "structure width is for the projections of an MLP"
+            self.wrong[index, cause].append(site.name)
+            return row
+        return replace(
+            row, action="replaced", structure=WIDTH, options={"neurons": plan.width}, reason=""
+        )
 
     def _with_weights(
         self, row: Row, weights: int, bias: int, parameter: nn.Parameter, reason: str = ""
@@ -347,6 +416,13 @@ class _Planner:
         rule = self.recipe.replace[index]
         first = cause.partition(" ")[0]
         return (first,) if first in (*rule.options(), "init") else ()
+
+
+def _layers_or_none(model: Any) -> Layers | None:
+    try:
+        return find_layers(model)
+    except TargetError:
+        return None
 
 
 def _emptied(row: Row, action: Any, reason: str) -> Row:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from llmslim.errors import SlimError
-from llmslim.init import Target, initialise, method_named
-from llmslim.modeling.modeling_llmslim import become_slim, set_module
-from llmslim.modeling.structured import StructuredLinear, build
+from llmslim.errors import DataError, SlimError
+from llmslim.init import Target
+from llmslim.modeling.modeling_llmslim import become_slim
+from llmslim.surgery.blocks import put_block
 from llmslim.surgery.depth import apply_changes, drop_layers
 from llmslim.surgery.plan import Plan
 from llmslim.surgery.report import Report
+from llmslim.surgery.sequential import fit_sequentially
 from llmslim.surgery.sites import dense_weight
 from llmslim.surgery.width import resize_mlp
 
@@ -27,7 +28,24 @@ def quietly(done: int, total: int, what: str) -> None:
     """Tell nobody."""
 
 
-def rewrite(model: Any, plan: Plan, *, seed: int = 0, progress: Progress | None = None) -> Report:
+@dataclass(frozen=True)
+class Calibration:
+    """Token ids that calibrated methods look at."""
+
+    windows: Tensor
+    """To fit on, (N, L)."""
+    held_out: Tensor
+    """To measure errors on, (M, L)."""
+
+
+def rewrite(
+    model: Any,
+    plan: Plan,
+    *,
+    seed: int = 0,
+    calibration: Calibration | None = None,
+    progress: Progress | None = None,
+) -> Report:
     """Carry out `plan` on `model`, in place.
 
     A model that keeps its base class's shape stays of that class; any other becomes the slim
@@ -37,6 +55,8 @@ def rewrite(model: Any, plan: Plan, *, seed: int = 0, progress: Progress | None 
         model: the model the plan was made for.
         plan: what to do.
         seed: seed of random blocks; every site draws from its own stream.
+        calibration: token ids for methods that need them; with them, every block inside a decoder
+            layer is fitted to the inputs it will really see.
         progress: told about every site.
 
     Returns:
@@ -44,28 +64,50 @@ def rewrite(model: Any, plan: Plan, *, seed: int = 0, progress: Progress | None 
 
     Raises:
         SlimError: if the model is not the one the plan was made for.
+        DataError: if a method needs calibration and there is none.
     """
+    if plan.needs_calibration and calibration is None:
+        raise DataError(
+            f"{plan.recipe.where('init')}: least_squares fits to activations; it needs calibration "
+            "text. Pass --calibration (`calibration=` in Python), or use init: project."
+        )
     tell = progress or quietly
-    for mlp in plan.mlps:
-        assert plan.recipe.width is not None
-        resize_mlp(model, mlp, plan.recipe.width.intermediate_size)
-    total, errors = len(plan.sites), {}
-    for done, site in enumerate(plan.sites):
-        tell(done, total, site.name)
-        method = method_named(site.init)
-        old = _dense_at(model, site.name)
-        weight = old.weight
-        # Made without memory first: drawing weights that the method overwrites would cost time and
-        # move the caller's random state.
-        block = build(site.spec, device="meta", dtype=weight.dtype).to_empty(device=weight.device)
-        assert isinstance(block, StructuredLinear)
-        bias = None if old.bias is None else old.bias.data
+    total, done = len(plan.sites) + sum(mlp.fitted for mlp in plan.mlps), 0
+    errors: dict[str, float | None] = {}
+    notes = list(plan.notes)
+
+    def finished(what: str) -> None:
+        nonlocal done
+        done += 1
+        tell(done, total, what)
+
+    def seed_of(name: str) -> int:
         # A stream of its own for each site: results do not depend on what else is replaced.
-        stream = seed * 0x1_0000_0001 ^ zlib.crc32(site.name.encode())
-        target = Target(dense_weight(old).float(), bias, stream)
-        errors[site.name] = initialise(block, target, method)
-        block.train(old.training)
-        set_module(model, site.name, block)
+        return seed * 0x1_0000_0001 ^ zlib.crc32(name.encode())
+
+    for mlp in plan.mlps:
+        if not mlp.fitted:
+            resize_mlp(model, mlp.mlp, mlp.width)
+    if calibration is not None and plan.needs_calibration:
+        fitted = fit_sequentially(
+            model,
+            plan,
+            calibration.windows,
+            calibration.held_out,
+            seed_of=seed_of,
+            progress=finished,
+        )
+        errors |= fitted.errors
+        notes += fitted.notes
+        rest = [site for site in plan.sites if site.name not in fitted.sites]
+    else:
+        rest = list(plan.sites)
+    for site in rest:
+        old = _dense_at(model, site.name)
+        bias = None if old.bias is None else old.bias.data
+        target = Target(dense_weight(old).float(), bias, seed_of(site.name))
+        errors[site.name] = put_block(model, site, old, target)
+        finished(site.name)
     if plan.layers and plan.keep_layers is not None:
         drop_layers(model, plan.layers, plan.keep_layers)
     apply_changes(model.config.get_text_config(), plan.text_config)
@@ -74,7 +116,7 @@ def rewrite(model: Any, plan: Plan, *, seed: int = 0, progress: Progress | None 
     if specs:
         become_slim(model, specs)
     rows = [replace(row, init_error=errors.get(row.name)) for row in plan.rows]
-    return replace(plan.report(), rows=tuple(rows))
+    return replace(plan.report(), rows=tuple(rows), problems=tuple(notes))
 
 
 def _dense_at(model: nn.Module, name: str) -> Any:

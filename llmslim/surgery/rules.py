@@ -8,10 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmslim.errors import RecipeError, SlimError, TargetError
-from llmslim.init import method_named
+from llmslim.init import method_named, method_names
 from llmslim.modeling import structured
 from llmslim.modeling.structured import StructuredLinear, structure_class
 from llmslim.recipe import Recipe, close_names, first_rule
+
+WIDTH = "width"
+"""The structure of a whole MLP: fewer neurons, everything dense. No block, so no file of its own
+in `modeling`; what comes out is an ordinary model."""
 
 
 @dataclass
@@ -31,6 +35,11 @@ def init_of(recipe: Recipe, index: int, init: str | None) -> str:
         init: what the caller asked for instead, if anything.
     """
     return init or recipe.replace[index].init or recipe.init
+
+
+def method_exists(name: str) -> bool:
+    """Return whether a method of that name exists; `check_rules` has told if not."""
+    return name in method_names()
 
 
 def check_rules(recipe: Recipe, sites: list[str], model: str, init: str | None) -> Findings:
@@ -71,6 +80,9 @@ def _check_init(recipe: Recipe, index: int, init: str | None, found: Findings) -
 def _check_options(recipe: Recipe, index: int, structure: str, found: Findings) -> None:
     """Refuse a structure that does not exist, and options that belong to another one."""
     where = ("replace", index, "structure")
+    if structure == WIDTH:
+        _check_option_names(recipe, index, WIDTH, ("keep_ratio",), found)
+        return
     try:
         cls = structure_class(structure)
     except ValueError as error:
@@ -80,10 +92,15 @@ def _check_options(recipe: Recipe, index: int, structure: str, found: Findings) 
         sentence = f"structure {structure!r} is not for recipes.{_did_you_mean(structure)}"
         found.errors.append(recipe.problem(where, sentence))
         return
-    allowed = ", ".join(cls.option_names)
+    _check_option_names(recipe, index, structure, cls.option_names, found)
+
+
+def _check_option_names(
+    recipe: Recipe, index: int, structure: str, names: tuple[str, ...], found: Findings
+) -> None:
     for option in recipe.replace[index].options():
-        if option not in cls.option_names:
-            sentence = f"not an option of {structure}; allowed {allowed}."
+        if option not in names:
+            sentence = f"not an option of {structure}; allowed {', '.join(names)}."
             found.errors.append(recipe.problem(("replace", index, option), sentence))
 
 
@@ -113,7 +130,7 @@ def _explain_no_match(
 
 def _did_you_mean(structure: str) -> str:
     files = Path(structured.__file__).parent.glob("[a-z]*.py")
-    known = sorted(path.stem for path in files if _for_recipes(path.stem))
+    known = sorted([WIDTH, *(path.stem for path in files if _for_recipes(path.stem))])
     close = difflib.get_close_matches(structure, known, n=1)
     return f" Did you mean {close[0]}?" if close else f" Known are {', '.join(known)}."
 

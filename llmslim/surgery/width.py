@@ -57,29 +57,42 @@ def width_field(
 
 
 def resize_mlp(model: nn.Module, mlp: Mlp, width: int) -> None:
-    """Give one MLP another number of neurons, in place.
+    """Give one MLP another number of neurons without looking at data, in place.
 
     Args:
         model: the model that holds it.
         mlp: where its sites are.
         width: neurons wanted; more are made by repeating, fewer by dropping.
     """
-    down = model.get_submodule(mlp.down)
-    ups = [model.get_submodule(name) for name in mlp.up]
-    down_OM = dense_weight(down)
+    down_OM = dense_weight(model.get_submodule(mlp.down))
     if width >= mlp.width:
         neurons = torch.arange(width, device=down_OM.device) % mlp.width
         times = torch.bincount(neurons, minlength=mlp.width)[neurons]
         columns = down_OM[:, neurons] / times.to(down_OM)
     else:
         score = down_OM.float().norm(dim=0)
-        for up in ups:
-            rows = dense_weight(up).float().reshape(-1, mlp.width, down_OM.shape[0])
+        for name in mlp.up:
+            weight = dense_weight(model.get_submodule(name)).float()
+            rows = weight.reshape(-1, mlp.width, down_OM.shape[0])
             score = score * rows.norm(dim=2).prod(dim=0)
         neurons = score.topk(width).indices.sort().values
         columns = down_OM[:, neurons]
-    _put(model, mlp.down, down, columns, _bias(down))
-    for name, up in zip(mlp.up, ups, strict=True):
+    keep_neurons(model, mlp, neurons, columns)
+
+
+def keep_neurons(model: nn.Module, mlp: Mlp, neurons: Tensor, columns: Tensor) -> None:
+    """Build an MLP anew from some of its neurons, in place.
+
+    Args:
+        model: the model that holds it.
+        mlp: where its sites are.
+        neurons: which, in their new order; a neuron may occur more than once.
+        columns: what the down projection makes of them, (O, number of neurons).
+    """
+    down = model.get_submodule(mlp.down)
+    _put(model, mlp.down, down, columns.to(dense_weight(down)), _bias(down))
+    for name in mlp.up:
+        up = model.get_submodule(name)
         halves = torch.arange(2 if mlp.fused else 1, device=neurons.device) * mlp.width
         rows = (halves[:, None] + neurons).flatten()
         bias = _bias(up)

@@ -38,6 +38,18 @@ fine-tuned (healed)."""
     "--init", metavar="NAME", help="How blocks get their weights, in place of the recipe's."
 )
 @click.option(
+    "--calibration",
+    metavar="NAME|FILE",
+    help="Text to fit the blocks to: `self` (sampled from MODEL), a .txt, .jsonl or .parquet file "
+    "(each also .gz), or a data set. Implies --init least_squares.",
+)
+@click.option(
+    "--calibration-tokens",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="How many tokens of it; 65536 where the recipe does not say.",
+)
+@click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
     help="Type of the weights; by default as MODEL has them.",
@@ -53,6 +65,8 @@ def command(
     recipe: str | None,
     out: Path | None,
     init: str | None,
+    calibration: str | None,
+    calibration_tokens: int | None,
     dtype: str | None,
     seed: int,
     trust_remote_code: bool,
@@ -88,6 +102,8 @@ def command(
             init=init,
             dtype=dtype,
             seed=seed,
+            calibration=calibration,
+            calibration_tokens=calibration_tokens,
             trust_remote_code=trust_remote_code,
             overwrite=overwrite,
             progress=moved,

@@ -1,0 +1,215 @@
+"""Turn text into windows of token ids, some of them held out.
+
+Documents are tokenised, joined with the end-of-sequence token between them, and the stream is cut
+into windows of equal length; so nothing is padded, and every position counts the same. Where the
+tokenizer begins a text with a token of its own, every window begins with it, as every text that
+the model will see does.
+
+Not more than four times the needed tokens are read; the windows are drawn from those.
+
+Shapes: N and M windows of L tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+
+from llmslim.errors import DataError
+from llmslim.recipe.schema import Calibration
+
+from .columns import Document
+from .sampling import leading_token, sampled_windows
+from .text import read_texts
+
+_POOL = 4
+_CHARACTERS_PER_TOKEN = 8  # more than text has: a stretch of so many characters is long enough
+_BATCH = 64
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Tokens to fit to, and tokens to judge the fit by."""
+
+    ids: Tensor
+    """Windows to fit to, (N, L), int64."""
+    source: str
+    """Where they are from: a file's name, a data set's name, or `self`."""
+    held_out: Tensor
+    """Windows to judge by, (M, L), int64; M is about N / 15."""
+    notes: tuple[str, ...] = ()
+    """Sentences about what turned out otherwise than asked for."""
+
+
+def calibration_windows(
+    spec: Calibration, tokenizer: Any, model: Any = None, *, progress: Progress | None = None
+) -> Windows:
+    """Return the windows that a recipe's `calibration` section asks for.
+
+    Args:
+        spec: which data, how many tokens, how long the windows are, and the seed.
+        tokenizer: the model's; `self` works without one.
+        model: the dense model: `self` samples from it; and no window may be longer than it reads.
+        progress: called with tokens done, tokens in all, and what is being done.
+
+    Returns:
+        ceil(tokens / L) windows, at least two, of which one in 16 is held out: at least one and
+        at most 16. Fewer, with a note, where there is less text.
+
+    Raises:
+        DataError: if the data cannot be read, is too short for two windows, or the windows are
+            longer than the model reads.
+    """
+    length = spec.sequence_length
+    _check_length(length, model)
+    wanted = max(2, math.ceil(spec.tokens / length))
+    if spec.data == "self":
+        if model is None:
+            raise DataError(
+                "calibration.data: self, which is sampled from the dense model; there is none "
+                "here. Name a file or a data set."
+            )
+        ids_NL = sampled_windows(model, tokenizer, wanted, length, spec.seed, progress=progress)
+        return _split("self", ids_NL, wanted, spec.seed, [])
+    if tokenizer is None:
+        raise DataError(
+            f"calibration.data: {spec.data}, but the model has no tokenizer to read text with. "
+            "Add its tokenizer files to the folder, or use `data: self`."
+        )
+    local = Path(spec.data).expanduser()
+    source = local.name if local.is_file() else spec.data
+    notes: list[str] = []
+    ids_NL = _read_windows(spec, tokenizer, wanted, notes, progress)
+    return _split(source, ids_NL, wanted, spec.seed, notes)
+
+
+def _check_length(length: int, model: Any) -> None:
+    """Refuse windows that the model cannot read, or that predict nothing.
+
+    Raises:
+        DataError: if they are too long or too short.
+    """
+    if length < 2:
+        raise DataError(
+            f"calibration.sequence_length: {length}; a window needs 2 tokens or more. "
+            "Something like 1024 is usual."
+        )
+    if model is None:
+        return
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and length > longest:
+        raise DataError(
+            f"calibration.sequence_length: {length}; the model reads at most {longest} tokens "
+            f"(max_position_embeddings). Write {longest} or less."
+        )
+
+
+def _split(source: str, ids_NL: Tensor, wanted: int, seed: int, notes: list[str]) -> Windows:
+    """Draw the wanted windows, and some of them to hold out."""
+    found, length = ids_NL.shape
+    if found < wanted:
+        notes.append(
+            f"{source}: only {found * length} tokens ({found} windows of {length}); "
+            f"{wanted * length} were asked for."
+        )
+    chosen = list(range(found))
+    random.Random(seed).shuffle(chosen)
+    ids_NL = ids_NL[chosen[:wanted]]
+    aside = min(max(round(len(ids_NL) / 16), 1), 16)
+    return Windows(ids_NL[aside:].contiguous(), source, ids_NL[:aside].contiguous(), tuple(notes))
+
+
+def _read_windows(
+    spec: Calibration,
+    tokenizer: Any,
+    wanted: int,
+    notes: list[str],
+    progress: Progress | None,
+) -> Tensor:
+    """Tokenise documents until there are enough, and cut them.
+
+    Raises:
+        DataError: if there is not enough for two windows.
+    """
+    first = leading_token(tokenizer)
+    inner = spec.sequence_length - (first is not None)
+    pool = wanted * inner * _POOL
+    stream: list[int] = []
+    # Told apart from the windows' order, which is drawn from the same seed.
+    order = random.Random(f"stretch {spec.seed}")
+    documents = read_texts(spec.data, seed=spec.seed)
+    refused = 0
+    while len(stream) < pool:
+        texts = []
+        for document in itertools.islice(documents, _BATCH):
+            text, plain = _render(document, tokenizer)
+            refused += plain
+            texts.append(_stretch(text, pool * _CHARACTERS_PER_TOKEN, order))
+        if not texts:
+            break
+        for ids in _tokenise(texts, tokenizer, first):
+            _append(stream, ids, tokenizer.eos_token_id)
+        if progress is not None:
+            progress(min(len(stream), pool), pool, "tokenising")
+    if refused:
+        notes.append(
+            f"{spec.data}: the chat template refuses {refused} conversations, such as ones that "
+            "do not alternate between user and assistant; they were read as plain text."
+        )
+    count = min(len(stream), pool) // inner
+    if count < 2:
+        raise DataError(
+            f"{spec.data}: {len(stream)} tokens; two windows of {spec.sequence_length} need "
+            f"{2 * inner}. Give more text, or a smaller calibration.sequence_length."
+        )
+    ids_NL = torch.tensor(stream[: count * inner], dtype=torch.int64).view(count, inner)
+    if first is None:
+        return ids_NL
+    return torch.cat([torch.full((count, 1), first), ids_NL], dim=1)
+
+
+def _render(document: Document, tokenizer: Any) -> tuple[str, bool]:
+    """Return a document as text, and whether the tokenizer's chat template refused it."""
+    if isinstance(document, str):
+        return document, False
+    plain = "\n\n".join(message["content"] for message in document)
+    if not getattr(tokenizer, "chat_template", None):
+        return plain, False
+    try:
+        return str(tokenizer.apply_chat_template(document, tokenize=False)), False
+    except TemplateError:
+        return plain, True
+
+
+def _stretch(text: str, characters: int, order: random.Random) -> str:
+    """Return a random stretch of a text that is longer than needed."""
+    if len(text) <= characters:
+        return text
+    start = order.randrange(len(text) - characters + 1)
+    return text[start : start + characters]
+
+
+def _tokenise(texts: list[str], tokenizer: Any, first: int | None) -> Iterator[list[int]]:
+    """Yield the ids of each text, without the token that every window begins with."""
+    encoded = tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False)
+    for ids in encoded["input_ids"]:
+        yield ids[1:] if first is not None and ids[:1] == [first] else ids
+
+
+def _append(stream: list[int], ids: list[int], eos: int | None) -> None:
+    """Add a document's tokens, parted from what is there unless that ends by itself."""
+    # A chat template's last turn ends in the same token, and perhaps a line end.
+    if stream and ids and eos is not None and eos not in stream[-2:]:
+        stream.append(eos)
+    stream.extend(ids)

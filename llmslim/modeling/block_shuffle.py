@@ -1,0 +1,160 @@
+"""A block-diagonal map, a shuffle, another block-diagonal map: Monarch with an inner width.
+
+    z[:, b] = x[:, b] @ F[b]          b = 0 .. B-1, F (B, I/B, m)
+    z       = the (B, m) grid of inner channels, transposed
+    y[:, c] = z[:, c] @ S[c]          c = 0 .. B-1, S (B, m, O/B)
+
+The shuffle hands every output block about m/B channels of every input block, so as a matrix it is
+a B x B grid of blocks, each of rank m/B: finer grained than one low-rank product of the same
+m (I + O) parameters, with less of a rank everywhere. B = 1 is `low_rank`. Monarch matrices have
+m = I/B; here m is free, as in Block Tensor-Train. What it leaves out: more than two factors.
+
+Shapes: I = in_features, O = out_features, B = blocks, m = inner_features / B.
+Source: Dao et al. 2022, "Monarch: Expressive Structured Matrices for Efficient and Accurate
+Training"; Qiu et al. 2024, "Compute Better Spent: Replacing Dense Layers with Structured Matrices".
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .sizes import StaysDense, budget, check_groups, common_divisors
+from .structured import StructuredLinear
+
+
+class BlockShuffle(StructuredLinear):
+    """Two block-diagonal maps with a shuffle between, `first` (B, I/B, m), `second` (B, m, O/B).
+
+    Args:
+        in_features: input channels I.
+        out_features: output channels O.
+        blocks: B; must divide I and O.
+        inner_features: channels between the two maps, B m: a multiple of B.
+        bias: whether a bias of shape (O,) is added.
+        device: where the parameters live.
+        dtype: the parameters' type.
+
+    Raises:
+        ValueError: if the blocks do not divide both sizes, or the inner width is out of range.
+
+    Example:
+        >>> block = BlockShuffle(64, 32, blocks=4, inner_features=32)
+        >>> block(torch.ones(2, 64)).shape, sum(p.numel() for p in block.parameters())
+        (torch.Size([2, 32]), 768)
+    """
+
+    name: ClassVar[str] = "block_shuffle"
+    option_names: ClassVar[tuple[str, ...]] = ("blocks", "inner_features", "keep_ratio")
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        blocks: int,
+        inner_features: int,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self.blocks = _check_blocks(in_features, out_features, blocks)
+        self.inner_features = _check_inner(in_features, out_features, blocks, inner_features)
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
+
+        m = inner_features // blocks
+        self.first = parameter(blocks, in_features // blocks, m)
+        self.second = parameter(blocks, m, out_features // blocks)
+        self.reset_parameters()
+
+    @classmethod
+    def resolve(  # type: ignore[override]  # each structure names its own options
+        cls,
+        in_features: int,
+        out_features: int,
+        *,
+        blocks: int | None = None,
+        inner_features: int | None = None,
+        keep_ratio: float | None = None,
+    ) -> dict[str, Any]:
+        """Return explicit blocks and inner width.
+
+        Args:
+            in_features: input channels I.
+            out_features: output channels O.
+            blocks: B; by default the fewest there can be: at equal parameters two fit the dense
+                map better than four, and four better than eight.
+            inner_features: channels between the two maps.
+            keep_ratio: share of the dense weights to keep; picks the largest width within it.
+
+        Raises:
+            StaysDense: if the sizes have no common divisor, or no inner width fits the ratio.
+            ValueError: if neither or both of inner_features and keep_ratio are given, or one is
+                wrong.
+        """
+        if (inner_features is None) == (keep_ratio is None):
+            raise ValueError("block_shuffle takes either inner_features or keep_ratio")
+        if blocks is None:
+            divisors = common_divisors(in_features, out_features)
+            if len(divisors) == 1:
+                raise StaysDense(f"no common divisor of {in_features} and {out_features} above 1")
+            blocks = divisors[1]
+        _check_blocks(in_features, out_features, blocks)
+        if inner_features is None:
+            assert keep_ratio is not None
+            allowed = budget(in_features, out_features, keep_ratio)
+            inner_features = allowed // (in_features + out_features) * blocks
+            if inner_features < 1:
+                raise StaysDense(f"no inner width keeps it within {allowed:,} parameters")
+        _check_inner(in_features, out_features, blocks, inner_features)
+        return {"blocks": blocks, "inner_features": inner_features}
+
+    @classmethod
+    def count_weights(  # type: ignore[override]
+        cls, in_features: int, out_features: int, *, blocks: int, inner_features: int
+    ) -> int:
+        """Return m (I + O) for inner_features = B m."""
+        return inner_features // blocks * (in_features + out_features)
+
+    def options(self) -> dict[str, Any]:
+        """Return blocks and inner width."""
+        return {"blocks": self.blocks, "inner_features": self.inner_features}
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw both factors so that white input gives the output variance of `nn.Linear`, 1/3."""
+        nn.init.normal_(self.first, std=math.sqrt(1 / self.first.shape[1]))
+        nn.init.normal_(self.second, std=math.sqrt(1 / (3 * self.second.shape[1])))
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return the block's output for x (..., I), bias not added."""
+        rows = x.reshape(-1, self.in_features)  # (N, I)
+        N, B, m = rows.shape[0], self.blocks, self.inner_features // self.blocks
+        z = torch.bmm(
+            rows.reshape(N, B, self.in_features // B).transpose(0, 1), self.first
+        )  # (B, N, m)
+        z = z.permute(1, 2, 0).reshape(N, B, m).transpose(0, 1)  # shuffled, (B, N, m)
+        y = torch.bmm(z, self.second).transpose(0, 1)  # (N, B, O/B)
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+
+def _check_blocks(in_features: int, out_features: int, blocks: int) -> int:
+    try:
+        return check_groups(in_features, out_features, blocks)
+    except ValueError as error:
+        raise ValueError(str(error).replace("groups", "blocks", 1)) from None
+
+
+def _check_inner(in_features: int, out_features: int, blocks: int, inner_features: int) -> int:
+    largest = blocks * min(in_features, out_features)
+    if inner_features % blocks or not blocks <= inner_features <= largest:
+        raise ValueError(
+            f"inner_features {inner_features}; allowed multiples of {blocks} up to {largest}"
+        )
+    return inner_features

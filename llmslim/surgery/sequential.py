@@ -1,0 +1,349 @@
+"""Fit a plan's blocks layer by layer, each to the inputs it will really see.
+
+Two streams of hidden states walk through the model side by side: the dense model's, and the one of
+the model as far as it is slim already. In each decoder layer, in the order the projections run,
+
+- a projection inside the layer is fitted so that its output on the *slim* stream is the dense
+  projection's output on the dense stream;
+- a projection that writes to the residual stream is fitted to *the dense stream after it minus the
+  slim stream before it*: it also repairs what every block before it broke;
+- an MLP that is to be narrower keeps the neurons whose loss costs least (see `neurons`), and its
+  down projection is refitted to the same residual target.
+
+All three reduce to a weight and a Gram matrix (`equivalent_target`), so every structure and method
+works here unchanged. One decoder layer's copy and the two streams are all the memory it takes.
+
+What a token counts for: an error in the residual stream matters in proportion to the stream, for
+the next norm divides by it. Tokens with an enormous stream (the first of a window, in small
+models) are weighted down accordingly, or they would be all that is fitted.
+
+Shapes: T = tokens, D = hidden size, I = in_features, O = out_features, M = neurons.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmslim.init import GramAccumulator, Target, equivalent_target
+from llmslim.surgery.blocks import put_block
+from llmslim.surgery.neurons import eliminate, refit
+from llmslim.surgery.plan import MlpPlan, Plan, SitePlan
+from llmslim.surgery.sites import dense_weight, find_layers
+from llmslim.surgery.streams import Calls, record_calls, run_layer
+from llmslim.surgery.width import keep_neurons
+
+_ADDITIVE = 1e-2
+"""Largest relative difference at which a projection still counts as added to the stream."""
+
+
+@dataclass
+class Fitted:
+    """What a sequential fit did."""
+
+    errors: dict[str, float] = field(default_factory=dict)
+    """Relative squared error of each site's output on held-out tokens, by name."""
+    sites: set[str] = field(default_factory=set)
+    """Names of the sites that were replaced."""
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Ahead:
+    """What the last step of a layer has worked out already of the streams after it."""
+
+    dense: list[Tensor] = field(default_factory=list)
+    """The dense stream after the layer."""
+    parts: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """The slim stream without the last projection, and that projection's input."""
+    add: Callable[[Tensor], Tensor] | None = None
+    """The last projection, as it is now."""
+
+
+@dataclass
+class _Statistics:
+    """Second moments of one group's inputs and targets, for fitting and held out."""
+
+    fit: GramAccumulator
+    held_out: GramAccumulator
+
+
+@torch.no_grad()
+def fit_sequentially(
+    model: Any,
+    plan: Plan,
+    windows: Tensor,
+    held_out: Tensor,
+    *,
+    seed_of: Callable[[str], int],
+    progress: Callable[[str], None],
+) -> Fitted:
+    """Put a plan's blocks in place and fit them, in place.
+
+    Args:
+        model: the dense model.
+        plan: its sites inside decoder layers are fitted; others are left alone.
+        windows: token ids to fit on, (N, L).
+        held_out: token ids to measure errors on, (M, L).
+        seed_of: seed for a site's method.
+        progress: told the name of every site once it is done.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        return _Sequential(model, plan, windows, held_out, seed_of, progress).run()
+    finally:
+        model.train(was_training)
+
+
+class _Sequential:
+    def __init__(
+        self,
+        model: Any,
+        plan: Plan,
+        windows: Tensor,
+        held_out: Tensor,
+        seed_of: Callable[[str], int],
+        progress: Callable[[str], None],
+    ) -> None:
+        self.model, self.plan = model, plan
+        self.seed_of, self.progress = seed_of, progress
+        self.layers = find_layers(model)
+        self.stack: Any = model.get_submodule(self.layers.path)
+        self.sites = {site.name: site for site in plan.sites}
+        self.narrow = {mlp.mlp.name: mlp for mlp in plan.mlps if mlp.fitted}
+        # One window a batch: every batch has one shape, whatever the number of windows.
+        batches = [window[None] for window in torch.cat((windows, held_out))]
+        self.fitting = len(windows)
+        self.autocast = torch.bfloat16 if has_fast_bfloat16() else None
+        calls: Calls = record_calls(model, list(self.stack), batches)
+        self.dense, self.slim = calls.hidden, list(calls.hidden)
+        self.extras = calls.extras
+        self.result = Fitted()
+        self.ahead = _Ahead()
+
+    def run(self) -> Fitted:
+        for index, layer in enumerate(self.stack):
+            if self.plan.keep_layers is not None and index not in self.plan.keep_layers:
+                self.dense = [self._run(layer, x, index)[0] for x in self.dense]
+            else:
+                self._fit_layer(index, layer)
+        return self.result
+
+    def _fit_layer(self, index: int, layer: nn.Module) -> None:
+        dense = copy.deepcopy(layer)
+        prefix = f"{self.layers.path}.{index}."
+        self.ahead = _Ahead()
+        for step in self._steps(index, layer, prefix):
+            self.ahead = _Ahead()  # what an earlier step left ready is out of date
+            if isinstance(step, MlpPlan):
+                self._narrow(index, layer, dense, prefix, step)
+            else:
+                self._fit_group(index, layer, dense, prefix, step)
+        ahead = self.ahead
+        self.dense = ahead.dense or [self._run(dense, x, index)[0] for x in self.dense]
+        if ahead.add is None or not ahead.parts:
+            self.slim = [self._run(layer, x, index)[0] for x in self.slim]
+        else:
+            with torch.autocast("cpu", self.autocast, enabled=self.autocast is not None):
+                self.slim = [before + ahead.add(x).float() for before, x in ahead.parts]
+
+    def _run(self, layer: nn.Module, x: Tensor, index: int, **kwargs: Any) -> tuple[Any, Any]:
+        return run_layer(layer, x, self.extras[index], autocast=self.autocast, **kwargs)
+
+    def _steps(self, index: int, layer: nn.Module, prefix: str) -> list[list[SitePlan] | MlpPlan]:
+        """Return what is to be fitted in the order it runs; sites with one input go together."""
+        inside = {name: site for name, site in self.sites.items() if name.startswith(prefix)}
+        # A narrower MLP has its turn where its first projection runs.
+        narrow = {m.mlp.up[0]: m for m in self.narrow.values() if m.mlp.down.startswith(prefix)}
+        names = [*inside, *narrow]
+        modules = {name: layer.get_submodule(name.removeprefix(prefix)) for name in names}
+        if not modules:
+            return []
+        _, inputs = self._run(layer, self.slim[0], index, inputs_of=modules)
+        steps: list[list[SitePlan] | MlpPlan] = []
+        last_input = 0
+        for name, x in inputs.items():
+            if name in narrow:
+                steps.append(narrow[name])
+            elif steps and isinstance(steps[-1], list) and x.data_ptr() == last_input:
+                steps[-1].append(inside[name])
+            else:
+                steps.append([inside[name]])
+            last_input = x.data_ptr()
+        return steps
+
+    def _adds_to_stream(self, index: int, layer: nn.Module, site: nn.Module) -> bool:
+        """Return whether a projection's output is added to the stream as it is."""
+        x = self.slim[0]
+        if _out_features(site) != x.shape[-1]:
+            return False
+        whole, inputs = self._run(layer, x, index, inputs_of={"site": site})
+        without, _ = self._run(layer, x, index, zeroed=[site])
+        added = site(inputs["site"].to(next(site.parameters()).dtype)).float()
+        return bool((whole - without - added).norm() < _ADDITIVE * added.norm())
+
+    def _narrow(
+        self, index: int, layer: nn.Module, dense: nn.Module, prefix: str, plan: MlpPlan
+    ) -> None:
+        """Keep an MLP's best neurons and refit its down projection."""
+        mlp = plan.mlp
+        name = mlp.down.removeprefix(prefix)
+        down = layer.get_submodule(name)
+        statistics = self._writer_statistics(index, layer, dense, name)
+        weight_OM = self._target(statistics.fit, dense_weight(down).float(), None)
+        gram_MM = statistics.fit.gram_II
+        kept = eliminate(weight_OM, gram_MM, down_to=plan.width).kept(plan.width)
+        refitted = refit(weight_OM, gram_MM, kept)
+        keep_neurons(self.model, mlp, kept, refitted)
+        whole = torch.zeros_like(weight_OM, dtype=torch.float64)
+        whole[:, kept] = refitted
+        narrowed = layer.get_submodule(name)
+        self.ahead.add = lambda x: narrowed(x[..., kept])
+        self.result.errors[mlp.down] = _error(whole, statistics.held_out)
+        self.progress(mlp.down)
+
+    def _fit_group(
+        self, index: int, layer: nn.Module, dense: nn.Module, prefix: str, group: list[SitePlan]
+    ) -> None:
+        names = [site.name.removeprefix(prefix) for site in group]
+        modules = [layer.get_submodule(name) for name in names]
+        writes = len(group) == 1 and self._adds_to_stream(index, layer, modules[0])
+        if writes:
+            statistics = self._writer_statistics(index, layer, dense, names[0])
+        else:
+            statistics = self._inner_statistics(index, layer, dense, names[0])
+        if writes:
+            self.ahead.add = lambda x: layer.get_submodule(names[0])(x)
+        for site, module in zip(group, modules, strict=True):
+            weight_OI = dense_weight(module).float()
+            through = None if writes else weight_OI
+            bias = getattr(module, "bias", None)
+            target = Target(
+                self._target(statistics.fit, weight_OI, through).float(),
+                None if bias is None else bias.data,
+                self.seed_of(site.name),
+                statistics.fit.gram_II,
+            )
+            fitted = put_block(self.model, site, module, target) is not None
+            self.result.sites.add(site.name)
+            if fitted:
+                block: Any = self.model.get_submodule(site.name)
+                self.result.errors[site.name] = _error(
+                    block.to_dense().double(), statistics.held_out, through
+                )
+            self.progress(site.name)
+
+    def _target(
+        self, statistics: GramAccumulator, weight_OI: Tensor, through: Tensor | None
+    ) -> Tensor:
+        """Return the weight that stands for the targets; `through` maps inputs to targets."""
+        cross = statistics.cross_OI
+        assert cross is not None
+        cross = cross if through is None else through.double() @ cross
+        return equivalent_target(cross, statistics.gram_II, weight_OI)
+
+    def _inner_statistics(
+        self, index: int, layer: nn.Module, dense: nn.Module, name: str
+    ) -> _Statistics:
+        """Moments of a projection's slim inputs against its dense inputs."""
+
+        def pairs() -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+            for slim, full in zip(self.slim, self.dense, strict=True):
+                x = self._input(layer, slim, index, name)
+                yield x, self._input(dense, full, index, name), None
+
+        return self._gather(pairs())
+
+    def _writer_statistics(
+        self, index: int, layer: nn.Module, dense: nn.Module, name: str
+    ) -> _Statistics:
+        """Moments of a writing projection's slim inputs against what it should add."""
+        writer, later = layer.get_submodule(name), self._later_writers(index, layer, name)
+        bias: Any = getattr(writer, "bias", None)
+        later_dense = [dense.get_submodule(other) for other in later]
+        later_slim = [layer.get_submodule(other) for other in later]
+
+        def pairs() -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+            for slim, full in zip(self.slim, self.dense, strict=True):
+                after, _ = self._run(dense, full, index, zeroed=later_dense)
+                before, seen = self._run(
+                    layer, slim, index, inputs_of={"x": writer}, zeroed=[writer, *later_slim]
+                )
+                if not later:
+                    # Nothing after this projection changes: both streams are nearly there.
+                    self.ahead.dense.append(after)
+                    self.ahead.parts.append((before, seen["x"]))
+                # The block keeps the bias, so it is no part of what the weight has to reach.
+                target = after - before if bias is None else after - before - bias.float()
+                yield seen["x"], target, _importance(after)
+
+        return self._gather(pairs())
+
+    def _later_writers(self, index: int, layer: nn.Module, name: str) -> list[str]:
+        """Return the planned or narrowed writers that run after one, by name in the layer."""
+        prefix = f"{self.layers.path}.{index}."
+        planned = [site for site in self.sites if site.startswith(prefix)]
+        planned += [m.mlp.down for m in self.narrow.values() if m.mlp.down.startswith(prefix)]
+        names = dict.fromkeys(site.removeprefix(prefix) for site in planned)
+        modules = {other: layer.get_submodule(other) for other in names}
+        modules[name] = layer.get_submodule(name)
+        _, inputs = self._run(layer, self.slim[0], index, inputs_of=modules)
+        order = list(inputs)
+        after = order[order.index(name) + 1 :]
+        return [n for n in after if self._adds_to_stream(index, layer, modules[n])]
+
+    def _input(self, layer: nn.Module, x: Tensor, index: int, name: str) -> Tensor:
+        site = layer.get_submodule(name)
+        _, seen = self._run(layer, x, index, inputs_of={"x": site}, stop_after_inputs=True)
+        found: Tensor = seen["x"]
+        return found
+
+    def _gather(self, pairs: Iterator[tuple[Tensor, Tensor, Tensor | None]]) -> _Statistics:
+        statistics: _Statistics | None = None
+        for batch, (x, y, weight) in enumerate(pairs):
+            if statistics is None:
+                sizes = (x.shape[-1], y.shape[-1])
+                statistics = _Statistics(GramAccumulator(*sizes), GramAccumulator(*sizes))
+            into = statistics.fit if batch < self.fitting else statistics.held_out
+            x, y = x.float(), y.float()
+            if weight is not None:
+                x, y = x * weight, y * weight
+            into.update(x, y)
+        assert statistics is not None
+        return statistics
+
+
+def _importance(stream: Tensor) -> Tensor:
+    """Return a factor for each token, 1 for most and less where the stream is enormous."""
+    rms = stream.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-20)
+    return (3 * rms.median() / rms).clamp_max(1.0)
+
+
+def _error(block_OI: Tensor, statistics: GramAccumulator, through: Tensor | None = None) -> float:
+    """Return E‖y - B x‖² / E‖y‖² from second moments."""
+    cross, power_OO = statistics.cross_OI, statistics.target_OO
+    assert cross is not None
+    assert power_OO is not None
+    if through is not None:
+        full = through.double()
+        cross, power_OO = full @ cross, full @ power_OO @ full.t()
+    power = float(power_OO.diagonal().sum())
+    if power <= 0:
+        return 0.0
+    explained = 2 * (block_OI * cross).sum() - (block_OI @ statistics.gram_II * block_OI).sum()
+    return max(0.0, 1 - float(explained) / power)
+
+
+def _out_features(module: nn.Module) -> int:
+    return dense_weight(module).shape[0] if hasattr(module, "weight") else module.out_features  # type: ignore[return-value]
+
+
+def has_fast_bfloat16() -> bool:
+    """Return whether this processor multiplies bfloat16 in hardware."""
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())

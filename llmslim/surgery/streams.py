@@ -1,0 +1,152 @@
+"""Run one decoder layer at a time, of any architecture, on two streams of hidden states.
+
+A whole model is never needed at once: every decoder layer is called with hidden states and with
+keyword arguments (masks, rotary embeddings) that do not depend on them. One pass with every layer
+made a pass-through records the arguments; after that each layer can be run alone.
+
+Shapes: N = windows of a batch, L = tokens of a window, D = hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class _Stop(Exception):  # noqa: N818  (a way out of a forward pass, no error)
+    """Leaves a forward pass once everything wanted was seen."""
+
+
+@dataclass
+class Calls:
+    """What a model hands to its decoder layers."""
+
+    hidden: list[Tensor] = field(default_factory=list)
+    """Input of the first layer, (N, L, D) for each batch."""
+    extras: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    """Other arguments of each layer; the same for every batch of one shape."""
+
+
+@torch.no_grad()
+def record_calls(model: nn.Module, layers: Sequence[nn.Module], batches: list[Tensor]) -> Calls:
+    """Return what each decoder layer is called with, without running any.
+
+    Args:
+        model: a causal language model; its head is not reached.
+        layers: its decoder layers, in order.
+        batches: token ids, (N, L), all of one shape.
+    """
+    calls = Calls()
+
+    def stand_in(index: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs.pop("hidden_states")
+            if index == 0:
+                calls.hidden.append(hidden.detach().float())
+                if len(calls.hidden) > 1:
+                    raise _Stop
+            # A cache would grow with every run.
+            kept = {key: value for key, value in kwargs.items() if "past_key_value" not in key}
+            calls.extras.append((args[1:], kept))
+            if index == len(layers) - 1:
+                raise _Stop
+            # Layers return the hidden states alone or first of several, as they did before.
+            return hidden if returns_tensor else (hidden,)
+
+        return forward
+
+    returns_tensor = _returns_tensor(model, layers, batches[0])
+    with ExitStack() as stack:
+        for index, layer in enumerate(layers):
+            stack.enter_context(_replaced_forward(layer, stand_in(index)))
+        for batch in batches:
+            with suppress(_Stop):
+                model(input_ids=batch, use_cache=False)
+    return calls
+
+
+def _returns_tensor(model: nn.Module, layers: Sequence[nn.Module], batch: Tensor) -> bool:
+    """Return whether a decoder layer gives a tensor rather than a tuple, by running the first."""
+    seen: list[Any] = []
+
+    def look(_module: nn.Module, _args: Any, output: Any) -> None:
+        seen.append(output)
+        raise _Stop
+
+    handle = layers[0].register_forward_hook(look)
+    with suppress(_Stop):
+        model(input_ids=batch[:1, :4], use_cache=False)
+    handle.remove()
+    return isinstance(seen[0], Tensor)
+
+
+@contextmanager
+def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+@torch.no_grad()
+def run_layer(
+    layer: nn.Module,
+    hidden: Tensor,
+    extra: tuple[tuple[Any, ...], dict[str, Any]],
+    *,
+    autocast: torch.dtype | None = None,
+    inputs_of: dict[str, nn.Module] | None = None,
+    zeroed: Sequence[nn.Module] = (),
+    stop_after_inputs: bool = False,
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """Run one decoder layer on one batch.
+
+    Args:
+        layer: the decoder layer.
+        hidden: its input, (N, L, D), float32; the stream itself is never rounded.
+        extra: its other arguments.
+        autocast: type for its products; None runs it in its own.
+        inputs_of: modules whose input is wanted, by name.
+        zeroed: modules whose output is taken for zero: what they would have added is left out.
+        stop_after_inputs: end the pass once every input was seen.
+
+    Returns:
+        The layer's output, (N, L, D) in float32 (None when stopped), and the inputs by name.
+    """
+    wanted = inputs_of or {}
+    seen: dict[str, Tensor] = {}
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            seen[name] = args[0].detach()
+            if stop_after_inputs and len(seen) == len(wanted):
+                raise _Stop
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(look(name)) for name, module in wanted.items()]
+    handles += [
+        module.register_forward_hook(lambda _module, _args, output: torch.zeros_like(output))
+        for module in zeroed
+    ]
+    dtype = next(layer.parameters()).dtype
+    output: Any = None
+    try:
+        with (
+            suppress(_Stop),
+            torch.autocast(hidden.device.type, autocast, enabled=autocast is not None),
+        ):
+            given = hidden if autocast is not None else hidden.to(dtype)
+            output = layer(given, *extra[0], **extra[1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    if isinstance(output, tuple):
+        output = output[0]
+    return (None if output is None else output.float()), seen

@@ -1,0 +1,310 @@
+"""Fitting layer by layer to calibration tokens: against the dense model, lstsq and brute force."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers_checkpoint import tiny_tokenizer
+from tiny import ARCHITECTURES, logits, tiny_model, tokens
+
+import llmslim
+from llmslim import DataError, SlimError
+from llmslim.data import Windows
+from llmslim.surgery.neurons import eliminate, refit
+from llmslim.surgery.sites import find_layers
+from llmslim.surgery.streams import record_calls, run_layer
+
+MLP = ["*.mlp.*", "*.fc1", "*.fc2"]
+KEYS_VALUES = ["*.k_proj", "*.v_proj"]
+SEPARATE = {"llama", "qwen2", "qwen3", "gemma", "mistral", "opt"}
+"""Architectures with key and value projections of their own."""
+WINDOWS = Windows(tokens(64, 16), "random tokens", tokens(4, 16, seed=5))
+
+
+@pytest.fixture(autouse=True)
+def in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run layers in float32 whatever the processor is fast at."""
+    monkeypatch.setattr("llmslim.surgery.sequential.has_fast_bfloat16", lambda: False)
+
+
+def rows_of(report: llmslim.Report, ending: str) -> list[Any]:
+    return [row for row in report.rows if row.name.endswith(ending)]
+
+
+def distance(model: Any, dense: Any) -> float:
+    ids = tokens(6, 16, seed=9)
+    expected = logits(dense, ids)
+    return float((logits(model, ids) - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_full_rank_blocks_give_the_dense_model_back(architecture: str) -> None:
+    """Whatever target a block is given, one that can reach it must end at the dense function."""
+    rules = [{"match": ["*layers.*", "*.h.*"], "structure": "low_rank", "rank": 48}]
+    if architecture in SEPARATE:
+        rank = 48 if architecture == "opt" else 24
+        rules.insert(0, {"match": KEYS_VALUES, "structure": "low_rank", "rank": rank})
+    model, dense = tiny_model(architecture), tiny_model(architecture)
+    report = llmslim.slim(model, {"init": "least_squares", "replace": rules}, calibration=WINDOWS)
+    assert distance(model, dense) < 1e-4
+    errors = [row.init_error for row in report.rows if row.action == "replaced"]
+    assert len(errors) >= 4 * 4
+    assert max(errors) < 1e-6
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"structure": "low_rank", "keep_ratio": 0.5},
+        {"structure": "grouped_pointwise", "groups": 4},
+        {"structure": "width", "keep_ratio": 0.5},
+    ],
+    ids=lambda rule: rule["structure"],
+)
+def test_fitted_is_nearer_than_projected(architecture: str, rule: dict[str, Any]) -> None:
+    dense = tiny_model(architecture)
+    apart = {}
+    for init in ("project", "least_squares"):
+        model = tiny_model(architecture)
+        recipe = {"init": init, "replace": [{"match": MLP, **rule}]}
+        llmslim.slim(model, recipe, calibration=WINDOWS)
+        apart[init] = distance(model, dense)
+    assert apart["least_squares"] < apart["project"]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_layers_run_alone_are_the_model(architecture: str) -> None:
+    model = tiny_model(architecture)
+    stack: Any = model.get_submodule(find_layers(model).path)
+    batches = [ids[None] for ids in tokens(3, 12)]
+    last: list[torch.Tensor] = []
+    handle = stack[-1].register_forward_hook(
+        lambda _m, _a, output: last.append(output[0] if isinstance(output, tuple) else output)
+    )
+    for batch in batches:
+        logits(model, batch)
+    handle.remove()
+    calls = record_calls(model, list(stack), batches)
+    assert len(calls.extras) == len(stack)
+    for hidden, expected in zip(calls.hidden, last, strict=True):
+        for layer, extra in zip(stack, calls.extras, strict=True):
+            hidden, _ = run_layer(layer, hidden, extra)
+        assert torch.allclose(hidden, expected, atol=1e-5)
+    assert torch.equal(logits(model, batches[0]), logits(tiny_model(architecture), batches[0]))
+
+
+def test_width_by_ratio_is_a_plain_model() -> None:
+    model = tiny_model("llama")
+    recipe = {
+        "init": "least_squares",
+        "replace": [{"match": "*.mlp.*", "structure": "width", "keep_ratio": "2/3"}],
+    }
+    report = llmslim.slim(model, recipe, calibration=WINDOWS)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert model.config.intermediate_size == 64
+    assert report.totals.params_after == sum(p.numel() for p in model.parameters())
+    (row,) = rows_of(report, "layers.2.mlp.down_proj")
+    assert (row.action, row.structure, row.options) == ("replaced", "width", {"neurons": 64})
+    assert 0 < row.init_error < 1
+
+
+def test_widths_that_differ_travel_in_the_checkpoint(tmp_path: Path) -> None:
+    model = tiny_model("phi3")
+    recipe = {
+        "init": "least_squares",
+        "replace": [
+            {"match": "*.0.mlp.*", "structure": "width", "keep_ratio": 0.75},
+            {"match": "*.mlp.*", "structure": "width", "keep_ratio": 0.5},
+        ],
+    }
+    llmslim.slim(model, recipe, calibration=WINDOWS)
+    expected = logits(model, tokens())
+    model.save_pretrained(tmp_path)
+    loaded: Any = llmslim.load(tmp_path)
+    assert torch.equal(logits(loaded, tokens()), expected)
+    widths = [layer.mlp.down_proj.in_features for layer in loaded.model.layers]
+    assert widths == [72, 48, 48, 48]
+
+
+def test_neurons_that_do_nothing_go_first_and_nothing_is_lost() -> None:
+    model, dense = tiny_model("llama"), tiny_model("llama")
+    for either in (model, dense):
+        for layer in either.model.layers:
+            with torch.no_grad():
+                layer.mlp.down_proj.weight[:, 10:58] = 0
+    recipe = {
+        "init": "least_squares",
+        "replace": [{"match": "*.mlp.*", "structure": "width", "keep_ratio": 0.5}],
+    }
+    llmslim.slim(model, recipe, calibration=WINDOWS)
+    assert distance(model, dense) < 1e-3
+
+
+def test_errors_are_those_of_held_out_tokens() -> None:
+    """Truth: the first layer's outputs themselves, dense and slim, on the held-out windows."""
+    model, dense = tiny_model("llama"), tiny_model("llama")
+    recipe = {
+        "init": "least_squares",
+        "replace": [{"match": "*.up_proj", "structure": "low_rank", "rank": 8}],
+    }
+    report = llmslim.slim(model, recipe, calibration=WINDOWS)
+    outputs: dict[str, torch.Tensor] = {}
+    for name, either in (("slim", model), ("dense", dense)):
+        site = either.model.layers[0].mlp.up_proj
+        site.register_forward_hook(lambda _m, _a, y, name=name: outputs.update({name: y}))
+        logits(either, WINDOWS.held_out)
+    error = (outputs["slim"] - outputs["dense"]).square().sum() / outputs["dense"].square().sum()
+    (row,) = rows_of(report, "layers.0.mlp.up_proj")
+    assert row.init_error == pytest.approx(float(error), rel=1e-3)
+
+
+def test_each_layer_repairs_what_the_ones_before_broke() -> None:
+    """With layer 0's MLP ruined, fitting layer 1's to the residual target must win some back."""
+    dense, apart = tiny_model("llama"), {}
+    ruin = {"match": "*.0.mlp.*", "structure": "low_rank", "rank": 2}
+    for name, rank in (("left", None), ("fitted", 48)):
+        model = tiny_model("llama")
+        rules: list[dict[str, Any]] = [ruin]
+        if rank:
+            rules.append({"match": "*.1.mlp.*", "structure": "low_rank", "rank": rank})
+        llmslim.slim(model, {"init": "least_squares", "replace": rules}, calibration=WINDOWS)
+        apart[name] = distance(model, dense)
+    # Fitted to its own dense output instead, it would come out as it was: the rank is full.
+    assert apart["fitted"] < 0.99 * apart["left"]
+
+
+def test_with_dropped_layers_the_next_one_repairs() -> None:
+    dense = tiny_model("llama")
+    apart = {}
+    for init in ("project", "least_squares"):
+        model = tiny_model("llama")
+        recipe = {
+            "init": init,
+            "depth": {"keep_layers": [0, 2, 3]},
+            "replace": [{"match": "*.mlp.*", "structure": "low_rank", "rank": 48}],
+        }
+        llmslim.slim(model, recipe, calibration=WINDOWS)
+        assert len(model.model.layers) == 3
+        apart[init] = distance(model, dense)
+    assert apart["least_squares"] < 0.95 * apart["project"]
+
+
+def test_training_mode_and_random_state_are_left_alone() -> None:
+    model = tiny_model("llama", attention_dropout=0.5).train()
+    recipe = {
+        "init": "least_squares",
+        "replace": [{"match": "*.mlp.*", "structure": "low_rank", "rank": 8}],
+    }
+    state = torch.random.get_rng_state()
+    llmslim.slim(model, recipe, calibration=WINDOWS)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(module.training for module in model.modules())
+
+
+def activations(rows: int, neurons: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    mixed = torch.randn(rows, neurons, generator=generator, dtype=torch.float64)
+    return mixed @ torch.randn(neurons, neurons, generator=generator, dtype=torch.float64)
+
+
+def test_refit_is_least_squares() -> None:
+    x_TM, w_OM = activations(200, 12), torch.randn(5, 12, dtype=torch.float64)
+    kept = torch.tensor([0, 3, 4, 9])
+    gram = x_TM.t() @ x_TM / 200
+    truth = torch.linalg.lstsq(x_TM[:, kept], x_TM @ w_OM.t()).solution.t()
+    # Damping pulls towards the old weight; scaled up, the data outweighs it.
+    found = refit(w_OM, gram * 1e12, kept)
+    relative = (found - truth).norm() / truth.norm()
+    assert relative < 0.2
+    error = (x_TM[:, kept] @ found.t() - x_TM @ w_OM.t()).square().sum()
+    best = (x_TM[:, kept] @ truth.t() - x_TM @ w_OM.t()).square().sum()
+    assert error < 1.05 * best
+
+
+def test_elimination_beats_keeping_the_largest() -> None:
+    x_TM = activations(300, 40)
+    w_OM = torch.randn(6, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    gram = x_TM.t() @ x_TM / 300
+    chosen = eliminate(w_OM, gram).kept(20)
+    largest = (w_OM.norm(dim=0) * gram.diagonal().sqrt()).topk(20).indices.sort().values
+
+    def error(kept: torch.Tensor) -> float:
+        fit = torch.linalg.lstsq(x_TM[:, kept], x_TM @ w_OM.t()).solution
+        return float((x_TM[:, kept] @ fit - x_TM @ w_OM.t()).square().sum())
+
+    assert error(chosen) < error(largest)
+    assert eliminate(w_OM, gram).cost(40) == 0.0
+
+
+def test_calibration_is_asked_for_by_name() -> None:
+    recipe = {
+        "init": "least_squares",
+        "replace": [{"match": "*.mlp.*", "structure": "low_rank", "rank": 8}],
+    }
+    model = tiny_model("llama")
+    with pytest.raises(DataError, match=r"recipe init: .*needs calibration"):
+        llmslim.slim(model, recipe)
+    assert type(model).__name__ == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"match": "lm_head", "structure": "low_rank", "rank": 4}, "inside decoder layers"),
+        ({"match": "*.mlp.*", "structure": "width"}, "keep_ratio, the share of neurons"),
+        ({"match": "*.o_proj", "structure": "width", "keep_ratio": 0.5}, "projections of an MLP"),
+        ({"match": "*.down_proj", "structure": "width", "keep_ratio": 0.5}, "must match all of"),
+        ({"match": "*.mlp.*", "structure": "width", "groups": 4}, "not an option of width"),
+    ],
+)
+def test_rules_that_cannot_be_fitted(rule: dict[str, Any], message: str) -> None:
+    with pytest.raises(SlimError, match=message):
+        llmslim.plan(tiny_model("llama"), {"init": "least_squares", "replace": [rule]})
+
+
+def test_non_finite_activations_are_an_answer_or_an_error() -> None:
+    """A token whose hidden states overflow is left out of the fit, and of nothing else."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = float("inf")
+    recipe = {
+        "init": "least_squares",
+        "replace": [{"match": "*.mlp.*", "structure": "low_rank", "rank": 8}],
+    }
+    llmslim.slim(model, recipe, calibration=WINDOWS)
+    assert all(p.isfinite().all() for layer in model.model.layers for p in layer.parameters())
+
+
+def test_in_bfloat16_full_rank_is_near(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmslim.surgery.sequential.has_fast_bfloat16", lambda: True)
+    model, dense = tiny_model("llama"), tiny_model("llama")
+    rules = [{"match": "*.mlp.*", "structure": "low_rank", "rank": 48}]
+    llmslim.slim(model, {"init": "least_squares", "replace": rules}, calibration=WINDOWS)
+    assert 0 < distance(model, dense) < 0.05
+
+
+def test_convert_reads_calibration_text(tmp_path: Path) -> None:
+    """The whole way: a folder with a tokenizer, a text file, a checkpoint with held-out errors."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    llmslim.save(model, tmp_path / "dense", tokenizer=tokenizer)
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 200, encoding="utf-8")
+    rule = {"match": "*.mlp.*", "structure": "pivoted_low_rank", "keep_ratio": 0.5}
+    recipe = {"calibration": {"data": "elsewhere", "sequence_length": 16}, "replace": [rule]}
+    made = llmslim.convert(
+        tmp_path / "dense",
+        recipe,
+        tmp_path / "slim",
+        calibration=str(text),
+        calibration_tokens=1024,
+    )
+    errors = [row.init_error for row in made.report.rows if row.action == "replaced"]
+    assert len(errors) == 12
+    assert all(0 < error < 1 for error in errors)
+    assert llmslim.verify(tmp_path / "slim").ok
+    assert type(llmslim.load(tmp_path / "slim")).__name__ == "SlimLlamaForCausalLM"
