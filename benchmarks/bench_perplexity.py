@@ -1,0 +1,191 @@
+"""Perplexity of a whole model whose MLP projections were fitted, before any healing.
+
+    python benchmarks/wikitext.py wiki.valid.tokens.gz > valid.txt
+    python benchmarks/bench_perplexity.py --calibration valid.txt --test wiki.test.raw.gz
+        [--other OTHER_TEXT ...] [--model FOLDER_OR_GGUF] [--keep 0.5] [--tokens 65536]
+        [--windows 32] [--methods low_rank --methods width] [--threads 1]
+
+Next to the dense model stand three fits that look at no data and the least-squares ones, which are
+fitted layer by layer to the inputs that the slim model itself produces. Every method runs in a
+process of its own, so peak memory is its own too; it is taken after the fit, before the texts are
+scored. Seconds are those of the fit. Texts are scored in float32.
+
+Shapes: N windows of L tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any, NamedTuple
+
+import click
+import torch
+from _common import find, machine, markdown, read_tokenizer, set_up, shared_options, windows
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from llmslim import surgery
+from llmslim.checkpoint.load import load_model
+from llmslim.data import read_texts
+from llmslim.recipe import Recipe
+
+METHODS: dict[str, dict[str, Any] | None] = {
+    "dense": None,
+    "io, masked copy": {"structure": "grouped_pointwise", "init": "project"},
+    "low_rank, plain SVD": {"structure": "low_rank", "init": "project"},
+    "width, by weight norms": {"structure": "width", "init": "project"},
+    "io, learned order": {
+        "structure": "grouped_pointwise",
+        "channel_order": "learned",
+        "init": "least_squares",
+    },
+    "low_rank": {"structure": "low_rank", "init": "least_squares"},
+    "pivoted_low_rank": {"structure": "pivoted_low_rank", "init": "least_squares"},
+    "width": {"structure": "width", "init": "least_squares"},
+}
+
+
+class Job(NamedTuple):
+    """One method, and what it is measured on."""
+
+    method: str
+    model: str | None
+    keep: float
+    threads: int | None
+    fit_NL: Tensor
+    held_out_NL: Tensor
+    tests: dict[str, Tensor]
+
+
+class Result(NamedTuple):
+    """What became of it."""
+
+    kept: float
+    """Parameters of the MLPs, as a share of the dense ones."""
+    perplexity: dict[str, float]
+    seconds: float
+    peak_gib: float
+
+
+def first_windows(data: str, count: int, length: int, tokenizer: Any) -> Tensor:
+    """Return the first windows of a text, (N, L); a table's rows are joined by the end token.
+
+    Raises:
+        UsageError: if there is not enough text.
+    """
+    ids: list[int] = []
+    for document in read_texts(data):
+        if ids:
+            ids.append(tokenizer.eos_token_id)
+        if isinstance(document, str):
+            ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        else:
+            ids += tokenizer.apply_chat_template(document, return_dict=True)["input_ids"]
+        if len(ids) >= count * length:
+            break
+    if len(ids) < count * length:
+        raise click.UsageError(f"{data}: {len(ids)} tokens; {count} x {length} are needed.")
+    return torch.tensor(ids[: count * length]).view(count, length)
+
+
+@torch.no_grad()
+def perplexity(model: Any, ids_NL: Tensor) -> float:
+    """Return exp of the mean loss per predicted token."""
+    loss = 0.0
+    for window_L in ids_NL:
+        logits = model(window_L[None], use_cache=False).logits[0, :-1].float()
+        loss += float(cross_entropy(logits, window_L[1:], reduction="sum"))
+    return math.exp(min(loss / ids_NL[:, 1:].numel(), 700.0))
+
+
+def run(job: Job) -> Result:
+    """Fit and measure one method; called in a process of its own."""
+    set_up(job.threads)
+    model = load_model(find(job.model), dtype="float32")
+    before = mlp_parameters(model)
+    rule = METHODS[job.method]
+    start = time.perf_counter()
+    if rule is not None:
+        recipe = Recipe.of(
+            {"name": "bench", "replace": [{"match": "*.mlp.*", "keep_ratio": job.keep, **rule}]}
+        )
+        calibration = surgery.Calibration(job.fit_NL, job.held_out_NL)
+        surgery.rewrite(model, surgery.plan(model, recipe), calibration=calibration)
+    seconds = time.perf_counter() - start
+    peak = peak_gib()
+    found = {name: perplexity(model, ids_NL) for name, ids_NL in job.tests.items()}
+    return Result(mlp_parameters(model) / before, found, seconds, peak)
+
+
+def mlp_parameters(model: Any) -> int:
+    """Return how many parameters the MLPs have."""
+    return sum(p.numel() for name, p in model.named_parameters() if ".mlp." in name)
+
+
+def peak_gib() -> float:
+    """Return the most memory that this process has held, in GiB."""
+    import resource  # here, since Windows has none of it
+
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def number(value: float) -> str:
+    """Write a perplexity with three digits, or as a power of ten."""
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}" if value < 1e5 else f"{value:.1e}"
+
+
+@click.command()
+@shared_options
+@click.option("--test", required=True, help="Text to score: .txt, .gz, .parquet …")
+@click.option("--other", multiple=True, help="Another text to score; repeatable.")
+@click.option("--windows", "count", default=32, show_default=True, help="Windows of each text.")
+@click.option("--keep", default=0.5, show_default=True, help="Share of the MLP weights to keep.")
+@click.option("--methods", multiple=True, type=click.Choice(list(METHODS)), help="Repeatable.")
+def main(
+    model: str | None,
+    calibration: str,
+    tokens: int,
+    length: int,
+    threads: int | None,
+    test: str,
+    other: tuple[str, ...],
+    count: int,
+    keep: float,
+    methods: tuple[str, ...],
+) -> None:
+    """Print perplexities before healing, their ratio to the dense model's, seconds and memory."""
+    set_up(threads)
+    # The dense model comes first whatever was asked for: it is what the others are compared with.
+    chosen = ["dense", *(name for name in methods or METHODS if name != "dense")]
+    tokenizer = read_tokenizer(find(model))
+    held_out = max(1, tokens // length // 16)
+    fit_NL, held_out_NL = windows(calibration, tokens, length, held_out, tokenizer)
+    tests = {path: first_windows(path, count, length, tokenizer) for path in (test, *other)}
+    click.echo(
+        f"{machine()}; {fit_NL.numel()} tokens to fit to, {count} windows of {length} to score\n"
+    )
+    rows, dense = [], {}
+    # One task a process: peak memory is a process's own, and it never goes down.
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+        for name in chosen:
+            job = Job(name, model, keep, threads, fit_NL, held_out_NL, tests)
+            result = pool.submit(run, job).result()
+            dense = dense or result.perplexity
+            scores = [
+                f"{number(value)} ({number(value / dense[path])})"
+                for path, value in result.perplexity.items()
+            ]
+            cost = [f"{result.seconds:.0f}", f"{result.peak_gib:.1f}"]
+            rows.append([name, f"{result.kept:.3f}", *scores, *cost])
+            click.echo(" | ".join(rows[-1]), err=True)
+    names = [f"{path.rsplit('/', 1)[-1]} (ratio to dense)" for path in tests]
+    click.echo(markdown(["method", "MLP kept", *names, "seconds", "peak GiB"], rows))
+
+
+if __name__ == "__main__":
+    main()
