@@ -51,7 +51,7 @@ ORDERS = ("fixed", "learned")
 
 # Above this many rows copying the gathered input costs more than reading the output twice:
 # measured by benchmarks/bench_grouped_pointwise.py.
-_GATHER_ROWS = 1024
+_GATHER_ROWS = 512
 
 
 class GroupedPointwise(StructuredLinear):
