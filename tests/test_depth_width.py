@@ -83,7 +83,7 @@ def test_narrower_drops_neurons_that_do_nothing_first(architecture: str) -> None
     """Neurons whose outgoing weights are zero must go, and with them nothing of the function."""
     model = tiny_model(architecture).double()
     recipe = {"width": {"intermediate_size": 60}}
-    mlps = llmslim.plan(model, recipe).mlps
+    mlps = [plan.mlp for plan in llmslim.plan(model, recipe).mlps]
     generator = torch.Generator().manual_seed(3)
     for mlp in mlps:
         down = model.get_submodule(mlp.down)
