@@ -67,7 +67,7 @@ class Rule(Section):
     keep: Literal[True] | None = None
     """Leave these projections as they are."""
     structure: Name | None = None
-    """What they become: grouped_pointwise, low_rank, pivoted_low_rank, grouped_low_rank, block_shuffle."""
+    """What they become: grouped_pointwise, low_rank, pivoted_low_rank, grouped_low_rank, block_shuffle, width."""
     groups: Count | None = None
     """Grouped structures: number of groups; must divide both sizes."""
     min_channels_per_group: Count | None = None
@@ -160,7 +160,7 @@ class Recipe(Section):
     replace: tuple[Rule, ...] = ()
     """Rules, tried in this order on every projection."""
     init: Name = "project"
-    """How blocks get their weights: project, random, random_published."""
+    """How blocks get their weights: project, least_squares, random, random_published."""
     calibration: Calibration | None = None
     heal: Heal | None = None
 

@@ -118,7 +118,7 @@ class _Sequential:
         self.sites = {site.name: site for site in plan.sites}
         self.narrow = {mlp.mlp.name: mlp for mlp in plan.mlps if mlp.fitted}
         # One window a batch: every batch has one shape, whatever the number of windows.
-        batches = [window[None] for window in torch.cat((windows, held_out))]
+        batches = [window[None].to(model.device) for window in torch.cat((windows, held_out))]
         self.fitting = len(windows)
         self.autocast = torch.bfloat16 if has_fast_bfloat16() else None
         calls: Calls = record_calls(model, list(self.stack), batches)
@@ -150,7 +150,8 @@ class _Sequential:
         if ahead.add is None or not ahead.parts:
             self.slim = [self._run(layer, x, index)[0] for x in self.slim]
         else:
-            with torch.autocast("cpu", self.autocast, enabled=self.autocast is not None):
+            device = self.slim[0].device.type
+            with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
                 self.slim = [before + ahead.add(x).float() for before, x in ahead.parts]
 
     def _run(self, layer: nn.Module, x: Tensor, index: int, **kwargs: Any) -> tuple[Any, Any]:
@@ -196,6 +197,7 @@ class _Sequential:
         name = mlp.down.removeprefix(prefix)
         down = layer.get_submodule(name)
         statistics = self._writer_statistics(index, layer, dense, name)
+        self._tell_of_skipped(mlp.down, statistics.fit)
         weight_OM = self._target(statistics.fit, dense_weight(down).float(), None)
         gram_MM = statistics.fit.gram_II
         kept = eliminate(weight_OM, gram_MM, down_to=plan.width).kept(plan.width)
@@ -218,6 +220,7 @@ class _Sequential:
             statistics = self._writer_statistics(index, layer, dense, names[0])
         else:
             statistics = self._inner_statistics(index, layer, dense, names[0])
+        self._tell_of_skipped(group[0].name, statistics.fit)
         if writes:
             self.ahead.add = lambda x: layer.get_submodule(names[0])(x)
         for site, module in zip(group, modules, strict=True):
@@ -298,6 +301,13 @@ class _Sequential:
         after = order[order.index(name) + 1 :]
         return [n for n in after if self._adds_to_stream(index, layer, modules[n])]
 
+    def _tell_of_skipped(self, name: str, statistics: GramAccumulator) -> None:
+        if statistics.skipped:
+            self.result.notes.append(
+                f"{name}: {statistics.skipped:,} of {statistics.skipped + statistics.tokens:,} "
+                "calibration tokens left out; their activations are not finite."
+            )
+
     def _input(self, layer: nn.Module, x: Tensor, index: int, name: str) -> Tensor:
         site = layer.get_submodule(name)
         _, seen = self._run(layer, x, index, inputs_of={"x": site}, stop_after_inputs=True)
@@ -309,7 +319,10 @@ class _Sequential:
         for batch, (x, y, weight) in enumerate(pairs):
             if statistics is None:
                 sizes = (x.shape[-1], y.shape[-1])
-                statistics = _Statistics(GramAccumulator(*sizes), GramAccumulator(*sizes))
+                statistics = _Statistics(
+                    GramAccumulator(*sizes, device=x.device),
+                    GramAccumulator(*sizes, device=x.device),
+                )
             into = statistics.fit if batch < self.fitting else statistics.held_out
             x, y = x.float(), y.float()
             if weight is not None:
