@@ -5,10 +5,12 @@
         [--other OTHER_TEXT ...] [--model FOLDER_OR_GGUF] [--keep 0.5] [--tokens 65536]
         [--windows 32] [--methods low_rank --methods width] [--threads 1]
 
-Next to the dense model stand three fits that look at no data and the least-squares ones, which are
-fitted layer by layer to the inputs that the slim model itself produces. Every method runs in a
-process of its own, so peak memory is its own too; it is taken after the fit, before the texts are
-scored. Seconds are those of the fit. Texts are scored in float32.
+Next to the dense model stand three fits that look at no data; the whitened SVD as the field does it
+(SVD-LLM, Wang et al. 2024, arXiv:2403.07378: every projection alone, on the dense model's inputs);
+the least-squares ones, fitted layer by layer to the inputs that the slim model itself produces; and
+`auto`, where every layer's share is measured first, also with a gradient fit after it. Every method
+runs in a process of its own, so peak memory is its own too; it is taken after the fit, before the
+texts are scored. Seconds are those of the fit. Texts are scored in float32.
 
 Shapes: N windows of L tokens.
 """
@@ -31,13 +33,17 @@ from torch.nn.functional import cross_entropy
 from llmslim import surgery
 from llmslim.checkpoint.load import load_model
 from llmslim.data import read_texts
+from llmslim.init import GramAccumulator, low_rank_factors
+from llmslim.modeling.low_rank import LowRank
 from llmslim.recipe import Recipe
 
+WHITENED = "low_rank, whitened SVD"
 METHODS: dict[str, dict[str, Any] | None] = {
     "dense": None,
     "io, masked copy": {"structure": "grouped_pointwise", "init": "project"},
     "low_rank, plain SVD": {"structure": "low_rank", "init": "project"},
     "width, by weight norms": {"structure": "width", "init": "project"},
+    WHITENED: {"structure": "low_rank"},
     "io, learned order": {
         "structure": "grouped_pointwise",
         "channel_order": "learned",
@@ -46,7 +52,10 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "low_rank": {"structure": "low_rank", "init": "least_squares"},
     "pivoted_low_rank": {"structure": "pivoted_low_rank", "init": "least_squares"},
     "width": {"structure": "width", "init": "least_squares"},
+    "auto": {"structure": "auto"},
+    "auto, refined": {"structure": "auto"},
 }
+REFINE = {"steps": 32}
 
 
 class Job(NamedTuple):
@@ -109,16 +118,55 @@ def run(job: Job) -> Result:
     before = mlp_parameters(model)
     rule = METHODS[job.method]
     start = time.perf_counter()
-    if rule is not None:
-        recipe = Recipe.of(
-            {"name": "bench", "replace": [{"match": "*.mlp.*", "keep_ratio": job.keep, **rule}]}
-        )
+    kept = None
+    if job.method == WHITENED:
+        kept = whitened_svd(model, job.keep, job.fit_NL)
+    elif rule is not None:
+        recipe = recipe_of(job, rule)
         calibration = surgery.Calibration(job.fit_NL, job.held_out_NL)
+        if recipe.has_auto:
+            recipe = surgery.allocate(model, recipe, calibration)
         surgery.rewrite(model, surgery.plan(model, recipe), calibration=calibration)
     seconds = time.perf_counter() - start
     peak = peak_gib()
     found = {name: perplexity(model, ids_NL) for name, ids_NL in job.tests.items()}
-    return Result(mlp_parameters(model) / before, found, seconds, peak)
+    left = mlp_parameters(model) if kept is None else kept
+    return Result(left / before, found, seconds, peak)
+
+
+def recipe_of(job: Job, rule: dict[str, Any]) -> Recipe:
+    """Return the recipe of one method at one size."""
+    made: dict[str, Any] = {"name": "bench", "replace": [{"match": "*.mlp.*", **rule}]}
+    if rule["structure"] == "auto":
+        made["budget"] = job.keep
+    else:
+        made["replace"][0]["keep_ratio"] = job.keep
+    if "refined" in job.method:
+        made["refine"] = REFINE
+    return Recipe.of(made)
+
+
+@torch.no_grad()
+def whitened_svd(model: Any, keep: float, ids_NL: Tensor) -> int:
+    """Give every MLP projection its best rank on the dense inputs; return what it would hold."""
+    sites = {n: m for n, m in model.named_modules() if ".mlp." in n and hasattr(m, "weight")}
+    moments = {name: GramAccumulator(site.in_features) for name, site in sites.items()}
+    hooks = [
+        site.register_forward_pre_hook(lambda _m, args, name=name: moments[name].update(args[0]))
+        for name, site in sites.items()
+    ]
+    for window_L in ids_NL:
+        model.model(window_L[None], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    held = 0
+    for name, site in sites.items():
+        sizes = (site.in_features, site.out_features)
+        rank = LowRank.resolve(*sizes, keep_ratio=keep)["rank"]
+        u_OR, v_RI = low_rank_factors(site.weight.double(), moments[name].gram_II, rank)
+        site.weight.copy_(u_OR @ v_RI)
+        held += LowRank.count_weights(*sizes, rank=rank)
+    return held
 
 
 def mlp_parameters(model: Any) -> int:

@@ -24,7 +24,7 @@ from torch import Tensor
 from llmslim.checkpoint.load import load_model
 from llmslim.init import GramAccumulator, Target, initialise, method_named, relative_error
 from llmslim.modeling.structured import StructuredLinear, build, structure_class
-from llmslim.surgery.sequential import has_fast_bfloat16
+from llmslim.surgery.streams import fast_type
 
 SITES = (
     (15, "up_proj", "1/2"),
@@ -65,7 +65,7 @@ def gather(model: Any, names: set[str], fit_NL: Tensor, held_out_NL: Tensor) -> 
         def see(gram: GramAccumulator, _module: Any, args: tuple[Tensor, ...]) -> None:
             gram.update(args[0])
 
-        with ExitStack() as hooks, torch.autocast("cpu", torch.bfloat16, has_fast_bfloat16()):
+        with ExitStack() as hooks, torch.autocast("cpu", fast_type(), fast_type() is not None):
             for name, gram in sums.items():
                 hook = model.get_submodule(name).register_forward_pre_hook(partial(see, gram))
                 hooks.callback(hook.remove)

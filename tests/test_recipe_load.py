@@ -127,12 +127,12 @@ def test_an_unknown_name_lists_the_shipped_recipes_and_the_nearest():
         (
             "init: project\ndept:\n  keep_layers: 2\n",
             "mine.yaml:2 dept: unknown key; allowed name, description, source, depth, width, "
-            "replace, init, calibration, heal. Did you mean depth?",
+            "replace, budget, init, calibration, refine, heal. Did you mean depth?",
         ),
         (
             "replace:\n  - match: '*'\n    structure: low_rank\n    ranks: 4\n",
-            "mine.yaml:4 replace[0].ranks: unknown key; allowed match, keep, structure, groups, "
-            "min_channels_per_group, keep_ratio, rank, blocks, inner_features, variant, "
+            "mine.yaml:4 replace[0].ranks: unknown key; allowed match, keep, structure, neurons, "
+            "groups, min_channels_per_group, keep_ratio, rank, blocks, inner_features, variant, "
             "activation, channel_order, init. "
             "Did you mean rank?",
         ),

@@ -11,11 +11,12 @@ from helpers_checkpoint import tiny_tokenizer
 from tiny import ARCHITECTURES, logits, tiny_model, tokens
 
 import llmslim
-from llmslim import DataError, SlimError
+from llmslim import DataError, SlimError, surgery
 from llmslim.data import Windows
 from llmslim.surgery.neurons import eliminate, refit
-from llmslim.surgery.sites import find_layers
+from llmslim.surgery.sites import dense_weight, find_layers, find_mlps
 from llmslim.surgery.streams import record_calls, run_layer
+from llmslim.surgery.width import keep_neurons
 
 MLP = ["*.mlp.*", "*.fc1", "*.fc2"]
 KEYS_VALUES = ["*.k_proj", "*.v_proj"]
@@ -27,7 +28,7 @@ WINDOWS = Windows(tokens(64, 16), "random tokens", tokens(4, 16, seed=5))
 @pytest.fixture(autouse=True)
 def in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run layers in float32 whatever the processor is fast at."""
-    monkeypatch.setattr("llmslim.surgery.sequential.has_fast_bfloat16", lambda: False)
+    monkeypatch.setattr("llmslim.surgery.sequential.fast_type", lambda: None)
 
 
 def rows_of(report: llmslim.Report, ending: str) -> list[Any]:
@@ -240,15 +241,23 @@ def test_elimination_beats_keeping_the_largest() -> None:
     assert eliminate(w_OM, gram).cost(40) == 0.0
 
 
-def test_calibration_is_asked_for_by_name() -> None:
-    recipe = {
-        "init": "least_squares",
-        "replace": [{"match": "*.mlp.*", "structure": "low_rank", "rank": 8}],
-    }
+LOW_RANK: dict[str, Any] = {
+    "init": "least_squares",
+    "replace": [{"match": "*.mlp.*", "structure": "low_rank", "rank": 8}],
+}
+
+
+def test_a_plan_that_needs_calibration_is_not_carried_out_without() -> None:
     model = tiny_model("llama")
     with pytest.raises(DataError, match=r"recipe init: .*needs calibration"):
-        llmslim.slim(model, recipe)
+        surgery.rewrite(model, llmslim.plan(model, LOW_RANK))
     assert type(model).__name__ == "LlamaForCausalLM"
+
+
+def test_slim_draws_the_recipes_calibration_text_itself() -> None:
+    spec = {"tokens": 256, "sequence_length": 16}
+    report = llmslim.slim(tiny_model("llama"), {**LOW_RANK, "calibration": spec})
+    assert all(r.init_error is not None for r in report.rows if r.action == "replaced")
 
 
 @pytest.mark.parametrize(
@@ -283,7 +292,7 @@ def test_non_finite_activations_are_an_answer_or_an_error() -> None:
 
 
 def test_in_bfloat16_full_rank_is_near(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmslim.surgery.sequential.has_fast_bfloat16", lambda: True)
+    monkeypatch.setattr("llmslim.surgery.sequential.fast_type", lambda: torch.bfloat16)
     model, dense = tiny_model("llama"), tiny_model("llama")
     rules = [{"match": "*.mlp.*", "structure": "low_rank", "rank": 48}]
     llmslim.slim(model, {"init": "least_squares", "replace": rules}, calibration=WINDOWS)
@@ -311,3 +320,30 @@ def test_convert_reads_calibration_text(tmp_path: Path) -> None:
     assert all(0 < error < 1 for error in errors)
     assert llmslim.verify(tmp_path / "slim").ok
     assert type(llmslim.load(tmp_path / "slim")).__name__ == "SlimLlamaForCausalLM"
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
+def test_renumbered_neurons_are_the_same_model(architecture: str) -> None:
+    model, dense = tiny_model(architecture), tiny_model(architecture)
+    for mlp in find_mlps(model, find_layers(model)):
+        neurons = torch.randperm(mlp.width, generator=torch.Generator().manual_seed(3))
+        down = dense_weight(model.get_submodule(mlp.down))
+        keep_neurons(model, mlp, neurons, down[:, neurons])
+    assert distance(model, dense) < 1e-5
+
+
+def test_neurons_are_renumbered_where_groups_choose_their_channels() -> None:
+    """Neurons of one kind scattered over the groups: put together again, little is lost."""
+    model = tiny_model("llama", num_hidden_layers=1)
+    mlp = model.model.layers[0].mlp
+    kind = torch.arange(96) % 4
+    reads = torch.arange(48) // 12 == kind[:, None]
+    with torch.no_grad():
+        for projection in (mlp.gate_proj, mlp.up_proj):
+            projection.weight.mul_(reads)
+    rule = {"match": "*.mlp.*", "structure": "grouped_pointwise", "groups": 4}
+    recipe = {"init": "least_squares", "replace": [{**rule, "channel_order": "learned"}]}
+    report = llmslim.slim(model, recipe, calibration=WINDOWS)
+    errors = [r.init_error for r in report.rows if r.name.endswith(("gate_proj", "up_proj"))]
+    assert len(errors) == 2
+    assert max(errors) < 1e-6

@@ -12,6 +12,7 @@ import click
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from llmslim.surgery import Plan
     from llmslim.surgery.report import Report
 
 
@@ -33,6 +34,19 @@ def show_report(report: Report, *, full: bool = False, bars: bool | None = None)
     from llmslim.reporting.text import TextView
 
     console().print(TextView(report, full=full, bars=bars))
+
+
+def show_cost(plan: Plan) -> None:
+    """Say what fitting to calibration text will take, where there is any."""
+    from llmslim.surgery import fitting_cost, speed
+
+    cost = fitting_cost(plan)
+    if cost is not None:
+        minutes = max(1, round(cost.flops / speed() / 60))
+        click.echo(
+            f"\nfitting to {cost.tokens:,} tokens: about {cost.memory / 2**30:.1f} GiB beside the "
+            f"model and {minutes:,} min on this machine, within a factor of two"
+        )
 
 
 def write_out(text: str, target: str) -> None:

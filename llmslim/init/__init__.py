@@ -1,8 +1,8 @@
 """Dense weights in, block weights out; one method a file, `_` before the names of their helpers."""
 
-from ._channel_order import Orders as Orders
 from ._channel_order import learn_order as learn_order
-from ._channel_order import learn_order_and_outputs as learn_order_and_outputs
+from ._channel_order import learn_outputs as learn_outputs
+from ._closed_forms import low_rank_factors as low_rank_factors
 from ._gram import GramAccumulator as GramAccumulator
 from ._gram import damping as damping
 from ._gram import equivalent_target as equivalent_target

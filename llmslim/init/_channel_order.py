@@ -14,8 +14,6 @@ Shapes: I = in_features, O = out_features, G = groups, i = I/G, o = O/G, S = 2i 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -26,17 +24,6 @@ _ROUNDS = 10
 _SWEEPS = 10
 _PRICE_STEPS = 20
 _ROUNDING = 1e-9
-
-
-class Orders(NamedTuple):
-    """What `learn_order_and_outputs` found."""
-
-    order_GS: Tensor
-    """Input channels of each group."""
-    outputs_O: Tensor
-    """Output channel at each position: the block fits weight_OI[outputs_O]."""
-    error: float
-    """Relative squared error of the best block for these orders."""
 
 
 def order_by_value(value_GI: Tensor) -> Tensor:
@@ -82,48 +69,58 @@ def learn_order(
     return torch.stack(order), max(power - explained, 0.0) / power if power > 0 else 0.0
 
 
-def learn_order_and_outputs(
-    weight_OI: Tensor, gram_II: Tensor, groups: int, *, sweeps: int = _SWEEPS
-) -> Orders:
-    """Return channels of each group and an order of outputs that together lower the error.
+def learn_outputs(
+    weight_PMI: Tensor, gram_II: Tensor, groups: int, *, sweeps: int = _SWEEPS
+) -> Tensor:
+    """Return an order of free outputs in which those of a group can do with the same channels.
 
     Args:
-        weight_OI: W, float64; its outputs may be renumbered by the caller.
-        gram_II: H, positive definite, float64.
+        weight_PMI: maps that share their M outputs' order, as gate and up share the neurons; the
+            caller renumbers the outputs of all alike. float64.
+        gram_II: H of their common input, positive definite, float64.
         groups: G.
         sweeps: how often at most channels and outputs are chosen in turn.
 
     Returns:
-        Both orders and the relative squared error, never worse than a fixed order of both.
+        The output that stands at each position, (M,); as they were if nothing better was found.
     """
-    out_features = len(weight_OI)
-    every_O = torch.arange(out_features)
-    order_GS, error = learn_order(weight_OI, gram_II, groups)
-    best = Orders(order_GS, every_O, error)
+    parts, outputs, in_features = weight_PMI.shape
+    weight_OI = weight_PMI.reshape(-1, in_features)
+    as_is_M = torch.arange(outputs)
+    if groups == 1:
+        return as_is_M
     cross_OI = weight_OI @ gram_II
-    power = float((cross_OI * weight_OI).sum())
-    if groups == 1 or power <= 0:
-        return best
-    group_O = every_O // (out_features // groups)
     lost_I = _lost_alone(gram_II)
-    outputs_O = _cluster(weight_OI * lost_I.sqrt(), groups)
-    worth_GI = (weight_OI[outputs_O].square() * lost_I).reshape(groups, -1, len(lost_I)).sum(1)
-    order_GS, last = order_by_value(worth_GI), float("inf")
-    for _ in range(sweeps):
-        chosen = [
-            _choose(_Regression(cross_OI[rows], gram_II, channels_S), 2)
-            for rows, channels_S in zip(outputs_O.chunk(groups), order_GS, strict=True)
+    part_P1 = torch.arange(parts)[:, None] * outputs
+
+    def choose(outputs_M: Tensor, order_GS: Tensor) -> list[_Regression]:
+        return [
+            _choose(_Regression(cross_OI[(part_P1 + some).flatten()], gram_II, channels_S), 2)
+            for some, channels_S in zip(outputs_M.chunk(groups), order_GS, strict=True)
         ]
+
+    def start(outputs_M: Tensor) -> Tensor:
+        worth_MI = (weight_PMI.square() * lost_I).sum(0)[outputs_M]
+        return order_by_value(worth_MI.reshape(groups, -1, in_features).sum(1))
+
+    best_M = as_is_M
+    best = sum(group.explained for group in choose(as_is_M, start(as_is_M)))
+    needs_MI = (weight_PMI * lost_I.sqrt()).transpose(0, 1).reshape(outputs, -1)
+    outputs_M = _cluster(needs_MI, groups)
+    order_GS, last = start(outputs_M), 0.0
+    for _ in range(sweeps):
+        chosen = choose(outputs_M, order_GS)
         order_GS = torch.stack([group.channels_S for group in chosen])
-        error = max(power - sum(group.explained for group in chosen), 0.0) / power
-        if error < best.error:
-            best = Orders(order_GS, outputs_O, error)
-        if error > (1 - 1e-3) * last:
+        explained = sum(group.explained for group in chosen)
+        if explained > best:
+            best, best_M = explained, outputs_M
+        if explained < (1 + 1e-3) * last:
             break
-        last = error
-        explained_OG = torch.stack([group.explains(cross_OI) for group in chosen], dim=1)
-        outputs_O = _assign(explained_OG, group_O)
-    return best
+        last = explained
+        worth_OG = torch.stack([group.explains(cross_OI) for group in chosen], dim=1)
+        worth_MG = worth_OG.reshape(parts, outputs, groups).sum(0)
+        outputs_M = _assign(worth_MG, as_is_M // (outputs // groups))
+    return best_M
 
 
 class _Regression:

@@ -1,5 +1,9 @@
 """What becomes of every module of a model: the plan, the ledger, and carrying it out."""
 
+from .allocation import allocate as allocate
+from .cost import Cost as Cost
+from .cost import fitting_cost as fitting_cost
+from .cost import speed as speed
 from .plan import Plan as Plan
 from .plan import model_on_meta as model_on_meta
 from .plan import plan as plan

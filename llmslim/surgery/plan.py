@@ -18,12 +18,13 @@ from transformers import AutoModelForCausalLM
 
 from llmslim.errors import SizeError, SlimError, TargetError, raise_together
 from llmslim.init import method_named
+from llmslim.modeling.pivoted_low_rank import PivotedLowRank
 from llmslim.modeling.sizes import StaysDense, exact_ratio
 from llmslim.modeling.structured import StructuredLinear, structure_class
-from llmslim.recipe import Recipe, first_rule
+from llmslim.recipe import Recipe, Rule, first_rule
 from llmslim.surgery.depth import depth_changes, kept_layers
 from llmslim.surgery.report import Kind, Report, Row
-from llmslim.surgery.rules import WIDTH, check_rules, init_of, method_exists
+from llmslim.surgery.rules import AUTO, WIDTH, check_rules, init_of, method_exists
 from llmslim.surgery.sites import Layers, Mlp, Site, find_layers, find_mlps, find_sites
 from llmslim.surgery.width import width_field
 
@@ -77,6 +78,8 @@ class Plan:
     """Fields of the text config that change."""
     notes: tuple[str, ...] = ()
     """What a reader of the report must know."""
+    config: Any = None
+    """The model's config, as it is before."""
 
     @property
     def needs_calibration(self) -> bool:
@@ -153,6 +156,11 @@ class _Planner:
         told = check_rules(recipe, list(self.sites), type(self.model).__name__, self.init)
         self.errors += told.errors
         self.notes += told.notes
+        if recipe.has_auto:
+            self.notes.append(
+                "structure auto: every layer is shown with the same share; which keeps how much is "
+                "measured on calibration text first."
+            )
         rows = tuple(self._rows())
         for (index, cause), names in self.wrong.items():
             where = recipe.where("replace", index, *self._guilty_option(index, cause))
@@ -167,6 +175,7 @@ class _Planner:
             resized={draft.new_name(name): spec for name, spec in self.resized.items()},
             text_config=self.changes,
             notes=tuple(self.notes),
+            config=self.model.config,
         )
 
     def _plan_depth(self) -> None:
@@ -179,7 +188,8 @@ class _Planner:
 
     def _plan_width(self) -> None:
         """Note every MLP that changes its width, by the section `width` or by a rule."""
-        if self.recipe.width is None and not any(r.structure == WIDTH for r in self.recipe.replace):
+        rules = self.recipe.replace
+        if self.recipe.width is None and not any(_narrows(rule) for rule in rules):
             return
         layers = self.layers or find_layers(self.model)
         found = [mlp for mlp in find_mlps(self.model, layers) if self._stays(mlp.name, layers)]
@@ -218,17 +228,18 @@ class _Planner:
         for mlp in mlps:
             index = first_rule(recipe, mlp.down)
             rule = None if index is None else recipe.replace[index]
-            if rule is None or index is None or rule.structure != WIDTH:
+            if rule is None or index is None or not _narrows(rule):
                 if recipe.width is not None:
                     width, init = recipe.width.intermediate_size, self.init or recipe.init
                     planned.append(MlpPlan(mlp, width, init))
             elif recipe.width is not None:
                 self.wrong[index, "the section `width` sets the width already"].append(mlp.down)
             elif {first_rule(recipe, up) for up in mlp.up} != {index}:
-                cause = f"the rule must match all of {', '.join((*mlp.up, mlp.down))}"
-                self.wrong[index, cause].append(mlp.down)
-            elif rule.keep_ratio is not None:
-                width = max(1, int(mlp.width * exact_ratio(rule.keep_ratio)))
+                if rule.structure != AUTO:
+                    cause = f"the rule must match all of {', '.join((*mlp.up, mlp.down))}"
+                    self.wrong[index, cause].append(mlp.down)
+            elif share := _share_of_neurons(recipe, rule):
+                width = max(1, int(mlp.width * exact_ratio(share)))
                 planned.append(MlpPlan(mlp, width, init_of(recipe, index, self.init)))
         return planned
 
@@ -342,16 +353,30 @@ class _Planner:
 
     def _replace(self, row: Row, site: Site, parameter: nn.Parameter, index: int) -> Row:
         rule = self.recipe.replace[index]
-        assert rule.structure is not None
-        if rule.structure == WIDTH:
+        structure, options = rule.structure, rule.options()
+        assert structure is not None
+        narrower = any(site.name in (*plan.mlp.up, plan.mlp.down) for plan in self.mlps)
+        if structure == WIDTH or (structure == AUTO and narrower):
             return self._narrowed(row, site, index)
+        if structure == AUTO:
+            structure, options = PivotedLowRank.name, {"keep_ratio": self.recipe.budget}
+        if rule.neurons is not None and not narrower and rule.neurons < 1:
+            self.wrong[index, "neurons is for the projections of an MLP"].append(site.name)
+            return row
+        if rule.neurons is not None and rule.keep_ratio is not None:
+            if rule.keep_ratio > rule.neurons:
+                cause = "keep_ratio is of the original weights, so at most what neurons leaves"
+                self.wrong[index, cause].append(site.name)
+                return row
+            rest = exact_ratio(rule.keep_ratio) / exact_ratio(rule.neurons)
+            options["keep_ratio"] = float(rest)
         try:
-            cls = structure_class(rule.structure)
+            cls = structure_class(structure)
         except ValueError:
             return row  # told once by check_rules
         if not issubclass(cls, StructuredLinear):
             return row
-        options = {key: value for key, value in rule.options().items() if key in cls.option_names}
+        options = {key: value for key, value in options.items() if key in cls.option_names}
         in_features, out_features = self.sizes[site.name]
         try:
             resolved = cls.resolve(in_features, out_features, **options)
@@ -369,7 +394,7 @@ class _Planner:
             cause = f"init {init} works inside decoder layers; give this projection init: project"
             self.wrong[index, cause].append(site.name)
         spec = {
-            "structure": rule.structure,
+            "structure": structure,
             "in_features": in_features,
             "out_features": out_features,
             "bias": site.bias,
@@ -379,7 +404,7 @@ class _Planner:
         self.resized.pop(site.name, None)
         weights = cls.count_weights(in_features, out_features, **resolved)
         row = self._with_weights(row, weights, out_features if site.bias else 0, parameter)
-        return replace(row, action="replaced", structure=rule.structure, options=resolved)
+        return replace(row, action="replaced", structure=structure, options=resolved)
 
     def _narrowed(self, row: Row, site: Site, index: int) -> Row:
         """Return the row of a projection whose MLP gets fewer neurons."""
@@ -416,6 +441,17 @@ class _Planner:
         rule = self.recipe.replace[index]
         first = cause.partition(" ")[0]
         return (first,) if first in (*rule.options(), "init") else ()
+
+
+def _narrows(rule: Rule) -> bool:
+    """Return whether a rule changes the number of neurons of the MLPs it matches."""
+    return rule.structure in (WIDTH, AUTO) or rule.neurons is not None
+
+
+def _share_of_neurons(recipe: Recipe, rule: Rule) -> float | None:
+    if rule.structure == AUTO:
+        return recipe.budget
+    return rule.keep_ratio if rule.structure == WIDTH else rule.neurons
 
 
 def _layers_or_none(model: Any) -> Layers | None:

@@ -17,6 +17,9 @@ WIDTH = "width"
 """The structure of a whole MLP: fewer neurons, everything dense. No block, so no file of its own
 in `modeling`; what comes out is an ordinary model."""
 
+AUTO = "auto"
+"""To be chosen by measurement, see `allocation`; until then a plan spreads the budget evenly."""
+
 
 @dataclass
 class Findings:
@@ -34,7 +37,10 @@ def init_of(recipe: Recipe, index: int, init: str | None) -> str:
         index: the rule.
         init: what the caller asked for instead, if anything.
     """
-    return init or recipe.replace[index].init or recipe.init
+    rule = recipe.replace[index]
+    # What is chosen by measurement has activations to be fitted to.
+    measured = rule.structure == AUTO and "init" not in recipe.model_fields_set
+    return init or rule.init or ("least_squares" if measured else recipe.init)
 
 
 def method_exists(name: str) -> bool:
@@ -80,8 +86,12 @@ def _check_init(recipe: Recipe, index: int, init: str | None, found: Findings) -
 def _check_options(recipe: Recipe, index: int, structure: str, found: Findings) -> None:
     """Refuse a structure that does not exist, and options that belong to another one."""
     where = ("replace", index, "structure")
-    if structure == WIDTH:
-        _check_option_names(recipe, index, WIDTH, ("keep_ratio",), found)
+    if structure in (WIDTH, AUTO):
+        names = ("keep_ratio",) if structure == WIDTH else ()
+        _check_option_names(recipe, index, structure, names, found)
+        if recipe.replace[index].neurons is not None:
+            sentence = f"not an option of {structure}, which sets the neurons itself."
+            found.errors.append(recipe.problem(("replace", index, "neurons"), sentence))
         return
     try:
         cls = structure_class(structure)
@@ -100,7 +110,8 @@ def _check_option_names(
 ) -> None:
     for option in recipe.replace[index].options():
         if option not in names:
-            sentence = f"not an option of {structure}; allowed {', '.join(names)}."
+            allowed = f"allowed {', '.join(names)}" if names else "it takes none"
+            sentence = f"not an option of {structure}; {allowed}."
             found.errors.append(recipe.problem(("replace", index, option), sentence))
 
 
@@ -109,7 +120,7 @@ def _explain_no_match(
 ) -> None:
     """Tell whether a rule's globs fit nothing, or only what earlier rules have taken."""
     rule = recipe.replace[index]
-    alone = Recipe(name="-", replace=(rule,))
+    alone = recipe.model_copy(update={"replace": (rule,)})
     taken = [name for name in sites if first_rule(alone, name) == 0]
     if taken:
         earlier = first_rule(recipe, taken[0])
@@ -130,7 +141,7 @@ def _explain_no_match(
 
 def _did_you_mean(structure: str) -> str:
     files = Path(structured.__file__).parent.glob("[a-z]*.py")
-    known = sorted([WIDTH, *(path.stem for path in files if _for_recipes(path.stem))])
+    known = sorted([AUTO, WIDTH, *(path.stem for path in files if _for_recipes(path.stem))])
     close = difflib.get_close_matches(structure, known, n=1)
     return f" Did you mean {close[0]}?" if close else f" Known are {', '.join(known)}."
 

@@ -13,9 +13,7 @@ the model as far as it is slim already. In each decoder layer, in the order the 
 All three reduce to a weight and a Gram matrix (`equivalent_target`), so every structure and method
 works here unchanged. One decoder layer's copy and the two streams are all the memory it takes.
 
-What a token counts for: an error in the residual stream matters in proportion to the stream, for
-the next norm divides by it. Tokens with an enormous stream (the first of a window, in small
-models) are weighted down accordingly, or they would be all that is fitted.
+What a token counts for follows the size of the stream, see `importance`.
 
 Shapes: T = tokens, D = hidden size, I = in_features, O = out_features, M = neurons.
 """
@@ -24,18 +22,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llmslim.init import GramAccumulator, Target, equivalent_target
+from llmslim.init import GramAccumulator, Target, damping, equivalent_target, learn_outputs
 from llmslim.surgery.blocks import put_block
 from llmslim.surgery.neurons import eliminate, refit
 from llmslim.surgery.plan import MlpPlan, Plan, SitePlan
-from llmslim.surgery.sites import dense_weight, find_layers
-from llmslim.surgery.streams import Calls, record_calls, run_layer
+from llmslim.surgery.refine import Pair, refine_layer
+from llmslim.surgery.sites import Mlp, dense_weight, find_layers, find_mlps
+from llmslim.surgery.streams import Calls, fast_type, importance, record_calls, run_layer
 from llmslim.surgery.width import keep_neurons
 
 _ADDITIVE = 1e-2
@@ -116,20 +115,35 @@ class _Sequential:
         self.layers = find_layers(model)
         self.stack: Any = model.get_submodule(self.layers.path)
         self.sites = {site.name: site for site in plan.sites}
+        self.mlps = find_mlps(model, self.layers)
         self.narrow = {mlp.mlp.name: mlp for mlp in plan.mlps if mlp.fitted}
         # One window a batch: every batch has one shape, whatever the number of windows.
         batches = [window[None].to(model.device) for window in torch.cat((windows, held_out))]
         self.fitting = len(windows)
-        self.autocast = torch.bfloat16 if has_fast_bfloat16() else None
+        self.spec = plan.recipe.refine
+        self.autocast = fast_type()
         calls: Calls = record_calls(model, list(self.stack), batches)
         self.dense, self.slim = calls.hidden, list(calls.hidden)
         self.extras = calls.extras
         self.result = Fitted()
+        self.targets: dict[str, Tensor] = {}
+        """Dense weights of the layer's fitted projections, where they are needed once more."""
         self.ahead = _Ahead()
 
     def run(self) -> Fitted:
-        for index, layer in enumerate(self.stack):
-            if self.plan.keep_layers is not None and index not in self.plan.keep_layers:
+        prefixes = [f"{self.layers.path}.{index}." for index in range(len(self.stack))]
+        planned = [*self.sites, *(mlp.mlp.down for mlp in self.narrow.values())]
+        to_fit = [any(name.startswith(prefix) for name in planned) for prefix in prefixes]
+        last = max((index for index, wanted in enumerate(to_fit) if wanted), default=-1)
+        same = True  # until something changes, both streams are one
+        for index, layer in enumerate(self.stack[: last + 1]):
+            gone = self.plan.keep_layers is not None and index not in self.plan.keep_layers
+            if same and not gone and not to_fit[index]:
+                self.dense = [self._run(layer, x, index)[0] for x in self.dense]
+                self.slim = list(self.dense)
+                continue
+            same = False
+            if gone:
                 self.dense = [self._run(layer, x, index)[0] for x in self.dense]
             else:
                 self._fit_layer(index, layer)
@@ -145,6 +159,9 @@ class _Sequential:
                 self._narrow(index, layer, dense, prefix, step)
             else:
                 self._fit_group(index, layer, dense, prefix, step)
+        if self.spec is not None:
+            self._refine(index, layer, dense, prefix)
+            self.targets.clear()
         ahead = self.ahead
         self.dense = ahead.dense or [self._run(dense, x, index)[0] for x in self.dense]
         if ahead.add is None or not ahead.parts:
@@ -153,6 +170,47 @@ class _Sequential:
             device = self.slim[0].device.type
             with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
                 self.slim = [before + ahead.add(x).float() for before, x in ahead.parts]
+
+    def _refine(self, index: int, layer: nn.Module, dense: nn.Module, prefix: str) -> None:
+        """Descend on the layer's output error, and measure its writers anew."""
+        assert self.spec is not None
+        names = [name for name in self.sites if name.startswith(prefix)]
+        for mlp in self.narrow.values():
+            names += [n for n in (*mlp.mlp.up, mlp.mlp.down) if n.startswith(prefix)]
+        names = list(dict.fromkeys(names))
+        if not names:
+            return
+        wanted = self.ahead.dense or [self._run(dense, x, index)[0] for x in self.dense]
+        pairs: list[Pair] = [(x, y, importance(y)) for x, y in zip(self.slim, wanted, strict=True)]
+        dtype = next(layer.parameters()).dtype
+        layer.float()  # small steps would be lost in bfloat16
+        refine_layer(
+            lambda x: self._run(layer, x, index)[0],
+            [p for name in names for p in self.model.get_submodule(name).parameters()],
+            pairs[: self.fitting],
+            pairs[self.fitting :],
+            self.spec,
+            seed=self.seed_of(prefix),
+        )
+        layer.to(dtype)
+        for name in names:
+            if name in self.result.errors:
+                self._measure_again(index, layer, dense, name.removeprefix(prefix), name)
+        self.ahead = _Ahead(dense=wanted)
+
+    def _measure_again(
+        self, index: int, layer: nn.Module, dense: nn.Module, name: str, full_name: str
+    ) -> None:
+        block: Any = layer.get_submodule(name)
+        weight_OI = block.to_dense() if full_name in self.sites else dense_weight(block)
+        if self._adds_to_stream(index, layer, block):
+            statistics = self._writer_statistics(index, layer, dense, name, fit=False)
+            through = None
+        else:
+            statistics = self._inner_statistics(index, layer, dense, name, fit=False)
+            through = self.targets[full_name]
+        error = _error(weight_OI.double(), statistics.held_out, through)
+        self.result.errors[full_name] = error
 
     def _run(self, layer: nn.Module, x: Tensor, index: int, **kwargs: Any) -> tuple[Any, Any]:
         return run_layer(layer, x, self.extras[index], autocast=self.autocast, **kwargs)
@@ -172,7 +230,9 @@ class _Sequential:
         for name, x in inputs.items():
             if name in narrow:
                 steps.append(narrow[name])
-            elif steps and isinstance(steps[-1], list) and x.data_ptr() == last_input:
+            if name not in inside:
+                continue
+            if steps and isinstance(steps[-1], list) and x.data_ptr() == last_input:
                 steps[-1].append(inside[name])
             else:
                 steps.append([inside[name]])
@@ -221,6 +281,10 @@ class _Sequential:
         else:
             statistics = self._inner_statistics(index, layer, dense, names[0])
         self._tell_of_skipped(group[0].name, statistics.fit)
+        mlp = self._free_neurons(group)
+        if mlp is not None:
+            self._reorder(mlp, dense, prefix, modules, statistics.fit, group[0].spec["groups"])
+            modules = [layer.get_submodule(name) for name in names]
         if writes:
             self.ahead.add = lambda x: layer.get_submodule(names[0])(x)
         for site, module in zip(group, modules, strict=True):
@@ -237,10 +301,52 @@ class _Sequential:
             self.result.sites.add(site.name)
             if fitted:
                 block: Any = self.model.get_submodule(site.name)
+                if self.spec is not None and through is not None:
+                    self.targets[site.name] = through
                 self.result.errors[site.name] = _error(
                     block.to_dense().double(), statistics.held_out, through
                 )
             self.progress(site.name)
+
+    def _free_neurons(self, group: list[SitePlan]) -> Mlp | None:
+        """Return the MLP whose neurons a group produces, if their order is free and matters."""
+        grouped = {site.spec.get("groups") for site in group}
+        learned = all(site.spec.get("channel_order") == "learned" for site in group)
+        if not learned or len(grouped) != 1:
+            return None
+        names = {site.name for site in group}
+        # What reads the neurons must not care about their order: it learns its own, or has none.
+        free = (m for m in self.mlps if set(m.up) == names and not m.fused)
+        return next((m for m in free if self._reads_any_order(m.down)), None)
+
+    def _reads_any_order(self, name: str) -> bool:
+        site = self.sites.get(name)
+        return site is None or site.spec.get("channel_order", "learned") == "learned"
+
+    def _reorder(
+        self,
+        mlp: Mlp,
+        dense: nn.Module,
+        prefix: str,
+        modules: list[Any],
+        statistics: GramAccumulator,
+        groups: int,
+    ) -> None:
+        """Renumber an MLP's neurons so that those of a group can do with the same inputs."""
+        gram_II = statistics.gram_II + damping(statistics.gram_II).diag()
+        wanted = []
+        for module in modules:
+            weight_OI = dense_weight(module).float()
+            wanted.append(self._target(statistics, weight_OI, weight_OI))
+        neurons = learn_outputs(torch.stack(wanted).cpu(), gram_II.cpu(), groups)
+        inside = replace(
+            mlp,
+            up=tuple(name.removeprefix(prefix) for name in mlp.up),
+            down=mlp.down.removeprefix(prefix),
+        )
+        for root, names in ((self.model, mlp), (dense, inside)):
+            down = dense_weight(root.get_submodule(names.down))
+            keep_neurons(root, names, neurons.to(down.device), down[:, neurons.to(down.device)])
 
     def _target(
         self, statistics: GramAccumulator, weight_OI: Tensor, through: Tensor | None
@@ -252,19 +358,24 @@ class _Sequential:
         return equivalent_target(cross, statistics.gram_II, weight_OI)
 
     def _inner_statistics(
-        self, index: int, layer: nn.Module, dense: nn.Module, name: str
+        self, index: int, layer: nn.Module, dense: nn.Module, name: str, *, fit: bool = True
     ) -> _Statistics:
         """Moments of a projection's slim inputs against its dense inputs."""
 
         def pairs() -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-            for slim, full in zip(self.slim, self.dense, strict=True):
+            for slim, full in self._windows(fit):
                 x = self._input(layer, slim, index, name)
                 yield x, self._input(dense, full, index, name), None
 
-        return self._gather(pairs())
+        return self._gather(pairs(), fit)
+
+    def _windows(self, fit: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield both streams window by window, the ones to fit on (if wanted) first."""
+        start = 0 if fit else self.fitting
+        yield from zip(self.slim[start:], self.dense[start:], strict=True)
 
     def _writer_statistics(
-        self, index: int, layer: nn.Module, dense: nn.Module, name: str
+        self, index: int, layer: nn.Module, dense: nn.Module, name: str, *, fit: bool = True
     ) -> _Statistics:
         """Moments of a writing projection's slim inputs against what it should add."""
         writer, later = layer.get_submodule(name), self._later_writers(index, layer, name)
@@ -273,20 +384,20 @@ class _Sequential:
         later_slim = [layer.get_submodule(other) for other in later]
 
         def pairs() -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-            for slim, full in zip(self.slim, self.dense, strict=True):
+            for slim, full in self._windows(fit):
                 after, _ = self._run(dense, full, index, zeroed=later_dense)
                 before, seen = self._run(
                     layer, slim, index, inputs_of={"x": writer}, zeroed=[writer, *later_slim]
                 )
-                if not later:
+                if fit and not later:
                     # Nothing after this projection changes: both streams are nearly there.
                     self.ahead.dense.append(after)
                     self.ahead.parts.append((before, seen["x"]))
                 # The block keeps the bias, so it is no part of what the weight has to reach.
                 target = after - before if bias is None else after - before - bias.float()
-                yield seen["x"], target, _importance(after)
+                yield seen["x"], target, importance(after)
 
-        return self._gather(pairs())
+        return self._gather(pairs(), fit)
 
     def _later_writers(self, index: int, layer: nn.Module, name: str) -> list[str]:
         """Return the planned or narrowed writers that run after one, by name in the layer."""
@@ -314,7 +425,9 @@ class _Sequential:
         found: Tensor = seen["x"]
         return found
 
-    def _gather(self, pairs: Iterator[tuple[Tensor, Tensor, Tensor | None]]) -> _Statistics:
+    def _gather(
+        self, pairs: Iterator[tuple[Tensor, Tensor, Tensor | None]], fit: bool
+    ) -> _Statistics:
         statistics: _Statistics | None = None
         for batch, (x, y, weight) in enumerate(pairs):
             if statistics is None:
@@ -323,19 +436,13 @@ class _Sequential:
                     GramAccumulator(*sizes, device=x.device),
                     GramAccumulator(*sizes, device=x.device),
                 )
-            into = statistics.fit if batch < self.fitting else statistics.held_out
+            into = statistics.fit if fit and batch < self.fitting else statistics.held_out
             x, y = x.float(), y.float()
             if weight is not None:
                 x, y = x * weight, y * weight
             into.update(x, y)
         assert statistics is not None
         return statistics
-
-
-def _importance(stream: Tensor) -> Tensor:
-    """Return a factor for each token, 1 for most and less where the stream is enormous."""
-    rms = stream.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-20)
-    return (3 * rms.median() / rms).clamp_max(1.0)
 
 
 def _error(block_OI: Tensor, statistics: GramAccumulator, through: Tensor | None = None) -> float:
@@ -355,8 +462,3 @@ def _error(block_OI: Tensor, statistics: GramAccumulator, through: Tensor | None
 
 def _out_features(module: nn.Module) -> int:
     return dense_weight(module).shape[0] if hasattr(module, "weight") else module.out_features  # type: ignore[return-value]
-
-
-def has_fast_bfloat16() -> bool:
-    """Return whether this processor multiplies bfloat16 in hardware."""
-    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from llmslim.cli.output import progress, show_report
+from llmslim.cli.output import progress, show_cost, show_report
 from llmslim.cli.settings import backend, settings
 
 _NEXT = """
@@ -92,6 +92,7 @@ def command(
             model, read or Recipe(name="kphi3"), init=init, trust_remote_code=trust_remote_code
         )
         show_report(made.report())
+        show_cost(made)
         click.echo("\ndry run: nothing was written")
         return
     with progress() as moved:

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import click
 
-from llmslim.cli.output import show_report, write_out
+from llmslim.cli.output import show_cost, show_report, write_out
 from llmslim.cli.settings import backend
 
 
@@ -65,6 +65,7 @@ def command(
     report = made.report()
     if json_target != "-":
         show_report(report, full=full)
+        show_cost(made)
     if json_target is not None:
         from llmslim.reporting import render
 

@@ -1,0 +1,394 @@
+"""Choose what each projection becomes, by measurement, under one budget.
+
+A rule with `structure: auto` leaves open what its projections become. What they can become is
+tried on calibration text, one unit at a time in the dense model; a unit is a whole MLP, or a
+projection that belongs to none.
+
+- Its candidates are fitted, and their error is measured on tokens the fit has not seen: an MLP
+  with fewer neurons, a projection with a lower rank (pivoted), in sizes of a sixteenth.
+- What the unit means to the model is measured too: the candidate nearest to the budget is put in
+  place, and the divergence of the model's predictions from the dense ones is taken on held-out
+  text. Other sizes are taken to cost in proportion to their errors.
+- A mixed-integer programme chooses one candidate for each unit, so that the sum of the costs is
+  smallest within the budget. Layers that hurt most keep more.
+
+The answer is a recipe without `auto`: it can be read, edited, and used again without measuring.
+
+Left out: how the units' errors act on each other, which only fitting them all would tell, and
+the structures that lost to these two at every projection and size measured (docs/benchmarks.md).
+
+Shapes: N windows of L tokens, O = out_features, I = in_features, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import Bounds, LinearConstraint, milp
+from torch import Tensor, nn
+from torch.nn.functional import kl_div
+
+from llmslim.errors import RecipeError
+from llmslim.init import GramAccumulator, low_rank_factors, relative_error
+from llmslim.modeling.pivoted_low_rank import PivotedLowRank
+from llmslim.modeling.sizes import StaysDense
+from llmslim.recipe import Recipe, first_rule
+from llmslim.surgery.neurons import eliminate, refit
+from llmslim.surgery.rewrite import Calibration, Progress, quietly
+from llmslim.surgery.rules import AUTO, WIDTH, init_of
+from llmslim.surgery.sites import dense_weight, find_layers, find_mlps, find_sites
+from llmslim.surgery.streams import (
+    Calls,
+    fast_type,
+    importance,
+    record_calls,
+    run_from,
+    run_layer,
+)
+
+_STEPS = 16
+"""Sizes to choose from: this many, evenly spaced, the last one dense."""
+FIT_TOKENS = 16_384
+"""Enough to rank candidates; the fit that follows uses all tokens."""
+PROBE_TOKENS = 2_048
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One thing that a unit may become."""
+
+    structure: str | None
+    """None leaves it dense."""
+    share: float
+    """Share of its weights that stays."""
+    weights: int
+    loss: float
+    """Divergence of the model's predictions that it causes, in nats per token."""
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Projections that are decided together."""
+
+    rule: int
+    layer: int
+    ups: tuple[str, ...]
+    """Of an MLP: the projections that produce its neurons."""
+    name: str
+    """The projection whose input is looked at: an MLP's down projection, or the only one."""
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return (*self.ups, self.name)
+
+
+@dataclass
+class _Moments:
+    fit: GramAccumulator
+    held_out: GramAccumulator
+
+
+@dataclass
+class _Fits:
+    """One structure at one unit."""
+
+    structure: str
+    errors: dict[float, float] = field(default_factory=dict)
+    """Held-out relative squared error of each share."""
+    weights: dict[float, int] = field(default_factory=dict)
+    probe: Mapping[str, Tensor] = field(default_factory=dict)
+    """Dense equivalents at the share that is probed, by name."""
+
+
+@torch.no_grad()
+def allocate(
+    model: Any,
+    recipe: Recipe,
+    calibration: Calibration,
+    *,
+    init: str | None = None,
+    progress: Progress | None = None,
+) -> Recipe:
+    """Replace a recipe's rules with `structure: auto` by what measurement finds best.
+
+    Args:
+        model: the dense model; unchanged afterwards.
+        recipe: one with a budget.
+        calibration: token ids to fit and to measure on.
+        init: method that takes the place of the recipe's.
+        progress: told how many units are done, how many there are, and the unit's name.
+
+    Returns:
+        The recipe with concrete rules in place of its automatic ones.
+
+    Raises:
+        RecipeError: if the budget is below what the candidates can reach.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        units = _find_units(model, recipe)
+        measured = _Measurement(model, recipe, units, calibration).run(progress or quietly)
+    finally:
+        model.train(was_training)
+    assert recipe.budget is not None
+    dense = sum(choices[-1].weights for choices in measured)
+    chosen = choose(measured, int(dense * recipe.budget))
+    if chosen is None:
+        least = sum(min(c.weights for c in choices) for choices in measured) / dense
+        raise RecipeError(
+            f"{recipe.where('budget')}: {recipe.budget:g}; these projections reach {least:.3f} at "
+            "the least. Give a larger one."
+        )
+    return _concrete(recipe, units, chosen, init)
+
+
+def choose(candidates: Sequence[Sequence[Candidate]], budget: int) -> list[Candidate] | None:
+    """Pick one candidate for each unit: the least loss in all, within so many weights.
+
+    Returns:
+        The picks in order, None where no choice is small enough.
+    """
+    flat = [c for choices in candidates for c in choices]
+    if not flat:
+        return []
+    one_each = np.zeros((len(candidates), len(flat)))
+    start = 0
+    for row, choices in enumerate(candidates):
+        one_each[row, start : start + len(choices)] = 1
+        start += len(choices)
+    # In units of the whole, so that the solver's tolerances mean the same for every model.
+    loss = np.array([c.loss for c in flat])
+    weights = np.array([c.weights for c in flat], dtype=float) / max(budget, 1)
+    found = milp(
+        loss / max(loss.max(), 1e-30),
+        integrality=np.ones(len(flat)),
+        bounds=Bounds(0, 1),
+        constraints=[
+            LinearConstraint(one_each, 1, 1),
+            LinearConstraint(weights[None], -np.inf, 1),
+        ],
+        options={"mip_rel_gap": 1e-4},
+    )
+    if found.x is None:
+        return None
+    return [c for c, taken in zip(flat, found.x, strict=True) if taken > 0.5]
+
+
+def _find_units(model: Any, recipe: Recipe) -> list[_Unit]:
+    """Return what is to be decided, in the model's order."""
+    layers = find_layers(model)
+    rule_of = {}
+    for name in find_sites(model):
+        index = first_rule(recipe, name)
+        if index is not None and recipe.replace[index].structure == AUTO:
+            rule_of[name] = index
+    units: dict[str, _Unit] = {}
+    for mlp in find_mlps(model, layers):
+        rules = {rule_of.get(name) for name in (*mlp.up, mlp.down)}
+        if len(rules) == 1 and mlp.down in rule_of:
+            layer = layers.index_of(mlp.down)
+            assert layer is not None
+            unit = _Unit(rule_of[mlp.down], layer, mlp.up, mlp.down)
+            units |= dict.fromkeys(unit.sites, unit)
+    for name, rule in rule_of.items():
+        layer = layers.index_of(name)
+        if layer is not None and name not in units:
+            units[name] = _Unit(rule, layer, (), name)
+    return list(dict.fromkeys(units[name] for name in rule_of if name in units))
+
+
+class _Measurement:
+    """One walk of the dense stream through the model, trying every unit on the way."""
+
+    def __init__(
+        self, model: Any, recipe: Recipe, units: list[_Unit], calibration: Calibration
+    ) -> None:
+        assert recipe.budget is not None
+        self.model, self.units, self.budget = model, units, recipe.budget
+        self.stack: Any = model.get_submodule(find_layers(model).path)
+        length = calibration.windows.shape[1]
+        fit = calibration.windows[: max(1, FIT_TOKENS // length)]
+        self.fitting = len(fit)
+        self.autocast = fast_type()
+        ids = [window[None].to(model.device) for window in torch.cat((fit, calibration.held_out))]
+        calls: Calls = record_calls(model, list(self.stack), ids)
+        self.stream, self.extras = calls.hidden, calls.extras
+        self.probe_ids = ids[self.fitting :][: max(1, PROBE_TOKENS // length)]
+        self.dense_logits = [self._logits(0, n).cpu() for n in range(len(self.probe_ids))]
+
+    def run(self, progress: Progress) -> list[list[Candidate]]:
+        """Return the candidates of each unit, the dense one last."""
+        by_layer: dict[int, list[_Unit]] = defaultdict(list)
+        for unit in self.units:
+            by_layer[unit.layer].append(unit)
+        found: dict[_Unit, list[Candidate]] = {}
+        for index, layer in enumerate(self.stack):
+            if len(found) == len(self.units):
+                break
+            here = by_layer[index]
+            moments, after = self._walk(index, layer, here)
+            for unit in here:
+                fit = self._narrowed if unit.ups else self._low_rank
+                found[unit] = self._candidates(unit, fit(unit, moments[unit.name]))
+                dense = sum(self._dense(name).numel() for name in unit.sites)
+                found[unit].append(Candidate(None, 1.0, dense, 0.0))
+                progress(len(found), len(self.units), f"measuring {unit.name}")
+            self.stream = after
+        return [found[unit] for unit in self.units]
+
+    def _dense(self, name: str) -> Tensor:
+        return dense_weight(self.model.get_submodule(name))
+
+    def _walk(
+        self, index: int, layer: nn.Module, units: list[_Unit]
+    ) -> tuple[dict[str, _Moments], list[Tensor]]:
+        """Run one layer on every window and gather the moments of its units' inputs."""
+        names = [name for unit in units for name in unit.sites]
+        modules = {name: self.model.get_submodule(name) for name in names}
+        weighted = {unit.name for unit in units if unit.ups}
+        moments: dict[str, _Moments] = {}
+        after = []
+        for batch, x in enumerate(self.stream):
+            output, inputs = run_layer(
+                layer, x, self.extras[index], autocast=self.autocast, inputs_of=modules
+            )
+            assert output is not None
+            after.append(output)
+            counted: dict[int, _Moments] = {}
+            for name, seen in inputs.items():
+                # Projections that read one tensor share its moments.
+                known = counted.get(seen.data_ptr())
+                if known is None:
+                    known = moments.get(name) or _Moments(
+                        *(GramAccumulator(seen.shape[-1], device=seen.device) for _ in range(2))
+                    )
+                    side = known.fit if batch < self.fitting else known.held_out
+                    x_NLI = seen.float()
+                    # As in the fit that follows: what an MLP adds counts for what the stream is.
+                    side.update(x_NLI * importance(output) if name in weighted else x_NLI)
+                    counted[seen.data_ptr()] = known
+                moments[name] = known
+        return moments, after
+
+    def _narrowed(self, unit: _Unit, moments: _Moments) -> _Fits:
+        """Fit an MLP with fewer neurons, in every size."""
+        weight_OM = self._dense(unit.name).float()
+        gram_MM, held_MM = moments.fit.gram_II, moments.held_out.gram_II
+        path = eliminate(weight_OM, gram_MM)
+        per_neuron = sum(self._dense(name).numel() for name in unit.sites) // weight_OM.shape[1]
+        fits, shares = _Fits(WIDTH), self._shares()
+        for share in shares:
+            neurons = max(1, int(weight_OM.shape[1] * share))
+            kept = path.kept(neurons)
+            whole = torch.zeros_like(weight_OM, dtype=torch.float64)
+            whole[:, kept] = refit(weight_OM, gram_MM, kept)
+            fits.errors[share] = relative_error(whole, weight_OM, held_MM)
+            fits.weights[share] = per_neuron * neurons
+            if share == shares[0]:
+                fits.probe = {unit.name: whole}
+        return fits
+
+    def _low_rank(self, unit: _Unit, moments: _Moments) -> _Fits:
+        """Fit one projection with a lower rank, in every size."""
+        weight_OI = self._dense(unit.name).double()
+        sizes = (weight_OI.shape[1], weight_OI.shape[0])
+        u_OR, v_RI = low_rank_factors(weight_OI, moments.fit.gram_II, min(sizes))
+        fits = _Fits(PivotedLowRank.name)
+        for share in self._shares():
+            try:
+                rank = PivotedLowRank.resolve(*sizes, keep_ratio=share)["rank"]
+            except StaysDense:
+                continue
+            low_OI = u_OR[:, :rank] @ v_RI[:rank]
+            fits.errors[share] = relative_error(low_OI, weight_OI, moments.held_out.gram_II)
+            fits.weights[share] = PivotedLowRank.count_weights(*sizes, rank=rank)
+            fits.probe = fits.probe or {unit.name: low_OI}
+        return fits
+
+    def _shares(self) -> list[float]:
+        """Return the sizes to try, the one nearest to the budget first: it is probed."""
+        shares = [n / _STEPS for n in range(1, _STEPS)]
+        return sorted(shares, key=lambda share: abs(share - self.budget))
+
+    def _candidates(self, unit: _Unit, fits: _Fits) -> list[Candidate]:
+        if not fits.errors:
+            return []
+        reference = next(iter(fits.errors.values()))
+        loss = self._divergence(unit.layer, fits.probe)
+        per_error = loss / reference if reference > 0 else 0.0
+        return [
+            Candidate(fits.structure, share, fits.weights[share], error * per_error)
+            for share, error in fits.errors.items()
+        ]
+
+    def _divergence(self, layer: int, weights: Mapping[str, Tensor]) -> float:
+        """Return the mean divergence of predictions with other weights put in place, in nats."""
+        total, tokens = 0.0, 0
+        with _in_place({self.model.get_submodule(n): w for n, w in weights.items()}):
+            for n, dense in enumerate(self.dense_logits):
+                ours = self._logits(layer, n).float().log_softmax(-1)
+                expected = dense.to(ours.device).float().log_softmax(-1)
+                total += float(kl_div(ours, expected, reduction="sum", log_target=True))
+                tokens += ours.shape[0] * ours.shape[1]
+        return total / tokens
+
+    def _logits(self, layer: int, n: int) -> Tensor:
+        hidden = self.stream[self.fitting + n]
+        return run_from(
+            self.model,
+            list(self.stack),
+            layer,
+            hidden,
+            self.probe_ids[n],
+            autocast=self.autocast,
+        )
+
+
+@contextmanager
+def _in_place(weights: dict[nn.Module, Tensor]) -> Iterator[None]:
+    """Give dense maps other weights for a while."""
+    own = {module: dense_weight(module).clone() for module in weights}
+    try:
+        for module, weight_OI in weights.items():
+            dense_weight(module).copy_(weight_OI)
+        yield
+    finally:
+        for module, weight_OI in own.items():
+            dense_weight(module).copy_(weight_OI)
+
+
+def _concrete(
+    recipe: Recipe, units: list[_Unit], chosen: list[Candidate], init: str | None
+) -> Recipe:
+    """Write the choice as rules: one for all units of a rule that become the same."""
+    outcomes: dict[int, dict[tuple[str | None, float], list[str]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
+    for unit, pick in zip(units, chosen, strict=True):
+        outcomes[unit.rule][pick.structure, pick.share] += unit.sites
+    data = recipe.model_dump(mode="json", exclude_unset=True, exclude={"budget", "replace"})
+    rules: list[dict[str, Any]] = []
+    for index, rule in enumerate(recipe.replace):
+        if rule.structure != AUTO:
+            rules.append(rule.model_dump(mode="json", exclude_unset=True))
+            continue
+        method = init_of(recipe, index, init)
+        for (structure, share), names in sorted(outcomes[index].items(), key=_by_share):
+            if structure is None:
+                rules.append({"match": names, "keep": True})
+            else:
+                fitted = {"structure": structure, "keep_ratio": share, "init": method}
+                rules.append({"match": names, **fitted})
+    return Recipe.of({**data, "replace": rules})
+
+
+def _by_share(item: tuple[tuple[str | None, float], list[str]]) -> tuple[float, str]:
+    (structure, share), _ = item
+    return share, structure or ""

@@ -1,0 +1,86 @@
+"""What fitting a plan will take, from integers alone: memory and operations.
+
+An estimate for deciding, good to a factor of two: it counts products of matrices and what is held
+at once, and leaves out everything else.
+
+Shapes: T = calibration tokens, D = hidden size, I = in_features, O = out_features.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llmslim.recipe import Calibration
+from llmslim.surgery.allocation import FIT_TOKENS, PROBE_TOKENS
+from llmslim.surgery.plan import Plan
+from llmslim.surgery.refine import STEP_TOKENS
+from llmslim.surgery.rules import WIDTH
+
+_HELD_OUT = 17 / 16
+"""Tokens in all for each token to fit on."""
+_SAMPLING = 2
+"""What a sampled token costs over a read one: one position at a time uses a processor worse."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What fitting takes beyond loading and writing the model."""
+
+    tokens: int
+    memory: int
+    """Bytes beside the model's own weights."""
+    flops: int
+    """Floating-point operations of the products."""
+
+
+def fitting_cost(plan: Plan) -> Cost | None:
+    """Return what fitting a plan's blocks to text will take, None where nothing is fitted."""
+    if not plan.needs_calibration:
+        return None
+    spec = plan.recipe.calibration or Calibration()
+    tokens = int(spec.tokens * _HELD_OUT)
+    config = plan.config.get_text_config()
+    hidden, layers = config.hidden_size, max(1, config.num_hidden_layers)
+    rows = [row for row in plan.rows if row.in_features and row.out_features]
+    inner = [row for row in rows if not row.counts_as_embedding]
+    layer_flops = sum(row.flops_per_token_before for row in inner)
+    model_flops = layer_flops + sum(r.flops_per_token_before for r in plan.rows if r.kind == "head")
+    fitted = [row for row in rows if row.action == "replaced" and _has_moments(row)]
+    sizes = [(row.in_features or 0, row.out_features or 0) for row in fitted]
+    # The dense and the slim stream, and once more up to projections inside the layer.
+    passes = 3 if any(row.structure != WIDTH for row in fitted) else 2
+    moments = sum(2 * (i * i + i * o + o * o) for i, o in sizes)
+    flops = tokens * (passes * layer_flops + moments)
+    if plan.recipe.has_auto:
+        flops += FIT_TOKENS * (layer_flops + sum(2 * i * i for i, _ in sizes))
+        flops += len(fitted) * PROBE_TOKENS * (model_flops - layer_flops // 2)
+    if plan.recipe.refine is not None:
+        # Forward and backward: three times a pass, and once more where it is looked at.
+        flops += 4 * plan.recipe.refine.steps * STEP_TOKENS * layer_flops
+    if spec.data == "self":
+        flops += _SAMPLING * tokens * model_flops
+    largest = max((8 * (i * i + i * o + o * o) for i, o in sizes), default=0)
+    streams = 4 * 4 * tokens * hidden  # both, before and after the layer, float32
+    layer_bytes = 2 * 4 * (layer_flops // 2) // layers
+    probes = 2 * PROBE_TOKENS * config.vocab_size if plan.recipe.has_auto else 0
+    return Cost(spec.tokens, streams + 6 * largest + layer_bytes + probes, flops)
+
+
+def speed() -> float:
+    """Return how many operations a second this machine multiplies with, measured in a moment."""
+    side = 1024
+    a, b = torch.rand(side, side), torch.rand(side, side)
+    a @ b
+    start, times = time.perf_counter(), 4
+    for _ in range(times):
+        a @ b
+    return 2 * side**3 * times / (time.perf_counter() - start)
+
+
+def _has_moments(row: Any) -> bool:
+    """Return whether a row's inputs are looked at: of a narrower MLP, its last map's alone."""
+    return bool(row.structure != WIDTH or row.out_features < row.in_features)

@@ -1,0 +1,244 @@
+"""`structure: auto`: what is chosen, against brute force; and narrower MLPs with blocks in them."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from helpers_checkpoint import tiny_tokenizer
+from tiny import ARCHITECTURES, logits, tiny_model, tokens
+
+import llmslim
+from llmslim import RecipeError, SlimError, surgery
+from llmslim.data import Windows
+from llmslim.recipe import Recipe
+from llmslim.surgery.allocation import Candidate, choose
+from llmslim.surgery.sites import find_layers
+from llmslim.surgery.streams import record_calls, run_from, run_layer
+
+CALIBRATION = surgery.Calibration(tokens(64, 16), tokens(8, 16, seed=5))
+WINDOWS = Windows(CALIBRATION.windows, "random tokens", CALIBRATION.held_out)
+AUTO_MLP: dict[str, Any] = {"match": "*.mlp.*", "structure": "auto"}
+
+
+@pytest.fixture(autouse=True)
+def in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run layers in float32 whatever the processor is fast at."""
+    for module in ("sequential", "allocation"):
+        monkeypatch.setattr(f"llmslim.surgery.{module}.fast_type", lambda: None)
+
+
+def weights_of(report: Any, ending: str = "") -> tuple[int, int]:
+    rows = [r for r in report.rows if ".mlp." in r.name and r.name.endswith(ending)]
+    return sum(r.params_before for r in rows), sum(r.params_after for r in rows)
+
+
+def random_candidates(seed: int) -> list[list[Candidate]]:
+    draw = random.Random(seed)
+    return [
+        [
+            Candidate("x", share, int(share * size), draw.random() * (1 - share))
+            for share in (0.25, 0.5, 0.75, 1.0)
+        ]
+        for size in (draw.choice((100, 400, 900)) for _ in range(5))
+    ]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_choice_is_the_best_there_is(seed: int) -> None:
+    candidates = random_candidates(seed)
+    budget = sum(c[-1].weights for c in candidates) // 2
+    picks = choose(candidates, budget)
+    assert picks is not None
+    assert all(pick in choices for pick, choices in zip(picks, candidates, strict=True))
+    assert sum(pick.weights for pick in picks) <= budget
+    best = min(
+        sum(c.loss for c in combination)
+        for combination in itertools.product(*candidates)
+        if sum(c.weights for c in combination) <= budget
+    )
+    assert sum(pick.loss for pick in picks) == pytest.approx(best, rel=1e-3)
+
+
+def test_no_choice_is_said_so() -> None:
+    assert choose(random_candidates(0), 10) is None
+    assert choose([], 10) == []
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_running_from_any_layer_gives_the_models_logits(architecture: str) -> None:
+    model, ids = tiny_model(architecture), tokens(1, 12)
+    layers = list(model.get_submodule(find_layers(model).path))
+    calls = record_calls(model, layers, [ids])
+    hidden, expected = calls.hidden[0], logits(model, ids)
+    for index, layer in enumerate(layers):
+        found = run_from(model, layers, index, hidden, ids)
+        assert torch.allclose(found, expected, atol=1e-5, rtol=1e-4)
+        with torch.no_grad():
+            after, _ = run_layer(layer, hidden, calls.extras[index])
+        assert after is not None
+        hidden = after
+
+
+@pytest.mark.parametrize("architecture", ["llama", "phi3", "gpt2", "opt"])
+def test_the_budget_is_used_and_kept_and_the_model_left_alone(architecture: str) -> None:
+    model = tiny_model(architecture)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rule = {"match": ["*.mlp.*", "*.fc1", "*.fc2", "*attn*"], "structure": "auto"}
+    recipe = Recipe.of({"budget": 0.5, "replace": [rule]})
+    chosen = surgery.allocate(model, recipe, CALIBRATION)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not chosen.has_auto
+    made = surgery.plan(model, chosen)
+    rows = [row for row in made.report().rows if row.kind == "projection"]
+    dense = sum(row.in_features * row.out_features for row in rows)
+    left = sum(row.params_after for row in rows) - sum(
+        row.params_before - row.in_features * row.out_features for row in rows
+    )
+    assert 0.45 * dense < left <= 0.5 * dense + 1e-9 * dense + 400  # biases of dropped neurons
+
+
+def test_layers_that_matter_keep_more() -> None:
+    """Where three of four MLPs write next to nothing, the fourth keeps its neurons."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        for index in (0, 1, 3):
+            model.model.layers[index].mlp.down_proj.weight.mul_(0.01)
+    chosen = surgery.allocate(model, Recipe.of({"budget": 0.5, "replace": [AUTO_MLP]}), CALIBRATION)
+    report = surgery.plan(model, chosen).report()
+    share = {
+        index: weights_of(report, f"layers.{index}.mlp.down_proj")[1] / (48 * 96)
+        for index in range(4)
+    }
+    assert share[2] == 1.0
+    assert max(share[index] for index in (0, 1, 3)) < 0.75
+
+
+def test_measured_shares_beat_even_ones() -> None:
+    model, even, dense = (tiny_model("llama") for _ in range(3))
+    for each in (model, even, dense):
+        with torch.no_grad():
+            for index in (0, 3):
+                each.model.layers[index].mlp.down_proj.weight.mul_(0.05)
+    llmslim.slim(model, {"budget": 0.5, "replace": [AUTO_MLP]}, calibration=WINDOWS)
+    rule = {"match": "*.mlp.*", "structure": "width", "keep_ratio": 0.5}
+    llmslim.slim(even, {"init": "least_squares", "replace": [rule]}, calibration=WINDOWS)
+    ids = tokens(8, 16, seed=9)
+    expected = logits(dense, ids)
+    error = [float((logits(each, ids) - expected).norm()) for each in (model, even)]
+    assert error[0] < 0.8 * error[1]
+
+
+def test_a_budget_too_small_is_an_error_that_says_what_is_possible() -> None:
+    recipe = Recipe.of({"budget": 0.01, "replace": [AUTO_MLP]})
+    with pytest.raises(RecipeError, match=r"recipe budget: 0\.01; these projections reach 0\.06"):
+        surgery.allocate(tiny_model("llama"), recipe, CALIBRATION)
+
+
+def test_a_plan_spreads_evenly_and_says_so() -> None:
+    made = llmslim.plan(tiny_model("llama"), {"budget": 0.5, "replace": [AUTO_MLP]})
+    assert made.needs_calibration
+    report = made.report()
+    before, after = weights_of(report)
+    assert after * 2 == before
+    assert any(note.startswith("structure auto:") for note in report.problems)
+
+
+def test_without_data_auto_is_spread_evenly() -> None:
+    model = tiny_model("llama")
+    recipe = {"budget": 0.5, "init": "project", "replace": [AUTO_MLP]}
+    report = llmslim.slim(model, recipe)
+    assert model.config.intermediate_size == 48
+    assert weights_of(report)[1] * 2 == weights_of(report)[0]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"replace": [AUTO_MLP]}, "needs a `budget`"),
+        (
+            {"budget": 0.5, "replace": [{"match": "*", "structure": "low_rank", "rank": 4}]},
+            "there is none",
+        ),
+        ({"budget": 0.5, "replace": [{**AUTO_MLP, "rank": 4}]}, "it takes none"),
+        ({"budget": 0.5, "replace": [{**AUTO_MLP, "neurons": 0.5}]}, "sets the neurons itself"),
+        ({"budget": 0.5, "replace": [{**AUTO_MLP, "match": "*.mpl.*"}]}, "matches no projection"),
+        (
+            {
+                "replace": [
+                    {
+                        "match": "*.mlp.*",
+                        "structure": "low_rank",
+                        "neurons": 0.5,
+                        "keep_ratio": 0.75,
+                    }
+                ]
+            },
+            "at most what neurons leaves",
+        ),
+        (
+            {
+                "replace": [
+                    {"match": "*.o_proj", "structure": "low_rank", "neurons": 0.5, "rank": 2}
+                ]
+            },
+            "neurons is for the projections of an MLP",
+        ),
+    ],
+)
+def test_what_makes_no_sense_is_refused(recipe: dict[str, Any], message: str) -> None:
+    with pytest.raises(SlimError, match=message):
+        llmslim.plan(tiny_model("llama"), recipe)
+
+
+def test_the_checkpoint_has_the_recipe_that_was_chosen(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    llmslim.save(model, tmp_path / "dense", tokenizer=tokenizer)
+    recipe = {
+        "name": "measured",
+        "budget": 0.5,
+        "replace": [AUTO_MLP],
+        "calibration": {"tokens": 512, "sequence_length": 16},
+    }
+    made = llmslim.convert(tmp_path / "dense", recipe, tmp_path / "slim")
+    written = yaml.safe_load((tmp_path / "slim" / "recipe.yaml").read_text())
+    assert "budget" not in written
+    assert {rule.get("structure") for rule in written["replace"]} <= {"width", None}
+    again = llmslim.plan(tmp_path / "dense", tmp_path / "slim" / "recipe.yaml").report()
+    assert again.totals.params_after == made.report.totals.params_after
+    assert not any("structure auto" in note for note in made.report.problems)
+
+
+@pytest.mark.parametrize("structure", ["low_rank", "pivoted_low_rank", "grouped_pointwise"])
+def test_narrower_and_structured_share_one_budget(structure: str) -> None:
+    rule = {"match": "*.mlp.*", "structure": structure, "neurons": 0.75, "keep_ratio": 0.375}
+    model = tiny_model("llama")
+    report = llmslim.slim(model, {"init": "least_squares", "replace": [rule]}, calibration=WINDOWS)
+    before, after = weights_of(report)
+    assert 0.33 * before < after <= 0.375 * before
+    block = model.model.layers[0].mlp.down_proj
+    assert (block.in_features, block.out_features) == (72, 48)
+    assert type(block).__name__ != "Linear"
+    errors = [row.init_error for row in report.rows if row.action == "replaced"]
+    assert len(errors) == 12
+    assert all(error is not None and 0 < error < 1 for error in errors)
+
+
+def test_narrower_and_full_rank_loses_nothing_where_neurons_were_idle() -> None:
+    """Half the neurons do nothing; without them, blocks of full rank are the dense model."""
+    model, dense = tiny_model("llama"), tiny_model("llama")
+    for each in (model, dense):
+        with torch.no_grad():
+            for layer in each.model.layers:
+                layer.mlp.down_proj.weight[:, ::2] = 0
+    rule = {"match": "*.mlp.*", "structure": "low_rank", "neurons": 0.5, "rank": 48}
+    llmslim.slim(model, {"init": "least_squares", "replace": [rule]}, calibration=WINDOWS)
+    ids = tokens(4, 16, seed=9)
+    expected = logits(dense, ids)
+    assert float((logits(model, ids) - expected).norm() / expected.norm()) < 1e-4

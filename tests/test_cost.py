@@ -1,0 +1,59 @@
+"""What fitting is expected to take, against counts by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from tiny import tiny_model
+
+import llmslim
+from llmslim.cli.main import cli
+from llmslim.surgery import fitting_cost
+
+HIDDEN, WIDTH, LAYERS, VOCABULARY = 48, 96, 4, 96
+ATTENTION = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * HIDDEN // 2  # half as many keys and values
+PER_TOKEN = 2 * LAYERS * (ATTENTION + 3 * HIDDEN * WIDTH)
+
+
+def recipe(tokens: int, **changes: Any) -> dict[str, Any]:
+    rule = {"match": "*.mlp.*", "structure": "width", "keep_ratio": 0.5}
+    spec = {"data": "a.txt", "tokens": tokens}
+    return {"init": "least_squares", "calibration": spec, "replace": [rule], **changes}
+
+
+def test_two_streams_and_the_moments_are_counted() -> None:
+    cost = fitting_cost(llmslim.plan(tiny_model("llama"), recipe(16_000)))
+    assert cost is not None
+    assert cost.tokens == 16_000
+    moments = 2 * LAYERS * (WIDTH * WIDTH + WIDTH * HIDDEN + HIDDEN * HIDDEN)
+    assert cost.flops == 17_000 * (2 * PER_TOKEN + moments)
+    streams = 2 * 2 * 4 * 17_000 * HIDDEN
+    assert streams < cost.memory < 1.1 * streams
+
+
+def test_everything_asked_for_on_top_costs_more() -> None:
+    model = tiny_model("llama")
+    plain = fitting_cost(llmslim.plan(model, recipe(16_000)))
+    refined = fitting_cost(llmslim.plan(model, recipe(16_000, refine={"steps": 10})))
+    sampled = fitting_cost(llmslim.plan(model, recipe(16_000, calibration={"tokens": 16_000})))
+    assert plain is not None
+    assert refined is not None
+    assert sampled is not None
+    assert refined.flops == plain.flops + 10 * 1024 * 4 * PER_TOKEN
+    assert sampled.flops == plain.flops + 2 * 17_000 * (PER_TOKEN + 2 * HIDDEN * VOCABULARY)
+
+
+def test_without_text_there_is_no_such_cost() -> None:
+    rule = {"match": "*.mlp.*", "structure": "low_rank", "rank": 4}
+    assert fitting_cost(llmslim.plan(tiny_model("llama"), {"replace": [rule]})) is None
+
+
+@pytest.mark.parametrize("command", [["plan"], ["convert", "--dry-run"]])
+def test_the_command_line_says_it(tmp_path: Any, command: list[str]) -> None:
+    llmslim.save(tiny_model("llama"), tmp_path / "dense")
+    arguments = [command[0], str(tmp_path / "dense"), *command[1:], "--recipe", "mlp-half"]
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 0, result.output
+    assert "fitting to 32,768 tokens: about 0.0 GiB beside the model and 1 min" in result.output
