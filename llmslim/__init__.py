@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from llmslim.api import Conversion as Conversion
     from llmslim.api import convert as convert
     from llmslim.api import export_dense as export_dense
+    from llmslim.api import heal as heal
     from llmslim.api import load as load
     from llmslim.api import plan as plan
     from llmslim.api import save as save
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from llmslim.errors import SizeError as SizeError
     from llmslim.errors import SlimError as SlimError
     from llmslim.errors import TargetError as TargetError
+    from llmslim.healing.report import HealReport as HealReport
     from llmslim.modeling.grouped_pointwise import GroupedPointwise as GroupedPointwise
     from llmslim.modeling.low_rank import LowRank as LowRank
     from llmslim.recipe import Recipe as Recipe
@@ -40,6 +42,7 @@ _HOMES = {
     "Conversion": "llmslim.api",
     "convert": "llmslim.api",
     "export_dense": "llmslim.api",
+    "heal": "llmslim.api",
     "load": "llmslim.api",
     "plan": "llmslim.api",
     "save": "llmslim.api",
@@ -52,6 +55,7 @@ _HOMES = {
     "SizeError": "llmslim.errors",
     "SlimError": "llmslim.errors",
     "TargetError": "llmslim.errors",
+    "HealReport": "llmslim.healing.report",
     "GroupedPointwise": "llmslim.modeling.grouped_pointwise",
     "LowRank": "llmslim.modeling.low_rank",
     "Recipe": "llmslim.recipe",

@@ -1,4 +1,4 @@
-"""The promised verbs: plan, slim, convert, load, save, export_dense, verify.
+"""The promised verbs: plan, slim, convert, heal, load, save, export_dense, verify.
 
 Each is a few calls into the layers below; none prints.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, cast
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -25,8 +26,13 @@ from llmslim.checkpoint import (
 )
 from llmslim.data import Windows, calibration_windows
 from llmslim.errors import RecipeError
-from llmslim.recipe import Calibration, Recipe, recipe_yaml
+from llmslim.healing import HealReport, Place, heal_model, working_folder
+from llmslim.healing.prepare import Ready, prepare, without_paths
+from llmslim.healing.processes import processes
+from llmslim.healing.work import history_text
+from llmslim.recipe import Calibration, Heal, Recipe, recipe_yaml
 from llmslim.reporting.card import model_card
+from llmslim.reporting.healed import picture
 from llmslim.surgery import Plan, Progress, Report, quietly
 
 RecipeLike = Recipe | str | Path | Mapping[str, Any]
@@ -76,6 +82,7 @@ def slim(
     init: str | None = None,
     seed: int = 0,
     calibration: Windows | None = None,
+    tokenizer: Any = None,
     progress: Progress | None = None,
 ) -> Report:
     """Change a model as a recipe says, in place.
@@ -89,7 +96,9 @@ def slim(
         init: a method that takes the place of the recipe's.
         seed: seed of everything drawn.
         calibration: token windows for methods that fit to activations, as
-            `llmslim.data.calibration_windows` gives them.
+            `llmslim.data.calibration_windows` gives them; by default what the recipe's section
+            `calibration` says, which is text that the model writes itself where it says nothing.
+        tokenizer: the model's, to read the recipe's calibration text with.
         progress: told how many blocks are done, how many there are, and what comes now.
 
     Returns:
@@ -106,10 +115,16 @@ def slim(
         >>> slim(model, {"replace": [rule]}).totals.non_embedding_after
         10656
     """
+    recipe = Recipe.of(recipe)
     made = plan(model, recipe, init=init)
-    return surgery.rewrite(
-        model, made, seed=seed, calibration=_token_ids(calibration), progress=progress
-    )
+    if calibration is None and made.needs_calibration:
+        spec = _calibration_spec(recipe, model, None, None)
+        calibration = calibration_windows(spec, tokenizer, model, progress=progress)
+    windows = _token_ids(calibration)
+    if windows is not None and recipe.has_auto and made.needs_calibration:
+        recipe = surgery.allocate(model, recipe, windows, init=init, progress=progress)
+        made = plan(model, recipe, init=init)
+    return surgery.rewrite(model, made, seed=seed, calibration=windows, progress=progress)
 
 
 def convert(
@@ -172,6 +187,10 @@ def convert(
     if made.needs_calibration:
         spec = _calibration_spec(chosen, loaded, calibration, calibration_tokens)
         windows = calibration_windows(spec, tokenizer, loaded, progress=tell)
+    ids = _token_ids(windows)
+    if ids is not None and chosen.has_auto:
+        chosen = surgery.allocate(loaded, chosen, ids, init=init, progress=tell)
+        made = surgery.plan(loaded, chosen, model_name=source.name, init=init)
     steps = 0
 
     def fitting(done: int, total: int, what: str) -> None:
@@ -179,9 +198,7 @@ def convert(
         steps = total
         tell(done, total + 1, what)
 
-    report = surgery.rewrite(
-        loaded, made, seed=seed, calibration=_token_ids(windows), progress=fitting
-    )
+    report = surgery.rewrite(loaded, made, seed=seed, calibration=ids, progress=fitting)
     if windows is not None:
         report = replace(report, problems=(*report.problems, *windows.notes))
     tell(steps, steps + 1, "writing and reading back")
@@ -212,12 +229,12 @@ def _calibration_spec(
     recipe: Recipe, model: PreTrainedModel, data: str | None, tokens: int | None
 ) -> Calibration:
     """Return the recipe's calibration section, with what the caller asked for instead."""
-    given = recipe.calibration
-    if given is None:
+    given = recipe.calibration or Calibration()
+    if "sequence_length" not in given.model_fields_set:
         # Windows as long as the model reads, where that is less than the usual length.
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        usual = Calibration().sequence_length
-        given = Calibration(sequence_length=min(usual, longest or usual))
+        usual = given.sequence_length
+        given = given.model_copy(update={"sequence_length": min(usual, longest or usual)})
     changes: dict[str, Any] = {"data": data, "tokens": tokens}
     return given.model_copy(update={k: v for k, v in changes.items() if v is not None})
 
@@ -261,6 +278,124 @@ def save(
     )
 
 
+def heal(
+    model: PreTrainedModel | str | Path,
+    out: str | Path | None = None,
+    *,
+    recipe: RecipeLike | Heal | None = None,
+    data: Any = None,
+    teacher: PreTrainedModel | str | Path | None = None,
+    train: str | None = None,
+    tokens: int | None = None,
+    epochs: float | None = None,
+    seed: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    tokenizer: Any = None,
+    progress: Progress | None = None,
+) -> HealReport:
+    """Train a slim model until it is of use again.
+
+    A checkpoint is written to a new folder; a model in memory is changed in place, and written
+    only where `out` is given. Until the new folder is whole, `<out>.healing` holds what is needed
+    to go on after a kill.
+
+    Args:
+        model: what `convert` wrote, any other causal language model, or a model in memory.
+        out: folder to write; `./<model>-healed` by default where `model` is not in memory.
+        recipe: whose `heal` section to follow, in place of the checkpoint's own.
+        data: text in place of the section's, as its key `data`, or rows already made, as
+            `llmslim.data.healing.healing_text` gives them.
+        teacher: the dense model to learn from.
+        train: `blocks`, `all` or `lora`.
+        tokens: how many to train on.
+        epochs: passes over the data, in place of a number of tokens.
+        seed: of shuffling and of the held-out split.
+        settings: any other key of the section.
+        resume: go on with a healing to the same `out` that was interrupted.
+        overwrite: replace `out` where it exists, and an unfinished healing to it.
+        tokenizer: of a model in memory.
+        progress: told how many steps are done, how many there are, and what comes now.
+
+    Raises:
+        HealingError: if the training cannot be done or cannot go on.
+        SlimError: with what is wrong with model, recipe or data; `out` is then as it was.
+    """
+    asked = {"train": train, "tokens": tokens, "epochs": epochs, "seed": seed}
+    state = processes()
+    tell = (progress if state.is_main_process else None) or quietly
+    if out is None and isinstance(model, str | Path):
+        out = f"{Path(model).expanduser().resolve().name}-healed"
+    target = None if out is None else Path(out).absolute()
+    if target is not None:
+        check_target(target, overwrite)
+    ready = prepare(
+        model,
+        recipe=recipe,
+        data=data,
+        teacher=teacher,
+        changes={**(settings or {}), **{k: v for k, v in asked.items() if v is not None}},
+        tokenizer=tokenizer,
+        progress=tell,
+    )
+    with TemporaryDirectory(prefix="llmslim-") as temporary:
+        folder = Path(temporary) / "run" if target is None else working_folder(target)
+        report, work = heal_model(
+            ready.model,
+            ready.text,
+            ready.spec,
+            place=Place(folder, resume=resume, overwrite=overwrite),
+            tokenizer=ready.tokenizer,
+            teacher=ready.teacher,
+            narrowed=ready.folder.narrowed(ready.model),
+            teacher_layers=ready.folder.teacher_layers(),
+            origin=ready.origin,
+            progress=tell,
+        )
+    if target is None:
+        return report
+    report = replace(report, path=target)
+    if state.is_main_process:
+        tell(0, 0, "writing and reading back")
+        _write_healed(ready, report, overwrite)
+        work.remove()
+    state.wait_for_everyone()
+    return report
+
+
+def _write_healed(ready: Ready, report: HealReport, overwrite: bool) -> None:
+    """Write a healed model with its ledger, its recipe and what was done to it."""
+    model, folder, spec = ready.model, ready.folder, without_paths(ready.spec)
+    name = ready.source.name if ready.source else ""
+    recipe = folder.recipe or Recipe(name="heal", description="Trained as it was.")
+    as_it_is = Recipe(name=recipe.name)
+    ledger = folder.report or surgery.plan(model, as_it_is, model_name=name).report()
+    recipe_text = recipe_yaml(recipe.model_copy(update={"heal": spec}))
+    done = replace(report, settings=spec.model_dump(mode="json", exclude_none=True)).to_dict()
+    losses = picture(report.history)
+    files = {"healing_history.jsonl": history_text(report.history).encode()}
+    if losses is not None:
+        files["healing_losses.png"] = losses
+    write_checkpoint(
+        model,
+        cast(Path, report.path),
+        source=ready.source,
+        tokenizer=ready.tokenizer,
+        report={**(folder.report_data or ledger.to_dict()), "healing": done},
+        recipe_text=recipe_text,
+        model_card=model_card(
+            ledger,
+            recipe_text=recipe_text,
+            base_model=folder.base_model or "",
+            slim=model.config.model_type == "llmslim",
+            healing=done,
+        ),
+        files=files,
+        overwrite=overwrite,
+    )
+
+
 def export_dense(path: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
     """Write an ordinary checkpoint of the base class that computes what a slim one does.
 
@@ -297,6 +432,7 @@ __all__ = [
     "Conversion",
     "convert",
     "export_dense",
+    "heal",
     "load",
     "plan",
     "save",

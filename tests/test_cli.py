@@ -29,7 +29,7 @@ from llmslim.reporting import FORMATS, render
 from llmslim.reporting.read import read_report
 from llmslim.surgery.report import Report
 
-COMMANDS = ["convert", "demo", "export", "generate", "plan", "recipes", "report", "verify"]
+COMMANDS = ["convert", "demo", "export", "generate", "heal", "plan", "recipes", "report", "verify"]
 RECIPE = """\
 name: rank-four
 replace:
@@ -567,7 +567,7 @@ def test_demo_goes_all_the_way(dense, tmp_path, monkeypatch):
     for _ in range(2):  # its own folder is replaced without being asked
         result = run("demo")
         assert result.exit_code == 0, result.output
-        for words in ("low_rank", "░", "dense: ", "slim: ", "babbles", "what next"):
+        for words in ("width", "░", "dense: ", "slim: ", "healing", "what next"):
             assert words in result.stdout
     assert ok("verify", demo.DEFAULT_OUT)
     assert [path.name for path in (tmp_path / "slim").iterdir()] == ["smollm2-mlp-half"]

@@ -32,6 +32,7 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
@@ -176,7 +177,7 @@ def test_a_parquet_cut_short_is_an_error(tmp_path):
 
 def test_what_is_no_file_of_text_is_an_error(tmp_path):
     assert "a folder; a file is needed" in message(name_or_path=str(tmp_path))
-    assert "ends in .csv; allowed are .txt" in message(name_or_path=put(tmp_path / "a.csv", b"a"))
+    assert "ends in .xls; allowed are .txt" in message(name_or_path=put(tmp_path / "a.xls", b"a"))
     for name in ("absent.txt", "./absent", "/absent", "~/absent", "ab sent", "a.jsonl.gz"):
         assert message(name_or_path=name) == f"{name}: no such file. Check the path."
     assert "empty name" in message(name_or_path=" ")
@@ -394,7 +395,7 @@ def test_sampling_follows_the_model(architecture, exact):
 def test_what_is_drawn_has_the_softmax_distribution():
     row = torch.tensor([0.0, 1.0, -torch.inf, 2.0, -1.0])
     generator = torch.Generator().manual_seed(0)
-    drawn = sampling._draw(row.repeat(20_000, 1), torch.zeros(20_000).bool(), generator)
+    drawn = sampling.draw(row.repeat(20_000, 1), torch.zeros(20_000).bool(), generator)
     share = torch.bincount(drawn, minlength=5) / 20_000
     torch.testing.assert_close(share, row.softmax(0), atol=0.012, rtol=0)
     assert share[2] == 0

@@ -277,10 +277,10 @@ def test_links_between_pages_lead_somewhere():
 
 def test_the_docs_name_every_key_of_a_recipe_and_every_recipe():
     from llmslim.recipe import Recipe, shipped_recipes
-    from llmslim.recipe.schema import Calibration, Depth, Heal, Rule, Width
+    from llmslim.recipe.schema import Calibration, Depth, Heal, Refine, Rule, Width
 
     text = (ROOT / "docs" / "recipes.md").read_text()
-    for section in (Recipe, Depth, Width, Rule, Calibration, Heal):
+    for section in (Recipe, Depth, Width, Rule, Calibration, Refine, Heal):
         for key in section.model_fields:
             assert f"`{key}`" in text, f"{section.__name__}.{key}"
     readme = (ROOT / "README.md").read_text()

@@ -17,7 +17,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,7 @@ def write_checkpoint(
     report: dict[str, Any] | None = None,
     recipe_text: str | None = None,
     model_card: str | None = None,
+    files: Mapping[str, bytes] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a model, slim or not, with all that belongs to it.
@@ -97,6 +98,7 @@ def write_checkpoint(
         report: written as `llmslim_report.json`.
         recipe_text: written as `recipe.yaml`.
         model_card: written as `README.md`.
+        files: more files by name, written as they are.
         overwrite: whether a checkpoint that is there already may be replaced.
 
     Returns:
@@ -116,6 +118,8 @@ def write_checkpoint(
             _write_text(partial / RECIPE, recipe_text)
         if model_card is not None:
             _write_text(partial / CARD, model_card)
+        for name, content in (files or {}).items():
+            (partial / name).write_bytes(content)
         # safetensors makes its files private; give them the mode that every other file has.
         mode = (partial / "config.json").stat().st_mode
         for file in _walk(partial):

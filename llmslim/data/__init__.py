@@ -1,7 +1,12 @@
-"""Text for calibration and training: read, tokenised, cut into windows."""
+"""Text for calibration and training: read, tokenised, cut into windows or packed into rows."""
 
 from .columns import Document as Document
 from .columns import Message as Message
+from .healing import HealingText as HealingText
+from .healing import healing_text as healing_text
+from .packing import Rows as Rows
+from .packing import collate as collate
+from .packing import collate_flat as collate_flat
 from .text import read_texts as read_texts
 from .windows import Windows as Windows
 from .windows import calibration_windows as calibration_windows

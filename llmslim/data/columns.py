@@ -1,14 +1,15 @@
 """Know what a row of a table holds by the names of its columns.
 
 The layouts are those that data sets on the hub have: a text; a conversation; a question and its
-answer. The first one in the list below whose columns are all there counts.
+answer. The first one in the list below whose columns are all there counts. Where the names are
+others, a field map says which column is what.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from llmslim.errors import DataError
 
@@ -18,6 +19,8 @@ class Message(TypedDict):
 
     role: str
     content: str
+    unfinished: NotRequired[bool]
+    """The turn was cut off: nothing follows, not even the end of the turn."""
 
 
 Document = str | list[Message]
@@ -30,8 +33,22 @@ _LAYOUTS = (
     ("instruction", "response"),
     ("prompt", "completion"),
 )
+_FIELDS = {
+    frozenset({"text"}): ("text",),
+    frozenset({"messages"}): ("messages",),
+    frozenset({"prompt", "answer"}): ("prompt", "answer"),
+    frozenset({"system", "prompt", "answer"}): ("system", "prompt", "answer"),
+}
+"""What a field map may name, in the order of the conversation."""
 _ROLES = {"human": "user", "gpt": "assistant"}
 """Names of roles that many data sets use, and what chat templates call them."""
+
+
+def characters(document: Document) -> int:
+    """Return how long a document is."""
+    if isinstance(document, str):
+        return len(document)
+    return sum(len(message["content"]) for message in document)
 
 
 def layout_of(columns: Sequence[str], where: str) -> tuple[str, ...]:
@@ -50,20 +67,66 @@ def layout_of(columns: Sequence[str], where: str) -> tuple[str, ...]:
     )
 
 
-def document_of(row: Mapping[str, Any], where: str) -> Document | None:
-    """Return what a row holds, None if that is nothing.
+def columns_of(
+    columns: Sequence[str], where: str, fields: Mapping[str, str] | None = None
+) -> tuple[str, ...]:
+    """Return the columns to read: those that a field map names, else those of the known layout.
 
     Raises:
-        DataError: if its columns are of no known layout, or hold something else than text.
+        DataError: if one of them is not there, or no layout fits.
     """
-    layout = layout_of(list(row), where)
-    if layout in {("text",), ("content",)}:
-        return _text(row[layout[0]], layout[0], where)
+    if fields is None:
+        return layout_of(columns, where)
+    missing = [column for column in fields.values() if column not in columns]
+    if missing:
+        raise DataError(
+            f"{where}: fields names {', '.join(missing)}; the columns are "
+            f"{', '.join(map(str, columns)) or '(none)'}. Name one of those."
+        )
+    return tuple(fields.values())
+
+
+def check_fields(fields: Mapping[str, str], where: str) -> None:
+    """Refuse a field map that names something else than a text, messages, or prompt and answer.
+
+    Raises:
+        DataError: if it does.
+    """
+    if frozenset(fields) not in _FIELDS:
+        allowed = "; ".join(", ".join(names) for names in _FIELDS.values())
+        raise DataError(
+            f"{where}: fields has {', '.join(fields) or 'nothing'}; allowed are {allowed}. "
+            "Each names a column of the data."
+        )
+
+
+def document_of(
+    row: Mapping[str, Any], where: str, fields: Mapping[str, str] | None = None
+) -> Document | None:
+    """Return what a row holds, None if that is nothing.
+
+    Args:
+        row: values by column.
+        where: the row's place, for messages.
+        fields: which column is the text, the messages, the prompt or the answer, if the names
+            are not those of a known layout.
+
+    Raises:
+        DataError: if the columns are not there, or hold something else than text.
+    """
+    layout = columns_of(list(row), where, fields)
+    names = _FIELDS[frozenset(fields)] if fields else layout
+    if fields:
+        layout = tuple(fields[name] for name in names)
     if len(layout) == 1:
-        return _messages(row[layout[0]], layout[0], where) or None
-    sides = zip(layout, ("user", "assistant"), strict=True)
-    turns = [_turns(row[column], role, column, where) for column, role in sides]
-    return list(itertools.chain(*turns)) if all(turns) else None
+        read = _text if names[0] in {"text", "content"} else _messages
+        return read(row[layout[0]], layout[0], where) or None
+    roles = ("system", "user", "assistant")[-len(layout) :]
+    turns = [
+        _turns(row[column], role, column, where) for column, role in zip(layout, roles, strict=True)
+    ]
+    # A system prompt may be empty, the two sides of an exchange may not.
+    return list(itertools.chain(*turns)) if all(turns[-2:]) else None
 
 
 def _turns(value: Any, role: str, column: str, where: str) -> list[Message]:

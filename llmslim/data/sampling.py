@@ -90,8 +90,8 @@ def sampled_windows(
     Raises:
         DataError: if the model's logits are not finite.
     """
-    key = _fingerprint(model, tokenizer, count, length, seed)
-    path = _cache_folder() / f"{key}.safetensors"
+    key = fingerprint(model, tokenizer, count, length, seed)
+    path = cache_folder() / f"{key}.safetensors"
     kept = _read(path, count, length)
     if kept is not None:
         return kept
@@ -99,10 +99,10 @@ def sampled_windows(
     steps = math.ceil(length / pieces)
     total = count * pieces
     generator = torch.Generator().manual_seed(seed)
-    prompts = _prompts(model, tokenizer, total, generator)
+    prompts = opening_prompts(model, tokenizer, total, generator)
     rows = min(_MOST_ROWS, max(1, _CACHE_BYTES // (steps * _cache_bytes_per_token(model))))
     done: list[Tensor] = []
-    with _for_sampling(model) as sampler:
+    with for_sampling(model) as sampler:
         for start in range(0, total, rows):
             batch = prompts[start : start + rows]
 
@@ -116,10 +116,17 @@ def sampled_windows(
     return ids_NL
 
 
-def _prompts(
+def opening_prompts(
     model: Any, tokenizer: Any, rows: int, generator: torch.Generator
 ) -> list[tuple[list[int], int]]:
-    """Return each row's first tokens, and how many after them are the likeliest ones."""
+    """Return each row's first tokens, and how many after them are the likeliest ones.
+
+    Args:
+        model: says how large the vocabulary is.
+        tokenizer: its tokenizer, or None: then no row is a conversation.
+        rows: how many to draw.
+        generator: what draws them.
+    """
     vocabulary = model.get_input_embeddings().num_embeddings
     special: set[int] = set()
     first: list[int] = []
@@ -179,15 +186,23 @@ def _sample(
             ids_BT[:, step - 1 : step].to(model.device), past_key_values=cache, use_cache=True
         )
         cache = output.past_key_values
-        next_B = _draw(output.logits[:, -1].float(), greedy_BT[:, step], generator)
+        next_B = draw(output.logits[:, -1].float(), greedy_BT[:, step], generator)
         forced_B = forced_BT[:, step]
         ids_BT[:, step] = torch.where(forced_B >= 0, forced_B, next_B)
         report(step + 1)
     return ids_BT
 
 
-def _draw(logits_BV: Tensor, greedy_B: Tensor, generator: torch.Generator) -> Tensor:
+def draw(logits_BV: Tensor, greedy_B: Tensor, generator: torch.Generator) -> Tensor:
     """Draw a token for each row: the likeliest where it says greedy.
+
+    Args:
+        logits_BV: of the next token, float32.
+        greedy_B: which rows take the likeliest one.
+        generator: gives one random number a row.
+
+    Returns:
+        Ids, (B,), on the CPU.
 
     Raises:
         DataError: if logits are not finite.
@@ -198,8 +213,8 @@ def _draw(logits_BV: Tensor, greedy_B: Tensor, generator: torch.Generator) -> Te
     last_B1 = sums_BV[:, -1:]
     if not last_B1.isfinite().all():
         raise DataError(
-            "calibration.data: self, but the model's logits are not finite, so nothing can be "
-            "sampled from it. Check its weights, or name a file."
+            "data: self, but the model's logits are not finite, so nothing can be sampled from it. "
+            "Check its weights, or name a file."
         )
     at_B1 = torch.rand(len(logits_BV), 1, generator=generator).to(last_B1) * last_B1
     # The first sum above the number, so that a token of probability 0 is never drawn.
@@ -208,7 +223,7 @@ def _draw(logits_BV: Tensor, greedy_B: Tensor, generator: torch.Generator) -> Te
 
 
 @contextmanager
-def _for_sampling(model: Any) -> Iterator[Any]:
+def for_sampling(model: Any) -> Iterator[Any]:
     """Lend the model in evaluation mode, or a copy in bfloat16 where that is faster."""
     on_cpu = model.device.type == "cpu"
     fast = on_cpu and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
@@ -239,13 +254,20 @@ def _cache_bytes_per_token(model: Any) -> int:
     return int(config.num_hidden_layers * 2 * config.hidden_size * 4)
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Return the folder in the user's cache where sampled text is kept."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "llmslim" / "self"
 
 
-def _fingerprint(model: Any, tokenizer: Any, *numbers: int) -> str:
-    """Return a key of everything that what is sampled depends on; of weights, some of each."""
+def fingerprint(model: Any, tokenizer: Any, *numbers: int) -> str:
+    """Return a key of everything that what is sampled depends on; of weights, some of each.
+
+    Args:
+        model: the dense model.
+        tokenizer: its tokenizer, if it has one.
+        *numbers: how much is sampled, the seed, and the like.
+    """
     config = model.config.to_dict()
     for passing in ("_name_or_path", "transformers_version"):
         config.pop(passing, None)

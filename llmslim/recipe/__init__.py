@@ -6,5 +6,8 @@ from .load import shipped_recipes as shipped_recipes
 from .match import close_names as close_names
 from .match import first_rule as first_rule
 from .schema import Calibration as Calibration
+from .schema import Heal as Heal
+from .schema import HealSource as HealSource
 from .schema import Recipe as Recipe
+from .schema import Refine as Refine
 from .schema import Rule as Rule

@@ -67,7 +67,9 @@ class Rule(Section):
     keep: Literal[True] | None = None
     """Leave these projections as they are."""
     structure: Name | None = None
-    """What they become: grouped_pointwise, low_rank, pivoted_low_rank, grouped_low_rank, block_shuffle, width."""
+    """What they become: grouped_pointwise, low_rank, pivoted_low_rank, grouped_low_rank, block_shuffle; `width`, fewer neurons for a whole MLP; or `auto`, chosen by measurement within the recipe's `budget`."""
+    neurons: Ratio | None = None
+    """Any structure, on all projections of an MLP: share of the neurons that stay before the projections are replaced; `keep_ratio` remains the share of the original weights."""
     groups: Count | None = None
     """Grouped structures: number of groups; must divide both sizes."""
     min_channels_per_group: Count | None = None
@@ -96,16 +98,25 @@ class Rule(Section):
 
     def options(self) -> dict[str, Any]:
         """Return the structure's options that were given."""
-        fixed = {"match", "keep", "structure", "init"}
+        fixed = {"match", "keep", "structure", "neurons", "init"}
         return self.model_dump(exclude=fixed, exclude_none=True)
 
     @model_validator(mode="after")
     def _one_outcome(self) -> Rule:
         if (self.keep is None) == (self.structure is None):
             raise ValueError("a rule says either `keep: true` or a `structure`")
-        if self.keep and (self.options() or self.init):
+        if self.keep and (self.options() or self.init or self.neurons):
             raise ValueError("a rule with `keep: true` takes no other key than `match`")
         return self
+
+
+class Refine(Section):
+    """A short gradient fit after the closed forms: each layer's output to the dense layer's."""
+
+    steps: Count = 64
+    """Steps of the optimiser for each decoder layer."""
+    lr: Annotated[float, Field(gt=0)] = 1e-2
+    """Peak step, in units of each parameter's root mean square: one value serves every model."""
 
 
 class Calibration(Section):
@@ -121,21 +132,78 @@ class Calibration(Section):
     """Seed of sampling and shuffling."""
 
 
+class HealSource(Section):
+    """One data set of several to train on."""
+
+    data: str
+    """As `data` of `heal`: a name or a file."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """How often each row is seen in one pass: 2 is twice, 0.5 a random half."""
+    fields: Mapping[str, str] | None = None
+    """Columns: `{prompt: …, answer: …}` and perhaps `system: …`; or `{text: …}`; or `{messages: …}`."""
+    filter: Literal["refusals", "none"] | None = None
+    """Whether rows that refuse are dropped; by default `refusals` for `lamini`, none for all else."""
+
+
 class Heal(Section):
     """Fine-tuning after surgery."""
 
-    data: str = "lamini"
-    """`lamini`, `self`, a data set on the hub, or a .jsonl or .parquet file."""
+    data: str | HealSource | tuple[str | HealSource, ...] = "lamini"
+    """`lamini`, `self`, a data set on the hub, a .jsonl, .parquet, .csv or .txt file, or a list of them."""
+    template: Literal["chat", "report"] = "chat"
+    """How a row becomes text: the tokenizer's chat template, or the kphi-3 report's."""
+    loss_on: Literal["all", "answers"] = "all"
+    """Which tokens are learned."""
+    held_out: Annotated[int, Field(ge=0)] | None = None
+    """Rows kept for measuring; by default 5000 of `lamini`, of other data 5 % and at most 1000."""
     train: Literal["blocks", "all", "lora"] = "all"
-    """What is trained."""
+    """What is trained: what surgery changed, everything, or that and LoRA on what stayed dense."""
+    lora_rank: Count = 16
+    """Rank of the LoRA matrices; their scale is 2."""
+    teacher: str | None = None
+    """The dense model, a folder or a name on the hub: what `logits` and `layers` learn from."""
+    objective: Name | None = None
+    """cross_entropy, logits or layers; by default `logits` where there is a teacher."""
+    layers_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the steps, the first ones, that match the teacher's decoder layers (`layers`)."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """`logits`: softens both distributions."""
+    teacher_weight: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """`logits`: weight of the teacher; the rest is cross-entropy on the text."""
+    top_k: Count | None = None
+    """`logits`: compare the teacher's likeliest tokens, and all others as one."""
     tokens: Count | None = None
     """Tokens to train on; takes the place of `epochs`."""
     epochs: Annotated[float, Field(gt=0)] = 1.0
     """Passes over the data."""
     context_length: Count = 4096
-    """Tokens of one packed row."""
+    """Tokens of one packed row; at most what the model reads."""
+    batch_size: Count = 1
+    """Rows of one step, over all processes."""
+    micro_batch: Count = 1
+    """Rows in memory at once, in each process."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     """Peak learning rate."""
+    block_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate of what surgery changed; as `learning_rate` where not given."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning rate after the warm-up."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    """Share of the steps over which the learning rate rises."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's; norms and biases have none."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Longer gradients are cut to this length."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice rather than keep them: slower, much less memory."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of the arithmetic; weights and optimiser are float32. `auto` is bf16 where the machine is fast at it."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """`auto` is FlashAttention-2 where GPU and package allow it, SDPA otherwise."""
+    evaluate_every: Count | None = None
+    """Steps between measurements on held-out rows, each followed by a save; by default a tenth of all."""
+    patience: Count | None = 3
+    """Stop after this many measurements without a better one; null never does."""
     seed: int = 42
     """Seed of shuffling and of the held-out split."""
 
@@ -159,13 +227,32 @@ class Recipe(Section):
     width: Width | None = None
     replace: tuple[Rule, ...] = ()
     """Rules, tried in this order on every projection."""
+    budget: Ratio | None = None
+    """For rules with `structure: auto`: share of the weights of all projections they match that stays."""
     init: Name = "project"
     """How blocks get their weights: project, least_squares, random, random_published."""
     calibration: Calibration | None = None
+    refine: Refine | None = None
+    """A gradient fit after `init: least_squares`; left out, there is none."""
     heal: Heal | None = None
 
     _lines: dict[tuple[str | int, ...], int] = PrivateAttr(default_factory=dict)
     _file: str = PrivateAttr(default="recipe")
+
+    @model_validator(mode="after")
+    def _budget_for_auto(self) -> Recipe:
+        if self.has_auto and self.budget is None:
+            raise ValueError(
+                "`structure: auto` needs a `budget`, the share of the weights to keep, as 0.5"
+            )
+        if self.budget is not None and not self.has_auto:
+            raise ValueError("a `budget` is for rules with `structure: auto`; there is none")
+        return self
+
+    @property
+    def has_auto(self) -> bool:
+        """Whether any rule leaves the structure to measurement."""
+        return any(rule.structure == "auto" for rule in self.replace)
 
     @classmethod
     def load(cls, source: str | Path) -> Recipe:

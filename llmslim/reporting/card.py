@@ -1,18 +1,20 @@
 """The model card of a slim checkpoint: its README.md.
 
-Says what was done to which model, how to load the result, and that it is not ready for use.
+Says what was done to which model, how to load the result, and how far it is fit for use.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from llmslim.surgery.report import Report
 
-from . import markdown, wording
+from . import healed, markdown, wording
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -55,15 +57,21 @@ hold for it.
 
 
 def model_card(
-    report: Report, *, recipe_text: str = "", base_model: str = "", slim: bool | None = None
+    report: Report,
+    *,
+    recipe_text: str = "",
+    base_model: str = "",
+    slim: bool | None = None,
+    healing: Mapping[str, Any] | None = None,
 ) -> str:
-    """Return the README.md of a checkpoint just made, not yet healed.
+    """Return the README.md of a checkpoint.
 
     Args:
         report: what was done.
         recipe_text: the recipe's YAML as it was used.
         base_model: what the user called the source model; the report's name for it by default.
         slim: whether loading needs llmslim's classes; by default, where the report has blocks.
+        healing: what `HealReport.to_dict` gives, of a model that was healed.
     """
     given = base_model or report.model
     # A folder on the maker's disk means nothing to a reader, and is not theirs to know.
@@ -86,7 +94,7 @@ def model_card(
         f"with the recipe `{shown_recipe}`. It has {totals.params_after:,} parameters; "
         f"{kept} of the non-embedding parameters are left.\n",
         f"## Loading\n\n{_LOAD_SLIM if slim else _LOAD_PLAIN}",
-        *([_HONEST] if changed else []),
+        *([healed.section(healing)] if healing else [_HONEST] if changed else []),
         f"## What changed\n\n{markdown.totals_table(report)}\n\n{markdown.rows_table(report)}\n",
     ]
     if recipe_text:

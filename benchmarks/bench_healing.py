@@ -1,0 +1,93 @@
+"""What healing brings back for the same tokens: objective x what is trained.
+
+    python benchmarks/bench_healing.py --data rows.parquet --slim FOLDER --teacher FOLDER
+        [--tokens 100000] [--length 512] [--learning-rate 3e-4] [--train all --train blocks]
+        [--objective logits --objective cross_entropy] [--layers-share 0 --layers-share 0.2]
+        [--threads 1]
+
+Every row starts from the same slim checkpoint, sees the same text in the same order, and is judged
+on the same held-out text. The share of the gap is (before - after) / (before - dense) of the loss
+in nats. Tokens per second are those of training, padding not counted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from pathlib import Path
+
+import click
+import torch
+from _common import machine, markdown
+
+import llmslim
+
+
+@click.command()
+@click.option("--slim", required=True, help="What `llmslim convert` wrote.")
+@click.option("--teacher", required=True, help="The dense model.")
+@click.option("--data", required=True, help="As `llmslim heal --data`.")
+@click.option("--tokens", default=100_000, show_default=True)
+@click.option("--length", default=512, show_default=True, help="Tokens of a packed row.")
+@click.option("--learning-rate", default=3e-4, show_default=True)
+@click.option("--held-out", default=50, show_default=True, help="Rows of the data to judge by.")
+@click.option("--train", "trains", multiple=True, default=["all", "blocks", "lora"])
+@click.option("--objective", "objectives", multiple=True, default=["cross_entropy", "logits"])
+@click.option("--layers-share", "shares", multiple=True, type=float, default=[0.0, 0.2])
+@click.option("--threads", type=int, help="Threads of torch; its own default otherwise.")
+def main(
+    slim: str,
+    teacher: str,
+    data: str,
+    tokens: int,
+    length: int,
+    learning_rate: float,
+    held_out: int,
+    trains: tuple[str, ...],
+    objectives: tuple[str, ...],
+    shares: tuple[float, ...],
+    threads: int | None,
+) -> None:
+    """Print a table."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    rows = []
+    for objective, share, train in itertools.product(objectives, shares, trains):
+        with tempfile.TemporaryDirectory() as folder:
+            report = llmslim.heal(
+                slim,
+                Path(folder) / "healed",
+                data=data,
+                teacher=teacher,
+                train=train,
+                tokens=tokens,
+                settings={
+                    "objective": objective,
+                    "layers_share": share,
+                    "context_length": length,
+                    "learning_rate": learning_rate,
+                    "held_out": held_out,
+                    "patience": None,
+                },
+            )
+        gap = report.gap_closed
+        rows.append(
+            [
+                report.objective,
+                train,
+                f"{report.trained_parameters:,}",
+                f"{report.loss_before:.3f}",
+                f"{report.loss_after:.3f}",
+                f"{report.loss_teacher:.3f}",
+                "" if gap is None else f"{100 * gap:.1f} %",
+                f"{report.tokens_per_second:.0f}",
+            ]
+        )
+        click.echo(" | ".join(rows[-1]), err=True)
+    header = ["objective", "trained", "parameters", "before", "after", "dense", "gap closed"]
+    click.echo(f"{tokens:,} tokens; {machine()}\n")
+    click.echo(markdown([*header, "tokens/s"], rows))
+
+
+if __name__ == "__main__":
+    main()

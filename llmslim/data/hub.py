@@ -1,0 +1,112 @@
+"""Read the rows of a data set on the hub: downloaded, or streamed where it is large.
+
+A name is `owner/name`, `name:config` or `name:config:split`; the split is `train` where none is
+given. Whatever goes wrong below (names, proxies, offline mode, wrong splits: many classes of
+exceptions) becomes one sentence.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from llmslim.errors import DataError
+
+SHORT_NAMES = {"lamini": "MBZUAI/LaMini-instruction"}
+HUB_NAME = re.compile(
+    r"(?P<name>\w[\w.-]*(?:/\w[\w.-]*)?)(?::(?P<config>[^:]*))?(?::(?P<split>.+))?"
+)
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class HubInfo:
+    """What is known about a data set before its rows are read."""
+
+    key: str
+    """Stands for this content: it changes with the data set's revision."""
+    size_bytes: int | None
+    """What would be downloaded, None where the data set does not say."""
+    licence: str | None
+    """As its card says."""
+
+
+def stream_rows(given: str, seed: int) -> Iterator[Row]:
+    """Stream a data set, its files in random order.
+
+    Raises:
+        DataError: if there is none of that name, or the hub cannot be reached.
+    """
+    from datasets import load_dataset
+
+    name, config, split = _parts(given)
+    with _as_data_error(given):
+        stream = load_dataset(name, config, split=split, streaming=True)
+        # The callers' buffer is bounded in characters; this draws the order of the files.
+        yield from stream.shuffle(seed=seed % 2**32, buffer_size=1)
+
+
+def downloaded_rows(given: str) -> tuple[int, Iterator[Row]]:
+    """Download a data set into the hub's cache; return its number of rows, and them in order.
+
+    Raises:
+        DataError: if there is none of that name, or the hub cannot be reached.
+    """
+    from datasets import load_dataset
+
+    name, config, split = _parts(given)
+    with _as_data_error(given):
+        table = load_dataset(name, config, split=split)
+    return len(table), iter(table)
+
+
+def hub_info(given: str) -> HubInfo:
+    """Return what a data set says about itself.
+
+    Raises:
+        DataError: if there is none of that name, or the hub cannot be reached.
+    """
+    from datasets import load_dataset_builder
+
+    name, config, split = _parts(given)
+    with _as_data_error(given):
+        builder = load_dataset_builder(name, config)
+    licence = builder.info.license or None
+    if licence is None:
+        with suppress(Exception):  # what is not known is said to be so
+            from huggingface_hub import dataset_info
+
+            card = dataset_info(name).card_data
+            licence = card.get("license") if card is not None else None
+    key = f"{name} {config} {split} {builder.hash}"
+    return HubInfo(key, builder.info.download_size, licence and str(licence))
+
+
+def hub_page(given: str) -> str:
+    """Return the address of a data set's page."""
+    return f"https://huggingface.co/datasets/{_parts(given)[0]}"
+
+
+def _parts(given: str) -> tuple[str, str | None, str]:
+    match = HUB_NAME.fullmatch(SHORT_NAMES.get(given, given))
+    assert match is not None
+    return match["name"], match["config"] or None, match["split"] or "train"
+
+
+@contextmanager
+def _as_data_error(given: str) -> Iterator[None]:
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        raise DataError(
+            f"{given}: not a local file, and no data set of the hub could be read by that name "
+            f"({type(error).__name__}: {lines[0].rstrip('.')}). "
+            "Check the name and the connection, or give a file."
+        ) from error

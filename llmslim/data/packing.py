@@ -1,0 +1,208 @@
+"""Fill rows of equal length with whole samples that do not see each other.
+
+Short samples padded to the context would be mostly padding. Here each sample goes into the row in
+which it leaves the least room, the longest of a buffer first (best fit decreasing), and rows with
+room left stay open for the next buffer, so that only the last few are padded.
+
+Position ids restart at 0 with each sample. From that transformers knows the samples apart: the
+attention mask it makes is block-diagonal, and FlashAttention gets the samples' lengths. It looks
+only where there is neither an attention mask nor a key-value cache: a model must be called with
+`use_cache=False`. And with FlashAttention only in batches of one row, which is what `collate_flat`
+makes; it also drops the padding.
+
+A sample longer than a row is cut into pieces, each a sample of its own. No loss falls on the first
+token of a sample, since what is before it in the row is another one.
+
+Shapes: N rows of L tokens; T tokens without padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .tokens import Tokens
+
+IGNORED = -100  # what transformers' losses pass over
+
+_BUFFER = 8192
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Stretches of tokens that are never split."""
+
+    source: Ints
+    """Which of the sources each is from."""
+    start: Ints
+    """Where it begins in that source's ids."""
+    length: Ints
+    """Its number of tokens."""
+
+    def __len__(self) -> int:
+        return len(self.length)
+
+    def take(self, indices: Ints) -> Pieces:
+        """Return some of them, in that order."""
+        return Pieces(self.source[indices], self.start[indices], self.length[indices])
+
+
+class Rows(Dataset[dict[str, Tensor]]):
+    """Packed rows; read from disk as they are asked for.
+
+    Args:
+        sources: where the tokens are.
+        pieces: what goes into the rows, none longer than a row.
+        context_length: tokens of one row.
+        pad: the token that fills up a row.
+        seed: of the order of the rows.
+    """
+
+    def __init__(
+        self, sources: Sequence[Tokens], pieces: Pieces, context_length: int, pad: int, seed: int
+    ) -> None:
+        self.context_length = context_length
+        self._sources = tuple(sources)
+        self._pad = pad
+        row_of = pack(pieces.length, context_length)
+        rows = int(row_of.max(initial=-1)) + 1
+        shuffled = np.random.default_rng([seed, 1]).permutation(rows)
+        row_of = shuffled[row_of]
+        self._pieces = pieces.take(np.argsort(row_of, kind="stable"))
+        self._ends = np.cumsum(np.bincount(row_of, minlength=rows))
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Return a row's `input_ids`, `labels` and `position_ids`, each (L,) int64.
+
+        Raises:
+            IndexError: if there is no such row.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        index %= len(self)
+        first = self._ends[index - 1] if index else 0
+        input_ids = np.full(self.context_length, self._pad, dtype=np.int64)
+        labels = np.full(self.context_length, IGNORED, dtype=np.int64)
+        position_ids = np.arange(self.context_length)
+        at = 0
+        for piece in range(int(first), int(self._ends[index])):
+            start, length = self._pieces.start[piece], int(self._pieces.length[piece])
+            ids = self._sources[self._pieces.source[piece]].ids[start : start + length]
+            here = slice(at, at + length)
+            input_ids[here] = np.where(ids < 0, ~ids, ids)
+            labels[here] = np.where(ids < 0, IGNORED, ids)
+            labels[at] = IGNORED
+            position_ids[here] -= at
+            at += length
+        position_ids[at:] -= at
+        arrays = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all rows, without padding."""
+        return int(self._pieces.length.sum())
+
+    @property
+    def padding(self) -> float:
+        """Share of all positions that are padding."""
+        return 1 - self.tokens / (len(self) * self.context_length) if len(self) else 0.0
+
+
+def pack(lengths: Ints, capacity: int) -> Ints:
+    """Assign samples to rows, so that each row's lengths add up to at most its capacity.
+
+    Args:
+        lengths: of each sample, in any order, none longer than a row.
+        capacity: tokens of one row.
+
+    Returns:
+        The number of each sample's row, from 0.
+
+    Example:
+        >>> pack(np.array([3, 7, 2, 5, 1]), 9).tolist()
+        [1, 0, 0, 1, 1]
+    """
+    row_of = np.empty(len(lengths), dtype=np.int64)
+    open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # by the room they have
+    rooms = 0  # bit r says that a row with room r is open
+    rows = 0
+    for start in range(0, len(lengths), _BUFFER):
+        longest_first = np.argsort(-lengths[start : start + _BUFFER], kind="stable") + start
+        for sample in longest_first.tolist():
+            length = int(lengths[sample])
+            fitting = rooms >> length
+            if fitting:
+                room = length + (fitting & -fitting).bit_length() - 1
+                row = open_rows[room].pop()
+                if not open_rows[room]:
+                    rooms ^= 1 << room
+            else:
+                room, row, rows = capacity, rows, rows + 1
+            row_of[sample] = row
+            room -= length
+            if room:
+                open_rows[room].append(row)
+                rooms |= 1 << room
+    return row_of
+
+
+def cut(tokens: Sequence[Tokens], source: Ints, document: Ints, capacity: int) -> Pieces:
+    """Return documents as pieces that fit into a row; those without anything to learn are left out.
+
+    Args:
+        tokens: the sources.
+        source: which source each document is from.
+        document: its number there.
+        capacity: tokens of one row.
+    """
+    starts = np.empty(len(source), dtype=np.int64)
+    lengths = np.empty(len(source), dtype=np.int64)
+    for index, one in enumerate(tokens):
+        here = source == index
+        starts[here] = one.starts[document[here]]
+        lengths[here] = one.lengths[document[here]]
+    parts = -(-lengths // capacity)
+    which = np.repeat(np.arange(len(source)), parts)
+    number = np.arange(len(which)) - np.repeat(np.cumsum(parts) - parts, parts)
+    start = starts[which] + number * capacity
+    length = np.minimum(capacity, lengths[which] - number * capacity)
+    keep = np.ones(len(which), dtype=bool)
+    for piece in np.flatnonzero(parts[which] > 1):
+        ids = tokens[source[which[piece]]].ids[start[piece] + 1 : start[piece] + length[piece]]
+        keep[piece] = bool((ids >= 0).any())
+    return Pieces(source[which][keep], start[keep], length[keep])
+
+
+def collate(batch: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Stack rows into tensors, (N, L); without an attention mask, as packing asks for."""
+    return {name: torch.stack([row[name] for row in batch]) for name in batch[0]}
+
+
+def collate_flat(batch: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Join rows into one of (1, T), without their padding: for FlashAttention."""
+    flat = {}
+    whole = [_without_padding(row) for row in batch]
+    for name in batch[0]:
+        flat[name] = torch.cat([row[name] for row in whole])[None]
+    return flat
+
+
+def _without_padding(row: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Cut a row behind its last sample that has a label."""
+    begins = (row["position_ids"] == 0).nonzero().flatten().tolist()
+    learned = (row["labels"] != IGNORED).nonzero().flatten()
+    last = int(learned[-1]) if len(learned) else 0
+    end = next((begin for begin in begins if begin > last), len(row["labels"]))
+    return {name: tensor[:end] for name, tensor in row.items()}

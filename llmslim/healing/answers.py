@@ -1,0 +1,60 @@
+"""What a model says to a few fixed prompts, for the eye: numbers are measured elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+PROMPTS = (
+    "What is the capital of France?",
+    "Give three tips for staying healthy.",
+    "Explain in one sentence why the sky is blue.",
+)
+_LENGTH = 48
+
+
+@torch.inference_mode()
+def answers(model: Any, tokenizer: Any) -> list[str]:
+    """Return the likeliest answer to each of `PROMPTS`; empty where there is no tokenizer.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer; its chat template is used where it has one.
+    """
+    if tokenizer is None:
+        return []
+    training = model.training
+    model.eval()
+    said = [_answer(model, tokenizer, prompt) for prompt in PROMPTS]
+    model.train(training)
+    return said
+
+
+def _answer(model: Any, tokenizer: Any, prompt: str) -> str:
+    if getattr(tokenizer, "chat_template", None):
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    length = inputs["input_ids"].shape[-1]
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    room = _LENGTH if longest is None else min(_LENGTH, longest - length)
+    if length == 0 or room < 1:
+        return ""
+    pad = tokenizer.pad_token_id
+    ids = model.generate(
+        **inputs.to(model.device),
+        max_new_tokens=room,
+        use_cache=True,
+        pad_token_id=tokenizer.eos_token_id if pad is None else pad,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+    )
+    return str(tokenizer.decode(ids[0, length:], skip_special_tokens=True)).strip()

@@ -1,0 +1,89 @@
+"""What an objective is given, and how one is found by its name.
+
+An objective is one file in this folder with the objective's name and in it
+
+    NEEDS_TEACHER: bool          whether it cannot do without the dense model
+    def loss(step) -> Tensor     the loss of one pass, summed over the tokens that are predicted
+
+so a new objective is one new file and nothing else. Sums, not means: rows hold different numbers
+of predicted tokens, and only sums add up to the same over any split of a step into passes and
+processes.
+
+Shapes: N = rows, L = tokens of a row.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from llmslim.errors import HealingError
+from llmslim.recipe import Heal
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass of one process."""
+
+    model: Any
+    """The model in training, perhaps wrapped for several processes: what must be called."""
+    inputs: dict[str, Tensor]
+    """`input_ids` (N, L), and `position_ids` (N, L), which restart with every sample."""
+    labels_NL: Tensor
+    """The token at each place, -100 where it is not to be predicted."""
+    spec: Heal
+    """The options."""
+    teacher: Any = None
+    """The dense model, frozen; None where there is none."""
+    layers: tuple[tuple[nn.Module, nn.Module], ...] = ()
+    """Decoder layers of the model, each with the teacher's that it stands for."""
+
+    @property
+    def targets_NL(self) -> Tensor:  # noqa: N802  (the shape is part of the name)
+        """The token after each place, -100 where none is to be predicted."""
+        return nn.functional.pad(self.labels_NL[:, 1:], (0, 1), value=-100)
+
+    def forward(self, **options: Any) -> Any:
+        """Call the model; no cache, which would also let packed samples see each other."""
+        return self.model(**self.inputs, use_cache=False, **options)
+
+    @torch.no_grad()
+    def teach(self, **options: Any) -> Any:
+        """Call the teacher on the same tokens."""
+        return self.teacher(**self.inputs, use_cache=False, **options)
+
+
+class Objective(NamedTuple):
+    """An objective."""
+
+    name: str
+    needs_teacher: bool
+    loss: Callable[[Step], Tensor]
+
+
+def objective_names() -> list[str]:
+    """Return the names of all objectives, sorted."""
+    return sorted(p.stem for p in Path(__file__).parent.glob("[a-z]*.py"))
+
+
+def objective_named(name: str) -> Objective:
+    """Return an objective by its name.
+
+    Raises:
+        HealingError: if there is none of that name.
+
+    Example:
+        >>> objective_named("cross_entropy").needs_teacher
+        False
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name not in objective_names():
+        raise HealingError(f"heal.objective: {name!r}; allowed {', '.join(objective_names())}.")
+    module = importlib.import_module(f"llmslim.healing.objectives.{name}")
+    return Objective(name, module.NEEDS_TEACHER, module.loss)

@@ -1,0 +1,71 @@
+"""Which objectives a healing has, one after the other, and whether the teacher fits them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from llmslim.errors import HealingError
+from llmslim.healing.objectives import Objective, objective_named
+from llmslim.recipe import Heal
+from llmslim.surgery.sites import find_layers
+
+
+def chosen_phases(spec: Heal, teacher: Any) -> list[tuple[Objective, float]]:
+    """Return the objectives in their order, each with the share of the steps that it ends at.
+
+    Raises:
+        HealingError: if one is not known, or needs a teacher and there is none.
+    """
+    name = spec.objective or ("cross_entropy" if teacher is None else "logits")
+    chosen = [(objective_named(name), 1.0)]
+    if spec.layers_share:
+        chosen.insert(0, (objective_named("layers"), spec.layers_share))
+    for objective, _ in chosen:
+        if objective.needs_teacher and teacher is None:
+            raise HealingError(
+                f"heal.objective: {objective.name}, but no teacher; it learns from the dense "
+                "model. Name one (--teacher), or take cross_entropy."
+            )
+    return chosen
+
+
+def uses_layers(phases: list[tuple[Objective, int]]) -> bool:
+    """Return whether the teacher's layers are matched in any of the steps."""
+    return any(objective.name == "layers" and end > 0 for objective, end in phases)
+
+
+def paired_layers(
+    model: Any, teacher: Any, which: Sequence[int] | None
+) -> tuple[tuple[nn.Module, nn.Module], ...]:
+    """Return every decoder layer with the teacher's that it stands for.
+
+    Raises:
+        HealingError: if that is not known.
+    """
+    ours = list(model.get_submodule(find_layers(model).path))
+    theirs = list(teacher.get_submodule(find_layers(teacher).path))
+    which = range(len(theirs)) if which is None else which
+    if len(ours) != len(which) or max(which) >= len(theirs):
+        raise HealingError(
+            f"heal.objective: layers, but the model has {len(ours)} layers and the teacher "
+            f"{len(theirs)}; which stand for which is known only from the recipe of the "
+            "checkpoint. Use `logits`."
+        )
+    return tuple((one, theirs[index]) for one, index in zip(ours, which, strict=True))
+
+
+def check_vocabulary(model: Any, teacher: Any) -> None:
+    """Refuse a teacher that speaks of other tokens.
+
+    Raises:
+        HealingError: if the vocabularies are of different sizes.
+    """
+    ours, theirs = (m.get_output_embeddings().weight.shape[0] for m in (model, teacher))
+    if ours != theirs:
+        raise HealingError(
+            f"heal.teacher: a vocabulary of {theirs:,} tokens, the model's has {ours:,}; both need "
+            "the same. Give the model that this one was made from."
+        )

@@ -1,0 +1,323 @@
+"""One healing from beginning to end, or from where it was killed to the end.
+
+Training itself is transformers' Trainer on accelerate; this file says what is measured before and
+after, where it goes on, and what happens when something goes wrong.
+"""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from torch import Tensor
+
+from llmslim.checkpoint import quiet
+from llmslim.data import collate, collate_flat
+from llmslim.errors import HealingError
+from llmslim.healing.answers import PROMPTS, answers
+from llmslim.healing.phases import (
+    check_vocabulary,
+    chosen_phases,
+    paired_layers,
+    uses_layers,
+)
+from llmslim.healing.processes import processes
+from llmslim.healing.report import Answer, HealReport
+from llmslim.healing.sizes import Sizes, training_arguments, uses_bf16
+from llmslim.healing.trained import Trained, make_trainable
+from llmslim.healing.trainer import HealingTrainer, Progress, held_out, should_stop
+from llmslim.healing.work import FORMAT, Work
+from llmslim.recipe import Heal
+from llmslim.surgery import quietly
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a healing keeps what it needs to go on."""
+
+    folder: Path
+    resume: bool = False
+    """Whether to go on with what is there; with nothing there, a healing begins."""
+    overwrite: bool = False
+    """Whether an unfinished healing that is there may be thrown away."""
+
+
+def heal_model(
+    model: Any,
+    text: Any,
+    spec: Heal,
+    *,
+    place: Place,
+    tokenizer: Any = None,
+    teacher: Any = None,
+    narrowed: Iterable[str] = (),
+    teacher_layers: Sequence[int] | None = None,
+    origin: str = "",
+    progress: Progress | None = None,
+) -> tuple[HealReport, Work]:
+    """Train a model, in place.
+
+    Args:
+        model: a causal language model.
+        text: rows to train on and rows held out, as `llmslim.data.healing` makes them.
+        spec: the options.
+        place: where to keep what is needed to go on after a kill.
+        tokenizer: for answers before and after; none are asked without it.
+        teacher: the dense model; put in evaluation mode and frozen.
+        narrowed: names of dense maps that surgery made narrower.
+        teacher_layers: which of the teacher's layers each layer stands for; the same by default.
+        origin: what the model was loaded from: a healing goes on only with the same.
+        progress: told of every step.
+
+    Returns:
+        What was done, without a path, and the working folder, which is the caller's to remove.
+
+    Raises:
+        HealingError: if it cannot be done, or the loss stops being a number; the last good state
+            is then in the working folder, and the model is as it was at that moment.
+    """
+    tell = progress or quietly
+    chosen = chosen_phases(spec, teacher)
+    if teacher is not None:
+        check_vocabulary(model, teacher)
+    if len(text.train) == 0:
+        raise HealingError("heal.data: no text to train on; at least one row is needed.")
+    state = processes()
+    run = Sizes.of(spec, text, state.num_processes)
+    phases = [(one, round(share * run.steps)) for one, share in chosen]
+    layers = paired_layers(model, teacher, teacher_layers) if uses_layers(phases) else ()
+    if teacher is not None:
+        teacher.eval().requires_grad_(requires_grad=False)
+    bf16 = uses_bf16(spec, state.device)
+    settings = {
+        **spec.model_dump(mode="json"),
+        "steps": run.steps,
+        "arithmetic": "bf16" if bf16 else "fp32",
+        "processes": state.num_processes,
+        "origin": origin,
+        "source": text.source,
+        "rows": [len(text.train), len(text.held_out)],
+    }
+    work = Work(place.folder)
+    use_cache = model.config.use_cache
+    with quiet():
+        trained = make_trainable(model, spec, narrowed)
+        _keep_activations(model, keep=not spec.gradient_checkpointing)
+        try:
+            measured = _open(work, place, settings, state)
+            trainer = HealingTrainer(
+                spec,
+                trained,
+                phases,
+                teacher=teacher,
+                layers=layers,
+                bf16=bf16,
+                position_ids="position_ids" in inspect.signature(model.forward).parameters,
+                work=work,
+                tokens_per_step=run.tokens_per_step,
+                progress=tell if state.is_main_process else quietly,
+                args=training_arguments(spec, run, work.path, evaluates=len(text.held_out) > 0),
+                train_dataset=text.train,
+                eval_dataset=text.held_out if len(text.held_out) else None,
+                data_collator=_collator(model),
+            )
+            _refuse_sharding(trainer)
+            if teacher is not None:
+                teacher.to(trainer.args.device)
+                if not bf16:
+                    teacher.float()
+            if "start" not in measured:
+                tell(0, run.steps, "measuring the model as it is")
+                measured["start"] = _measure(trainer, tokenizer, state)
+                if state.is_main_process:
+                    work.save(measured)
+            result = _train(trainer, work, run, state)
+            loss_after = min(held_out(work.history), default=None)
+            if trained.round_to_stored() and loss_after is not None:
+                loss_after = trainer.measure(trainer.model)
+            with trainer.compute_loss_context_manager():
+                after = answers(model, tokenizer) if state.is_main_process else []
+        except Exception as error:
+            if state.is_main_process and work.exists and work.last_checkpoint() is None:
+                work.remove()  # there is nothing to go on with
+            _explain(error, work)
+            raise
+        finally:
+            _release(trained, spec)
+            model.config.use_cache = use_cache
+    start = measured["start"]
+    report = HealReport(
+        path=None,
+        objective=", ".join(one.name for one, end in phases if end > 0),
+        train=spec.train,
+        steps=result.steps,
+        tokens=round(result.steps * run.tokens_per_step),
+        tokens_per_second=round(trainer.watch.tokens_per_second, 1),
+        trained_parameters=result.trained_parameters,
+        loss_before=start["loss"],
+        loss_after=loss_after,
+        loss_teacher=start["teacher"],
+        history=tuple(work.history),
+        answers=tuple(
+            Answer(prompt, before, later)
+            for prompt, before, later in zip(PROMPTS, start["answers"], after, strict=False)
+        ),
+        source=text.source,
+        licence=text.licence,
+        settings=spec.model_dump(mode="json", exclude_none=True),
+        notes=(*text.notes, *run.notes, *_notes(start["loss"], loss_after, result, run)),
+    )
+    return report, work
+
+
+@dataclass(frozen=True)
+class _Result:
+    steps: int
+    """At which the weights stand."""
+    last_step: int
+    trained_parameters: int
+
+
+def _train(trainer: HealingTrainer, work: Work, run: Sizes, state: PartialState) -> _Result:
+    """Train, from the last whole checkpoint on where there is one, and take the best weights."""
+    with state.main_process_first():  # it removes what was cut short; the others only look
+        last = work.last_checkpoint()
+        at = _step_of(last) if last else 0
+        work.rewind(at, write=state.is_main_process)
+    finished = at >= run.steps or should_stop(work.history, trainer.spec, trainer.phases)
+    if not finished:
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        at = trainer.state.global_step
+    best = _best_step(work.history) if trainer.eval_dataset is not None else at
+    if (finished or best != at) and best:
+        trainer.load_trained(work.path / f"checkpoint-{best}")
+    return _Result(best or at, at, trainer.trained.count())
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _best_step(history: list[dict[str, Any]]) -> int:
+    """Return the step with the lowest held-out loss; the first of equal ones, as the Trainer."""
+    measured = [line for line in history if "held_out_loss" in line]
+    return int(min(measured, key=lambda line: line["held_out_loss"])["step"])
+
+
+def _refuse_sharding(trainer: Any) -> None:
+    """Refuse to train a model that is spread over processes.
+
+    Raises:
+        HealingError: if it is to be.
+    """
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise HealingError(
+            "accelerate: FSDP or DeepSpeed, which spread one model over processes; healing needs "
+            "the whole model in each. Take plain data parallelism (`--multi_gpu`)."
+        )
+
+
+def _collator(model: Any) -> Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]:
+    """Return what makes a batch of rows; FlashAttention wants one long row."""
+    return collate_flat if model.config._attn_implementation == "flash_attention_2" else collate
+
+
+def _open(
+    work: Work, place: Place, settings: dict[str, Any], state: PartialState
+) -> dict[str, Any]:
+    """Make the working folder or find it as it should be; return what was measured already.
+
+    Raises:
+        HealingError: if something is there that may not be thrown away.
+    """
+    going_on = place.resume and work.exists
+    if work.exists and not place.resume and not place.overwrite:
+        raise HealingError(
+            f"{work.path}: an unfinished healing is here. Go on with it (--resume), or throw it "
+            "away (--overwrite)."
+        )
+    state.wait_for_everyone()  # all have looked, before one changes what they looked at
+    if going_on:
+        return work.load(settings)
+    if state.is_main_process:
+        work.begin(settings)
+    state.wait_for_everyone()
+    return {"format": FORMAT, "settings": settings}
+
+
+def _measure(trainer: HealingTrainer, tokenizer: Any, state: PartialState) -> dict[str, Any]:
+    """Return the losses and answers of the model as it is, and the teacher's loss."""
+    measures = trainer.eval_dataset is not None
+    teacher = trainer.teacher
+    with trainer.compute_loss_context_manager():
+        said = answers(trainer.model, tokenizer) if state.is_main_process else []
+    return {
+        "loss": trainer.measure(trainer.model) if measures else None,
+        "teacher": trainer.measure(teacher) if measures and teacher is not None else None,
+        "answers": said,
+    }
+
+
+def _release(trained: Trained, spec: Heal) -> None:
+    """Undo what training did to the model besides training it, in place."""
+    model = trained.model
+    if spec.gradient_checkpointing:
+        _keep_activations(model, keep=True)
+    model.to("cpu").eval()
+    trained.finish()
+
+
+def _keep_activations(model: Any, *, keep: bool) -> None:
+    """Switch gradient checkpointing off or on; transformers 5.22 renamed what does that."""
+    old, new = "gradient_checkpointing", "activation_checkpointing"
+    name = new if hasattr(model, f"{new}_enable") else old
+    if keep:
+        if getattr(model, f"is_{name}", False):
+            getattr(model, f"{name}_disable")()
+    else:
+        getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
+
+
+def _notes(before: float | None, after: float | None, result: _Result, run: Sizes) -> list[str]:
+    notes = []
+    if before is None or after is None:
+        notes.append("No text was held out: whether the model got better was not measured.")
+    elif after >= before:
+        notes.append(
+            f"Healing did not lower the held-out loss ({before:.3f} before, {after:.3f} after). "
+            "Try a lower learning_rate, or more text."
+        )
+    if result.last_step < run.steps:
+        notes.append(
+            f"Stopped early, after {result.last_step} of {run.steps} steps: the held-out loss "
+            "did not fall any more."
+        )
+    if result.steps < result.last_step:
+        notes.append(f"The weights are those of step {result.steps}, the best measured.")
+    return notes
+
+
+def _explain(error: Exception, work: Work) -> None:
+    """Raise a full disk as what it is.
+
+    Raises:
+        HealingError: if the disk was full.
+    """
+    said = str(error)
+    number = error.errno if isinstance(error, OSError) else None
+    found = re.search(r"\(os error (\d+)\)", said)
+    number = int(found[1]) if found and number is None else number
+    # torch.save's archive writer gives no number.
+    if number in _FULL or "PytorchStreamWriter" in said or "inline_container" in said:
+        raise HealingError(
+            f"{work.path}: no space left for the state of the training; the last whole one is "
+            "kept. Free some space and resume (--resume)."
+        ) from error

@@ -1,0 +1,106 @@
+"""How much there is to do, in which arithmetic, and what the Trainer is told of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from llmslim.recipe import Heal
+
+EVALUATIONS = 10
+"""Measurements of a healing where the recipe does not say how often."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much there is to do."""
+
+    steps: int
+    accumulate: int
+    """Passes of one step in each process."""
+    every: int
+    """Steps between measurements."""
+    tokens_per_step: float
+    notes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, spec: Heal, text: Any, processes: int) -> Sizes:
+        """Work it out for some text and number of processes."""
+        together = spec.micro_batch * processes
+        rows = math.ceil(spec.batch_size / together) * together
+        notes = []
+        if rows != spec.batch_size:
+            notes.append(
+                f"heal.batch_size: {spec.batch_size} rows, but {processes} processes take "
+                f"{spec.micro_batch} each; {rows} rows were taken."
+            )
+        per_row = text.train.tokens / len(text.train)
+        if spec.tokens is None:
+            steps = math.ceil(spec.epochs * len(text.train) / rows)
+        else:
+            steps = math.ceil(spec.tokens / (rows * per_row))
+        every = spec.evaluate_every or math.ceil(steps / EVALUATIONS)
+        return cls(steps, rows // together, every, rows * per_row, tuple(notes))
+
+
+def uses_bf16(spec: Heal, device: torch.device) -> bool:
+    """Return whether to compute in bfloat16."""
+    if spec.precision != "auto":
+        return spec.precision == "bf16"
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    # On other CPUs it is slower than float32: only AMX multiplies it in hardware of its own.
+    known = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return device.type == "cpu" and known is not None and bool(known())
+
+
+def training_arguments(
+    spec: Heal, run: Sizes, folder: Path, *, evaluates: bool
+) -> TrainingArguments:
+    """Return what the Trainer is told.
+
+    Args:
+        spec: the options.
+        run: how much there is to do.
+        folder: where checkpoints go.
+        evaluates: whether there are rows held out.
+    """
+    constant = spec.schedule == "constant"
+    cuda = torch.cuda.is_available()
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=run.steps,
+        per_device_train_batch_size=spec.micro_batch,
+        gradient_accumulation_steps=run.accumulate,
+        learning_rate=spec.learning_rate,
+        lr_scheduler_type="constant_with_warmup" if constant else "cosine",
+        warmup_steps=math.ceil(spec.warmup * run.steps),
+        max_grad_norm=spec.max_grad_norm,
+        seed=spec.seed,
+        data_seed=spec.seed,
+        logging_strategy="no",
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=run.every,
+        save_strategy="steps",
+        save_steps=run.every,
+        save_total_limit=2,
+        metric_for_best_model="eval_loss" if evaluates else None,
+        greater_is_better=False if evaluates else None,
+        report_to="none",
+        use_cpu=not torch.accelerator.is_available(),
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=cuda,
+        # Matching layers leaves the head alone: its gradients would be waited for.
+        ddp_find_unused_parameters=spec.layers_share > 0 or spec.objective == "layers",
+        log_level="error",
+        log_level_replica="error",
+    )
+    # With several GPUs and one process the Trainer would take the old DataParallel.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments

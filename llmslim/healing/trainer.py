@@ -1,0 +1,307 @@
+"""transformers' Trainer with our losses, learning rates, held-out loss and checkpoints.
+
+What is different from the Trainer as it is:
+
+- the loss is an objective's, summed over tokens and divided by the tokens of the whole step, so
+  that a step is the same step however it is split into passes and processes;
+- bf16 is autocast around the forward pass only; accelerate's own would copy all logits to float32;
+- a loss or gradient that is not finite ends the training before the optimiser sees it;
+- checkpoints hold the trained parameters under their plain names, nothing that did not change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from llmslim.errors import HealingError
+from llmslim.healing.held_out import held_out_loss
+from llmslim.healing.objectives import Objective, Step
+from llmslim.healing.trained import Trained
+from llmslim.healing.work import Work
+from llmslim.recipe import Heal
+
+WEIGHTS = "trained.safetensors"
+
+Progress = Callable[[int, int, str], None]
+
+
+class HealingTrainer(Trainer):
+    """A Trainer of one healing.
+
+    Args:
+        spec: the options.
+        trained: the model, made ready.
+        phases: objectives, each with the step that it ends before.
+        teacher: the dense model.
+        layers: decoder layers with the teacher's that they stand for.
+        bf16: whether the arithmetic is in bfloat16.
+        position_ids: whether the model takes these.
+        work: the working folder.
+        tokens_per_step: for the history.
+        progress: told of every step.
+        options: for `Trainer`.
+    """
+
+    def __init__(
+        self,
+        spec: Heal,
+        trained: Trained,
+        phases: list[tuple[Objective, int]],
+        *,
+        teacher: Any,
+        layers: tuple[tuple[nn.Module, nn.Module], ...],
+        bf16: bool,
+        position_ids: bool,
+        work: Work,
+        tokens_per_step: float,
+        progress: Progress,
+        **options: Any,
+    ) -> None:
+        super().__init__(model=trained.model, **options)
+        # Our losses are divided by the tokens of the step already.
+        self.model_accepts_loss_kwargs = True
+        self.spec, self.trained, self.phases = spec, trained, phases
+        self.teacher, self.layers, self.bf16 = teacher, layers, bf16
+        self.position_ids, self.work = position_ids, work
+        self.step_loss, self.grad_norm = 0.0, 0.0
+        for callback in list(self.callback_handler.callbacks):
+            if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
+                self.remove_callback(callback)
+        self.watch = _Watch(self, tokens_per_step, progress)
+        self.add_callback(self.watch)
+
+    @property
+    def phase(self) -> Objective:
+        """The objective of the current step."""
+        step = self.state.global_step
+        return next((o for o, end in self.phases if step < end), self.phases[-1][0])
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor]:
+        """Return the passes of a step, and how many tokens all processes predict in it."""
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        predicted = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in samples)
+        count = torch.tensor(float(predicted), device=device)
+        return samples, self.accelerator.reduce(count, "sum").clamp(min=1)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return this pass's part of the step's mean loss."""
+        inputs = dict(inputs)
+        labels_NL = inputs.pop("labels")
+        if not self.position_ids:
+            inputs.pop("position_ids", None)
+        step = Step(model, inputs, labels_NL, self.spec, self.teacher, self.layers)
+        total = self.phase.loss(step)
+        # Gradients are averaged over processes, but sums are to be added up.
+        loss = total * self.accelerator.num_processes / num_items_in_batch
+        return (loss, None) if return_outputs else loss
+
+    def compute_loss_context_manager(self) -> contextlib.ExitStack:
+        """Return the precision of the forward pass."""
+        stack = super().compute_loss_context_manager()
+        if self.bf16:
+            stack.enter_context(torch.autocast(self.args.device.type, dtype=torch.bfloat16))
+        return stack
+
+    def training_step(self, *args: Any, **options: Any) -> Tensor:
+        """Do one pass, and add its loss to the step's."""
+        loss = super().training_step(*args, **options)
+        self.step_loss += float(loss)
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Clip; refuse a step that would leave no number in the weights.
+
+        Raises:
+            HealingError: if the loss or a gradient is not finite, in all processes together.
+        """
+        norm: Any = super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
+        self.grad_norm = float(norm)
+        loss = torch.tensor(self.step_loss, device=self.args.device)
+        self.step_loss = float(self.accelerator.reduce(loss, "mean"))
+        if not math.isfinite(self.step_loss) or not math.isfinite(self.grad_norm):
+            what = "loss" if not math.isfinite(self.step_loss) else "gradient"
+            value = self.step_loss if what == "loss" else self.grad_norm
+            last = self.work.last_checkpoint() if self.args.should_save else None
+            kept = (
+                f"The last good state is kept in {last}."
+                if last
+                else "No state was saved before it."
+            )
+            raise HealingError(
+                f"step {self.state.global_step + 1}: the {what} is {value}; it must be finite. "
+                f"{kept} Begin anew with a lower learning_rate, or with other text."
+            )
+        return norm
+
+    def evaluate(self, *_args: Any, **_options: Any) -> dict[str, float]:
+        """Measure the held-out loss.
+
+        Raises:
+            HealingError: if it is not finite; nothing is saved then.
+        """
+        loss = self.measure(self.model_wrapped)
+        step = self.state.global_step
+        if not math.isfinite(loss):
+            raise HealingError(
+                f"step {step}: the held-out loss is {loss}; it must be finite. "
+                "Begin anew with a lower learning_rate."
+            )
+        metrics = {"eval_loss": loss}
+        self.work.note({"step": step, "held_out_loss": loss}, write=self.args.should_save)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def measure(self, model: Any) -> float:
+        """Return the loss of a model on the held-out rows."""
+        with self.compute_loss_context_manager():
+            return held_out_loss(
+                model,
+                cast(Any, self.eval_dataset),
+                self.data_collator,
+                micro_batch=self.spec.micro_batch,
+                accelerator=self.accelerator,
+                position_ids=self.position_ids,
+            )
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Make AdamW with one learning rate for what surgery changed and one for the rest."""
+        if self.optimizer is not None:
+            return self.optimizer
+        model = self.model if model is None else model
+        spec = self.spec
+        rates = {True: spec.block_learning_rate or spec.learning_rate, False: spec.learning_rate}
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                key = (name in self.trained.changed, parameter.ndim > 1)
+                groups.setdefault(key, []).append(parameter)
+        self.optimizer = torch.optim.AdamW(
+            [
+                {
+                    "params": parameters,
+                    "lr": rates[changed],
+                    # Norms and biases are vectors.
+                    "weight_decay": spec.weight_decay if matrix else 0.0,
+                }
+                for (changed, matrix), parameters in groups.items()
+            ],
+            lr=spec.learning_rate,
+            fused=self.args.device.type == "cuda",
+        )
+        return self.optimizer
+
+    def save_model(
+        self,
+        output_dir: str | None = None,
+        _internal_call: bool = False,
+    ) -> None:
+        """Save the trained parameters by their names."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {
+            name: parameter.detach().cpu().contiguous()
+            for name, parameter in self.trained.model.named_parameters()
+            if parameter.requires_grad
+        }
+        save_file(weights, folder / WEIGHTS)
+
+    def _load_from_checkpoint(
+        self,
+        resume_from_checkpoint: str,
+        model: Any = None,  # noqa: ARG002  (the Trainer's signature)
+    ) -> None:
+        """Read back what `save_model` wrote."""
+        self.load_trained(Path(resume_from_checkpoint))
+
+    @torch.no_grad()
+    def load_trained(self, folder: Path) -> None:
+        """Take over the parameters of a checkpoint, in place."""
+        saved = load_file(folder / WEIGHTS)
+        for name, parameter in self.trained.model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(saved[name])
+
+
+class _Watch(TrainerCallback):
+    """Writes the history, shows progress, stops early."""
+
+    def __init__(self, trainer: HealingTrainer, tokens_per_step: float, progress: Progress) -> None:
+        self.trainer, self.tokens_per_step, self.progress = trainer, tokens_per_step, progress
+        self.seconds, self.steps, self.began, self.rate = 0.0, 0, 0.0, 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.steps * self.tokens_per_step / self.seconds if self.seconds else 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        self.began = time.perf_counter()
+        self.trainer.step_loss = 0.0
+        self.rate = cast(Any, self.trainer.optimizer).param_groups[0]["lr"]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        trainer = self.trainer
+        self.seconds += time.perf_counter() - self.began
+        self.steps += 1
+        step = state.global_step
+        entry = {
+            "step": step,
+            "objective": next((o.name for o, end in trainer.phases if step <= end), ""),
+            "loss": trainer.step_loss,
+            "grad_norm": trainer.grad_norm,
+            "learning_rate": self.rate,
+            "tokens": round(step * self.tokens_per_step),
+            "tokens_per_second": round(self.tokens_per_second, 1),
+        }
+        trainer.work.note(entry, write=args.should_save)
+        measured = held_out(trainer.work.history)
+        shown = f", held-out {measured[-1]:.3f}" if measured else ""
+        self.progress(
+            step,
+            state.max_steps,
+            f"loss {trainer.step_loss:.3f}{shown}, {self.tokens_per_second:,.0f} tokens/s",
+        )
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        if should_stop(self.trainer.work.history, self.trainer.spec, self.trainer.phases):
+            control.should_training_stop = True
+
+
+def held_out(history: list[dict[str, Any]]) -> list[float]:
+    """Return the held-out losses of a history, in order."""
+    return [line["held_out_loss"] for line in history if "held_out_loss" in line]
+
+
+def should_stop(
+    history: list[dict[str, Any]], spec: Heal, phases: list[tuple[Objective, int]]
+) -> bool:
+    """Return whether the last `patience` measurements brought nothing better.
+
+    Only the last phase counts: matching layers may well raise the loss on text for a while.
+    """
+    begin = phases[-2][1] if len(phases) > 1 else 0
+    losses = held_out([line for line in history if line["step"] > begin])
+    if spec.patience is None or len(losses) <= spec.patience:
+        return False
+    return min(losses[-spec.patience :]) >= min(losses[: -spec.patience])

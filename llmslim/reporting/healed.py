@@ -1,0 +1,112 @@
+"""What a healing did, for the model card and the command line, and a picture of its losses."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from . import wording
+
+_HONEST = """\
+A healed model is still a smaller model than its base: numbers that say how good the base is do not
+hold for it. Measure it on what you need it for.
+"""
+
+
+def facts(healing: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what was done and what came of it, as names and values.
+
+    Args:
+        healing: what `HealReport.to_dict` gives.
+    """
+    rows = [
+        ("objective", healing["objective"]),
+        ("trained", f"{healing['train']}, {healing['trained_parameters']:,} parameters"),
+        ("steps", f"{healing['steps']:,}"),
+        ("tokens", f"{healing['tokens']:,}"),
+        ("tokens per second", f"{healing['tokens_per_second']:,.1f}"),
+    ]
+    for key, name in (
+        ("loss_before", "held-out loss before"),
+        ("loss_after", "held-out loss after"),
+        ("loss_teacher", "held-out loss of the dense model"),
+    ):
+        if healing[key] is not None:
+            rows.append((name, f"{healing[key]:.4f}"))
+    if healing["gap_closed"] is not None:
+        rows.append(("share of the gap closed", f"{100 * healing['gap_closed']:.1f} %"))
+    rows += [("text", healing["source"]), ("licence of the text", healing["licence"])]
+    return [(name, wording.plain(str(value))) for name, value in rows]
+
+
+def section(healing: Mapping[str, Any]) -> str:
+    """Return the section of a model card.
+
+    Args:
+        healing: what `HealReport.to_dict` gives.
+    """
+    table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in facts(healing))
+    parts = [
+        "## Healing\n",
+        "After surgery this model was trained again. The loss is the mean of -log p(next token) in "
+        "nats, on text that was not trained on.\n",
+        f"| what | value |\n| --- | --- |\n{table}\n",
+    ]
+    notes = [f"- {wording.plain(note)}" for note in healing["notes"]]
+    if notes:
+        parts.append("\n".join(notes) + "\n")
+    parts += [
+        f"**{wording.plain(answer['prompt'])}**\n\n"
+        f"- before: {_cell(answer['before'])}\n- after: {_cell(answer['after'])}\n"
+        for answer in healing["answers"]
+    ]
+    return "\n".join([*parts, _HONEST])
+
+
+def _cell(text: str) -> str:
+    """Return text on one line that cannot end a cell or begin markup."""
+    line = wording.plain(" ".join(text.split()))
+    for char in "\\`*_|<>[]":
+        line = line.replace(char, f"\\{char}")
+    return line or "(nothing)"
+
+
+def picture(history: Sequence[Mapping[str, Any]]) -> bytes | None:
+    """Return the losses of a healing as PNG, None where matplotlib is not installed.
+
+    Args:
+        history: lines with `step` and `loss` (and `objective`), and with `step` and
+            `held_out_loss`.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        return None
+    from matplotlib.figure import Figure  # without pyplot: no window, no global state
+
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    trained = [line for line in history if "loss" in line]
+    for name in dict.fromkeys(line.get("objective", "") for line in trained):
+        own = [line for line in trained if line.get("objective", "") == name]
+        axes.plot(
+            [line["step"] for line in own],
+            [line["loss"] for line in own],
+            label=f"training ({name})",
+            linewidth=1,
+            alpha=0.7,
+        )
+    measured = [line for line in history if "held_out_loss" in line]
+    axes.plot(
+        [line["step"] for line in measured],
+        [line["held_out_loss"] for line in measured],
+        label="held-out, -log p in nats",
+        marker="o",
+        color="black",
+    )
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.legend()
+    out = io.BytesIO()
+    figure.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()

@@ -1,0 +1,79 @@
+"""What the healing tests share: text that a tiny model can learn, and one short call to heal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import tiny_model
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from llmslim import slim
+from llmslim.healing import HealReport, Place, heal_model
+from llmslim.recipe import Heal
+
+LENGTH = 16
+
+
+class Rows(Dataset[dict[str, Tensor]]):
+    """Rows that count upwards in steps of 3 from a random token on; two samples in each."""
+
+    def __init__(self, count: int, seed: int, step: int = 3) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        first = torch.randint(1, 90, (count, 2, 1), generator=generator)
+        self.ids = ((first + torch.arange(LENGTH // 2) * step) % 95 + 1).reshape(count, LENGTH)
+        self.tokens = self.ids.numel()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        positions = torch.arange(LENGTH) % (LENGTH // 2)
+        labels = self.ids[index].masked_fill(positions == 0, -100)
+        return {"input_ids": self.ids[index], "labels": labels, "position_ids": positions}
+
+
+@dataclass
+class Text:
+    """Rows to train on and rows held out."""
+
+    train: Rows
+    held_out: Rows
+    source: str = "counting"
+    licence: str = "CC0-1.0"
+    notes: tuple[str, ...] = ()
+    padding: float = 0.0
+
+
+def text(train: int = 16, held_out: int = 4, **options: Any) -> Text:
+    return Text(Rows(train, 1, **options), Rows(held_out, 2))
+
+
+def slimmed(architecture: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
+    """Return a model with low-rank MLPs."""
+    model = tiny_model(architecture)
+    slim(model, {"replace": [{"match": "*.mlp.*", "structure": "low_rank", "rank": 8}]})
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def healed(model: Any, folder: Path, rows: Text | None = None, **options: Any) -> HealReport:
+    """Heal in place; options of `heal_model` by their names, all others go into the spec."""
+    passed = {
+        key: options.pop(key)
+        for key in ("teacher", "narrowed", "teacher_layers", "progress", "tokenizer")
+        if key in options
+    }
+    place = Place(folder, resume=options.pop("resume", False))
+    rows = options.pop("rows", rows)
+    settings = {"batch_size": 4, "micro_batch": 4, "learning_rate": 1e-2, "warmup": 0.0, **options}
+    report, _ = heal_model(model, rows or text(), Heal(**settings), place=place, **passed)
+    return report
+
+
+def losses(report: HealReport) -> list[float]:
+    return [line["loss"] for line in report.history if "loss" in line]
