@@ -140,6 +140,22 @@ def test_a_budget_too_small_is_an_error_that_says_what_is_possible() -> None:
         surgery.allocate(tiny_model("llama"), recipe, CALIBRATION)
 
 
+def test_tokens_whose_activations_overflow_are_passed_over() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = float("inf")
+    windows = (CALIBRATION.windows, CALIBRATION.held_out)
+    assert all(0 < int((ids == 7).any(dim=1).sum()) < len(ids) for ids in windows)
+    recipe = Recipe.of({"budget": 0.5, "replace": [AUTO_MLP]})
+    chosen = surgery.allocate(model, recipe, CALIBRATION)
+    shares = [rule.keep_ratio for rule in chosen.replace]
+    assert len(set(shares)) > 1  # layers could be told apart
+    report = surgery.rewrite(model, surgery.plan(model, chosen), calibration=CALIBRATION)
+    errors = [row.init_error for row in report.rows if row.init_error is not None]
+    assert errors
+    assert all(0 <= error < 1.5 for error in errors)
+
+
 def test_a_plan_spreads_evenly_and_says_so() -> None:
     made = llmslim.plan(tiny_model("llama"), {"budget": 0.5, "replace": [AUTO_MLP]})
     assert made.needs_calibration

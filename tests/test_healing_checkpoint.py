@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner
 from helpers_checkpoint import hashes, same_bytes, stored, tiny_tokenizer
 from helpers_healing import Rows, Text
@@ -275,6 +276,31 @@ def test_the_command_does_the_same(folders, healed, tmp_path):
     assert f"wrote {tmp_path / 'out'}" in result.stdout
     weights = "model.safetensors"
     assert hashes(tmp_path / "out")[weights] == hashes(healed[0])[weights]
+
+
+def test_convert_heals_what_it_made(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(folders)  # the recipe names its text by a relative path
+    (tmp_path / "third.yaml").write_text(yaml.safe_dump(RECIPE))
+    arguments = ["convert", folders / "dense", "--recipe", tmp_path / "third.yaml", "--heal"]
+    arguments += ["--out", tmp_path / "slim"]
+    result = CliRunner().invoke(cli, list(map(str, arguments)))
+    assert result.exit_code == 0, result.output
+    assert "held-out loss after" in result.stdout
+    assert llmslim.verify(tmp_path / "slim").ok
+    assert llmslim.verify(tmp_path / "slim-healed").ok
+    before, after = (
+        hashes(tmp_path / name)["model.safetensors"] for name in ("slim", "slim-healed")
+    )
+    assert before != after
+    told = json.loads((tmp_path / "slim-healed" / "llmslim_report.json").read_text())["healing"]
+    assert told["objective"] == "logits"  # from the dense model, which it has at hand
+    # What is in the way of the second step is told of before the first is done.
+    again = ["--out", tmp_path / "other"]
+    (tmp_path / "other-healed").mkdir()
+    result = CliRunner().invoke(cli, list(map(str, [*arguments[:-2], *again])))
+    assert result.exit_code == 1
+    assert "other-healed" in result.stderr
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def importance(stream: Tensor) -> Tensor:
         stream: hidden states, (N, L, D).
     """
     rms = stream.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-20)
-    return (3 * rms.median() / rms).clamp_max(1.0)
+    return (3 * rms.nanmedian() / rms).clamp_max(1.0)
 
 
 class _Stop(Exception):  # noqa: N818  (a way out of a forward pass, no error)

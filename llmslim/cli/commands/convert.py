@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from llmslim.cli.healing import heal_and_show
 from llmslim.cli.output import progress, show_cost, show_report
 from llmslim.cli.settings import backend, settings
 
@@ -22,7 +23,7 @@ what next
 """
 _HONEST = """\
 Nothing was trained after the change: expect the model to be worse than its base until it is
-fine-tuned (healed)."""
+healed (`llmslim heal`)."""
 
 
 @click.command()
@@ -59,6 +60,12 @@ fine-tuned (healed)."""
     "--trust-remote-code", is_flag=True, help="Run the modeling code that comes with MODEL."
 )
 @click.option("--overwrite", is_flag=True, help="Replace the folder if it exists.")
+@click.option(
+    "--heal",
+    is_flag=True,
+    help="Train the result too, as the recipe's `heal` section says, with MODEL as its teacher; "
+    "written beside it, as FOLDER-healed.",
+)
 @click.option("--dry-run", is_flag=True, help="Only show the plan, as `llmslim plan` does.")
 def command(
     model: str,
@@ -71,6 +78,7 @@ def command(
     seed: int,
     trust_remote_code: bool,
     overwrite: bool,
+    heal: bool,
     dry_run: bool,
 ) -> None:
     """Make MODEL smaller as a recipe says, and write it to a folder.
@@ -87,6 +95,14 @@ def command(
             f"Missing option '--recipe'; a file, or one of {', '.join(shipped_recipes())}."
         )
     api = backend()
+    healed = None
+    if heal and not dry_run:
+        from llmslim.checkpoint import check_target, open_source
+
+        name = read.name if read else "kphi3"
+        out = out or Path(f"{open_source(model, trust_remote_code=trust_remote_code).name}-{name}")
+        healed = out.with_name(f"{out.name}-healed")
+        check_target(healed, overwrite)  # known before hours of work, not after
     if dry_run:
         made = api.plan(
             model, read or Recipe(name="kphi3"), init=init, trust_remote_code=trust_remote_code
@@ -114,7 +130,9 @@ def command(
     path = str(result.path)
     click.echo(_NEXT.format(path=path, quoted=shlex.quote(path)), nl=False)
     totals = result.report.totals
-    if totals.params_before != totals.params_after:
+    if healed is not None:
+        heal_and_show(result.path, healed, teacher=model, overwrite=overwrite)
+    elif totals.params_before != totals.params_after:
         click.echo(_HONEST)
 
 

@@ -51,9 +51,12 @@ def command(out: Path, overwrite: bool) -> None:
     for name, model in (("dense", source), ("slim", result.path)):
         _answer(name, model)
     click.echo(
-        "\nThe slim model babbles: its blocks are the nearest to the dense weights, and nothing "
-        "has been\ntrained yet. Fine-tuning (healing) is what makes it answer again.\n"
+        "\nThe slim model speaks, and knows less: half of its MLPs are gone, and what is left was "
+        "fitted to\ntext that the dense model wrote. Nothing has been trained yet; healing comes "
+        "next.\n"
         "\nwhat next\n"
+        f"  llmslim heal {result.path} --data self --teacher {source}\n"
+        "                                           train it on text of the dense model\n"
         f"  llmslim report {result.path} --full      every module\n"
         f"  llmslim generate {result.path} PROMPT    ask it yourself\n"
         f"  llmslim verify {result.path}             every file as written\n"

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Any
 
 import click
 
-from llmslim.cli.output import console, progress
-from llmslim.cli.settings import backend, settings
-
-_NEXT = """
-wrote {path}
-
-what next
-  llmslim generate {quoted} "What is the capital of France?"
-  llmslim verify {quoted}
-"""
+from llmslim.cli.healing import heal_and_show
 
 
 def _read_settings(
@@ -102,50 +92,18 @@ def command(
     """
     if tokens is not None and epochs is not None:
         raise click.UsageError("--tokens and --epochs say the same thing; give one.")
-    api = backend()
     given = {key: value for key, value in keys.items() if value is not None}
-    try:
-        with progress() as moved:
-            report = api.heal(
-                model,
-                out,
-                recipe=recipe,
-                data=data,
-                teacher=teacher,
-                train=train,
-                tokens=tokens,
-                epochs=epochs,
-                seed=seed,
-                settings={**other, **given},
-                resume=resume,
-                overwrite=overwrite,
-                progress=moved,
-            )
-    except KeyboardInterrupt:
-        click.echo(
-            "\nIf it had begun to train: the last state is kept, go on with --resume.", err=True
-        )
-        raise
-    from llmslim.healing.processes import processes
-
-    settings().written = report.path
-    if processes().is_main_process:
-        _show(report)
-
-
-def _show(report: Any) -> None:
-    from llmslim.reporting import healed, wording
-
-    done = report.to_dict()
-    facts = healed.facts(done)
-    width = max(len(name) for name, _ in facts)
-    lines = [f"{name:<{width}}  {value}" for name, value in facts]
-    lines += [f"- {note}" for note in done["notes"]]
-    for answer in done["answers"]:
-        lines += ["", f"user: {answer['prompt']}"]
-        lines += [f"  {when}: {answer[when]}" for when in ("before", "after")]
-    out = console()
-    for line in lines:
-        out.print(wording.plain(line), soft_wrap=True)
-    path = str(report.path)
-    click.echo(_NEXT.format(path=path, quoted=shlex.quote(path)), nl=False)
+    heal_and_show(
+        model,
+        out,
+        recipe=recipe,
+        data=data,
+        teacher=teacher,
+        train=train,
+        tokens=tokens,
+        epochs=epochs,
+        seed=seed,
+        settings={**other, **given},
+        resume=resume,
+        overwrite=overwrite,
+    )

@@ -1,0 +1,62 @@
+"""Heal a model and show what became of it: `llmslim heal`, and `llmslim convert --heal`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+
+from llmslim.cli.output import console, progress
+from llmslim.cli.settings import backend, settings
+
+_NEXT = """
+wrote {path}
+
+what next
+  llmslim generate {quoted} "What is the capital of France?"
+  llmslim verify {quoted}
+"""
+
+
+def heal_and_show(model: str | Path, out: Path | None, **options: Any) -> None:
+    """Heal with a progress bar, then print losses, notes and answers.
+
+    Args:
+        model: what `llmslim.heal` takes.
+        out: folder to write.
+        options: as for `llmslim.heal`.
+    """
+    api = backend()
+    try:
+        with progress() as moved:
+            report = api.heal(model, out, **options, progress=moved)
+    except KeyboardInterrupt:
+        click.echo(
+            "\nIf it had begun to train: the last state is kept, go on with --resume.", err=True
+        )
+        raise
+    from llmslim.healing.processes import processes
+
+    settings().written = report.path
+    if processes().is_main_process:
+        _show(report)
+
+
+def _show(report: Any) -> None:
+    from llmslim.reporting import healed, wording
+
+    done = report.to_dict()
+    facts = healed.facts(done)
+    width = max(len(name) for name, _ in facts)
+    lines = [f"{name:<{width}}  {value}" for name, value in facts]
+    lines += [f"- {note}" for note in done["notes"]]
+    for answer in done["answers"]:
+        lines += ["", f"user: {answer['prompt']}"]
+        lines += [f"  {when}: {answer[when]}" for when in ("before", "after")]
+    out = console()
+    for line in lines:
+        out.print(wording.plain(line), soft_wrap=True)
+    path = str(report.path)
+    click.echo(_NEXT.format(path=path, quoted=shlex.quote(path)), nl=False)
