@@ -301,3 +301,10 @@ def test_progress_tells_loss_and_speed(tmp_path):
 def test_a_model_spread_over_processes_is_refused():
     with pytest.raises(HealingError, match="FSDP or DeepSpeed"):
         run._refuse_sharding(SimpleNamespace(is_fsdp_enabled=True, is_deepspeed_enabled=False))
+
+
+def test_an_architecture_that_cannot_tell_samples_apart_says_so(tmp_path):
+    said = "samples packed into one row see each other"
+    for architecture, expected in (("bloom", True), ("llama", False)):
+        report = healed(slimmed(architecture), tmp_path / architecture, epochs=1)
+        assert any(said in note for note in report.notes) is expected

@@ -23,6 +23,23 @@ def chosen_phases(spec: Heal, teacher: Any) -> list[tuple[Objective, float]]:
     chosen = [(objective_named(name), 1.0)]
     if spec.layers_share:
         chosen.insert(0, (objective_named("layers"), spec.layers_share))
+    if spec.blend_share and teacher is None:
+        raise HealingError(
+            "heal.blend_share: given, but no teacher; the dense projections are its. Name one "
+            "(--teacher), or leave blend_share out."
+        )
+    if spec.store_teacher:
+        if teacher is None:
+            raise HealingError(
+                "heal.store_teacher: true, but no teacher to store. Name one (--teacher), or leave "
+                "store_teacher out."
+            )
+        if [objective.name for objective, _ in chosen] != ["logits"]:
+            raise HealingError(
+                f"heal.store_teacher: true with {', '.join(one.name for one, _ in chosen)}; only "
+                "the teacher's logits are stored, for objective `logits` alone. Leave "
+                "store_teacher out, or the other objectives."
+            )
     for objective, _ in chosen:
         if objective.needs_teacher and teacher is None:
             raise HealingError(
@@ -38,9 +55,21 @@ def uses_layers(phases: list[tuple[Objective, int]]) -> bool:
 
 
 def paired_layers(
-    model: Any, teacher: Any, which: Sequence[int] | None
+    model: Any,
+    teacher: Any,
+    which: Sequence[int] | None,
+    *,
+    key: str = "heal.objective: layers",
+    instead: str = "Use `logits`.",
 ) -> tuple[tuple[nn.Module, nn.Module], ...]:
     """Return every decoder layer with the teacher's that it stands for.
+
+    Args:
+        model: in training.
+        teacher: the dense model.
+        which: the teacher's layers in the model's order; all by default.
+        key: what needs to know, for the message.
+        instead: what to do where it is not known, for the message.
 
     Raises:
         HealingError: if that is not known.
@@ -50,9 +79,9 @@ def paired_layers(
     which = range(len(theirs)) if which is None else which
     if len(ours) != len(which) or max(which) >= len(theirs):
         raise HealingError(
-            f"heal.objective: layers, but the model has {len(ours)} layers and the teacher "
+            f"{key}, but the model has {len(ours)} layers and the teacher "
             f"{len(theirs)}; which stand for which is known only from the recipe of the "
-            "checkpoint. Use `logits`."
+            f"checkpoint. {instead}"
         )
     return tuple((one, theirs[index]) for one, index in zip(ours, which, strict=True))
 

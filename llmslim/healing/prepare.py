@@ -121,6 +121,8 @@ def prepare(
         changes["data"] = data if not isinstance(data, Path) else str(data)
     if isinstance(teacher, str | Path):
         changes["teacher"] = str(teacher)
+    elif teacher is not None:
+        changes["teacher"] = None  # takes the place of one that a recipe names
     if isinstance(model, str | Path):
         source = open_source(model)
         folder = SlimFolder() if source.path is None else read_slim_folder(source.path)

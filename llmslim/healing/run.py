@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from llmslim.checkpoint import quiet
 from llmslim.data import collate, collate_flat
 from llmslim.errors import HealingError
 from llmslim.healing.answers import PROMPTS, answers
+from llmslim.healing.blend import Blend
 from llmslim.healing.phases import (
     check_vocabulary,
     chosen_phases,
@@ -30,8 +32,16 @@ from llmslim.healing.phases import (
 from llmslim.healing.processes import processes
 from llmslim.healing.report import Answer, HealReport
 from llmslim.healing.sizes import Sizes, training_arguments, uses_bf16
-from llmslim.healing.trained import Trained, make_trainable
-from llmslim.healing.trainer import HealingTrainer, Progress, held_out, should_stop
+from llmslim.healing.stored import Numbered, numbered
+from llmslim.healing.storing import ask_once, is_begun
+from llmslim.healing.trained import Trained, changed_modules, make_trainable
+from llmslim.healing.trainer import (
+    HealingTrainer,
+    Progress,
+    blended_steps,
+    held_out,
+    should_stop,
+)
 from llmslim.healing.work import FORMAT, Work
 from llmslim.recipe import Heal
 from llmslim.surgery import quietly
@@ -71,7 +81,9 @@ def heal_model(
         spec: the options.
         place: where to keep what is needed to go on after a kill.
         tokenizer: for answers before and after; none are asked without it.
-        teacher: the dense model; put in evaluation mode and frozen.
+        teacher: the dense model; put in evaluation mode and frozen. With `store_teacher` it leaves
+            the device before training, and one that `spec.teacher` names leaves memory too: its
+            parameters are then empty.
         narrowed: names of dense maps that surgery made narrower.
         teacher_layers: which of the teacher's layers each layer stands for; the same by default.
         origin: what the model was loaded from: a healing goes on only with the same.
@@ -107,12 +119,23 @@ def heal_model(
         "rows": [len(text.train), len(text.held_out)],
     }
     work = Work(place.folder)
+    narrowed = list(narrowed)
+    blend: Blend | None = None
     use_cache = model.config.use_cache
     with quiet():
         trained = make_trainable(model, spec, narrowed)
         _keep_activations(model, keep=not spec.gradient_checkpointing)
         try:
             measured = _open(work, place, settings, state)
+            if spec.blend_share:
+                blend = Blend(
+                    model,
+                    teacher,
+                    teacher_layers,
+                    changed_modules(model, narrowed),
+                    end=blended_steps(spec, run.steps),
+                    apart=spec.store_teacher,
+                )
             trainer = HealingTrainer(
                 spec,
                 trained,
@@ -125,18 +148,21 @@ def heal_model(
                 tokens_per_step=run.tokens_per_step,
                 progress=tell if state.is_main_process else quietly,
                 args=training_arguments(spec, run, work.path, evaluates=len(text.held_out) > 0),
-                train_dataset=text.train,
+                train_dataset=Numbered(text.train) if spec.store_teacher else text.train,
                 eval_dataset=text.held_out if len(text.held_out) else None,
-                data_collator=_collator(model),
+                data_collator=numbered(_collator(model)),
             )
             _refuse_sharding(trainer)
-            if teacher is not None:
-                teacher.to(trainer.args.device)
-                if not bf16:
-                    teacher.float()
+            if spec.store_teacher:
+                ask_once(trainer, measured, state, tell)
+            elif teacher is not None:
+                teacher.to(device=trainer.args.device, dtype=None if bf16 else torch.float32)
+            if blend is not None:
+                blend.to(trainer.args.device, None if bf16 else torch.float32)
+                trainer.blend = blend
             if "start" not in measured:
                 tell(0, run.steps, "measuring the model as it is")
-                measured["start"] = _measure(trainer, tokenizer, state)
+                measured["start"] = _measure(trainer, tokenizer, state, measured.get("teacher"))
                 if state.is_main_process:
                     work.save(measured)
             result = _train(trainer, work, run, state)
@@ -146,11 +172,14 @@ def heal_model(
             with trainer.compute_loss_context_manager():
                 after = answers(model, tokenizer) if state.is_main_process else []
         except Exception as error:
-            if state.is_main_process and work.exists and work.last_checkpoint() is None:
+            nothing = work.exists and work.last_checkpoint() is None and not is_begun(work.path)
+            if state.is_main_process and nothing:
                 work.remove()  # there is nothing to go on with
             _explain(error, work)
             raise
         finally:
+            if blend is not None:
+                blend.remove()
             _release(trained, spec)
             model.config.use_cache = use_cache
     start = measured["start"]
@@ -173,7 +202,12 @@ def heal_model(
         source=text.source,
         licence=text.licence,
         settings=spec.model_dump(mode="json", exclude_none=True),
-        notes=(*text.notes, *run.notes, *_notes(start["loss"], loss_after, result, run)),
+        notes=(
+            *text.notes,
+            *run.notes,
+            *_packing_notes(trainer),
+            *_notes(start["loss"], loss_after, result, run),
+        ),
     )
     return report, work
 
@@ -253,15 +287,24 @@ def _open(
     return {"format": FORMAT, "settings": settings}
 
 
-def _measure(trainer: HealingTrainer, tokenizer: Any, state: PartialState) -> dict[str, Any]:
-    """Return the losses and answers of the model as it is, and the teacher's loss."""
+def _measure(
+    trainer: HealingTrainer, tokenizer: Any, state: PartialState, teacher_loss: float | None
+) -> dict[str, Any]:
+    """Return the losses and answers of the model as it is, and the teacher's loss.
+
+    Args:
+        trainer: has model, teacher and rows.
+        tokenizer: for answers.
+        state: accelerate's.
+        teacher_loss: of a teacher that was there before.
+    """
     measures = trainer.eval_dataset is not None
     teacher = trainer.teacher
     with trainer.compute_loss_context_manager():
         said = answers(trainer.model, tokenizer) if state.is_main_process else []
     return {
         "loss": trainer.measure(trainer.model) if measures else None,
-        "teacher": trainer.measure(teacher) if measures and teacher is not None else None,
+        "teacher": trainer.measure(teacher) if measures and teacher is not None else teacher_loss,
         "answers": said,
     }
 
@@ -284,6 +327,12 @@ def _keep_activations(model: Any, *, keep: bool) -> None:
             getattr(model, f"{name}_disable")()
     else:
         getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
+
+
+def _packing_notes(trainer: HealingTrainer) -> list[str]:
+    if trainer.position_ids:
+        return []
+    return ["This architecture takes no position ids: samples packed into one row see each other."]
 
 
 def _notes(before: float | None, after: float | None, result: _Result, run: Sizes) -> list[str]:

@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from llmslim.errors import HealingError
+from llmslim.healing.blend import Blend
 from llmslim.healing.held_out import held_out_loss
 from llmslim.healing.objectives import Objective, Step
+from llmslim.healing.stored import StoredLogits
 from llmslim.healing.trained import Trained
 from llmslim.healing.work import Work
 from llmslim.recipe import Heal
@@ -73,6 +75,8 @@ class HealingTrainer(Trainer):
         self.spec, self.trained, self.phases = spec, trained, phases
         self.teacher, self.layers, self.bf16 = teacher, layers, bf16
         self.position_ids, self.work = position_ids, work
+        self.stored: StoredLogits | None = None
+        self.blend: Blend | None = None
         self.step_loss, self.grad_norm = 0.0, 0.0
         for callback in list(self.callback_handler.callbacks):
             if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
@@ -107,7 +111,12 @@ class HealingTrainer(Trainer):
         labels_NL = inputs.pop("labels")
         if not self.position_ids:
             inputs.pop("position_ids", None)
-        step = Step(model, inputs, labels_NL, self.spec, self.teacher, self.layers)
+        rows_N, taught = inputs.pop("rows", None), None
+        if self.stored is not None and rows_N is not None:
+            taught = self.stored.of(rows_N.tolist(), labels_NL.device)
+        if self.blend is not None:
+            self.blend.at(self.state.global_step)
+        step = Step(model, inputs, labels_NL, self.spec, self.teacher, self.layers, taught)
         total = self.phase.loss(step)
         # Gradients are averaged over processes, but sums are to be added up.
         loss = total * self.accelerator.num_processes / num_items_in_batch
@@ -274,6 +283,8 @@ class _Watch(TrainerCallback):
             "tokens": round(step * self.tokens_per_step),
             "tokens_per_second": round(self.tokens_per_second, 1),
         }
+        if trainer.blend is not None and step <= trainer.blend.end:
+            entry["blend"] = trainer.blend.alpha
         trainer.work.note(entry, write=args.should_save)
         measured = held_out(trainer.work.history)
         shown = f", held-out {measured[-1]:.3f}" if measured else ""
@@ -293,14 +304,20 @@ def held_out(history: list[dict[str, Any]]) -> list[float]:
     return [line["held_out_loss"] for line in history if "held_out_loss" in line]
 
 
+def blended_steps(spec: Heal, steps: int) -> int:
+    """Return how many of the steps blend blocks with dense projections."""
+    return math.ceil(spec.blend_share * steps)
+
+
 def should_stop(
     history: list[dict[str, Any]], spec: Heal, phases: list[tuple[Objective, int]]
 ) -> bool:
     """Return whether the last `patience` measurements brought nothing better.
 
-    Only the last phase counts: matching layers may well raise the loss on text for a while.
+    Only the last phase counts: matching layers may well raise the loss on text for a while, and so
+    may blocks that learn beside dense projections.
     """
-    begin = phases[-2][1] if len(phases) > 1 else 0
+    begin = max(phases[-2][1] if len(phases) > 1 else 0, blended_steps(spec, phases[-1][1]))
     losses = held_out([line for line in history if line["step"] > begin])
     if spec.patience is None or len(losses) <= spec.patience:
         return False

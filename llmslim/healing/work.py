@@ -3,6 +3,7 @@
     OUT.healing/
         run.json         the settings, and what was measured before the first step
         history.jsonl    a line per step and per measurement
+        teacher_logits.safetensors    with `store_teacher`
         checkpoint-N/    the Trainer's: trained parameters, optimiser, schedule, random numbers
 
 It stands beside the checkpoint that is to be written, and goes when that one is whole.

@@ -14,8 +14,8 @@ projection that belongs to none.
 
 The answer is a recipe without `auto`: it can be read, edited, and used again without measuring.
 
-Left out: how the units' errors act on each other, which only fitting them all would tell, and other
-structures. Of those measured alone (docs/benchmarks.md) none but a grouped block with a learned order
+Left out: how the units' errors act on each other, which only fitting all would tell, and other
+structures. Of those measured alone (docs/benchmarks.md) only a grouped block with a learned order
 ever won, at down projections of whole MLPs, where losing neurons is better still.
 
 Shapes: N windows of L tokens, O = out_features, I = in_features, V = vocabulary.

@@ -28,6 +28,18 @@ from llmslim.errors import HealingError
 from llmslim.recipe import Heal
 
 
+class Taught(NamedTuple):
+    """What a teacher that is not there any more said at the places of a pass that predict.
+
+    P = such places, in order of rows and places; K = top_k.
+    """
+
+    log_p_PK: Tensor
+    """Log of the probability of its likeliest tokens, at the temperature asked for."""
+    tokens_PK: Tensor
+    """Which tokens these are."""
+
+
 @dataclass(frozen=True)
 class Step:
     """One pass of one process."""
@@ -44,6 +56,8 @@ class Step:
     """The dense model, frozen; None where there is none."""
     layers: tuple[tuple[nn.Module, nn.Module], ...] = ()
     """Decoder layers of the model, each with the teacher's that it stands for."""
+    taught: Taught | None = None
+    """What the dense model said of this pass, where that was stored; there is no teacher then."""
 
     @property
     def targets_NL(self) -> Tensor:  # noqa: N802  (the shape is part of the name)

@@ -5,7 +5,8 @@
 T is `temperature`, w `teacher_weight`. The factor T² keeps gradients as large as those of the
 cross-entropy (Hinton et al. 2015, https://arxiv.org/abs/1503.02531, section 2). With `top_k` the
 K likeliest tokens of the teacher are compared each by itself and all others as one, so that no
-probability is lost or made up.
+probability is lost or made up. What the teacher says may have been stored before (`store_teacher`);
+the loss is the same.
 
 Shapes: N = rows, L = tokens of a row, C = tokens of a chunk, V = vocabulary, K = top_k.
 """
@@ -16,23 +17,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ._chunks import sum_over_tokens
-from ._step import Step
+from llmslim.errors import HealingError
+
+from ._chunks import Part, sum_over_tokens
+from ._step import Step, Taught
 
 NEEDS_TEACHER = True
 
 
 def loss(step: Step) -> Tensor:
     """Return the sum over predicted tokens of the divergence from the teacher, mixed with CE."""
-    teacher_NLV: Tensor = step.teach().logits
+    divergence_of = _from_teacher(step) if step.taught is None else _from_stored(step, step.taught)
     logits_NLV: Tensor = step.forward().logits
     spec, targets_T = step.spec, step.targets_NL.reshape(-1)
-    teacher_TV = teacher_NLV.reshape(len(targets_T), -1)
 
     def part(logits_CV: Tensor, where: slice) -> Tensor:
         targets_C = targets_T[where]
-        per_token_C = divergence(teacher_TV[where], logits_CV, spec.temperature, spec.top_k)
-        total = spec.teacher_weight * per_token_C[targets_C != -100].sum()
+        total = spec.teacher_weight * divergence_of(logits_CV, where)
         if spec.teacher_weight < 1:
             text = functional.cross_entropy(
                 logits_CV, targets_C, ignore_index=-100, reduction="sum"
@@ -41,6 +42,44 @@ def loss(step: Step) -> Tensor:
         return total
 
     return sum_over_tokens(logits_NLV.reshape(len(targets_T), -1), part)
+
+
+def _from_teacher(step: Step) -> Part:
+    """Return the summed divergence of some tokens from the teacher, which is asked now."""
+    teacher_NLV: Tensor = step.teach().logits
+    spec, counted_T = step.spec, (step.targets_NL != -100).reshape(-1)
+    teacher_TV = teacher_NLV.reshape(len(counted_T), -1)
+
+    def part(logits_CV: Tensor, where: slice) -> Tensor:
+        per_token_C = divergence(teacher_TV[where], logits_CV, spec.temperature, spec.top_k)
+        return per_token_C[counted_T[where]].sum()
+
+    return part
+
+
+def _from_stored(step: Step, taught: Taught) -> Part:
+    """Return the same for a teacher that was asked before.
+
+    Raises:
+        HealingError: if it was asked about other rows.
+    """
+    counted_T = (step.targets_NL != -100).reshape(-1)
+    if int(counted_T.sum()) != len(taught.log_p_PK):
+        raise HealingError(
+            f"heal.store_teacher: {len(taught.log_p_PK)} tokens stored for rows that predict "
+            f"{int(counted_T.sum())}; the text has changed. Begin anew (--overwrite)."
+        )
+    place_T = counted_T.cumsum(0) - 1
+
+    def part(logits_CV: Tensor, where: slice) -> Tensor:
+        counted_C = counted_T[where]
+        places = place_T[where][counted_C]
+        log_q_CV = functional.log_softmax(logits_CV[counted_C] / step.spec.temperature, dim=-1)
+        return _of_the_top(
+            taught.log_p_PK[places], taught.tokens_PK[places], log_q_CV, step.spec.temperature
+        ).sum()
+
+    return part
 
 
 def divergence(
@@ -63,9 +102,21 @@ def divergence(
     log_q_CV = functional.log_softmax(logits_CV / temperature, dim=-1)
     if top_k is not None and top_k < log_p_CV.shape[-1]:
         log_p_CK, kept_CK = log_p_CV.topk(top_k, dim=-1)
-        log_q_CK = log_q_CV.gather(-1, kept_CK)
-        log_p_CV = torch.cat([log_p_CK, _log_of_the_rest(log_p_CK)], dim=-1)
-        log_q_CV = torch.cat([log_q_CK, _log_of_the_rest(log_q_CK)], dim=-1)
+        return _of_the_top(log_p_CK, kept_CK, log_q_CV, temperature)
+    return _kl(log_p_CV, log_q_CV, temperature)
+
+
+def _of_the_top(log_p_CK: Tensor, kept_CK: Tensor, log_q_CV: Tensor, temperature: float) -> Tensor:
+    """Return T² KL of every token, (C,): the likeliest ones by themselves, all others as one."""
+    log_q_CK = log_q_CV.gather(-1, kept_CK)
+    return _kl(
+        torch.cat([log_p_CK, _log_of_the_rest(log_p_CK)], dim=-1),
+        torch.cat([log_q_CK, _log_of_the_rest(log_q_CK)], dim=-1),
+        temperature,
+    )
+
+
+def _kl(log_p_CV: Tensor, log_q_CV: Tensor, temperature: float) -> Tensor:
     return (log_p_CV.exp() * (log_p_CV - log_q_CV)).sum(-1) * temperature**2
 
 
