@@ -5,7 +5,8 @@ Each is a few calls into the layers below; none prints.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,8 +17,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from llmslim import surgery
 from llmslim.checkpoint import (
     Verification,
+    check_finite,
     check_target,
     dense_copy,
+    empty_model,
     load_model,
     load_tokenizer,
     open_source,
@@ -25,7 +28,7 @@ from llmslim.checkpoint import (
     write_checkpoint,
 )
 from llmslim.data import Windows, calibration_windows
-from llmslim.errors import RecipeError
+from llmslim.errors import CheckpointError, RecipeError, SlimError
 from llmslim.healing import HealReport, Place, heal_model, working_folder
 from llmslim.healing.prepare import Ready, prepare, without_paths
 from llmslim.healing.processes import processes
@@ -70,7 +73,8 @@ def plan(
     recipe = Recipe.of(recipe)
     if isinstance(model, str | Path):
         source = open_source(model, trust_remote_code=trust_remote_code, weights=False)
-        return surgery.plan(source.config, recipe, model_name=source.name, init=init)
+        empty = empty_model(source.config, source.given, trust_remote_code=trust_remote_code)
+        return surgery.plan(empty, recipe, model_name=source.name, init=init)
     config = getattr(model, "config", model)
     return surgery.plan(model, recipe, model_name=config.name_or_path or "", init=init)
 
@@ -138,6 +142,7 @@ def convert(
     calibration: str | None = None,
     calibration_tokens: int | None = None,
     trust_remote_code: bool = False,
+    allow_nonfinite: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
@@ -154,6 +159,8 @@ def convert(
             it, a recipe that needs none is fitted by `least_squares`, unless `init` says otherwise.
         calibration_tokens: how many tokens of it.
         trust_remote_code: run model code that comes with the model.
+        allow_nonfinite: go on where weights of the model are NaN or infinite; the report then
+            names them.
         overwrite: replace `out` where it exists, once the new one is whole.
         progress: told how many steps are done, how many there are (0 while that is not known),
             and what comes now.
@@ -177,10 +184,13 @@ def convert(
     check_target(target, overwrite)
     if not source.is_kphi3:
         # Everything that can be wrong with the recipe is found before gigabytes are read.
-        surgery.plan(source.config, chosen, model_name=source.name, init=init)
+        empty = empty_model(source.config, source.given, trust_remote_code=trust_remote_code)
+        surgery.plan(empty, chosen, model_name=source.name, init=init)
     tell = progress or quietly
     tell(0, 0, "reading the model")
     loaded = load_model(source, dtype=dtype, trust_remote_code=trust_remote_code)
+    weights = loaded.state_dict().items()
+    nonfinite = check_finite(weights, source.given, allow_nonfinite=allow_nonfinite)
     made = surgery.plan(loaded, chosen, model_name=source.name, init=init)
     tokenizer = load_tokenizer(source)
     windows = None
@@ -198,9 +208,11 @@ def convert(
         steps = total
         tell(done, total + 1, what)
 
-    report = surgery.rewrite(loaded, made, seed=seed, calibration=ids, progress=fitting)
-    if windows is not None:
-        report = replace(report, problems=(*report.problems, *windows.notes))
+    with _blamed_on(nonfinite):
+        report = surgery.rewrite(loaded, made, seed=seed, calibration=ids, progress=fitting)
+    notes = (*nonfinite, *(() if windows is None else windows.notes))
+    if notes:
+        report = replace(report, problems=(*report.problems, *notes))
     tell(steps, steps + 1, "writing and reading back")
     write_checkpoint(
         loaded,
@@ -219,6 +231,26 @@ def convert(
     )
     tell(steps + 1, steps + 1, "done")
     return Conversion(target, report)
+
+
+@contextmanager
+def _blamed_on(nonfinite: tuple[str, ...]) -> Iterator[None]:
+    """Tell of weights that are not finite where a fit to them fails.
+
+    Raises:
+        CheckpointError: in place of what linear algebra says of NaN.
+        RuntimeError: as it was, where all weights are finite.
+        ValueError: the same.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        if not nonfinite or isinstance(error, SlimError):
+            raise
+        raise CheckpointError(
+            f"{nonfinite[0]} Blocks cannot be fitted to them ({error}). Keep these modules as "
+            "they are (`keep: true`), or draw the blocks (`init: random`)."
+        ) from error
 
 
 def _token_ids(windows: Windows | None) -> surgery.Calibration | None:

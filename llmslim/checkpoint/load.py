@@ -7,6 +7,7 @@ hold is an error here; transformers would draw a random one and say so in its lo
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,14 @@ from llmslim.modeling.configuration_llmslim import register
 
 from .quiet import quiet
 from .shards import FLOATS, Entry, read_weights
-from .source import Source, first_line
+from .source import Source, empty_model, first_line
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Types that a model may be loaded in."""
+
+_SLACK = 4
+"""Times the stored weights: tied weights, tables and masks are computed rather than stored."""
+_BUFFERS = 1 << 26
 
 _TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "tokenizer_config.json")
 
@@ -65,6 +70,7 @@ def load_model(
         }
         return _from_pretrained(source, options)
     entries = read_weights(source.path)
+    _check_size(source, entries, trust_remote_code)
     options["use_safetensors"] = True
     stored = _float_types(source.given, entries)
     if dtype is None and len(stored) == 1:
@@ -112,6 +118,25 @@ def load_tokenizer(
     for passing in ("is_local", "local_files_only"):  # how it was loaded; would be saved with it
         tokenizer.init_kwargs.pop(passing, None)
     return tokenizer
+
+
+def _check_size(source: Source, entries: Mapping[str, Entry], trust_remote_code: bool) -> None:
+    """Compare the size of the model that the config describes with what the files hold.
+
+    transformers takes memory for what the files lack before it says so. Which tensors are lacking
+    is told after loading; this is about a config that asks for a thousand times the files.
+
+    Raises:
+        CheckpointError: if the model is far larger, or cannot be built at all.
+    """
+    stored = sum(prod(entry.shape) for entry in entries.values())
+    model = empty_model(source.config, source.given, trust_remote_code=trust_remote_code)
+    needed = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
+    if needed > _SLACK * stored + _BUFFERS:
+        raise CheckpointError(
+            f"{source.given}: config.json describes a model of {needed:,} weights; its files hold "
+            f"{stored:,}. Download config.json and weights from one place."
+        )
 
 
 def _from_pretrained(source: Source, options: dict[str, Any]) -> PreTrainedModel:

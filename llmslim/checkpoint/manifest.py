@@ -22,6 +22,7 @@ from llmslim._version import __version__
 from llmslim.errors import CheckpointError
 from llmslim.modeling.configuration_llmslim import MODEL_TYPE, register
 
+from .config import check_config
 from .quiet import quiet
 from .shards import INDEX, read_json, read_weights, weight_files
 from .source import Source, first_line
@@ -114,8 +115,10 @@ def _weight_problems(folder: Path) -> list[str]:
     """Return how the weights in the files differ from those that the slim config's model needs."""
     register()
     try:
-        if read_json(folder / "config.json").get("model_type") != MODEL_TYPE:
+        config = read_json(folder / "config.json")
+        if config.get("model_type") != MODEL_TYPE:
             return []  # base classes may store other names than they use
+        check_config(config, folder / "config.json")
         entries = read_weights(folder)
         with quiet(), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))

@@ -5,6 +5,10 @@ about it can be checked against the file's size without reading a single weight:
 stopped half-way, an index that points elsewhere, an archive made to deceive. transformers would
 load some of these with fresh random weights in the gaps.
 
+What a file may make this reader do is bounded: sizes, dimensions and names have limits that no
+real model comes near. What passes here, the safetensors library reads the same way: each key is
+given once, and numbers and text are such as both can hold.
+
 Nothing here reads tensor data, and pickles are not opened at all.
 """
 
@@ -22,9 +26,17 @@ INDEX = "model.safetensors.index.json"
 FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 """Types that weights may have, as safetensors and as torch name them."""
 
-_MAX_HEADER = 100_000_000
-"""The format's own limit."""
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_MAX_HEADER = 16 << 20
+"""A hundred thousand tensors take 12 MB. The format's 100 MB would take gigabytes to parse."""
+_MAX_JSON = 64 << 20
+"""The same for other JSON files: the index of a model of a trillion weights takes 16 MB."""
+_MAX_DIMENSIONS = 32
+_MAX_NAME = 1000
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.npz", "*.zip")
+_CONVERT = (
+    "If you trust the file, load it with AutoModelForCausalLM.from_pretrained and write it back "
+    "with save_pretrained."
+)
 _BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8"), 8),
     **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
@@ -58,17 +70,30 @@ def read_header(path: Path) -> dict[str, Entry]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
             text = file.read(length) if length <= min(size - 8, _MAX_HEADER) else None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
+    # A zip archive, which torch.save writes, or a pickle of protocol 2 or later.
+    if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"):
+        raise CheckpointError(
+            f"{path}: a {'zip archive' if start[:1] == b'P' else 'pickle'}, not safetensors; "
+            f"such files can run code when opened. {_CONVERT}"
+        )
+    if text is None and length <= size - 8:
+        raise CheckpointError(
+            f"{path}: a header of {length:,} bytes; at most {_MAX_HEADER:,} are read."
+        )
     if text is None:
         raise CheckpointError(
             f"{path}: a header of {length:,} bytes in a file of {size:,}; not a whole safetensors "
             f"file. {again}"
         )
     try:
-        header = json.loads(text)
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_once)
+    except _RepeatedKeyError as error:
+        raise CheckpointError(f"{path}: its header gives {error} twice. {again}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its header is not JSON. {again}") from error
     malformed = CheckpointError(
@@ -77,15 +102,26 @@ def read_header(path: Path) -> dict[str, Entry]:
     )
     entries, spans = {}, []
     try:
-        header.pop("__metadata__", None)
+        about = header.pop("__metadata__", {})
+        if not all(type(value) is str for value in about.values()):
+            raise malformed
+        "".join((*about, *about.values())).encode("utf-8")  # half a surrogate pair has no bytes
         for name, given in header.items():
+            if len(given) != 3 or type(given["shape"]) is not list:
+                raise malformed
             start, stop = given["data_offsets"]
             entries[name] = entry = Entry(given["dtype"], tuple(given["shape"]))
             spans.append((start, stop, _BITS[entry.dtype], name))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise malformed from error
     numbers = (n for *span, _, name in spans for n in (*span, *entries[name].shape))
-    if not all(type(n) is int and n >= 0 for n in numbers):
+    if not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
+        raise malformed
+    # Names go into messages, and so to terminals; a product of many numbers has no end.
+    shapes = (entry.shape for entry in entries.values())
+    if not all(len(s) <= _MAX_DIMENSIONS and prod(n or 1 for n in s) < 1 << 63 for s in shapes):
+        raise malformed
+    if not all(map(_is_plain, entries)):
         raise malformed
     end = 0
     for start, stop, bits, name in sorted(spans):
@@ -130,8 +166,7 @@ def weight_files(folder: Path) -> list[Path]:
     if pickles:
         raise CheckpointError(
             f"{folder}: weights only as {', '.join(pickles[:3])}, which can run code when opened; "
-            "only safetensors and GGUF are read. If you trust the file, load it with "
-            "AutoModelForCausalLM.from_pretrained and write it back with save_pretrained."
+            f"only safetensors and GGUF are read. {_CONVERT}"
         )
     raise CheckpointError(f"{folder}: holds no weights; there must be {WEIGHTS} or {INDEX}.")
 
@@ -143,9 +178,19 @@ def read_weights(folder: Path) -> dict[str, Entry]:
         folder: as for `weight_files`.
 
     Raises:
-        CheckpointError: if a file is missing or broken, or holds other tensors than the index says.
+        CheckpointError: if a file is missing or broken, does not hold a tensor that the index says
+            it does, or holds one that another file holds, too.
     """
-    headers = {path.name: read_header(path) for path in weight_files(folder)}
+    headers: dict[str, dict[str, Entry]] = {}
+    owner: dict[str, str] = {}
+    for path in weight_files(folder):
+        headers[path.name] = read_header(path)
+        for tensor in headers[path.name]:
+            if owner.setdefault(tensor, path.name) != path.name:
+                raise CheckpointError(
+                    f"{path}: holds {tensor}, and so does {owner[tensor]}; a tensor is in one "
+                    "file. Download both again."
+                )
     if not (folder / WEIGHTS).exists():
         for tensor, name in _weight_map(folder).items():
             if tensor not in headers[Path(name).name]:
@@ -156,16 +201,27 @@ def read_weights(folder: Path) -> dict[str, Entry]:
     return {tensor: entry for header in headers.values() for tensor, entry in header.items()}
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, *, once: bool = False) -> dict[str, Any]:
     """Return the object in a JSON file.
+
+    Args:
+        path: the file.
+        once: whether a key that an object has twice is an error; else the last one holds.
 
     Raises:
         CheckpointError: if the file cannot be read, is not JSON, or holds something else.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            text = file.read(_MAX_JSON + 1)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
+    if len(text) > _MAX_JSON:
+        raise CheckpointError(f"{path}: larger than the {_MAX_JSON:,} bytes that are read.")
+    try:
+        data = json.loads(text.decode("utf-8"), object_pairs_hook=_once if once else None)
+    except _RepeatedKeyError as error:
+        raise CheckpointError(f"{path}: gives {error} twice. Keep one.") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON ({str(error).splitlines()[0]}).") from error
     if not isinstance(data, dict):
@@ -173,14 +229,54 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def is_inside(path: Path, folder: Path) -> bool:
+    """Return whether a path, once every link is followed, lies below `folder`.
+
+    The hub's cache is one place with its folders: there, files are links to ../../blobs.
+    """
+    home = folder.resolve()
+    allowed = [home]
+    if home.parent.name == "snapshots":
+        allowed.append(home.parents[1] / "blobs")
+    try:
+        real = path.resolve()
+    except (OSError, RuntimeError):  # links in a circle
+        return False
+    return any(root in real.parents for root in allowed)
+
+
 def _weight_map(folder: Path) -> dict[str, str]:
     path = folder / INDEX
-    names = read_json(path).get("weight_map")
+    names = read_json(path, once=True).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise CheckpointError(f"{path}: has no weight_map of tensor names to files.")
     if not all(isinstance(name, str) for name in names.values()):
         raise CheckpointError(f"{path}: its weight_map holds something else than file names.")
+    if not all(map(_is_plain, names)):
+        raise CheckpointError(f"{path}: its weight_map names tensors in unprintable characters.")
     return names
+
+
+class _RepeatedKeyError(ValueError):
+    """A key that stands twice in one object: two readers may each take another one."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a dictionary of the pairs of a JSON object.
+
+    Raises:
+        _RepeatedKeyError: if it has a key twice.
+    """
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise _RepeatedKeyError(repr(name)[:80])
+        found[name] = value
+    return found
+
+
+def _is_plain(name: str) -> bool:
+    return name.isprintable() and len(name) <= _MAX_NAME
 
 
 def _inside(folder: Path, name: str, where: Path) -> Path:
@@ -190,14 +286,11 @@ def _inside(folder: Path, name: str, where: Path) -> Path:
         CheckpointError: if it is not there, or is not a plain file inside the folder.
     """
     path = folder / name
-    home = folder.resolve()
-    allowed = [home]
-    if home.parent.name == "snapshots":  # the hub's cache: files are links to ../../blobs
-        allowed.append(home.parents[1] / "blobs")
-    if PurePath(name).name != name or not any(root in path.resolve().parents for root in allowed):
+    plain = _is_plain(name) and len(name.encode()) <= 255 and PurePath(name).name == name
+    if not plain or not is_inside(path, folder):
         raise CheckpointError(
-            f"{where}: names {name!r}, which is outside {folder}; weights must be plain files "
-            "inside it. Copy them there."
+            f"{where}: names {name[:300]!r}, which is outside {folder}; weights must be plain "
+            "files inside it. Copy them there."
         )
     if not path.is_file():
         raise CheckpointError(f"{folder}: {name} is missing; {where.name} names it. Download it.")

@@ -8,20 +8,25 @@ Left out: pickled weights (they can run code) and weights stored quantised other
 
 from __future__ import annotations
 
+import copy
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from llmslim.errors import CheckpointError
 from llmslim.modeling.configuration_llmslim import register
 
+from .config import check_config, check_folder
 from .quiet import quiet
 from .shards import read_json, read_weights
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_MAX_HUB_ID = 200
 
 
 @dataclass(frozen=True)
@@ -58,8 +63,8 @@ def open_source(
         CheckpointError: if there is no such model, or its files are not whole.
     """
     given = str(model)
-    path = Path(given).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(given))  # noqa: PTH111  (Path's raises for unknown users)
+    if os.path.isfile(path):  # noqa: PTH113  (Path's raises on names that are too long)
         if path.suffix != ".gguf":
             raise CheckpointError(
                 f"{given}: a file that is not .gguf; a model is a folder, a .gguf file or a name "
@@ -67,7 +72,7 @@ def open_source(
             )
         return _open_gguf(given, path)
     # Path("") is the current folder, which nobody means by an empty name.
-    local = path.is_dir() and given.strip() != ""
+    local = os.path.isdir(path) and given.strip() != ""  # noqa: PTH112  (as above)
     folder = path if local else _download(given, trust_remote_code, weights)
     ggufs = sorted(folder.glob("*.gguf"))
     plannable = not weights and (folder / "config.json").is_file()
@@ -83,7 +88,9 @@ def open_source(
             f"{given}: has no config.json; a model folder holds config.json and "
             f"{'safetensors weights' if weights else 'may hold weights'}, or one .gguf file."
         )
+    check_folder(folder)
     config_dict = read_json(folder / "config.json")
+    check_config(config_dict, folder / "config.json")
     if weights:
         method = config_dict.get("quantization_config")
         if method:
@@ -95,6 +102,32 @@ def open_source(
         read_weights(folder)
     is_kphi3, config = _read_config(given, folder, config_dict, trust_remote_code)
     return Source(given, folder, None, config, is_kphi3)
+
+
+def empty_model(
+    config: PreTrainedConfig, where: str, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Return the model that a config describes, on the meta device: no memory for its weights.
+
+    Args:
+        config: of a causal language model.
+        where: whose config it is, for messages.
+        trust_remote_code: as for `open_source`.
+
+    Raises:
+        CheckpointError: if no model can be built from it.
+    """
+    register()
+    try:
+        with quiet(), torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # sizes that do not fit, in as many classes as there are models
+        raise CheckpointError(
+            f"{where}: cannot be loaded as a causal language model ({first_line(error)})."
+        ) from error
+    return model
 
 
 def first_line(error: BaseException) -> str:
@@ -109,9 +142,9 @@ def _download(given: str, trust_remote_code: bool, weights: bool) -> Path:
     Raises:
         CheckpointError: if there is no such model, or the hub cannot be reached.
     """
-    if not _HUB_ID.fullmatch(given):
+    if not _HUB_ID.fullmatch(given) or len(given) > _MAX_HUB_ID:
         raise CheckpointError(
-            f"{given!r}: not a local folder or file, and not a name on the hub; "
+            f"{given[:200]!r}: not a local folder or file, and not a name on the hub; "
             "allowed are a path or owner/name. Check the path."
         )
     from huggingface_hub import snapshot_download
@@ -155,6 +188,7 @@ def _open_gguf(given: str, path: Path) -> Source:
             f"{path}: not a whole GGUF file of a known architecture ({first_line(error)}). "
             "Download or copy it again."
         ) from error
+    check_config(config.to_dict(), path)
     return Source(given, path.parent, path.name, config, is_kphi3=False)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from fractions import Fraction
-from math import gcd
+from math import gcd, isqrt
 
 WIDTH_FIELDS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "inner_dim")
 """What configs call the number of neurons of an MLP, over all architectures."""
@@ -28,7 +28,8 @@ def common_divisors(in_features: int, out_features: int) -> list[int]:
         [1, 2, 3, 6]
     """
     largest = gcd(in_features, out_features)
-    return [d for d in range(1, largest + 1) if largest % d == 0]
+    small = [d for d in range(1, isqrt(largest) + 1) if largest % d == 0]
+    return sorted({*small, *(largest // d for d in small)})
 
 
 def groups_for_min_channels(in_features: int, out_features: int, min_channels: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,12 @@ from .schema import Recipe, Section, key_text
 
 MAX_BYTES = 1 << 20
 """A recipe is a page of text; anything larger is a mistake or an attack."""
+_MAX_PARTS = 50_000
+"""Keys, values and brackets. A rule for every projection of a large model takes 10,000."""
+_MAX_VALUE = 10_000
+"""Characters of one value; `1:1:1:…` is a number to YAML, and slow to read."""
+_SHOWN = 200
+"""Characters of one value or key that a message repeats at most."""
 
 Path_ = tuple[str | int, ...]
 Lines = dict[Path_, int]
@@ -43,24 +50,27 @@ def load_recipe(source: str | Path) -> Recipe:
         RecipeError: if there is no such recipe, or anything in it is wrong.
     """
     path = Path(source)
-    if not path.is_file():
+    if not os.path.isfile(path):  # noqa: PTH113  (Path.is_file raises on names that are too long)
         shipped = shipped_recipes()
         # A path to a shipped recipe works from any folder, as the README writes it.
         named = shipped.get(path.stem) if str(path.parent) in (".", "recipes") else None
         if named is None:
             close = _nearest(path.stem, shipped)
             raise RecipeError(
-                f"{source}: no such recipe file, and no shipped recipe of that name; "
+                f"{_short(str(source))}: no such recipe file, and no shipped recipe of that name; "
                 f"shipped are {', '.join(shipped)}.{close}"
             )
         path = named
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
         text = raw.decode("utf-8") if len(raw) <= MAX_BYTES else None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read as UTF-8 text ({error})") from error
     if text is None:
-        raise RecipeError(f"{path}: {len(raw):,} bytes; a recipe has at most {MAX_BYTES:,}.")
+        raise RecipeError(
+            f"{path}: {path.stat().st_size:,} bytes; a recipe has at most {MAX_BYTES:,}."
+        )
     data, lines = _parse(text, str(path))
     data.setdefault("name", path.stem)
     return _validate(data, str(path), lines)
@@ -93,24 +103,22 @@ def _parse(text: str, file: str) -> tuple[dict[str, Any], Lines]:
         RecipeError: if it is not YAML, not a mapping, or has repeated keys or aliases.
     """
     try:
-        # Before anything is composed: nested aliases grow without bound.
-        events = yaml.parse(text, yaml.SafeLoader)
-        aliased = any(isinstance(event, yaml.AliasEvent) for event in events)
-        root = None if aliased else yaml.compose(text, yaml.SafeLoader)
+        _check_size(text, file)
         lines: Lines = {}
-        repeated = list(_walk(root, (), lines))
-        data = None if aliased else yaml.safe_load(text)
+        repeated = list(_walk(yaml.compose(text, yaml.SafeLoader), (), lines))
+        data = yaml.safe_load(text)
+    except RecipeError:  # a ValueError, too
+        raise
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        detail = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise RecipeError(f"{file}{line}: not valid YAML; {detail}.") from error
+        detail = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        raise RecipeError(f"{file}{line}: not valid YAML; {_short(detail)}.") from error
     except RecursionError as error:
         raise RecipeError(f"{file}: nested too deeply to be a recipe.") from error
-    except ValueError as error:  # an integer of thousands of digits, a date that is none
-        raise RecipeError(f"{file}: not valid YAML; {error}.") from error
-    if aliased:
-        raise RecipeError(f"{file}: a YAML alias (*name); recipes take none. Write it out.")
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # An integer of thousands of digits, a date that is none, `!!float ""`, `!!timestamp x`.
+        raise RecipeError(f"{file}: not valid YAML; {_short(str(error))}.") from error
     if repeated:
         raise RecipeError(
             [f"{file}:{line} {key_text(path)}: given twice. Keep one." for path, line in repeated]
@@ -118,6 +126,22 @@ def _parse(text: str, file: str) -> tuple[dict[str, Any], Lines]:
     if not isinstance(data, dict):
         raise RecipeError(f"{file}: holds no keys; a recipe is a mapping such as `replace: [...]`.")
     return data, lines
+
+
+def _check_size(text: str, file: str) -> None:
+    """Refuse what would grow or take minutes, before anything is composed.
+
+    Raises:
+        RecipeError: if there are aliases, which nested grow without bound, or too many parts.
+        YAMLError: if it is not YAML.
+    """
+    for parts, event in enumerate(yaml.parse(text, yaml.SafeLoader), 1):
+        if isinstance(event, yaml.AliasEvent):
+            raise RecipeError(f"{file}: a YAML alias (*name); recipes take none. Write it out.")
+        if len(getattr(event, "value", "") or "") > _MAX_VALUE:
+            raise RecipeError(f"{file}: a value of more than {_MAX_VALUE:,} characters.")
+        if parts > _MAX_PARTS:
+            raise RecipeError(f"{file}: more than {_MAX_PARTS:,} keys and values; not a recipe.")
 
 
 def _walk(node: Node | None, path: Path_, lines: Lines) -> Iterator[tuple[Path_, int]]:
@@ -180,7 +204,7 @@ def _sentence(problem: Any, path: Path_) -> str:
         return f"unknown key; allowed {', '.join(keys)}.{close}"
     message = str(problem["msg"]).removeprefix("Value error, ")
     given = problem.get("input")
-    shown = "" if isinstance(given, dict | Section) else f"{given!r}; "
+    shown = "" if isinstance(given, dict | Section) else f"{_short(repr(given))}; "
     return f"{shown}{message[0].lower()}{message[1:]}."
 
 
@@ -201,6 +225,10 @@ def _sections(annotation: Any) -> Iterator[type[Section]]:
         yield from _sections(argument)
 
 
+def _short(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
 def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
+    close = difflib.get_close_matches(name[:_SHOWN], list(known), n=1)
     return f" Did you mean {close[0]}?" if close else ""

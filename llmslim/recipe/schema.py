@@ -8,6 +8,7 @@ trained on.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -20,11 +21,11 @@ from llmslim.errors import RecipeError
 
 def _read_fraction(value: Any) -> Any:
     """Let a ratio be written as people say it: `1/3`."""
-    if isinstance(value, str):
-        try:
-            return float(Fraction(value.replace(" ", "")))
-        except (ValueError, ZeroDivisionError):
-            return value
+    # Nothing longer and no exponents: Fraction("1e999999999") would write out all its digits.
+    if isinstance(value, str) and re.fullmatch(
+        r" *\d{1,18} */ *0*[1-9]\d{0,17} *", value, re.ASCII
+    ):
+        return float(Fraction(value.replace(" ", "")))
     return value
 
 
@@ -33,14 +34,16 @@ Ratio = Annotated[
     BeforeValidator(_read_fraction),
     Field(gt=0, le=1, json_schema_extra={"anyOf": [{"type": "number"}, {"pattern": r"^\d+/\d+$"}]}),
 ]
-Count = Annotated[int, Field(ge=1, strict=True)]
+Count = Annotated[int, Field(ge=1, le=1 << 53, strict=True)]
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
 
 class Section(BaseModel):
     """A part of a recipe: frozen, and closed to unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class Depth(Section):
@@ -123,12 +126,12 @@ class Calibration(Section):
     """Text whose activations the blocks are fitted to."""
 
     data: str = "self"
-    """`self` (sampled from the dense model), a data set on the hub, or a .txt, .jsonl or .parquet file."""
+    """`self` (sampled from the dense model), a data set on the hub, or a .txt, .jsonl, .csv or .parquet file."""
     tokens: Count = 65_536
     """Tokens to read."""
     sequence_length: Count = 1024
     """Tokens of one window."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     """Seed of sampling and shuffling."""
 
 
@@ -172,6 +175,10 @@ class Heal(Section):
     """`logits`: weight of the teacher; the rest is cross-entropy on the text."""
     top_k: Count | None = None
     """`logits`: compare the teacher's likeliest tokens, and all others as one."""
+    store_teacher: bool = False
+    """`logits`: ask the teacher once, before training, and keep its `top_k` (64 where not given) in a file."""
+    blend_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the steps, the first ones, in which the teacher's projections carry part of the blocks' work."""
     tokens: Count | None = None
     """Tokens to train on; takes the place of `epochs`."""
     epochs: Annotated[float, Field(gt=0)] = 1.0
@@ -204,7 +211,7 @@ class Heal(Section):
     """Steps between measurements on held-out rows, each followed by a save; by default a tenth of all."""
     patience: Count | None = 3
     """Stop after this many measurements without a better one; null never does."""
-    seed: int = 42
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 42
     """Seed of shuffling and of the held-out split."""
 
 
@@ -217,7 +224,7 @@ class Recipe(Section):
         0.3333333333333333
     """
 
-    name: Annotated[str, Field(min_length=1)]
+    name: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^/\\\x00-\x1f\x7f]+$")]
     """Short name, used in reports and output folders."""
     description: str = ""
     """One or two sentences on what the recipe does."""

@@ -59,6 +59,11 @@ healed (`llmslim heal`)."""
 @click.option(
     "--trust-remote-code", is_flag=True, help="Run the modeling code that comes with MODEL."
 )
+@click.option(
+    "--allow-nonfinite",
+    is_flag=True,
+    help="Go on where weights of MODEL are NaN or infinite; the report names them.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace the folder if it exists.")
 @click.option(
     "--heal",
@@ -77,6 +82,7 @@ def command(
     dtype: str | None,
     seed: int,
     trust_remote_code: bool,
+    allow_nonfinite: bool,
     overwrite: bool,
     heal: bool,
     dry_run: bool,
@@ -122,6 +128,7 @@ def command(
             calibration=calibration,
             calibration_tokens=calibration_tokens,
             trust_remote_code=trust_remote_code,
+            allow_nonfinite=allow_nonfinite,
             overwrite=overwrite,
             progress=moved,
         )
@@ -140,6 +147,6 @@ def _is_kphi3(model: str) -> bool:
     """Return whether `model` is a folder with a published kphi-3 model; quick, no torch."""
     try:
         config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):  # what is wrong is told when it is opened
         return False
     return isinstance(config, dict) and config.get("model_type") == "kphi3"

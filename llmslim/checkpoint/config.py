@@ -1,0 +1,109 @@
+"""Look into a config.json before transformers makes objects of it.
+
+A config is a page of names and numbers, but some of them make a loader fetch or run things, or
+fill the memory before a weight is read: ten thousand million layers are built one by one, a list
+of as many labels is written out. What no model needs is refused here, by the key's name, in the
+config and in every config inside it.
+
+Left out: whether the values make a model. That is for transformers to say, and for the files'
+tensors, which must fit it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from llmslim.errors import CheckpointError
+
+from .shards import is_inside
+
+_LAYERS = re.compile(r"(^|_)n?_?layers?$|(^|_)depths?$")
+_PARTS = re.compile(r"_(heads?|experts?|blocks?)$")
+_LABELS = re.compile(r"^num_labels$")
+_COUNT = re.compile(r"^(num|n)_")
+_SIZE = re.compile(r"(_size|_dim|_rank|^[dn]_\w+|_positions?|_embeddings|_length|_channels)$")
+_MOST = (
+    *((_LAYERS, 1 << 12), (_PARTS, 1 << 16), (_LABELS, 1 << 16)),
+    *((_COUNT, 1 << 20), (_SIZE, 1 << 32)),
+)
+"""What integers may be at most; the first pattern that fits a key holds."""
+_FETCHES_CODE = ("attn_implementation", "experts_implementation")
+_READ = (
+    *("*.json", "*.jinja", "*.model", "*.txt", "*.py", "*.tiktoken", "*.spm", "*.safetensors"),
+    *("additional_chat_templates", "additional_chat_templates/*"),
+)
+"""Files that transformers reads by themselves, and may write again into the result."""
+
+
+def check_config(config: Mapping[str, Any], where: str | Path) -> None:
+    """Refuse a config that would fetch code or weights, or fill the memory.
+
+    Args:
+        config: what config.json holds.
+        where: the file, for messages.
+
+    Raises:
+        CheckpointError: if it says something that is not allowed.
+    """
+    for key, value in _entries(config):
+        if type(value) is int:
+            most = next((most for pattern, most in _MOST if pattern.search(key)), None)
+            if most is not None and not -most <= value <= most:
+                shown = f"{value:,}" if value.bit_length() < 128 else "a number of many digits"
+                raise CheckpointError(f"{where}: {key} {shown}; allowed at most {most:,}.")
+        name = key.removeprefix("_").removesuffix("_internal")
+        if name in _FETCHES_CODE and _names_a_repository(value):
+            raise CheckpointError(
+                f"{where}: {key} {str(value)[:200]!r} names code on the hub, which is never "
+                "fetched for a model. Remove the key."
+            )
+        if key == "transformers_weights" and value is not None:
+            raise CheckpointError(
+                f"{where}: transformers_weights names another file of weights; only "
+                "model.safetensors, or an index, is read. Rename the file and remove the key."
+            )
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that would make transformers read something else than the folder.
+
+    Raises:
+        CheckpointError: if a file in it is a link to somewhere else, or it holds an adapter.
+    """
+    for path in sorted({path for pattern in _READ for path in folder.glob(pattern)}):
+        if path.is_symlink() and not is_inside(path, folder):
+            raise CheckpointError(
+                f"{path}: a link to a place outside {folder}; a model's files are plain files "
+                "inside its folder. Copy it there, or remove it."
+            )
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{folder}: holds an adapter (adapter_config.json), which would be applied to the "
+            "weights on loading. Merge it into the model first (peft: merge_and_unload), or "
+            "remove it."
+        )
+
+
+def _entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield every key with its value, of the config and of all objects inside it."""
+    todo: list[Any] = [config]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, Mapping):
+            for key, value in item.items():
+                key = str(key)  # numbers, once a config class has read it
+                yield key, value
+                # The numbers of a list go by the list's name.
+                numbers = value if isinstance(value, list) else []
+                yield from ((key, number) for number in numbers if type(number) is int)
+            todo += item.values()
+        elif isinstance(item, list):
+            todo += item
+
+
+def _names_a_repository(value: Any) -> bool:
+    names = value.values() if isinstance(value, Mapping) else [value]
+    return any(isinstance(name, str) and "/" in name for name in names)

@@ -1,0 +1,70 @@
+"""Find weights that are not numbers: NaN and infinities.
+
+One of them spreads to every logit, and a fit to it has no solution. A checkpoint that holds any
+is damaged, or its training was; better to hear of it before an hour of work.
+
+It looks at one tensor at a time, a piece of it at a time, so that it costs no memory: tensors may
+be read while it goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from llmslim.errors import CheckpointError
+
+_PIECE = 1 << 24
+"""Elements looked at together."""
+_SHOWN = 3
+
+
+def check_finite(
+    tensors: Iterable[tuple[str, Tensor]], where: str, *, allow_nonfinite: bool = False
+) -> tuple[str, ...]:
+    """Look for NaN and infinities in weights.
+
+    Args:
+        tensors: names and tensors; those that are not floating-point are passed over, and a
+            tensor that comes under a second name is looked at once.
+        where: the model, for the message.
+        allow_nonfinite: whether they are reported only.
+
+    Returns:
+        A sentence for the report, where there are any and they are allowed; else nothing.
+
+    Raises:
+        CheckpointError: if there are any and they are not allowed.
+
+    Example:
+        >>> check_finite([("a", torch.tensor([1.0, float("nan")]))], "m", allow_nonfinite=True)
+        ('m: 1 tensor holds NaN or infinities: a (1 of 2).',)
+    """
+    seen: set[tuple[int, int]] = set()
+    found = []
+    for name, tensor in tensors:
+        place = (tensor.data_ptr(), tensor.numel())
+        if not tensor.is_floating_point() or (tensor.numel() and place in seen):
+            continue
+        seen.add(place)
+        wrong = sum(
+            piece.numel() - int(torch.isfinite(piece).sum())
+            for piece in tensor.detach().reshape(-1).split(_PIECE)
+        )
+        if wrong:
+            found.append(f"{name} ({wrong:,} of {tensor.numel():,})")
+    if not found:
+        return ()
+    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    said = (
+        f"{where}: {len(found)} {'tensor holds' if len(found) == 1 else 'tensors hold'} "
+        f"NaN or infinities: {', '.join(found[:_SHOWN])}{more}"
+    )
+    if not allow_nonfinite:
+        raise CheckpointError(
+            f"{said}; weights must be finite. Download the model again, or pass allow_nonfinite "
+            "(--allow-nonfinite) to go on with them."
+        )
+    return (f"{said}.",)

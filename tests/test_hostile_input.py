@@ -1,0 +1,492 @@
+"""Files made to deceive: none runs or fetches code, fills the memory, or passes for a model."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from helpers_checkpoint import edit_json, names, stored, tiny_tokenizer
+from safetensors.torch import load_file, save_file
+from test_checkpoint_shards import GOOD, b, raw
+from tiny import tiny_model
+
+from llmslim import api
+from llmslim.checkpoint import check_finite, load_model, open_source, quiet, verify_folder
+from llmslim.checkpoint.config import check_config
+from llmslim.checkpoint.shards import INDEX, read_header, read_json, read_weights
+from llmslim.cli.main import cli
+from llmslim.errors import CheckpointError, RecipeError
+from llmslim.modeling.sizes import common_divisors
+from llmslim.recipe import Recipe
+
+RULE = {"match": "*.mlp.*", "structure": "grouped_pointwise", "groups": 4}
+RECIPE = {"name": "small", "replace": [RULE]}
+EVIL = "raise SystemExit('this must not run')"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tiny dense Llama in one file."""
+    path = tmp_path / "llama"
+    with quiet():
+        tiny_model("llama").save_pretrained(path)
+    return path
+
+
+def refused(call: Any, *args: Any, **options: Any) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        call(*args, **options)
+    return str(caught.value)
+
+
+def planned(path: Path) -> str:
+    return refused(api.plan, path, RECIPE)
+
+
+# --------------------------------------------------------------------------- safetensors headers
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        (
+            b'{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},'
+            b'"a":{"dtype":"U8","shape":[24],"data_offsets":[0,24]}}',
+            "its header gives 'a' twice",
+        ),
+        (b'{"a":{"dtype":"U8","dtype":"I8","shape":[24],"data_offsets":[0,24]}}', "'dtype' twice"),
+        ({**GOOD, "__metadata__": ["pt"]}, "does not give every tensor"),
+        ({**GOOD, "__metadata__": {"format": 1}}, "does not give every tensor"),
+        ({**GOOD, "__metadata__": {"format": "\ud800"}}, "does not give every tensor"),
+        ({**GOOD, "__metadata__": {"\udfff": "pt"}}, "does not give every tensor"),
+        (b(shape="", data_offsets=[16, 18]), "does not give every tensor"),
+        (b(shape={}, data_offsets=[16, 18]), "does not give every tensor"),
+        (b(more=1), "does not give every tensor"),
+        (b(data_offsets=[-8, 0]), "does not give every tensor"),
+        (b(shape=[0, 1 << 62, 1 << 62], data_offsets=[16, 16]), "does not give every tensor"),
+        (b(shape=[1 << 64, 0], data_offsets=[16, 16]), "does not give every tensor"),
+        (b(shape=[1] * 33), "does not give every tensor"),
+        ({"a": GOOD["a"], "\x1b[2J": GOOD["b"]}, "does not give every tensor"),
+        ({"a": GOOD["a"], "\ud800": GOOD["b"]}, "does not give every tensor"),
+        ({"a": GOOD["a"], "b" * 1001: GOOD["b"]}, "does not give every tensor"),
+        (json.dumps(GOOD).encode("utf-16"), "header is not JSON"),
+        (b"\xef\xbb\xbf" + json.dumps(GOOD).encode(), "header is not JSON"),
+    ],
+)
+def test_a_header_that_two_readers_could_read_differently(
+    tmp_path: Path, header: Any, said: str
+) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(raw(header))
+    assert said in refused(read_header, path)
+
+
+def test_a_hundred_megabytes_of_header_are_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as file:  # sparse: takes no room
+        file.write(struct.pack("<Q", 100_000_000))
+        file.truncate(8 + 100_000_000)
+    assert "a header of 100,000,000 bytes; at most 16,777,216" in refused(read_header, path)
+
+
+def test_a_product_of_a_million_sizes_is_not_worked_out(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(raw(b(shape=[9] * 1_000_000)))
+    start = time.monotonic()
+    assert "does not give every tensor" in refused(read_header, path)
+    assert time.monotonic() - start < 5
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2), "b": torch.ones(2)}, tmp_path / "one.safetensors")
+    save_file({"b": torch.zeros(2)}, tmp_path / "two.safetensors")
+    weight_map = {"a": "one.safetensors", "b": "two.safetensors"}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    said = refused(read_weights, tmp_path)
+    assert "two.safetensors: holds b, and so does one.safetensors" in said
+
+
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        (r'{"weight_map": {"a": "x\u0000y"}}', "outside"),
+        (r'{"weight_map": {"a": "\ud800"}}', "outside"),
+        (f'{{"weight_map": {{"a": "{"é" * 200}"}}}}', "outside"),
+        ('{"weight_map": {"a": "loop.safetensors"}}', "outside"),
+        (r'{"weight_map": {"\u001b[2J": "one.safetensors"}}', "unprintable"),
+        ('{"weight_map": {"a": "one.safetensors", "a": "two.safetensors"}}', "gives 'a' twice"),
+    ],
+)
+def test_an_index_with_names_that_no_file_has(tmp_path: Path, index: str, said: str) -> None:
+    (tmp_path / "loop.safetensors").symlink_to(tmp_path / "loop.safetensors")
+    (tmp_path / INDEX).write_text(index)
+    assert said in refused(read_weights, tmp_path)
+
+
+def test_a_json_file_without_end_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / INDEX
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    assert "larger than the 67,108,864 bytes that are read" in refused(read_json, path)
+
+
+# --------------------------------------------------------------------------- pickles and archives
+
+
+class _Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return exec, (EVIL,)
+
+
+def _archive() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("data.pkl", pickle.dumps(_Bomb()))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(_archive(), "a zip archive"), (pickle.dumps(_Bomb()), "a pickle")]
+)
+def test_a_pickle_in_disguise_is_not_opened(folder: Path, content: bytes, said: str) -> None:
+    (folder / "model.safetensors").write_bytes(content)
+    message = refused(open_source, folder)
+    assert f"model.safetensors: {said}, not safetensors" in message
+    assert "write it back with save_pretrained" in message
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pkl", "weights.zip", "model.npz"])
+def test_pickles_alone_are_refused_with_how_to_convert(folder: Path, name: str) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(_archive())
+    message = refused(open_source, folder)
+    assert f"weights only as {name}" in message
+    assert "write it back with save_pretrained" in message
+
+
+# ----------------------------------------------------------------------------------- config.json
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": 10**12},
+        {"hidden_size": 10**5000 if sys.get_int_max_str_digits() > 5000 else 10**4000},
+        {"num_hidden_layers": 10**9},
+        {"num_labels": 10**10},
+        {"vocab_size": 10**12},
+        {"vision_config": {"num_hidden_layers": 10**9}},
+        {"sub": [{"n_layer": 10**9}]},
+        {"depths": [2, 10**9]},
+    ],
+)
+def test_a_number_beyond_all_models_is_refused_at_once(
+    folder: Path, change: dict[str, Any]
+) -> None:
+    edit_json(folder / "config.json", **change)
+    start = time.monotonic()
+    assert "allowed at most" in planned(folder)
+    assert "allowed at most" in refused(open_source, folder)
+    assert time.monotonic() - start < 2
+
+
+def test_a_model_far_larger_than_its_files_takes_no_memory(folder: Path) -> None:
+    edit_json(folder / "config.json", hidden_size=2_400_000)  # 50 TB
+    said = refused(load_model, open_source(folder))
+    assert "describes a model of" in said
+    assert "its files hold" in said
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_attention_heads": 0},
+        {"hidden_size": -48},
+        {"hidden_size": 4_000_000_000, "intermediate_size": 4_000_000_000},
+        {"hidden_act": "no_such_function"},
+        {"rope_parameters": {"rope_type": "no_such_type"}},
+        {"vocab_size": "many"},
+        {"rms_norm_eps": []},
+        {"rope_scaling": 7},
+        {"model_type": ["llama"]},
+    ],
+)
+def test_values_that_make_no_model_are_one_sentence(folder: Path, change: dict[str, Any]) -> None:
+    edit_json(folder / "config.json", **change)
+    assert planned(folder).startswith(str(folder))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": 10**12},
+        {"num_hidden_layers": 10**9},
+        {"rope_theta": 10**30},
+        {"rope_scaling": {"type": 5}},
+        {"pad_token_id": "x"},
+        {"hidden_act": 5},
+    ],
+)
+def test_a_kphi3_config_is_held_to_the_same(tmp_path: Path, change: dict[str, Any]) -> None:
+    sizes = {"hidden_size": 48, "embed_size": 24, "num_attention_heads": 4, "vocab_size": 96}
+    config = {"model_type": "kphi3", "num_hidden_layers": 2, "pad_token_id": 0, **sizes, **change}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert str(tmp_path / "config.json") in planned(tmp_path)
+
+
+def test_the_divisors_of_a_large_number_are_found_at_once() -> None:
+    found = common_divisors(10**12, 10**12)
+    assert len(found) == 169
+    assert found == sorted(found)
+    for size in range(1, 200):
+        assert common_divisors(size, 0) == [d for d in range(1, size + 1) if size % d == 0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attn_implementation": "evil/kernel"},
+        {"_attn_implementation": "kernels-community/flash-attn2@rev:name"},
+        {"_attn_implementation_internal": "evil/kernel"},
+        {"experts_implementation": {"": "evil/kernel"}},
+        {"vision_config": {"attn_implementation": "evil/kernel"}},
+    ],
+)
+def test_a_config_cannot_name_code_on_the_hub(folder: Path, change: dict[str, Any]) -> None:
+    edit_json(folder / "config.json", **change)
+    assert "names code on the hub" in planned(folder)
+    assert "names code on the hub" in refused(open_source, folder, trust_remote_code=True)
+
+
+def test_a_config_cannot_name_other_weights(folder: Path) -> None:
+    save_file({"a": torch.ones(1)}, folder / "other.safetensors")
+    edit_json(folder / "config.json", transformers_weights="other.safetensors")
+    assert "transformers_weights names another file" in refused(open_source, folder)
+
+
+def test_a_changed_config_is_checked_before_verifying_builds_it(tmp_path: Path) -> None:
+    with quiet():
+        model = tiny_model("llama")
+        api.slim(model, RECIPE, init="random")
+        api.save(model, tmp_path / "slim")
+    edit_json(tmp_path / "slim" / "config.json", num_hidden_layers=10**9)
+    problems = verify_folder(tmp_path / "slim").problems
+    assert any("num_hidden_layers 1,000,000,000" in problem for problem in problems)
+
+
+# -------------------------------------------------------------------- other files in the folder
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json"]
+)
+def test_a_link_out_of_the_folder_is_not_followed(folder: Path, name: str, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text((folder / "config.json").read_text())
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(secret)
+    said = planned(folder)
+    assert f"{folder / name}: a link to a place outside" in said
+
+
+def test_links_within_the_folder_and_the_hubs_own_are_followed(tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "snapshots" / "0123", tmp_path / "blobs"
+    blobs.mkdir()
+    with quiet():
+        tiny_model("llama").save_pretrained(snapshot)
+    (snapshot / "model.safetensors").rename(blobs / "f00d")
+    (snapshot / "config.json").rename(blobs / "beef")
+    (snapshot / "model.safetensors").symlink_to(Path("../../blobs/f00d"))
+    (snapshot / "config.json").symlink_to(Path("../../blobs/beef"))
+    (snapshot / "same.json").symlink_to("config.json")
+    assert load_model(open_source(snapshot)).config.model_type == "llama"
+
+
+def test_an_adapter_is_not_applied_unasked(folder: Path) -> None:
+    content = {"peft_type": "LORA", "base_model_name_or_path": "owner/other"}
+    (folder / "adapter_config.json").write_text(json.dumps(content))
+    assert "holds an adapter" in refused(open_source, folder)
+
+
+def test_code_beside_the_weights_runs_only_when_it_is_trusted(folder: Path, tmp_path: Path) -> None:
+    """In a process of its own: neither config nor tokenizer nor recipe can switch it on."""
+    ran = tmp_path / "ran"
+    (folder / "evil.py").write_text(
+        f"from pathlib import Path\nPath({str(ran)!r}).touch()\n"
+        "from transformers import LlamaConfig as Config, LlamaForCausalLM as Model\n"
+    )
+    auto_map = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    edit_json(folder / "config.json", auto_map=auto_map, trust_remote_code=True)
+    tiny_tokenizer().save_pretrained(folder)
+    own = {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}
+    edit_json(folder / "tokenizer_config.json", auto_map=own, trust_remote_code=True)
+    (folder / "generation_config.json").write_text(json.dumps({"trust_remote_code": True}))
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text(f"open({str(ran)!r}, 'w')\n{EVIL}")
+    code = (
+        "import sys; from llmslim import api\n"
+        f"api.convert({str(folder)!r}, {RECIPE!r}, {str(tmp_path / 'out')!r}, init='random')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, stdin=None
+    )
+    assert done.returncode == 0, done.stderr
+    assert not ran.exists()
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "evil" not in json.dumps(written["auto_map"])
+    with pytest.raises(RecipeError, match="trust_remote_code: unknown key"):
+        Recipe.of({**RECIPE, "trust_remote_code": True})
+
+
+@pytest.mark.parametrize("given", ["a" * 5000, "\0", "~nobody-of-that-name/x", "a/" + "b" * 300])
+def test_a_name_that_no_file_can_have(given: str) -> None:
+    assert "not a local folder or file" in refused(open_source, given)
+    with pytest.raises(RecipeError, match="no such recipe file"):
+        Recipe.load(given)
+
+
+# --------------------------------------------------------------------------- NaN and infinities
+
+
+def poison(folder: Path, *values: float) -> list[str]:
+    """Put values into as many tensors of a folder; return the tensors' names."""
+    tensors = load_file(folder / "model.safetensors")
+    hit = sorted(name for name in tensors if name.endswith("mlp.down_proj.weight"))[: len(values)]
+    for name, value in zip(hit, values, strict=True):
+        tensors[name][1, 2] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return hit
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
+    first, second = poison(folder, float("nan"), float("-inf"))
+    said = refused(api.convert, folder, RECIPE, tmp_path / "out")
+    assert "2 tensors hold NaN or infinities" in said
+    assert f"{first} (1 of " in said
+    assert second in said
+    assert "--allow-nonfinite" in said
+    assert names(tmp_path) == ["llama"]
+
+
+def test_weights_that_are_not_finite_are_kept_and_reported_where_allowed(
+    folder: Path, tmp_path: Path
+) -> None:
+    (name,) = poison(folder, float("nan"))
+    recipe = {"name": "up", "replace": [{**RULE, "match": "*.up_proj"}]}
+    made = api.convert(folder, recipe, tmp_path / "out", allow_nonfinite=True)
+    assert any(name in problem for problem in made.report.problems)
+    written = stored(made.path)[name]
+    assert int(torch.isnan(written).sum()) == 1
+
+
+@pytest.mark.parametrize("structure", ["low_rank", "pivoted_low_rank"])
+def test_a_fit_to_weights_that_are_not_finite_is_told_as_that(
+    folder: Path, tmp_path: Path, structure: str
+) -> None:
+    (name,) = poison(folder, float("nan"))
+    recipe = {"name": "r", "replace": [{"match": "*.down_proj", "structure": structure, "rank": 2}]}
+    said = refused(api.convert, folder, recipe, tmp_path / "out", allow_nonfinite=True)
+    assert name in said
+    assert "Blocks cannot be fitted to them" in said
+    assert names(tmp_path) == ["llama"]
+    made = api.convert(folder, recipe, tmp_path / "out", allow_nonfinite=True, init="random")
+    assert not any(torch.isnan(tensor).any() for tensor in stored(made.path).values())
+
+
+def test_the_command_line_has_the_same_switch(folder: Path, tmp_path: Path) -> None:
+    poison(folder, float("inf"))
+    recipe = tmp_path / "up.yaml"
+    recipe.write_text(json.dumps({"replace": [{**RULE, "match": "*.up_proj"}]}))
+    words = ["convert", str(folder), "-r", str(recipe), "-o", str(tmp_path / "out")]
+    ran = CliRunner().invoke(cli, words)
+    assert ran.exit_code == 1
+    assert "NaN or infinities" in ran.output
+    ran = CliRunner().invoke(cli, [*words, "--allow-nonfinite"])
+    assert ran.exit_code == 0, ran.output
+    assert "NaN or infinities" in " ".join(ran.output.split())
+
+
+def test_a_narrower_type_that_overflows_is_noticed(folder: Path, tmp_path: Path) -> None:
+    poison(folder, 1e30)
+    api.plan(folder, RECIPE)
+    said = refused(api.convert, folder, RECIPE, tmp_path / "out", dtype="float16")
+    assert "1 tensor holds NaN or infinities" in said
+
+
+def test_every_piece_of_a_tensor_is_looked_at_and_integers_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("llmslim.checkpoint.finite._PIECE", 3)
+    for place in range(8):
+        weight = torch.zeros(8)
+        weight[place] = float("nan")
+        (said,) = check_finite([("w", weight)], "m", allow_nonfinite=True)
+        assert "w (1 of 8)" in said
+    whole = [("i", torch.ones(3, dtype=torch.int64)), ("none", torch.ones(0)), ("x", torch.ones(9))]
+    assert check_finite(whole, "m") == ()
+    wrong = torch.full((2, 2), float("inf"), dtype=torch.bfloat16)
+    many = [(f"w{n}", wrong.clone()) for n in range(7)]
+    said = refused(check_finite, many, "m")
+    assert "7 tensors hold" in said
+    assert "w2 (4 of 4) and 4 more;" in said
+    (said,) = check_finite([("a", wrong), ("tied", wrong)], "m", allow_nonfinite=True)
+    assert "tied" not in said
+
+
+def test_real_configs_pass(folder: Path) -> None:
+    check_config({"id2label": {0: "LABEL_0"}}, "read by a config class")
+    usual = {"num_hidden_layers": 126, "vocab_size_per_layer_input": 262_144, "n_embd": 12_288}
+    large = {"max_position_embeddings": 10_485_760, "num_experts": 384, "layer_norm_eps": 1e-5}
+    check_config({**usual, **large, "attn_implementation": "sdpa"}, "config.json")
+    check_config(read_json(folder / "config.json"), "config.json")
+
+
+# --------------------------------------------------------------------------------------- recipes
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("replace: [" + "{}," * 30_000 + "]", "more than 50,000 keys and values"),
+        ("a: " + "1:" * 200_000 + "1", "a value of more than 10,000 characters"),
+        ("a: " + "&a [" * 5 + "*a" + "]" * 5, "a YAML alias"),
+        ("a: !!timestamp x", "not valid YAML"),
+        ("budget: 1e999999999", "finite number"),
+        ("budget: '1e400'", "finite number"),
+        ("refine: {lr: .inf}", "finite number"),
+        ("calibration: {seed: 1" + "0" * 50 + "}", "less than"),
+        ("width: {intermediate_size: 1" + "0" * 50 + "}", "less than"),
+        ("name: ../../elsewhere", "should match pattern"),
+        ('name: "x\\e[2J"', "should match pattern"),
+        ("name: " + "x" * 9000, "at most 100 characters"),
+    ],
+)
+def test_a_recipe_made_to_harm_is_refused_at_once(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    start = time.monotonic()
+    with pytest.raises(RecipeError) as caught:
+        Recipe.load(path)
+    assert said in str(caught.value)
+    assert len(str(caught.value)) < 2000
+    assert time.monotonic() - start < 15
+
+
+def test_a_recipe_of_ten_megabytes_or_without_end_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    for size in (10 << 20, 1 << 40):
+        with path.open("wb") as file:
+            file.truncate(size)
+        with pytest.raises(RecipeError, match=f"{size:,} bytes; a recipe has at most"):
+            Recipe.load(path)
