@@ -54,7 +54,8 @@ def _show(report: Any) -> None:
     lines += [f"- {note}" for note in done["notes"]]
     for answer in done["answers"]:
         lines += ["", f"user: {answer['prompt']}"]
-        lines += [f"  {when}: {answer[when]}" for when in ("before", "after")]
+        # One line each: answers break lines where they please.
+        lines += [f"  {when}: {' '.join(answer[when].split())}" for when in ("before", "after")]
     out = console()
     for line in lines:
         out.print(wording.plain(line), soft_wrap=True)
