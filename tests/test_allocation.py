@@ -119,6 +119,17 @@ def test_layers_that_matter_keep_more() -> None:
     assert max(share[index] for index in (0, 1, 3)) < 0.75
 
 
+def test_layers_that_go_have_no_share_in_the_budget() -> None:
+    recipe = Recipe.of({"budget": 0.5, "depth": {"keep_layers": [0, 3]}, "replace": [AUTO_MLP]})
+    model = tiny_model("llama")
+    chosen = surgery.allocate(model, recipe, CALIBRATION)
+    names = [name for rule in chosen.replace for name in rule.globs]
+    assert {name.split(".")[2] for name in names} == {"0", "3"}
+    report = surgery.plan(model, chosen).report()
+    left = sum(weights_of(report, f"layers.{n}.mlp.down_proj")[1] for n in (0, 3))
+    assert 0.4 * 2 * 48 * 96 < left <= 0.5 * 2 * 48 * 96
+
+
 def test_measured_shares_beat_even_ones() -> None:
     model, even, dense = (tiny_model("llama") for _ in range(3))
     for each in (model, even, dense):

@@ -36,10 +36,12 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
 from llmslim.errors import RecipeError
-from llmslim.init import GramAccumulator, low_rank_factors, relative_error
+from llmslim.init import low_rank_factors, relative_error
 from llmslim.modeling.pivoted_low_rank import PivotedLowRank
-from llmslim.modeling.sizes import StaysDense
+from llmslim.modeling.sizes import StaysDense, exact_ratio
 from llmslim.recipe import Recipe, first_rule
+from llmslim.surgery.depth import kept_layers
+from llmslim.surgery.moments import Moments
 from llmslim.surgery.neurons import eliminate, refit
 from llmslim.surgery.rewrite import Calibration, Progress, quietly
 from llmslim.surgery.rules import AUTO, WIDTH, init_of
@@ -90,12 +92,6 @@ class _Unit:
 
 
 @dataclass
-class _Moments:
-    fit: GramAccumulator
-    held_out: GramAccumulator
-
-
-@dataclass
 class _Fits:
     """One structure at one unit."""
 
@@ -140,7 +136,7 @@ def allocate(
         model.train(was_training)
     assert recipe.budget is not None
     dense = sum(choices[-1].weights for choices in measured)
-    chosen = choose(measured, int(dense * recipe.budget))
+    chosen = choose(measured, int(dense * exact_ratio(recipe.budget)))
     if chosen is None:
         least = sum(min(c.weights for c in choices) for choices in measured) / dense
         raise RecipeError(
@@ -185,9 +181,13 @@ def choose(candidates: Sequence[Sequence[Candidate]], budget: int) -> list[Candi
 def _find_units(model: Any, recipe: Recipe) -> list[_Unit]:
     """Return what is to be decided, in the model's order."""
     layers = find_layers(model)
+    every = range(layers.count)
+    stay = every if recipe.depth is None else kept_layers(recipe, layers.count)
     rule_of = {}
     for name in find_sites(model):
-        index = first_rule(recipe, name)
+        layer, index = layers.index_of(name), first_rule(recipe, name)
+        if layer not in stay:
+            continue  # what goes with its layer has no share in the budget
         if index is not None and recipe.replace[index].structure == AUTO:
             rule_of[name] = index
     units: dict[str, _Unit] = {}
@@ -249,12 +249,11 @@ class _Measurement:
 
     def _walk(
         self, index: int, layer: nn.Module, units: list[_Unit]
-    ) -> tuple[dict[str, _Moments], list[Tensor]]:
+    ) -> tuple[dict[str, Moments], list[Tensor]]:
         """Run one layer on every window and gather the moments of its units' inputs."""
-        names = [name for unit in units for name in unit.sites]
-        modules = {name: self.model.get_submodule(name) for name in names}
+        modules = {unit.name: self.model.get_submodule(unit.name) for unit in units}
         weighted = {unit.name for unit in units if unit.ups}
-        moments: dict[str, _Moments] = {}
+        moments: dict[str, Moments] = {}
         after = []
         for batch, x in enumerate(self.stream):
             output, inputs = run_layer(
@@ -262,14 +261,12 @@ class _Measurement:
             )
             assert output is not None
             after.append(output)
-            counted: dict[int, _Moments] = {}
+            counted: dict[int, Moments] = {}
             for name, seen in inputs.items():
                 # Projections that read one tensor share its moments.
                 known = counted.get(seen.data_ptr())
                 if known is None:
-                    known = moments.get(name) or _Moments(
-                        *(GramAccumulator(seen.shape[-1], device=seen.device) for _ in range(2))
-                    )
+                    known = moments.get(name) or Moments.of(seen.shape[-1], device=seen.device)
                     side = known.fit if batch < self.fitting else known.held_out
                     x_NLI = seen.float()
                     # As in the fit that follows: what an MLP adds counts for what the stream is.
@@ -278,7 +275,7 @@ class _Measurement:
                 moments[name] = known
         return moments, after
 
-    def _narrowed(self, unit: _Unit, moments: _Moments) -> _Fits:
+    def _narrowed(self, unit: _Unit, moments: Moments) -> _Fits:
         """Fit an MLP with fewer neurons, in every size."""
         weight_OM = self._dense(unit.name).float()
         gram_MM, held_MM = moments.fit.gram_II, moments.held_out.gram_II
@@ -296,7 +293,7 @@ class _Measurement:
                 fits.probe = {unit.name: whole}
         return fits
 
-    def _low_rank(self, unit: _Unit, moments: _Moments) -> _Fits:
+    def _low_rank(self, unit: _Unit, moments: Moments) -> _Fits:
         """Fit one projection with a lower rank, in every size."""
         weight_OI = self._dense(unit.name).double()
         sizes = (weight_OI.shape[1], weight_OI.shape[0])

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from llmslim.init import GramAccumulator, Target, damping, equivalent_target, learn_outputs
 from llmslim.surgery.blocks import put_block
+from llmslim.surgery.moments import Moments
 from llmslim.surgery.neurons import eliminate, refit
 from llmslim.surgery.plan import MlpPlan, Plan, SitePlan
 from llmslim.surgery.refine import Pair, refine_layer
@@ -62,14 +63,6 @@ class _Ahead:
     """The slim stream without the last projection, and that projection's input."""
     add: Callable[[Tensor], Tensor] | None = None
     """The last projection, as it is now."""
-
-
-@dataclass
-class _Statistics:
-    """Second moments of one group's inputs and targets, for fitting and held out."""
-
-    fit: GramAccumulator
-    held_out: GramAccumulator
 
 
 @torch.no_grad()
@@ -359,7 +352,7 @@ class _Sequential:
 
     def _inner_statistics(
         self, index: int, layer: nn.Module, dense: nn.Module, name: str, *, fit: bool = True
-    ) -> _Statistics:
+    ) -> Moments:
         """Moments of a projection's slim inputs against its dense inputs."""
 
         def pairs() -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
@@ -376,7 +369,7 @@ class _Sequential:
 
     def _writer_statistics(
         self, index: int, layer: nn.Module, dense: nn.Module, name: str, *, fit: bool = True
-    ) -> _Statistics:
+    ) -> Moments:
         """Moments of a writing projection's slim inputs against what it should add."""
         writer, later = layer.get_submodule(name), self._later_writers(index, layer, name)
         bias: Any = getattr(writer, "bias", None)
@@ -425,17 +418,12 @@ class _Sequential:
         found: Tensor = seen["x"]
         return found
 
-    def _gather(
-        self, pairs: Iterator[tuple[Tensor, Tensor, Tensor | None]], fit: bool
-    ) -> _Statistics:
-        statistics: _Statistics | None = None
+    def _gather(self, pairs: Iterator[tuple[Tensor, Tensor, Tensor | None]], fit: bool) -> Moments:
+        statistics: Moments | None = None
         for batch, (x, y, weight) in enumerate(pairs):
             if statistics is None:
                 sizes = (x.shape[-1], y.shape[-1])
-                statistics = _Statistics(
-                    GramAccumulator(*sizes, device=x.device),
-                    GramAccumulator(*sizes, device=x.device),
-                )
+                statistics = Moments.of(*sizes, device=x.device)
             into = statistics.fit if fit and batch < self.fitting else statistics.held_out
             x, y = x.float(), y.float()
             if weight is not None:

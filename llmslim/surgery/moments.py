@@ -1,0 +1,27 @@
+"""Second moments of activations: of the tokens to fit on, and of those held out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from llmslim.init import GramAccumulator
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What a fit looks at, and what it is judged by."""
+
+    fit: GramAccumulator
+    held_out: GramAccumulator
+
+    @classmethod
+    def of(
+        cls, in_features: int, out_features: int | None = None, *, device: torch.device
+    ) -> Moments:
+        """Return empty ones; arguments as for `GramAccumulator`."""
+        fit, held_out = (
+            GramAccumulator(in_features, out_features, device=device) for _ in range(2)
+        )
+        return cls(fit, held_out)
