@@ -5,19 +5,17 @@ Each is a few calls into the layers below; none prints.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmslim import surgery
 from llmslim.checkpoint import (
     Verification,
-    check_finite,
     check_target,
     dense_copy,
     empty_model,
@@ -27,28 +25,16 @@ from llmslim.checkpoint import (
     verify_folder,
     write_checkpoint,
 )
+from llmslim.conversion import Conversion, RecipeLike, calibration_spec, convert, token_ids
 from llmslim.data import Windows, calibration_windows
-from llmslim.errors import CheckpointError, RecipeError, SlimError
-from llmslim.healing import HealReport, Place, heal_model, working_folder
-from llmslim.healing.prepare import Ready, prepare, without_paths
-from llmslim.healing.processes import processes
-from llmslim.healing.work import history_text
-from llmslim.recipe import Calibration, Heal, Recipe, recipe_yaml
+from llmslim.recipe import Heal, Recipe, recipe_yaml
 from llmslim.reporting.card import model_card
 from llmslim.reporting.healed import picture
 from llmslim.surgery import Plan, Progress, Report, quietly
 
-RecipeLike = Recipe | str | Path | Mapping[str, Any]
-"""A recipe, its file, the name of a shipped one, or a mapping shaped like a recipe file."""
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """What `convert` made."""
-
-    path: Path
-    """The checkpoint's folder."""
-    report: Report
+if TYPE_CHECKING:  # with a Trainer behind it: only `heal` waits for that
+    from llmslim.healing import HealReport
+    from llmslim.healing.prepare import Ready
 
 
 def plan(
@@ -122,153 +108,13 @@ def slim(
     recipe = Recipe.of(recipe)
     made = plan(model, recipe, init=init)
     if calibration is None and made.needs_calibration:
-        spec = _calibration_spec(recipe, model, None, None)
+        spec = calibration_spec(recipe, model, None, None)
         calibration = calibration_windows(spec, tokenizer, model, progress=progress)
-    windows = _token_ids(calibration)
+    windows = token_ids(calibration)
     if windows is not None and recipe.has_auto and made.needs_calibration:
         recipe = surgery.allocate(model, recipe, windows, init=init, progress=progress)
         made = plan(model, recipe, init=init)
     return surgery.rewrite(model, made, seed=seed, calibration=windows, progress=progress)
-
-
-def convert(
-    model: str | Path,
-    recipe: RecipeLike | None = None,
-    out: str | Path | None = None,
-    *,
-    init: str | None = None,
-    dtype: str | None = None,
-    seed: int = 0,
-    calibration: str | None = None,
-    calibration_tokens: int | None = None,
-    trust_remote_code: bool = False,
-    allow_nonfinite: bool = False,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> Conversion:
-    """Make a slim checkpoint from a model.
-
-    Args:
-        model: a hub id, a folder, a GGUF file, or a folder with a published kphi-3 checkpoint.
-        recipe: what to do; may be left out for a kphi-3 checkpoint, which is slim already.
-        out: folder to write; `./<model>-<recipe>` by default. Must not exist.
-        init: a method that takes the place of the recipe's.
-        dtype: `float32`, `bfloat16` or `float16`; the source's own by default.
-        seed: seed of everything drawn.
-        calibration: text to fit to, in place of the recipe's: `self`, a file or a data set. With
-            it, a recipe that needs none is fitted by `least_squares`, unless `init` says otherwise.
-        calibration_tokens: how many tokens of it.
-        trust_remote_code: run model code that comes with the model.
-        allow_nonfinite: go on where weights of the model are NaN or infinite; the report then
-            names them.
-        overwrite: replace `out` where it exists, once the new one is whole.
-        progress: told how many steps are done, how many there are (0 while that is not known),
-            and what comes now.
-
-    Raises:
-        RecipeError: if no recipe is given and the model is not slim already.
-        SlimError: with every problem found; `out` is then as it was.
-    """
-    chosen = None if recipe is None else Recipe.of(recipe)
-    source = open_source(model, trust_remote_code=trust_remote_code)
-    if chosen is None:
-        if not source.is_kphi3:
-            raise RecipeError(
-                f"{source.given}: no recipe given; only kphi-3 checkpoints are slim already. "
-                "Name a recipe."
-            )
-        chosen = Recipe(name="kphi3", description="A published kphi-3 checkpoint, as it is.")
-    if init is None and (calibration is not None or calibration_tokens is not None):
-        init = "least_squares"
-    target = Path(out) if out is not None else Path(f"{source.name}-{chosen.name}")
-    check_target(target, overwrite)
-    if not source.is_kphi3:
-        # Everything that can be wrong with the recipe is found before gigabytes are read.
-        empty = empty_model(source.config, source.given, trust_remote_code=trust_remote_code)
-        surgery.plan(empty, chosen, model_name=source.name, init=init)
-    tell = progress or quietly
-    tell(0, 0, "reading the model")
-    loaded = load_model(source, dtype=dtype, trust_remote_code=trust_remote_code)
-    weights = loaded.state_dict().items()
-    nonfinite = check_finite(weights, source.given, allow_nonfinite=allow_nonfinite)
-    made = surgery.plan(loaded, chosen, model_name=source.name, init=init)
-    tokenizer = load_tokenizer(source)
-    windows = None
-    if made.needs_calibration:
-        spec = _calibration_spec(chosen, loaded, calibration, calibration_tokens)
-        windows = calibration_windows(spec, tokenizer, loaded, progress=tell)
-    ids = _token_ids(windows)
-    if ids is not None and chosen.has_auto:
-        chosen = surgery.allocate(loaded, chosen, ids, init=init, progress=tell)
-        made = surgery.plan(loaded, chosen, model_name=source.name, init=init)
-    steps = 0
-
-    def fitting(done: int, total: int, what: str) -> None:
-        nonlocal steps
-        steps = total
-        tell(done, total + 1, what)
-
-    with _blamed_on(nonfinite):
-        report = surgery.rewrite(loaded, made, seed=seed, calibration=ids, progress=fitting)
-    notes = (*nonfinite, *(() if windows is None else windows.notes))
-    if notes:
-        report = replace(report, problems=(*report.problems, *notes))
-    tell(steps, steps + 1, "writing and reading back")
-    write_checkpoint(
-        loaded,
-        target,
-        source=source,
-        tokenizer=tokenizer,
-        report=report.to_dict(),
-        recipe_text=recipe_yaml(chosen),
-        model_card=model_card(
-            report,
-            recipe_text=recipe_yaml(chosen),
-            base_model=source.given,
-            slim=loaded.config.model_type == "llmslim",
-        ),
-        overwrite=overwrite,
-    )
-    tell(steps + 1, steps + 1, "done")
-    return Conversion(target, report)
-
-
-@contextmanager
-def _blamed_on(nonfinite: tuple[str, ...]) -> Iterator[None]:
-    """Tell of weights that are not finite where a fit to them fails.
-
-    Raises:
-        CheckpointError: in place of what linear algebra says of NaN.
-        RuntimeError: as it was, where all weights are finite.
-        ValueError: the same.
-    """
-    try:
-        yield
-    except (RuntimeError, ValueError) as error:
-        if not nonfinite or isinstance(error, SlimError):
-            raise
-        raise CheckpointError(
-            f"{nonfinite[0]} Blocks cannot be fitted to them ({error}). Keep these modules as "
-            "they are (`keep: true`), or draw the blocks (`init: random`)."
-        ) from error
-
-
-def _token_ids(windows: Windows | None) -> surgery.Calibration | None:
-    return None if windows is None else surgery.Calibration(windows.ids, windows.held_out)
-
-
-def _calibration_spec(
-    recipe: Recipe, model: PreTrainedModel, data: str | None, tokens: int | None
-) -> Calibration:
-    """Return the recipe's calibration section, with what the caller asked for instead."""
-    given = recipe.calibration or Calibration()
-    if "sequence_length" not in given.model_fields_set:
-        # Windows as long as the model reads, where that is less than the usual length.
-        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        usual = given.sequence_length
-        given = given.model_copy(update={"sequence_length": min(usual, longest or usual)})
-    changes: dict[str, Any] = {"data": data, "tokens": tokens}
-    return given.model_copy(update={k: v for k, v in changes.items() if v is not None})
 
 
 def load(path: str | Path, *, dtype: str | None = None) -> PreTrainedModel:
@@ -354,6 +200,10 @@ def heal(
         HealingError: if the training cannot be done or cannot go on.
         SlimError: with what is wrong with model, recipe or data; `out` is then as it was.
     """
+    from llmslim.healing import Place, heal_model, working_folder
+    from llmslim.healing.prepare import prepare
+    from llmslim.healing.processes import processes
+
     asked = {"train": train, "tokens": tokens, "epochs": epochs, "seed": seed}
     state = processes()
     tell = (progress if state.is_main_process else None) or quietly
@@ -398,6 +248,9 @@ def heal(
 
 def _write_healed(ready: Ready, report: HealReport, overwrite: bool) -> None:
     """Write a healed model with its ledger, its recipe and what was done to it."""
+    from llmslim.healing.prepare import without_paths
+    from llmslim.healing.work import history_text
+
     model, folder, spec = ready.model, ready.folder, without_paths(ready.spec)
     name = ready.source.name if ready.source else ""
     recipe = folder.recipe or Recipe(name="heal", description="Trained as it was.")

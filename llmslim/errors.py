@@ -5,6 +5,7 @@
     ├── TargetError      (LookupError)   a rule or a name that fits nothing in the model
     ├── SizeError        (ValueError)    sizes, groups and ranks that do not fit each other
     ├── CheckpointError  (ValueError)    a folder or file that cannot be read, written or trusted
+    │   └── UnfinishedError              work that was cut short and can be resumed
     ├── DataError        (ValueError)    calibration or training text
     └── HealingError     (RuntimeError)  training that cannot go on
 
@@ -45,6 +46,10 @@ class SizeError(SlimError, ValueError):
 
 class CheckpointError(SlimError, ValueError):
     """A model folder or file that cannot be read, written or trusted."""
+
+
+class UnfinishedError(CheckpointError):
+    """Work that was cut short by a disk, not by a mistake: what is done is kept for a resume."""
 
 
 class DataError(SlimError, ValueError):

@@ -49,6 +49,13 @@ def test_a_header_is_read_as_safetensors_wrote_it(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("length", [0x280, 0x380, 0x480, 0x580])
+def test_a_length_that_begins_as_a_pickle_does(length: int, tmp_path: Path) -> None:
+    header = json.dumps(GOOD).encode().ljust(length)
+    (tmp_path / "x.safetensors").write_bytes(raw(header))
+    assert list(read_header(tmp_path / "x.safetensors")) == ["a", "b"]
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

@@ -379,12 +379,15 @@ def test_convert_hands_every_option_on(monkeypatch, tmp_path):
     calls = stub(monkeypatch, "convert", made)
     options = ["--init", "random", "--dtype", "bfloat16", "--seed", "7", "--trust-remote-code"]
     options += ["--calibration", "text.txt", "--calibration-tokens", "99", "--allow-nonfinite"]
+    options += ["--max-shard-size", "2GB", "--resume"]
     ok("convert", "model", "--recipe", "mlp-half", "-o", tmp_path / "o", "--overwrite", *options)
     [(args, kwargs)] = calls
     assert (args[0], args[1].name, args[2]) == ("model", "mlp-half", tmp_path / "o")
     assert callable(kwargs.pop("progress"))
     assert kwargs == {
         "allow_nonfinite": True,
+        "max_shard_size": "2GB",
+        "resume": True,
         "init": "random",
         "dtype": "bfloat16",
         "seed": 7,

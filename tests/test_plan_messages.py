@@ -131,7 +131,7 @@ def test_rows_say_why() -> None:
     assert action == "kept"
     assert "no common divisor of 96 and 48 from 2 to 1" in reason
     assert outcome("model.layers.1.mlp.gate_proj") == ("unmatched", "no rule matches")
-    assert outcome("model.norm") == ("kept", "not a projection")
+    assert outcome("model.norm") == ("kept", "a norm")
     assert outcome("lm_head") == ("tied", "shares its parameters with model.embed_tokens")
     assert rows["lm_head"].params_before == 0
     assert rows["lm_head"].flops_per_token_after == 2 * 96 * 48

@@ -19,9 +19,10 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from llmslim.errors import CheckpointError
+from llmslim.modeling.experts import Experts
 from llmslim.modeling.factored_embedding import FactoredEmbedding
 from llmslim.modeling.factored_head import FactoredHead
-from llmslim.modeling.modeling_llmslim import SlimModelMixin
+from llmslim.modeling.modeling_llmslim import SlimModelMixin, other_names
 from llmslim.modeling.sizes import WIDTH_FIELDS
 from llmslim.modeling.structured import StructuredLinear
 
@@ -53,11 +54,18 @@ def dense_copy(model: PreTrainedModel) -> PreTrainedModel:
     config = _base_config(model.config)
     skeleton = _skeleton(base, config)
     state = dict(model.state_dict())
-    for name in model.config.llmslim["sites"]:
+    sites = model.config.llmslim["sites"]
+    shared = other_names(model, set(sites))
+    for name in (each for site in sites for each in (site, *shared.get(site, ()))):
         for key in [key for key in state if key.startswith(f"{name}.")]:
             del state[key]
+        module = model.get_submodule(name)
+        if isinstance(module, Experts):
+            stack = copy.deepcopy(module).float()
+            state[name] = stack.to_dense().to(module.dtype)
+            continue
         transposed = isinstance(skeleton.get_submodule(name), Conv1D)
-        state |= _dense_state(name, model.get_submodule(name), transposed)
+        state |= _dense_state(name, module, transposed)
     for one, other in skeleton.all_tied_weights_keys.items():
         if one in state and other in state and not torch.equal(state[one], state[other]):
             config.tie_word_embeddings = False

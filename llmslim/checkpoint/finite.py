@@ -9,26 +9,57 @@ be read while it goes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from math import isfinite
 
 import torch
 from torch import Tensor
 
-from llmslim.errors import CheckpointError
+from llmslim.errors import CheckpointError, SlimError
 
 _PIECE = 1 << 24
 """Elements looked at together."""
 _SHOWN = 3
 
 
-def check_finite(
-    tensors: Iterable[tuple[str, Tensor]], where: str, *, allow_nonfinite: bool = False
-) -> tuple[str, ...]:
-    """Look for NaN and infinities in weights.
+def nonfinite_tensors(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Return the tensors that hold NaN or infinities, each with how many.
 
     Args:
         tensors: names and tensors; those that are not floating-point are passed over, and a
             tensor that comes under a second name is looked at once.
+
+    Example:
+        >>> nonfinite_tensors([("a", torch.tensor([1.0, float("nan")]))])
+        ['a (1 of 2)']
+    """
+    seen: set[tuple[int, int]] = set()
+    found = []
+    for name, tensor in tensors:
+        place = (tensor.data_ptr(), tensor.numel())
+        if not tensor.is_floating_point() or not tensor.numel() or place in seen:
+            continue
+        seen.add(place)
+        pieces = tensor.detach().reshape(-1).split(_PIECE)
+        # Extremes take one quick pass, and NaN is carried through them; counting is for the rare.
+        wrong = sum(
+            piece.numel() - int(torch.isfinite(piece).sum())
+            for piece in pieces
+            if not all(map(isfinite, map(float, torch.aminmax(piece))))
+        )
+        if wrong:
+            found.append(f"{name} ({wrong:,} of {tensor.numel():,})")
+    return found
+
+
+def told_of_nonfinite(
+    found: Sequence[str], where: str, *, allow_nonfinite: bool = False
+) -> tuple[str, ...]:
+    """Say which weights are not finite.
+
+    Args:
+        found: what `nonfinite_tensors` returned.
         where: the model, for the message.
         allow_nonfinite: whether they are reported only.
 
@@ -37,24 +68,7 @@ def check_finite(
 
     Raises:
         CheckpointError: if there are any and they are not allowed.
-
-    Example:
-        >>> check_finite([("a", torch.tensor([1.0, float("nan")]))], "m", allow_nonfinite=True)
-        ('m: 1 tensor holds NaN or infinities: a (1 of 2).',)
     """
-    seen: set[tuple[int, int]] = set()
-    found = []
-    for name, tensor in tensors:
-        place = (tensor.data_ptr(), tensor.numel())
-        if not tensor.is_floating_point() or (tensor.numel() and place in seen):
-            continue
-        seen.add(place)
-        wrong = sum(
-            piece.numel() - int(torch.isfinite(piece).sum())
-            for piece in tensor.detach().reshape(-1).split(_PIECE)
-        )
-        if wrong:
-            found.append(f"{name} ({wrong:,} of {tensor.numel():,})")
     if not found:
         return ()
     more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
@@ -68,3 +82,46 @@ def check_finite(
             "(--allow-nonfinite) to go on with them."
         )
     return (f"{said}.",)
+
+
+def check_finite(
+    tensors: Iterable[tuple[str, Tensor]], where: str, *, allow_nonfinite: bool = False
+) -> tuple[str, ...]:
+    """Look for NaN and infinities in weights, and say so.
+
+    Args:
+        tensors: as for `nonfinite_tensors`.
+        where: as for `told_of_nonfinite`.
+        allow_nonfinite: as for `told_of_nonfinite`.
+
+    Raises:
+        CheckpointError: if there are any and they are not allowed.
+
+    Example:
+        >>> check_finite([("a", torch.tensor([1.0, float("nan")]))], "m", allow_nonfinite=True)
+        ('m: 1 tensor holds NaN or infinities: a (1 of 2).',)
+    """
+    return told_of_nonfinite(nonfinite_tensors(tensors), where, allow_nonfinite=allow_nonfinite)
+
+
+@contextmanager
+def blamed_on(nonfinite: tuple[str, ...]) -> Iterator[None]:
+    """Tell of weights that are not finite where a fit to them fails.
+
+    Args:
+        nonfinite: what `told_of_nonfinite` returned.
+
+    Raises:
+        CheckpointError: in place of what linear algebra says of NaN.
+        RuntimeError: as it was, where all weights are finite.
+        ValueError: the same.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        if not nonfinite or isinstance(error, SlimError):
+            raise
+        raise CheckpointError(
+            f"{nonfinite[0]} Blocks cannot be fitted to them ({error}). Keep these modules as "
+            "they are (`keep: true`), or draw the blocks (`init: random`)."
+        ) from error

@@ -6,7 +6,7 @@ hold is an error here; transformers would draw a random one and say so in its lo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from transformers import (
 from llmslim.errors import CheckpointError
 from llmslim.modeling.configuration_llmslim import register
 
+from .quantised import unpacking
 from .quiet import quiet
 from .shards import FLOATS, Entry, read_weights
 from .source import Source, empty_model, first_line
@@ -45,8 +46,8 @@ def load_model(
     Args:
         source: from `open_source`.
         dtype: float32, bfloat16 or float16; by default the type its weights are stored in
-            (GGUF: float32), where they are of several types the one config.json names, as long
-            as that loses nothing.
+            (GGUF: float32), where they are of several types or quantised the one config.json
+            names, as long as that loses nothing.
         trust_remote_code: as for `open_source`.
 
     Raises:
@@ -70,14 +71,22 @@ def load_model(
         }
         return _from_pretrained(source, options)
     entries = read_weights(source.path)
-    _check_size(source, entries, trust_remote_code)
+    check_size(source, entries, trust_remote_code)
     options["use_safetensors"] = True
-    stored = _float_types(source.given, entries)
-    if dtype is None and len(stored) == 1:
-        dtype = FLOATS[stored[0]]
-    model = _from_pretrained(source, {**options, "dtype": dtype or "auto"})
-    if dtype is None and _narrowed(model, entries):
-        exact = "float64" if "F64" in stored else "float32"
+    quantisation = unpacking(source.config)
+    if quantisation is not None:
+        wanted = dtype or getattr(source.config, "dtype", None) or "bfloat16"
+        model = _from_pretrained(
+            source, {**options, "quantization_config": quantisation, "dtype": wanted}
+        )
+        for parameter in model.parameters():  # some are unpacked in the type of their scales
+            parameter.data = parameter.data.to(model.config.dtype)
+        # How they were unpacked; transformers would pack them again on saving.
+        model._weight_conversions = None  # type: ignore[assignment]
+        return model
+    chosen = dtype or dtype_of_weights(source.given, entries)
+    model = _from_pretrained(source, {**options, "dtype": chosen or "auto"})
+    if chosen is None and (exact := loses_values(model, entries)):
         return _from_pretrained(source, {**options, "dtype": exact})
     return model
 
@@ -120,7 +129,7 @@ def load_tokenizer(
     return tokenizer
 
 
-def _check_size(source: Source, entries: Mapping[str, Entry], trust_remote_code: bool) -> None:
+def check_size(source: Source, entries: Mapping[str, Entry], trust_remote_code: bool) -> None:
     """Compare the size of the model that the config describes with what the files hold.
 
     transformers takes memory for what the files lack before it says so. Which tensors are lacking
@@ -154,18 +163,37 @@ def _from_pretrained(source: Source, options: dict[str, Any]) -> PreTrainedModel
         raise CheckpointError(
             f"{source.given}: cannot be loaded as a causal language model ({first_line(error)})."
         ) from error
-    absent = sorted({*map(str, info["missing_keys"]), *map(str, info["mismatched_keys"])})
-    if absent:
-        raise CheckpointError(
-            f"{source.given}: {len(absent)} weights of the model are missing or of another shape, "
-            f"such as {absent[0]}; every weight must be there. Download the model again."
-        )
+    refuse_absent(
+        source.given, {*map(str, info["missing_keys"]), *map(str, info["mismatched_keys"])}
+    )
     loaded: PreTrainedModel = model.eval()
     return loaded
 
 
-def _float_types(given: str, entries: Mapping[str, Entry]) -> list[str]:
-    """Return the types of the stored floating-point weights, narrowest first.
+def refuse_absent(given: str, names: Iterable[str]) -> None:
+    """Refuse files that lack weights, or have them in another shape.
+
+    Args:
+        given: the model, for messages.
+        names: those weights; none is fine.
+
+    Raises:
+        CheckpointError: if there are any.
+    """
+    absent = sorted(names)
+    if absent:
+        raise CheckpointError(
+            f"{given}: {len(absent)} weights of the model are missing or of another shape, "
+            f"such as {absent[0]}; every weight must be there. Download the model again."
+        )
+
+
+def dtype_of_weights(given: str, entries: Mapping[str, Entry]) -> str | None:
+    """Return the type that all stored floating-point weights have, None if they have several.
+
+    Args:
+        given: the model, for messages.
+        entries: what its files hold.
 
     Raises:
         CheckpointError: if there are none, or some are of a type only quantised models have.
@@ -176,15 +204,21 @@ def _float_types(given: str, entries: Mapping[str, Entry]) -> list[str]:
             f"{given}: weights of type {', '.join(sorted(found - set(FLOATS))) or 'integer'}; "
             f"allowed {', '.join(FLOATS)}."
         )
-    return sorted(found, key=list(FLOATS).index)
+    return FLOATS[found.pop()] if len(found) == 1 else None
 
 
-def _narrowed(model: PreTrainedModel, entries: Mapping[str, Entry]) -> bool:
-    """Return whether a weight was loaded in a type that cannot hold all its stored values."""
+def loses_values(model: PreTrainedModel, entries: Mapping[str, Entry]) -> str | None:
+    """Return the type to load in, where the model's cannot hold all values that are stored.
+
+    Args:
+        model: loaded, or on the meta device, in the type that its config names.
+        entries: what its files hold.
+    """
     widths = {name: torch.finfo(getattr(torch, dtype)).bits for name, dtype in FLOATS.items()}
     for name, tensor in model.state_dict().items():
         stored = entries[name].dtype if name in entries else ""
         other = stored in FLOATS and tensor.dtype != getattr(torch, FLOATS[stored])
         if other and torch.finfo(tensor.dtype).bits <= widths[stored]:
-            return True
-    return False
+            wide = any(entry.dtype == "F64" for entry in entries.values())
+            return "float64" if wide else "float32"
+    return None

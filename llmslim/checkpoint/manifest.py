@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,12 +49,15 @@ class Verification:
         return not self.problems
 
 
-def write_manifest(folder: Path, *, source: Source | None = None) -> Path:
+def write_manifest(
+    folder: Path, *, source: Source | None = None, known: Mapping[Path, str] | None = None
+) -> Path:
     """Write the manifest of a checkpoint.
 
     Args:
         folder: the checkpoint, complete but for the manifest.
         source: the model it was made from; its files are listed as well.
+        known: SHA-256 of files that need not be read again.
 
     Returns:
         The manifest's path.
@@ -62,10 +65,13 @@ def write_manifest(folder: Path, *, source: Source | None = None) -> Path:
     data = {
         "format": FORMAT,
         "llmslim": __version__,
-        "files": _describe(folder, _files(folder)),
+        "files": _describe(folder, _files(folder), known or {}),
         "source": None
         if source is None or source.path is None
-        else {"model": source.name, "files": _describe(source.path, _inputs(source))},
+        else {
+            "model": source.name,
+            "files": _describe(source.path, input_files(source), known or {}),
+        },
     }
     path = folder / MANIFEST
     path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -106,12 +112,12 @@ def verify_folder(path: Path) -> Verification:
         if not isinstance(entry, dict) or entry.get("bytes") != size:
             wanted = entry.get("bytes") if isinstance(entry, dict) else entry
             problems.append(f"{name}: {size} bytes; {wanted} were written.")
-        elif entry.get("sha256") != _sha256(found[name]):
+        elif entry.get("sha256") != file_sha256(found[name]):
             problems.append(f"{name}: changed; its SHA-256 is not the one written.")
-    return Verification(path, len(listed), (*sorted(problems), *_weight_problems(path)))
+    return Verification(path, len(listed), (*sorted(problems), *weight_problems(path)))
 
 
-def _weight_problems(folder: Path) -> list[str]:
+def weight_problems(folder: Path) -> list[str]:
     """Return how the weights in the files differ from those that the slim config's model needs."""
     register()
     try:
@@ -153,7 +159,8 @@ def _files(folder: Path) -> list[Path]:
     )
 
 
-def _inputs(source: Source) -> list[Path]:
+def input_files(source: Source) -> list[Path]:
+    """Return the files of a model that a manifest names."""
     assert source.path is not None
     if source.gguf_file is not None:
         return [source.path / source.gguf_file]
@@ -161,16 +168,17 @@ def _inputs(source: Source) -> list[Path]:
     return sorted({*small, *weight_files(source.path)})
 
 
-def _describe(folder: Path, files: Iterable[Path]) -> dict[str, Any]:
+def _describe(folder: Path, files: Iterable[Path], known: Mapping[Path, str]) -> dict[str, Any]:
     return {
         file.relative_to(folder).as_posix(): {
             "bytes": file.stat().st_size,
-            "sha256": _sha256(file),
+            "sha256": known.get(file) or file_sha256(file),
         }
         for file in files
     }
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

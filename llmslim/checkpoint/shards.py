@@ -75,8 +75,10 @@ def read_header(path: Path) -> dict[str, Entry]:
             text = file.read(length) if length <= min(size - 8, _MAX_HEADER) else None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
-    # A zip archive, which torch.save writes, or a pickle of protocol 2 or later.
-    if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"):
+    # A zip archive, which torch.save writes, or a pickle of protocol 2 or later. A header of 640
+    # bytes begins as a pickle does, but with JSON after its length.
+    pickle = start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"
+    if start[:4] == b"PK\x03\x04" or (pickle and (text is None or text[:1] != b"{")):
         raise CheckpointError(
             f"{path}: a {'zip archive' if start[:1] == b'P' else 'pickle'}, not safetensors; "
             f"such files can run code when opened. {_CONVERT}"

@@ -3,7 +3,8 @@
 Everything that can be known without reading a weight is checked first, so that a broken download
 is one sentence naming the file, and never a model with fresh random weights in the gaps.
 
-Left out: pickled weights (they can run code) and weights stored quantised other than as GGUF.
+Left out: pickled weights (they can run code), and quantised ones that only a library of their own
+can unpack (see `quantised`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from llmslim.errors import CheckpointError
 from llmslim.modeling.configuration_llmslim import register
 
 from .config import check_config, check_folder
+from .quantised import check_quantisation
 from .quiet import quiet
 from .shards import read_json, read_weights
 
@@ -92,13 +94,7 @@ def open_source(
     config_dict = read_json(folder / "config.json")
     check_config(config_dict, folder / "config.json")
     if weights:
-        method = config_dict.get("quantization_config")
-        if method:
-            name = method.get("quant_method") if isinstance(method, dict) else method
-            raise CheckpointError(
-                f"{given}: its weights are quantised ({name}); only plain weights and GGUF are "
-                "read. Use the model it was quantised from."
-            )
+        check_quantisation(config_dict, given)
         read_weights(folder)
     is_kphi3, config = _read_config(given, folder, config_dict, trust_remote_code)
     return Source(given, folder, None, config, is_kphi3)

@@ -3,6 +3,7 @@
     0   done
     1   an error: one message on stderr; or a check (`verify`, `--fail-under`) that failed
     2   wrong usage
+    75  cut short by a full disk: what is done is kept, the same command goes on with --resume
     130 interrupted
 
 A command is a file in `commands`. Its module is imported when the command runs or its help is
@@ -18,7 +19,7 @@ from typing import Any
 import click
 
 from llmslim._version import __version__
-from llmslim.errors import SlimError
+from llmslim.errors import SlimError, UnfinishedError
 
 from .settings import Settings, shared_options
 
@@ -48,8 +49,9 @@ class CommandFolder(click.Group):
         settings = ctx.ensure_object(Settings)
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            click.echo(f"\nInterrupted; {settings.what_was_written()}.", err=True)
+        except KeyboardInterrupt as interrupt:
+            kept = "; ".join(getattr(interrupt, "__notes__", ()))
+            click.echo(f"\nInterrupted; {kept or settings.what_was_written()}.", err=True)
             ctx.exit(130)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise  # click's own business
@@ -58,7 +60,7 @@ class CommandFolder(click.Group):
                 raise
             # The problems of one run line up below each other.
             click.echo("Error: " + "\n       ".join(error.problems), err=True)
-            ctx.exit(1)
+            ctx.exit(75 if isinstance(error, UnfinishedError) else 1)
         except Exception as error:
             if settings.debug:
                 raise

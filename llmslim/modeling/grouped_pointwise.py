@@ -282,7 +282,16 @@ class GroupedPointwise(StructuredLinear):
         """
         if self.activation is not None:
             raise ValueError(f"a block with activation {self.activation!r} has no dense equivalent")
-        return super().to_dense()
+        if self.variant != "io" or self.groups == 1 or self.order is not None:
+            return super().to_dense()
+        groups, o = self.groups, self.out_features // self.groups
+        i = self.in_features // groups
+        each = torch.arange(groups, device=self.weight.device)
+        rows_GoI = self.weight.new_zeros(groups, o, self.in_features)
+        first, second = self.weight.transpose(1, 2).split(i, dim=2)  # (G, o, i) each
+        rows_GoI.view(groups, o, groups, i)[each, :, each] = first
+        rows_GoI.view(groups, o, i, groups)[each, :, :, each] += second
+        return rows_GoI.flatten(0, 1)
 
 
 def _has_second(in_features: int, out_features: int, groups: int, variant: str) -> bool:

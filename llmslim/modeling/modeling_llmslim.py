@@ -24,8 +24,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .configuration_llmslim import FORMAT, SlimConfig, slim_config_class
@@ -68,6 +69,15 @@ class SlimModelMixin:
         if problems:
             raise ValueError(f"{args[0]}: not a whole slim checkpoint; {'; '.join(problems)}")
         return (model, info) if wants_info else model
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Return whether the base class is code of its own; to transformers a slim one is as it is.
+
+        Otherwise loading would not compute anew what some models keep outside their files.
+        """
+        base: Any = next(base for base in cls.__mro__ if not issubclass(base, SlimModelMixin))
+        return bool(base.is_custom_code())
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Save as the base class does, and the files that load it again beside the weights."""
@@ -122,7 +132,17 @@ class SlimForCausalLM:
     @staticmethod
     def _model_class(config: Any) -> Any:
         base_config = CONFIG_MAPPING[config.base_model_type]
-        base = AutoModelForCausalLM._model_mapping[base_config]
+        base: Any
+        if base_config in AutoModelForCausalLM._model_mapping:
+            base = AutoModelForCausalLM._model_mapping[base_config]
+        else:  # the text part of a config that is listed (Emu3, Mllama)
+            name = str((config.architectures or [""])[0]).removeprefix("Slim")
+            base = getattr(transformers, name, None)
+            if getattr(base, "config_class", None) is not base_config:
+                raise ValueError(
+                    f"config.json: architectures {config.architectures}: no causal language model "
+                    f"of {config.base_model_type} that this transformers knows"
+                )
         # A few config classes list several models; the first is the plain decoder.
         return slim_model_class(base[0] if isinstance(base, tuple | list) else base)
 
@@ -132,24 +152,96 @@ def replace_sites(model: nn.Module, sites: dict[str, dict[str, Any]]) -> None:
 
     Args:
         model: the base model; still dense.
-        sites: module name to block spec.
+        sites: module or parameter name to block spec.
 
     Raises:
-        ValueError: if the model has no module of that name.
+        ValueError: if the model has nothing of that name.
     """
+    shared = other_names(model, set(sites))
     for name, spec in sites.items():
         try:
-            old = model.get_submodule(name)
+            weight = site_weight(model, name)
         except AttributeError as error:
             raise ValueError(f"config.json: no module {name!r} to replace in the model") from error
-        weight = next(old.parameters())
-        set_module(model, name, build(spec, device=weight.device, dtype=weight.dtype))
+        block = build(spec, device=weight.device, dtype=weight.dtype)
+        for each in (name, *shared.get(name, ())):
+            set_module(model, each, block)
+            _spare_drawing(model, each)
+    refresh_ties(model)
+
+
+def _spare_drawing(model: nn.Module, name: str) -> None:
+    """Tell transformers that what is around a block is drawn already, in place.
+
+    Loading calls the base class's `_init_weights` on every module that has no parameters of its
+    own; some look for the dense weights of their projections there, though only to leave loaded
+    ones alone. Modules with buffers stay: they may be computed nowhere else.
+    """
+    parts = name.split(".")
+    for depth in range(1, len(parts)):
+        around: Any = model.get_submodule(".".join(parts[:depth]))
+        if not isinstance(around, PreTrainedModel) and not around._buffers:
+            around._is_hf_initialized = True
+
+
+def site_weight(model: nn.Module, name: str) -> nn.Parameter:
+    """Return a site's weight: of a module, or the parameter of that name (a stack of experts).
+
+    Raises:
+        AttributeError: if the model has nothing of that name.
+    """
+    parent, _, leaf = name.rpartition(".")
+    found = getattr(model.get_submodule(parent), leaf)
+    return found if isinstance(found, nn.Parameter) else next(found.parameters())
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` in the place of `name`, in place."""
+    """Put `module` in the place of a module, or of a parameter, of that name, in place."""
     parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
+    holder = model.get_submodule(parent)
+    if leaf in holder._parameters:
+        del holder._parameters[leaf]
+    setattr(holder, leaf, module)
+    if adapt := getattr(module, "adapt", None):
+        adapt(holder)
+
+
+def other_names(model: nn.Module, names: set[str]) -> dict[str, list[str]]:
+    """Return under which further names modules are found: shared ones, and tied copies.
+
+    Args:
+        model: the model.
+        names: of the modules that are asked about.
+
+    Returns:
+        Other names by name, only of modules that have some. A tied copy is another module of the
+        same class that has the same weight.
+    """
+    # transformers ties weights after a model is built on the meta device; until then only its list
+    # tells which will be one.
+    tied = getattr(model, "all_tied_weights_keys", {})
+    owners: dict[tuple[Any, type], str] = {}
+    found: dict[str, list[str]] = {}
+    modules = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        weight = module._parameters.get("weight")
+        root = tied.get(f"{name}.weight", f"{name}.weight")
+        marks = (id(module if weight is None else weight), type(module)), (root, type(module))
+        modules.append((name, marks))
+        if name in names:
+            for mark in marks:
+                owners.setdefault(mark, name)
+    for name, marks in modules:
+        owner = next((owners[mark] for mark in marks if mark in owners), name)
+        if owner != name and name not in names:
+            found.setdefault(owner, []).append(name)
+    return found
+
+
+def refresh_ties(model: Any) -> None:
+    """Bring transformers' list of tied weights up to date with the names there are, in place."""
+    if hasattr(model, "all_tied_weights_keys"):
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
 def become_slim(model: Any, sites: dict[str, dict[str, Any]]) -> None:
@@ -167,6 +259,7 @@ def become_slim(model: Any, sites: dict[str, dict[str, Any]]) -> None:
     model.config.llmslim = {"format": FORMAT, "sites": sites}
     model.config.auto_map = dict(AUTO_MAP)
     model.config.architectures = [type(model).__name__]
+    refresh_ties(model)
 
 
 def structure_names(specs: dict[str, Any]) -> Iterator[str]:

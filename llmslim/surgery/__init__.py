@@ -12,5 +12,9 @@ from .report import Row as Row
 from .report import Totals as Totals
 from .rewrite import Calibration as Calibration
 from .rewrite import Progress as Progress
+from .rewrite import fill_site as fill_site
+from .rewrite import filled_in as filled_in
 from .rewrite import quietly as quietly
 from .rewrite import rewrite as rewrite
+from .rewrite import settle as settle
+from .width import resize_mlp as resize_mlp

@@ -45,7 +45,13 @@ from llmslim.surgery.moments import Moments
 from llmslim.surgery.neurons import eliminate, refit
 from llmslim.surgery.rewrite import Calibration, Progress, quietly
 from llmslim.surgery.rules import AUTO, WIDTH, init_of
-from llmslim.surgery.sites import dense_weight, find_layers, find_mlps, find_sites
+from llmslim.surgery.sites import (
+    dense_weight,
+    find_experts,
+    find_layers,
+    find_mlps,
+    find_sites,
+)
 from llmslim.surgery.streams import (
     Calls,
     fast_type,
@@ -143,7 +149,7 @@ def allocate(
             f"{recipe.where('budget')}: {recipe.budget:g}; these projections reach {least:.3f} at "
             "the least. Give a larger one."
         )
-    return _concrete(recipe, units, chosen, init)
+    return _concrete(recipe, units, chosen, init, list(find_experts(model)))
 
 
 def choose(candidates: Sequence[Sequence[Candidate]], budget: int) -> list[Candidate] | None:
@@ -366,9 +372,16 @@ def _in_place(weights: dict[nn.Module, Tensor]) -> Iterator[None]:
 
 
 def _concrete(
-    recipe: Recipe, units: list[_Unit], chosen: list[Candidate], init: str | None
+    recipe: Recipe,
+    units: list[_Unit],
+    chosen: list[Candidate],
+    init: str | None,
+    experts: list[str],
 ) -> Recipe:
-    """Write the choice as rules: one for all units of a rule that become the same."""
+    """Write the choice as rules: one for all units of a rule that become the same.
+
+    Experts are not measured; each keeps the budget's share.
+    """
     outcomes: dict[int, dict[tuple[str | None, float], list[str]]] = defaultdict(
         lambda: defaultdict(list)
     )
@@ -380,6 +393,9 @@ def _concrete(
         if rule.structure != AUTO:
             rules.append(rule.model_dump(mode="json", exclude_unset=True))
             continue
+        if names := [name for name in experts if first_rule(recipe, name) == index]:
+            same = {"structure": PivotedLowRank.name, "keep_ratio": recipe.budget}
+            rules.append({"match": names, **same, "init": "project"})
         method = init_of(recipe, index, init)
         for (structure, share), names in sorted(outcomes[index].items(), key=_by_share):
             if structure is None:

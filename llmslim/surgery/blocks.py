@@ -1,13 +1,15 @@
-"""Put one block in the place of a dense map."""
+"""Put one block in the place of a dense map, or one for each expert in the place of a stack."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from llmslim.init import Target, initialise, method_named
-from llmslim.modeling.modeling_llmslim import set_module
+from llmslim.modeling.modeling_llmslim import set_module, site_weight
 from llmslim.modeling.structured import StructuredLinear, build
 from llmslim.surgery.plan import SitePlan
 
@@ -31,5 +33,48 @@ def put_block(model: nn.Module, site: SitePlan, old: Any, target: Target) -> flo
     assert isinstance(block, StructuredLinear)
     error = initialise(block, target, method_named(site.init))
     block.train(old.training)
-    set_module(model, site.name, block)
+    for name in (site.name, *site.also):
+        set_module(model, name, block)
     return error
+
+
+@torch.no_grad()
+def put_experts(model: nn.Module, site: SitePlan, seed_of: Callable[[str], int]) -> float | None:
+    """Put a block for each expert where the stack of their matrices was, in place.
+
+    They are fitted one after the other, so that no more than one matrix is in float32 at a time.
+
+    Args:
+        model: the model that holds the stack.
+        site: what takes its place.
+        seed_of: the seed of an expert, by its name.
+
+    Returns:
+        The blocks' error over all experts, relative to all their weights; see `initialise`.
+    """
+    stack = site_weight(model, site.name).data
+    method = method_named(site.init)
+    # Made without memory first, see above.
+    experts: Any = build(site.spec, device="meta", dtype=stack.dtype)
+    experts = experts.to_empty(device=stack.device)
+    lost = whole = 0.0
+    for expert, weight in enumerate(stack):
+        # The others do not look at the weight: spare the copy.
+        weight_OI = (weight.t() if experts.transposed else weight).to(
+            torch.float32 if method.fits else weight.dtype
+        )
+        block = build(site.spec["of"], device="meta", dtype=stack.dtype)
+        block = block.to_empty(device=stack.device)
+        assert isinstance(block, StructuredLinear)
+        target = Target(weight_OI, None, seed_of(f"{site.name}.{expert}"))
+        error = initialise(block, target, method)
+        experts.store(expert, block)
+        if error is not None:
+            power = float(weight_OI.square().sum())
+            lost, whole = lost + error * power, whole + power
+    parent = model.get_submodule(site.name.rpartition(".")[0])
+    experts.train(parent.training)
+    set_module(model, site.name, experts)
+    if not method.fits:
+        return None
+    return lost / whole if whole else 0.0

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 from torch import nn
 
-from llmslim.errors import SlimError
+from llmslim.errors import SlimError, TargetError
 from llmslim.recipe import Recipe
 from llmslim.surgery.sites import Layers
 
@@ -45,6 +46,26 @@ def kept_layers(recipe: Recipe, count: int) -> tuple[int, ...]:
     if len(set(keep)) != len(keep):
         raise recipe.problem(where, f"{keep}; each layer at most once.")
     return tuple(keep)
+
+
+def check_independent(model: nn.Module, layers: Layers, keep: tuple[int, ...]) -> None:
+    """Refuse to drop a layer that holds parameters of one that stays.
+
+    Raises:
+        TargetError: if there is one.
+    """
+    users: dict[int, set[int]] = defaultdict(set)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        index = layers.index_of(name)
+        if index is not None:
+            users[id(parameter)].add(index)
+    for shared in users.values():
+        gone, stay = sorted(shared.difference(keep)), sorted(shared.intersection(keep))
+        if gone and stay:
+            raise TargetError(
+                f"{layers.path}: layers {gone[0]} and {stay[0]} share parameters; they can be kept "
+                "or dropped together only. Change depth.keep_layers."
+            )
 
 
 def depth_changes(config: Any, keep: tuple[int, ...], count: int) -> dict[str, Any]:

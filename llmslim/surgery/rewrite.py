@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from llmslim.errors import DataError, SlimError
-from llmslim.init import Target
+from llmslim.init import Target, method_named
 from llmslim.modeling.modeling_llmslim import become_slim
-from llmslim.surgery.blocks import put_block
+from llmslim.surgery.blocks import put_block, put_experts
 from llmslim.surgery.depth import apply_changes, drop_layers
-from llmslim.surgery.plan import Plan
+from llmslim.surgery.plan import Plan, SitePlan
 from llmslim.surgery.report import Report
 from llmslim.surgery.sequential import fit_sequentially
 from llmslim.surgery.sites import dense_weight
@@ -81,10 +81,6 @@ def rewrite(
         done += 1
         tell(done, total, what)
 
-    def seed_of(name: str) -> int:
-        # A stream of its own for each site: results do not depend on what else is replaced.
-        return seed * 0x1_0000_0001 ^ zlib.crc32(name.encode())
-
     for mlp in plan.mlps:
         if not mlp.fitted:
             resize_mlp(model, mlp.mlp, mlp.width)
@@ -94,7 +90,7 @@ def rewrite(
             plan,
             calibration.windows,
             calibration.held_out,
-            seed_of=seed_of,
+            seed_of=lambda name: seed_of(name, seed),
             progress=finished,
         )
         errors |= fitted.errors
@@ -103,11 +99,43 @@ def rewrite(
     else:
         rest = list(plan.sites)
     for site in rest:
-        old = _dense_at(model, site.name)
-        bias = None if old.bias is None else old.bias.data
-        target = Target(dense_weight(old).float(), bias, seed_of(site.name))
-        errors[site.name] = put_block(model, site, old, target)
+        errors[site.name] = fill_site(model, site, seed)
         finished(site.name)
+    settle(model, plan)
+    return filled_in(plan, errors, notes)
+
+
+def fill_site(model: Any, site: SitePlan, seed: int) -> float | None:
+    """Put one block, made from the dense weight alone, in place.
+
+    Args:
+        model: holds the dense map; the rest of it may be on the meta device.
+        site: what takes its place.
+        seed: of the whole run.
+
+    Returns:
+        The block's error, see `initialise`.
+
+    Raises:
+        SlimError: if the model has no such map.
+    """
+    if site.is_experts:
+        return put_experts(model, site, lambda name: seed_of(name, seed))
+    old = _dense_at(model, site.name)
+    bias = None if old.bias is None else old.bias.data
+    weight = dense_weight(old)
+    if method_named(site.init).fits:  # the others do not look at it: spare the copy
+        weight = weight.float()
+    return put_block(model, site, old, Target(weight, bias, seed_of(site.name, seed)))
+
+
+def settle(model: Any, plan: Plan) -> None:
+    """Give a model whose modules are as planned the layers, config and class that go with them.
+
+    Args:
+        model: rewritten site by site; on the meta device where only names and shapes matter.
+        plan: what was done to it.
+    """
     if plan.layers and plan.keep_layers is not None:
         drop_layers(model, plan.layers, plan.keep_layers)
     apply_changes(model.config.get_text_config(), plan.text_config)
@@ -115,8 +143,17 @@ def rewrite(
     specs |= {site.new_name: site.spec for site in plan.sites}
     if specs:
         become_slim(model, specs)
+
+
+def filled_in(plan: Plan, errors: Mapping[str, float | None], notes: Iterable[str]) -> Report:
+    """Return the ledger of a plan that was carried out, with the errors of its blocks."""
     rows = [replace(row, init_error=errors.get(row.name)) for row in plan.rows]
     return replace(plan.report(), rows=tuple(rows), problems=tuple(notes))
+
+
+def seed_of(name: str, seed: int) -> int:
+    """Return a site's own seed: results do not depend on what else is replaced."""
+    return seed * 0x1_0000_0001 ^ zlib.crc32(name.encode())
 
 
 def _dense_at(model: nn.Module, name: str) -> Any:

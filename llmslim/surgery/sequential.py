@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from llmslim.init import GramAccumulator, Target, damping, equivalent_target, learn_outputs
-from llmslim.surgery.blocks import put_block
+from llmslim.surgery.blocks import put_block, put_experts
 from llmslim.surgery.moments import Moments
 from llmslim.surgery.neurons import eliminate, refit
 from llmslim.surgery.plan import MlpPlan, Plan, SitePlan
@@ -145,6 +145,13 @@ class _Sequential:
     def _fit_layer(self, index: int, layer: nn.Module) -> None:
         dense = copy.deepcopy(layer)
         prefix = f"{self.layers.path}.{index}."
+        for name, site in self.sites.items():
+            if site.is_experts and name.startswith(prefix):  # from their weights alone
+                error = put_experts(self.model, site, self.seed_of)
+                if error is not None and self.spec is None:
+                    self.result.errors[name] = error
+                self.result.sites.add(name)
+                self.progress(name)
         self.ahead = _Ahead()
         for step in self._steps(index, layer, prefix):
             self.ahead = _Ahead()  # what an earlier step left ready is out of date
@@ -210,7 +217,11 @@ class _Sequential:
 
     def _steps(self, index: int, layer: nn.Module, prefix: str) -> list[list[SitePlan] | MlpPlan]:
         """Return what is to be fitted in the order it runs; sites with one input go together."""
-        inside = {name: site for name, site in self.sites.items() if name.startswith(prefix)}
+        inside = {
+            name: site
+            for name, site in self.sites.items()
+            if name.startswith(prefix) and not site.is_experts
+        }
         # A narrower MLP has its turn where its first projection runs.
         narrow = {m.mlp.up[0]: m for m in self.narrow.values() if m.mlp.down.startswith(prefix)}
         names = [*inside, *narrow]

@@ -1,15 +1,17 @@
 """Find a model's dense maps, its decoder layers and its MLPs, whatever the architecture calls them.
 
 Nothing here knows a model family by name. A site is a module that is a dense map (`nn.Linear`, or
-GPT-2's transposed `Conv1D`); the decoder layers are the module list as long as the config says; an
-MLP is a group of sites with one parent whose sizes fit each other.
+GPT-2's transposed `Conv1D`), or a parameter that stacks one for each expert; the decoder layers are
+the module list as long as the config says; an MLP is a group of sites with one parent whose sizes
+fit each other.
 
-Shapes: I = in_features, O = out_features.
+Shapes: E = experts, I = in_features, O = out_features, M = neurons, D = hidden size.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from llmslim.errors import TargetError
+from llmslim.surgery.natures import is_dense_map, obstacle
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,10 @@ class Site:
     in_features: int
     out_features: int
     bias: bool
+    experts: int = 0
+    """How many matrices a parameter stacks; 0 for a module, which is one matrix."""
+    transposed: bool = False
+    """Whether such a parameter is (E, I, O) and not (E, O, I)."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ class Mlp:
 
 def as_site(name: str, module: nn.Module) -> Site | None:
     """Return a module as a site, None if it is not a dense map."""
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) and is_dense_map(type(module)):
         return Site(name, module.in_features, module.out_features, module.bias is not None)
     if isinstance(module, Conv1D):
         in_features, out_features = module.weight.shape
@@ -78,9 +85,55 @@ def as_site(name: str, module: nn.Module) -> Site | None:
 
 
 def find_sites(model: nn.Module) -> dict[str, Site]:
-    """Return every dense map of a model by name, in the model's order."""
-    found = (as_site(name, module) for name, module in model.named_modules())
-    return {site.name: site for site in found if site}
+    """Return every dense map that can be exchanged by name, in the model's order; no experts."""
+    return {site.name: site for site, reason in _dense_maps(model) if not reason}
+
+
+def find_fixed(model: nn.Module) -> dict[str, str]:
+    """Return every dense map that must stay as it is by name, and why."""
+    return {site.name: reason for site, reason in _dense_maps(model) if reason}
+
+
+def find_experts(model: nn.Module) -> dict[str, Site]:
+    """Return every parameter that stacks the dense maps of experts by name, in their order."""
+    found = {}
+    for name, module in model.named_modules():
+        if "expert" not in type(module).__name__.lower():
+            continue
+        stacks = {k: p for k, p in module._parameters.items() if p is not None and p.dim() == 3}
+        transposed = _is_transposed(module, stacks)
+        for leaf, parameter in stacks.items():
+            experts, *sizes = parameter.shape
+            inputs, outputs = sizes if transposed else reversed(sizes)
+            full_name = f"{name}.{leaf}"
+            found[full_name] = Site(full_name, inputs, outputs, False, experts, transposed)
+    return found
+
+
+def _dense_maps(model: nn.Module) -> Iterator[tuple[Site, str]]:
+    """Yield every dense map, tied ones once, and why it must stay as it is, if it must."""
+    modules = dict(model.named_modules())
+    # The router lies beside the module of the experts, or in a module beside it.
+    choices = {s.name.rsplit(".", 2)[0]: s.experts for s in find_experts(model).values()}
+    met: set[int] = set()
+    for name, module in modules.items():
+        site = as_site(name, module)
+        if site and id(module.weight) not in met:
+            met.add(id(module.weight))
+            yield site, obstacle(modules, name, choices) or ""
+
+
+def _is_transposed(module: nn.Module, stacks: dict[str, nn.Parameter]) -> bool:
+    """Return whether stacked matrices are (E, I, O)."""
+    told = getattr(module, "is_transposed", None)  # where transformers offers fused kernels
+    if isinstance(told, bool):
+        return told
+    down = next((p.shape for leaf, p in stacks.items() if "down" in leaf), None)
+    up = next((p.shape for leaf, p in stacks.items() if "down" not in leaf), None)
+    if down is None or up is None:
+        return False
+    # One reads what the other writes: D. Sizes that fit both ways are nn.Linear's way.
+    return bool(down[1] != up[2] and down[2] == up[1])
 
 
 def dense_weight(module: nn.Module) -> Tensor:
@@ -98,10 +151,17 @@ def find_layers(model: Any) -> Layers:
     Raises:
         TargetError: if no module list is as long as the config says.
     """
-    count = model.config.get_text_config().num_hidden_layers
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return Layers(name, count)
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    # An image encoder may have as many layers as the text decoder, and come first.
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    inside = set() if decoder is None else {id(module) for module in decoder.modules()}
+    stacks = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    for name, module in sorted(stacks, key=lambda found: id(found[1]) not in inside):
+        return Layers(name, len(module))
     raise TargetError(
         f"{type(model).__name__}: no module list of {count} decoder layers; depth and width "
         "need one."

@@ -64,7 +64,19 @@ healed (`llmslim heal`)."""
     is_flag=True,
     help="Go on where weights of MODEL are NaN or infinite; the report names them.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace the folder if it exists.")
+@click.option(
+    "--max-shard-size",
+    metavar="SIZE",
+    default="50GB",
+    show_default=True,
+    help="Largest file of weights, such as 5GB; a larger model gets several and an index.",
+)
+@click.option("--resume", is_flag=True, help="Go on with a conversion that was interrupted.")
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Replace the folder if it exists; throw away an unfinished conversion, unless --resume.",
+)
 @click.option(
     "--heal",
     is_flag=True,
@@ -83,6 +95,8 @@ def command(
     seed: int,
     trust_remote_code: bool,
     allow_nonfinite: bool,
+    max_shard_size: str,
+    resume: bool,
     overwrite: bool,
     heal: bool,
     dry_run: bool,
@@ -91,6 +105,11 @@ def command(
 
     MODEL is a hub id, a folder, or a .gguf file. A folder with a published kphi-3 model needs no
     recipe: it is rewritten as it is. The folder appears when it is whole, and not before.
+
+    A folder of safetensors is read, fitted and written one decoder layer at a time: no more has to
+    fit into the memory. A run that was killed or found the disk full (exit status 75) goes on with
+    --resume. GGUF files and fits to calibration text are converted in memory, from the beginning
+    each time.
     """
     from llmslim.recipe import Recipe, shipped_recipes
 
@@ -129,6 +148,8 @@ def command(
             calibration_tokens=calibration_tokens,
             trust_remote_code=trust_remote_code,
             allow_nonfinite=allow_nonfinite,
+            max_shard_size=max_shard_size,
+            resume=resume,
             overwrite=overwrite,
             progress=moved,
         )

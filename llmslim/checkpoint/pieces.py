@@ -1,0 +1,297 @@
+"""Load a model piece by piece, so that a machine need not hold it.
+
+A piece is one decoder layer, or one module outside of them: the embedding, the final norm, the
+head. The model stands on the meta device; `load` gives one piece its weights, memory-mapped from
+the files, and `release` takes them away again.
+
+transformers renames and merges tensors on loading (Mixtral's experts are w1, w2 and w3 each in
+the files, and one three-dimensional parameter in memory). Its own machinery does so here, too: it
+is given the tensors of one piece at a time, and tried once on tensors without memory, so that
+whatever a piece lacks is known before any work is done.
+
+Left out, for loading as a whole: Python code that comes with a model, quantised weights, weights
+that transformers makes up when they are missing, and tied weights that are stored twice.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from llmslim.errors import SlimError
+
+from .layout import TORCH_TYPES
+from .load import check_size, dtype_of_weights, loses_values, refuse_absent
+from .quiet import quiet
+from .shards import Entry, read_header, read_weights, weight_files
+from .source import Source, empty_model, first_line
+
+
+class NotInPiecesError(Exception):
+    """This model can only be loaded as a whole; the text says why."""
+
+
+class Piece(NamedTuple):
+    """Modules that are loaded together."""
+
+    homes: tuple[str, ...]
+    """Names of the modules; more than one where they share a parameter."""
+    stored: tuple[str, ...]
+    """Names of their tensors in the files."""
+
+    @property
+    def name(self) -> str:
+        """What messages and journals call it."""
+        return self.homes[0]
+
+
+class Pieces:
+    """A model on the meta device, and the pieces that it can be loaded in.
+
+    Args:
+        source: a folder with safetensors.
+        dtype: as for `load_model`.
+        trust_remote_code: as for `open_source`.
+
+    Raises:
+        NotInPiecesError: if it can only be loaded as a whole.
+        CheckpointError: if the files do not hold every weight of the model.
+    """
+
+    def __init__(
+        self, source: Source, *, dtype: str | None = None, trust_remote_code: bool = False
+    ) -> None:
+        if source.path is None or source.gguf_file is not None or source.is_kphi3:
+            raise NotInPiecesError("its files are of a kind of their own")
+        self.source = source
+        self._where = {key: path for path in weight_files(source.path) for key in read_header(path)}
+        entries = read_weights(source.path)
+        check_size(source, entries, trust_remote_code)
+        self.model = self._empty(entries, dtype, trust_remote_code)
+        try:
+            self._config = LoadStateDictConfig(
+                device_map={"": "cpu"},
+                dtype=self.model.dtype,
+                dtype_plan=self.model._get_dtype_plan(self.model.dtype),
+                weight_mapping=cast(Any, get_model_conversion_mapping(self.model)),
+            )
+            self._names = self._find_names(entries)
+            self.unused = sorted(entries.keys() - self._names.keys())
+            """Tensors in the files that the model has no use for."""
+            self.all = tuple(self._grouped())
+            self._pieces = {home: piece for piece in self.all for home in piece.homes}
+            self._try(entries)
+        except (NotInPiecesError, SlimError):
+            raise
+        except Exception as error:  # each architecture has its own way of loading
+            raise NotInPiecesError(first_line(error)) from error
+
+    @property
+    def used_conversions(self) -> list[Any]:
+        """What transformers renames and merges in these files."""
+        return [given for given in self._config.weight_mapping or [] if given.was_used()]
+
+    def files(self, piece: Piece) -> list[Path]:
+        """Return the files that hold a piece."""
+        return list(dict.fromkeys(self._where[key] for key in piece.stored))
+
+    def load(self, piece: Piece) -> None:
+        """Give a piece its weights."""
+        with ExitStack() as stack:
+            opened: dict[Path, Any] = {
+                path: stack.enter_context(safe_open(path, framework="pt"))
+                for path in self.files(piece)
+            }
+            tensors = {key: opened[self._where[key]].get_tensor(key) for key in piece.stored}
+            self._put(tensors, self._config)
+
+    def release(self, piece: Piece) -> None:
+        """Take a piece's weights away again, those of blocks that it got in between as well."""
+        for home in piece.homes:
+            self.model.get_submodule(home).to("meta")
+
+    def tensors(self, piece: Piece) -> Iterator[tuple[str, Tensor]]:
+        """Yield the names and tensors of a piece, as the model has them now."""
+        for home in piece.homes:
+            module = self.model.get_submodule(home)
+            for inner, tensor in module.state_dict().items():
+                name = f"{home}.{inner}" if home else inner
+                if self.piece_of(name) is piece:
+                    yield name, tensor
+
+    def piece_of(self, name: str) -> Piece:
+        """Return the piece that a module or tensor is loaded with."""
+        # Modules with parameters of their own may hold others: the innermost counts.
+        while name not in self._pieces and name:
+            name = name.rpartition(".")[0]
+        return self._pieces[name]
+
+    def _empty(
+        self, entries: Mapping[str, Entry], dtype: str | None, trust_remote_code: bool
+    ) -> PreTrainedModel:
+        """Return the model as `from_pretrained` would make it, on the meta device.
+
+        Raises:
+            NotInPiecesError: if that is not known, or code comes with it.
+        """
+        given, config = self.source.given, self.source.config
+        if getattr(config, "quantization_config", None):
+            raise NotInPiecesError("its weights are quantised")
+        stored = dtype_of_weights(given, entries)
+        wanted = dtype or stored or getattr(config, "dtype", None)
+        if wanted is None:
+            raise NotInPiecesError("its weights are of several types and its config names none")
+        model = model_without_weights(config, wanted, given, trust_remote_code)
+        if dtype is None and stored is None and (exact := loses_values(model, entries)):
+            model = model_without_weights(config, exact, given, trust_remote_code)
+        if model.is_remote_code():
+            raise NotInPiecesError("its code comes with it")
+        assert self.source.path is not None
+        model.config.name_or_path = str(self.source.path)
+        if model.can_generate():
+            with quiet():
+                model.generation_config = _generation_config(self.source.path)
+        model.eval()
+        return model
+
+    def _find_names(self, entries: Mapping[str, Entry]) -> dict[str, str]:
+        """Return the model's (first) name for every stored tensor that it has a use for."""
+        mapping = self._config.weight_mapping or []
+        renamings = [given for given in mapping if isinstance(given, WeightRenaming)]
+        converters = [given for given in mapping if isinstance(given, WeightConverter)]
+        known, prefix = self.model.state_dict(), self.model.base_model_prefix
+        names = {}
+        for key in entries:
+            name, _ = rename_source_key(key, renamings, converters, prefix, known)
+            if name not in known and key in known:
+                name, _ = rename_source_key(key, [], [], prefix, known)
+            if name in known:
+                names[key] = name
+        return names
+
+    def _grouped(self) -> Iterator[Piece]:
+        """Yield the pieces, in the model's order."""
+        names = list(self.model.state_dict(keep_vars=True).items())
+        home_of: dict[str, str] = {}
+        owner: dict[int, str] = {}
+        joined: dict[str, str] = {}
+        for name, tensor in names:
+            home = home_of[name] = _home(name)
+            joined.setdefault(home, home)
+            # Modules that share a parameter come and go together.
+            first = _root(joined, owner.setdefault(id(tensor), home))
+            joined[_root(joined, home)] = first
+        for target, owned_by in self.model.all_tied_weights_keys.items():
+            one, other = (_root(joined, home_of[name]) for name in (target, owned_by))
+            joined[one] = other
+        homes: dict[str, list[str]] = defaultdict(list)
+        for home in joined:
+            homes[_root(joined, home)].append(home)
+        stored: dict[str, list[str]] = defaultdict(list)
+        for key, name in self._names.items():
+            stored[_root(joined, home_of[name])].append(key)
+        for root, members in homes.items():
+            yield Piece(tuple(members), tuple(stored[root]))
+
+    def _try(self, entries: Mapping[str, Entry]) -> None:
+        """Load every piece with tensors that have no memory.
+
+        Raises:
+            NotInPiecesError: if a piece lacks something that only the whole model has.
+            CheckpointError: if the files lack a weight, or have it in another shape.
+        """
+        unknown = {entries[key].dtype for key in self._names} - TORCH_TYPES.keys()
+        if unknown:
+            raise NotInPiecesError(f"it has tensors of type {', '.join(sorted(unknown))}")
+        tied = self.model.all_tied_weights_keys
+        twice = [n for n in tied if {n, tied[n]} <= set(self._names.values())]
+        if twice:
+            raise NotInPiecesError(f"{twice[0]} is tied and stored all the same")
+        dry = replace(self._config, device_map={"": "meta"})
+        missing, wrong = set(self.model.state_dict()), set[str]()
+        for piece in self.all:
+            with torch.device("meta"):
+                tensors = {
+                    key: torch.empty(entries[key].shape, dtype=TORCH_TYPES[entries[key].dtype])
+                    for key in piece.stored
+                }
+            info = self._put(tensors, dry)
+            if info.conversion_errors or info.error_msgs:
+                raise NotInPiecesError(f"{piece.name} cannot be loaded by itself")
+            missing &= info.missing_keys
+            wrong |= {str(name) for name in info.mismatched_keys}
+        for name, owned_by in tied.items():
+            if {name, owned_by} - missing:
+                missing -= {name, owned_by}
+        if missing and not wrong and self.model._keys_to_ignore_on_load_missing:
+            raise NotInPiecesError(f"its files lack {sorted(missing)[0]}")
+        refuse_absent(self.source.given, {*missing, *wrong})
+
+    def _put(self, tensors: dict[str, Tensor], config: LoadStateDictConfig) -> Any:
+        with quiet():
+            info, _ = convert_and_load_state_dict_in_model(self.model, tensors, config)
+            if self.model.all_tied_weights_keys:
+                self.model.tie_weights(set(info.missing_keys), recompute_mapping=False)
+        return info
+
+
+def model_without_weights(
+    config: PreTrainedConfig, dtype: str | torch.dtype, where: str, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Return the model that a config describes in a type, as `empty_model` does.
+
+    Args:
+        config: of a causal language model; not changed.
+        dtype: of its weights.
+        where: whose config it is, for messages.
+        trust_remote_code: as for `open_source`.
+    """
+    config = copy.deepcopy(config)
+    chosen = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    parts = [getattr(config, key, None) for key in getattr(config, "sub_configs", {})]
+    for part in (config, *parts):
+        if part is not None:
+            part.dtype = chosen
+    return empty_model(config, where, trust_remote_code=trust_remote_code)
+
+
+def _generation_config(folder: Path) -> GenerationConfig:
+    """Read what `from_pretrained` reads."""
+    try:
+        config: GenerationConfig = GenerationConfig.from_pretrained(folder)
+    except OSError:
+        config = GenerationConfig.from_pretrained(
+            folder, config_file_name="config.json", _from_model_config=True
+        )
+    return config
+
+
+def _home(name: str) -> str:
+    """Return the module that a tensor is loaded with: the member of a list, if it is in one."""
+    parts = name.split(".")[:-1]
+    numbered = next((n for n, part in enumerate(parts, 1) if part.isdigit()), len(parts))
+    return ".".join(parts[:numbered])
+
+
+def _root(joined: dict[str, str], home: str) -> str:
+    while joined[home] != home:
+        home = joined[home]
+    return home

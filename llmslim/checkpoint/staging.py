@@ -1,0 +1,126 @@
+"""Put a finished folder in its place by one rename, and name what went wrong with the disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llmslim.errors import CheckpointError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def check_target(out: Path, overwrite: bool = False) -> None:
+    """Refuse a target that cannot be written, before any work is done for it.
+
+    Args:
+        out: the folder to write.
+        overwrite: whether a checkpoint that is there already may be replaced.
+
+    Raises:
+        CheckpointError: if something is there that may not be replaced, or nothing can be
+            written beside it.
+    """
+    if os.path.lexists(out):
+        if not overwrite:
+            raise CheckpointError(
+                f"{out}: exists already; a checkpoint is written to a new folder. Choose another "
+                "name, or pass overwrite (--overwrite) to replace it."
+            )
+        real = out.resolve()
+        if not real.is_dir():
+            raise CheckpointError(f"{out}: not a folder; only a folder can be overwritten.")
+        if any(real.iterdir()) and not (real / "config.json").is_file():
+            raise CheckpointError(
+                f"{out}: holds files but no config.json; only a checkpoint or an empty folder can "
+                "be overwritten. Choose another name."
+            )
+    parent = next(folder for folder in out.resolve().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{out}: {parent} is not a folder that you can write to.")
+
+
+@contextmanager
+def staged(out: Path, overwrite: bool) -> Iterator[Path]:
+    """Lend a new folder beside `out`, and rename it to `out` if all goes well.
+
+    Raises:
+        CheckpointError: if `out` cannot be written; the folder is gone and `out` as it was.
+    """
+    check_target(out, overwrite)
+    target = out.resolve()  # a link to a folder stays a link
+    partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+        yield partial
+        publish(partial, target, target.with_name(f".{target.name}.old-{secrets.token_hex(4)}"))
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        problem = disk_problem(error)
+        if problem is None:
+            raise
+        raise CheckpointError(f"{out}: {problem}") from error
+
+
+def publish(partial: Path, target: Path, aside: Path) -> None:
+    """Rename a finished folder; what it replaces is removed only after that.
+
+    Args:
+        partial: the finished folder, on the target's disk.
+        target: its place.
+        aside: where the folder that it replaces, if any, is for the moment between.
+    """
+    replaces = target.exists()
+    if replaces:
+        target.rename(aside)
+    try:
+        partial.rename(target)
+    except BaseException:
+        if replaces:
+            aside.rename(target)
+        raise
+    flush(target.parent)
+    if replaces:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def disk_problem(error: BaseException) -> str | None:
+    """Return what an error says about the disk, as the end of a sentence; None if nothing."""
+    number = _error_number(error)
+    if number is None or isinstance(error, CheckpointError):
+        return None
+    if number in _FULL:
+        why, what = "no space left for it", " Free some space or choose another disk."
+    else:
+        why, what = "it cannot be written", ""
+    return f"{why} ({os.strerror(number)}).{what}"
+
+
+def flush(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def all_files(folder: Path) -> list[Path]:
+    """Return every file in a folder and in those inside it, in order."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _error_number(error: BaseException) -> int | None:
+    """Return the operating system's error number behind an error, None if there is none."""
+    if isinstance(error, OSError):
+        return error.errno
+    # safetensors has an error class of its own and leaves the number in its text.
+    text = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, Exception) else None
+    return int(text[1]) if text else None

@@ -1,0 +1,7 @@
+"""From a model and a recipe to a checkpoint: in memory, or piece by piece."""
+
+from .calibrate import calibration_spec as calibration_spec
+from .calibrate import token_ids as token_ids
+from .convert import convert as convert
+from .job import Conversion as Conversion
+from .job import RecipeLike as RecipeLike

@@ -1,0 +1,76 @@
+"""Convert a model that is loaded as a whole: GGUF, fits to calibration text, remote code."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from llmslim import surgery
+from llmslim.checkpoint import (
+    blamed_on,
+    check_finite,
+    load_model,
+    load_tokenizer,
+    write_checkpoint,
+)
+from llmslim.data import calibration_windows
+from llmslim.modeling.modeling_llmslim import SlimModelMixin
+from llmslim.recipe import recipe_yaml
+from llmslim.reporting.card import model_card
+
+from .calibrate import calibration_spec, token_ids
+from .job import Conversion, Job
+
+
+def convert_in_memory(job: Job, notes: tuple[str, ...] = ()) -> Conversion:
+    """Load, rewrite, write and read back.
+
+    Args:
+        job: what to do.
+        notes: sentences for the report.
+    """
+    source, chosen, tell = job.source, job.recipe, job.tell
+    tell(0, 0, "reading the model")
+    loaded = load_model(source, dtype=job.dtype, trust_remote_code=job.trust_remote_code)
+    weights = loaded.state_dict().items()
+    nonfinite = check_finite(weights, source.given, allow_nonfinite=job.allow_nonfinite)
+    made = surgery.plan(loaded, chosen, model_name=source.name, init=job.init)
+    tokenizer = load_tokenizer(source)
+    windows = None
+    if made.needs_calibration:
+        spec = calibration_spec(chosen, loaded, job.calibration, job.calibration_tokens)
+        windows = calibration_windows(spec, tokenizer, loaded, progress=tell)
+    ids = token_ids(windows)
+    if ids is not None and chosen.has_auto:
+        chosen = surgery.allocate(loaded, chosen, ids, init=job.init, progress=tell)
+        made = surgery.plan(loaded, chosen, model_name=source.name, init=job.init)
+    steps = 0
+
+    def fitting(done: int, total: int, what: str) -> None:
+        nonlocal steps
+        steps = total
+        tell(done, total + 1, what)
+
+    with blamed_on(nonfinite):
+        report = surgery.rewrite(loaded, made, seed=job.seed, calibration=ids, progress=fitting)
+    notes = (*nonfinite, *(() if windows is None else windows.notes), *notes)
+    if notes:
+        report = replace(report, problems=(*report.problems, *notes))
+    tell(steps, steps + 1, "writing and reading back")
+    write_checkpoint(
+        loaded,
+        job.target,
+        source=source,
+        tokenizer=tokenizer,
+        report=report.to_dict(),
+        recipe_text=recipe_yaml(chosen),
+        model_card=model_card(
+            report,
+            recipe_text=recipe_yaml(chosen),
+            base_model=source.given,
+            slim=isinstance(loaded, SlimModelMixin),
+        ),
+        max_shard_size=job.max_shard_size,
+        overwrite=job.overwrite,
+    )
+    tell(steps + 1, steps + 1, "done")
+    return Conversion(job.target, report)

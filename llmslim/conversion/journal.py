@@ -1,0 +1,208 @@
+"""What a conversion has done, written down as it goes.
+
+The first line says what the result depends on: the model's files, the recipe, the options and the
+versions of the libraries. Each further line is a piece that is on the disk, with the digest of each
+of its tensors. A line counts once it is whole: what a kill cut short, or what is not as it should
+be, is forgotten with all that follows it. Names in it are looked up and never opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import safetensors
+import torch
+import transformers
+
+from llmslim._version import __version__
+from llmslim.checkpoint import input_files
+from llmslim.errors import CheckpointError
+from llmslim.recipe import recipe_yaml
+
+from .job import Job
+
+FORMAT = 1
+_MAX_LINE = 1 << 26
+_HEAD = 1 << 20
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Done:
+    """A piece that is finished."""
+
+    piece: str
+    digests: dict[str, str]
+    """SHA-256 of its tensors, by their names in the files."""
+    errors: dict[str, float | None]
+    """Of its blocks, by name."""
+    nonfinite: list[str]
+    """Its tensors that hold NaN or infinities."""
+
+    @classmethod
+    def read(cls, data: Any) -> Done | None:
+        """Return what a line holds, None where it is something else."""
+        try:
+            done = cls(**data)
+            good = (
+                isinstance(done.piece, str)
+                and all(type(v) is str and len(v) == 64 for v in done.digests.values())
+                and all(v is None or type(v) is float for v in done.errors.values())
+                and all(type(v) is str and v.isprintable() for v in done.nonfinite)
+            )
+        except (TypeError, AttributeError):
+            return None
+        return done if good else None
+
+
+class Journal:
+    """The journal of one conversion.
+
+    Args:
+        path: its file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.done: dict[str, Done] = {}
+        self._file: IO[bytes] | None = None
+
+    def begin(self, key: Mapping[str, str]) -> None:
+        """Start anew.
+
+        Args:
+            key: what the result depends on.
+        """
+        with suppress(FileNotFoundError):
+            self.path.unlink()
+        self._open()
+        self._append({"format": FORMAT, "key": dict(key)})
+
+    def resume(self, key: Mapping[str, str]) -> None:
+        """Read what is done.
+
+        Args:
+            key: what the result depends on now.
+
+        Raises:
+            CheckpointError: if that is not what was begun.
+        """
+        lines, end = self._read()
+        begun = lines[0].get("key") if lines and lines[0].get("format") == FORMAT else None
+        if not isinstance(begun, dict):
+            self.begin(key)  # killed before the first line was whole
+            return
+        changed = sorted(name for name in {*begun, *key} if begun.get(name) != key.get(name))
+        if changed:
+            more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
+            said = "; ".join(_difference(name, begun, key) for name in changed[:_SHOWN])
+            raise CheckpointError(
+                f"{self.path.parent}: another conversion was begun here; {said}{more}. Resume with "
+                "the same model, recipe and options, or begin anew (--overwrite)."
+            )
+        self.done = {}
+        for line in lines[1:]:
+            done = Done.read(line)
+            if done is not None:
+                self.done[done.piece] = done
+        self._open()
+        assert self._file is not None
+        self._file.truncate(end)
+
+    def is_finished(self, key: Mapping[str, str]) -> bool:
+        """Return whether all was written, and what remained was to put it in its place.
+
+        Args:
+            key: what the result depends on now; another one is not finished.
+        """
+        lines, _ = self._read()
+        return bool(lines) and lines[-1] == {"finished": True} and lines[0].get("key") == key
+
+    def add(self, done: Done) -> None:
+        """Note a piece whose tensors are on the disk."""
+        self._append(asdict(done))
+        self.done[done.piece] = done
+
+    def finish(self) -> None:
+        """Note that all is written."""
+        self._append({"finished": True})
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _open(self) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+        self._file = os.fdopen(os.open(self.path, flags, 0o644), "ab")
+
+    def _append(self, data: Mapping[str, Any]) -> None:
+        assert self._file is not None
+        self._file.write(json.dumps(data).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _read(self) -> tuple[list[dict[str, Any]], int]:
+        """Return the whole lines, and where the last of them ends."""
+        lines: list[dict[str, Any]] = []
+        end = 0
+        try:
+            flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)
+            with os.fdopen(os.open(self.path, flags), "rb") as file:
+                while text := file.readline(_MAX_LINE):
+                    line = json.loads(text) if text.endswith(b"\n") else None
+                    if not isinstance(line, dict):
+                        break
+                    lines.append(line)
+                    end += len(text)
+        except (OSError, ValueError, RecursionError):
+            pass  # as far as it could be read
+        return lines, end
+
+
+def key_of(job: Job) -> dict[str, str]:
+    """Return what the result of a conversion depends on, part by part.
+
+    A file of weights goes by its size, the time of its last change and its header; a small file by
+    its content. `allow_nonfinite` changes no byte of the weights and may be added later.
+
+    Args:
+        job: the conversion.
+    """
+    assert job.source.path is not None
+    key = {
+        "the model": job.source.given,
+        "the recipe": recipe_yaml(job.recipe),
+        "--init": str(job.init),
+        "--dtype": str(job.dtype),
+        "--seed": str(job.seed),
+        "--max-shard-size": str(job.max_shard_size),
+        "version of llmslim": __version__,
+    }
+    for library in (torch, transformers, safetensors):
+        key[f"version of {library.__name__}"] = str(library.__version__)
+    for path in input_files(job.source):
+        about = path.stat()
+        with path.open("rb") as file:
+            content = file.read(_HEAD)
+            if path.suffix == ".safetensors":
+                content = content[:8] + content[8 : 8 + int.from_bytes(content[:8], "little")]
+        parts = [str(about.st_size), hashlib.sha256(content).hexdigest()]
+        if path.suffix == ".safetensors":
+            parts.append(str(about.st_mtime_ns))
+        key[f"the file {path.name}"] = " ".join(parts)
+    return key
+
+
+def _difference(name: str, begun: Mapping[str, Any], now: Mapping[str, str]) -> str:
+    if name.startswith(("--", "version")):
+        return f"{name} was {str(begun.get(name))[:80]} and is {now.get(name)}"
+    return f"{name[:80]} has changed"

@@ -1,0 +1,245 @@
+"""Structured blocks in the place of a stack of expert matrices.
+
+A mixture of experts holds each of its projections as one parameter, (E, O, I) or transposed
+(E, I, O), and every architecture has a loop of its own around it. This module takes the
+parameter's place and its name. What the loop asks of the parameter, `weight[expert]`,
+`F.linear(x, weight)`, `x @ weight`, `torch.bmm(x, weight)`, is answered with the block's product
+(`__torch_function__`), so that the architecture's own forward runs as it is: routing, activations
+and biases stay where they were.
+
+The blocks of all experts are one block whose parameters and buffers have a leading dimension E; any
+structure will do. The rival, a module for each expert, would be thousands of small ones.
+
+What it leaves out: transformers' fused kernels for experts, which multiply with the whole
+parameter. The module that holds the experts is kept on its plain loop, the other layers are not.
+
+Shapes: E = experts, I = in_features, O = out_features, N = rows of x.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .structured import StructuredLinear, build
+
+_MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, torch.bmm)
+
+
+class Experts(nn.Module):
+    """E blocks of one kind, seen by the module that holds it as the parameter it replaces.
+
+    Args:
+        experts: how many matrices E the parameter stacks.
+        of: spec of one expert's block, as `build` takes it; without bias.
+        transposed: whether the parameter is (E, I, O), for `x @ weight`, and not (E, O, I).
+        device: where the parameters live.
+        dtype: the parameters' type.
+
+    Raises:
+        ValueError: if the block cannot be built.
+
+    Example:
+        >>> block = {"structure": "low_rank", "in_features": 6, "out_features": 4, "rank": 2}
+        >>> experts = Experts(8, of=block)
+        >>> torch.nn.functional.linear(torch.ones(3, 6), experts[5]).shape, experts.down.shape
+        (torch.Size([3, 4]), torch.Size([8, 6, 2]))
+    """
+
+    name: ClassVar[str] = "experts"
+
+    _is_hf_initialized = True
+    """To transformers: not a tensor to draw weights into."""
+
+    def __init__(
+        self,
+        experts: int,
+        *,
+        of: dict[str, Any],
+        transposed: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.experts, self.transposed, self.block_spec = experts, transposed, dict(of)
+        block = build(of, device="meta", dtype=dtype)
+        if not isinstance(block, StructuredLinear) or block.bias is not None:
+            raise ValueError("an expert is a structured block without bias")
+        # In a tuple: a block without weights of its own, not one of this module's children.
+        self._one = (block,)
+        for name, parameter in block.named_parameters():
+            holder, leaf = _holder(self, name)
+            shape = (experts, *parameter.shape)
+            empty = torch.empty(shape, device=device, dtype=parameter.dtype)
+            holder.register_parameter(leaf, nn.Parameter(empty))
+        for name, buffer in block.named_buffers():
+            holder, leaf = _holder(self, name)
+            shape = (experts, *buffer.shape)
+            empty = torch.empty(shape, device=device, dtype=buffer.dtype)
+            holder.register_buffer(leaf, empty)
+        self.reset_parameters()
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the parameter that it stands for."""
+        return _Matrix(self, None, self.transposed).shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' type."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters live."""
+        return next(self.parameters()).device
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw new weights for every expert, in place, as its structure does."""
+        if self.device.type != "meta":
+            for expert in range(self.experts):
+                block = self.block(expert)
+                block.reset_parameters()
+                self.store(expert, block)
+
+    @torch.no_grad()
+    def block(self, expert: int) -> StructuredLinear:
+        """Return a block of one expert's own, with a copy of its weights."""
+        block = build(self.block_spec, device=self.device, dtype=self.dtype)
+        assert isinstance(block, StructuredLinear)
+        for name, tensor in block.state_dict().items():
+            tensor.copy_(self._stacked()[name][expert])
+        return block
+
+    @torch.no_grad()
+    def store(self, expert: int, block: StructuredLinear) -> None:
+        """Take over the weights of one expert's block, in place."""
+        stacked = self._stacked()
+        for name, tensor in block.state_dict().items():
+            stacked[name][expert].copy_(tensor)
+
+    def to_dense(self) -> Tensor:
+        """Return the parameter that it stands for, (E, O, I) or transposed (E, I, O)."""
+        dense = torch.stack([self.block(expert).to_dense() for expert in range(self.experts)])
+        return dense.transpose(1, 2).contiguous() if self.transposed else dense
+
+    def product(self, x: Tensor, expert: int | None) -> Tensor:
+        """Multiply x (N, I) with one expert's matrix, or x (E, N, I) with each its own."""
+        one, stacked = self._one[0], self._stacked()
+
+        def multiply(tensors: dict[str, Tensor], rows: Tensor) -> Tensor:
+            y: Tensor = functional_call(one, tensors, (rows,), tie_weights=False)
+            return y
+
+        if expert is not None:
+            return multiply({name: tensor[expert] for name, tensor in stacked.items()}, x)
+        each: Tensor = torch.vmap(multiply)(stacked, x)
+        return each
+
+    def __getitem__(self, expert: int | Tensor) -> _Matrix:
+        """Return one expert's matrix, as a multiplication sees it."""
+        return _Matrix(self, int(expert), self.transposed)
+
+    def transpose(self, dim0: int, dim1: int) -> _Matrix:
+        """Return all experts' matrices, transposed, as a multiplication sees them."""
+        return _Matrix(self, None, self.transposed).transpose(dim0, dim1)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        whole = tuple(
+            _Matrix(arg, None, arg.transposed) if isinstance(arg, cls) else arg for arg in args
+        )
+        return _Matrix.__torch_function__(func, types, whole, kwargs)
+
+    def adapt(self, holder: nn.Module) -> None:
+        """Keep the module that holds the parameter on its plain loop, in place.
+
+        Its config is a copy of its own: the choice concerns this module alone and outlives
+        `set_experts_implementation`.
+        """
+        config: Any = getattr(holder, "config", None)
+        if getattr(config, "_experts_implementation_internal", "eager") != "eager":
+            config = copy.copy(config)
+            object.__setattr__(config, "_experts_implementation_internal", "eager")
+            holder.config = config
+
+    def spec(self) -> dict[str, Any]:
+        """Return what `build` needs to make an empty module like this one; JSON values only."""
+        return {
+            "structure": self.name,
+            "experts": self.experts,
+            "transposed": self.transposed,
+            "of": dict(self.block_spec),
+        }
+
+    def extra_repr(self) -> str:
+        """Show the spec."""
+        return f"{self.experts} of {self.block_spec}, transposed={self.transposed}"
+
+    def _stacked(self) -> dict[str, Tensor]:
+        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
+
+
+class _Matrix:
+    """The matrix of one expert, or of all, to multiply with; it is never in memory."""
+
+    def __init__(self, experts: Experts, expert: int | None, transposed: bool) -> None:
+        self.experts, self.expert, self.transposed = experts, expert, transposed
+
+    @property
+    def shape(self) -> torch.Size:
+        spec = self.experts.block_spec
+        sizes = (spec["out_features"], spec["in_features"])
+        stack = () if self.expert is not None else (self.experts.experts,)
+        return torch.Size((*stack, *(reversed(sizes) if self.transposed else sizes)))
+
+    def transpose(self, dim0: int, dim1: int) -> _Matrix:
+        rank = len(self.shape)
+        if {dim0 % rank, dim1 % rank} != {rank - 2, rank - 1}:
+            raise TypeError("of slim experts only the last two dimensions can be transposed")
+        return _Matrix(self.experts, self.expert, not self.transposed)
+
+    @property
+    def T(self) -> _Matrix:  # noqa: N802  (the tensors' name for it)
+        return self.transpose(-2, -1)
+
+    mT = T
+
+    def t(self) -> _Matrix:
+        return self.T
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        named = dict(kwargs or {})
+        x, weight = args[:2] if len(args) > 1 else (None, None)
+        # F.linear takes the matrix as (O, I), a product as (I, O).
+        fits = isinstance(weight, cls) and isinstance(x, Tensor)
+        if fits and func is nn.functional.linear and not weight.transposed:
+            bias = args[2] if len(args) > 2 else named.get("bias")
+            y = weight.experts.product(x, weight.expert)
+            return y if bias is None else y + bias
+        if fits and func in _MATMULS and weight.transposed and not named:
+            return weight.experts.product(x, weight.expert)
+        raise TypeError(
+            f"slim experts: {getattr(func, '__name__', func)}; they answer F.linear(x, weight), "
+            "x @ weight and torch.bmm(x, weight) only. Keep these experts dense."
+        )
+
+
+def _holder(root: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Return the module that holds a dotted name, made where it is missing, and the last part."""
+    *path, leaf = name.split(".")
+    for part in path:
+        if not hasattr(root, part):
+            setattr(root, part, nn.Module())
+        root = getattr(root, part)
+    return root, leaf

@@ -1,0 +1,147 @@
+"""Say what a parameter is for, and why a dense map cannot be exchanged for a block.
+
+A ledger that says "not a projection" of a tenth of a model leaves its reader to guess. The answer
+is read off class and parameter names, which transformers keeps to; no model family is listed.
+
+A dense map can be exchanged only where it is called. Some architectures read its weight themselves
+(fused kernels, torch's own MultiheadAttention), which is found in their compiled methods; some
+derive from `nn.Linear` and compute something else, which is found by trying.
+
+Shapes: I = in_features, O = out_features.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import inspect
+import re
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+_LOADS = ("LOAD_ATTR", "LOAD_METHOD")
+
+_BY_CLASS = (
+    (r"router|topk|moegate|moestatics", "a router: it chooses the experts"),
+    (r"norm", "a norm"),
+    (r"embedding", "an embedding"),
+    (r"expert", "biases of the experts"),
+    (r"mamba|ssm|lru|rwkv|delta|recurrent|forgetgate|mixer", "parameters of a recurrence"),
+    (r"hyper", "mixes the residual streams"),
+)
+"""Patterns of class names, lower case, and what such a module's own parameters are."""
+_BY_PARAMETER = (
+    (r"pos|position", "a position table"),
+    (r"a_log|dt_|time_|decay", "parameters of a recurrence"),
+    (r"sink", "attention sinks"),
+)
+
+
+def nature(module: nn.Module, parameters: dict[str, nn.Parameter]) -> str:
+    """Return what parameters are that are no dense map.
+
+    Args:
+        module: what holds them.
+        parameters: some of its own, by their names in it.
+
+    Example:
+        >>> norm = nn.LayerNorm(4)
+        >>> nature(norm, dict(norm.named_parameters()))
+        'a norm'
+    """
+    name = type(module).__name__
+    if isinstance(module, nn.Embedding):
+        return "an embedding"
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return "a convolution"
+    for pattern, what in _BY_CLASS:
+        if re.search(pattern, name.lower()):
+            return what
+    if isinstance(module, nn.Linear):
+        return f"{name} computes more than a dense map"
+    for pattern, what in _BY_PARAMETER:
+        if all(re.search(pattern, leaf.lower()) for leaf in parameters):
+            return what
+    if all(max(p.shape, default=1) == p.numel() for p in parameters.values()):
+        return "scales or biases"
+    return f"{name} multiplies with it in a way of its own"
+
+
+def is_dense_map(cls: Any) -> bool:
+    """Return whether a class computes what `nn.Linear` does.
+
+    A subclass with a `forward` of its own is tried on a small example.
+    """
+    return issubclass(cls, nn.Linear) and (cls.forward is nn.Linear.forward or _multiplies(cls))
+
+
+@functools.cache
+def _multiplies(cls: Any) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.rand(size, generator=generator) for size in ((2, 3), (5, 3), 5))
+    module = cls.__new__(cls)
+    nn.Module.__init__(module)
+    module.in_features, module.out_features = 3, 5
+    module.weight, module.bias = nn.Parameter(weight), nn.Parameter(bias)
+    with torch.no_grad():
+        try:
+            y = module(x)
+        except Exception:  # whatever else it needs, it is no plain dense map
+            return False
+        right = nn.functional.linear(x, weight, bias)
+    return isinstance(y, torch.Tensor) and y.shape == right.shape and torch.allclose(y, right)
+
+
+def obstacle(modules: dict[str, nn.Module], name: str, choices: dict[str, int]) -> str | None:
+    """Return why a dense map must stay as it is, None if it need not.
+
+    Args:
+        modules: all modules of the model by name.
+        name: of the dense map.
+        choices: number of experts by the name of the module around them.
+    """
+    parts = name.split(".")
+    around = [".".join(parts[:n]) for n in range(len(parts))]
+    experts = {choices[outer] for outer in around if outer in choices}
+    if {"gate", "router"} & set(parts) and getattr(modules[name], "out_features", 0) in experts:
+        return "a router: it chooses the experts"
+    for outer in around:
+        holder: Any = type(modules[outer])
+        if any(tuple(parts[-len(path) :]) == path for path in _reads(holder)):
+            return f"{holder.__name__} reads its weight instead of calling it"
+    return None
+
+
+@functools.cache
+def _reads(cls: Any) -> frozenset[tuple[str, ...]]:
+    """Return the children whose weight a class's methods read by themselves, by their paths."""
+    found: set[tuple[str, ...]] = set()
+    last = PreTrainedModel if issubclass(cls, PreTrainedModel) else nn.Module
+    for base in cls.__mro__[: cls.__mro__.index(last)]:
+        for key, value in vars(base).items():
+            code = getattr(inspect.unwrap(value) if callable(value) else None, "__code__", None)
+            if code is not None and "init" not in key and key != "_reset_parameters":
+                found |= _weights_read(code)
+    return frozenset(found)
+
+
+def _weights_read(code: CodeType) -> set[tuple[str, ...]]:
+    """Return every path of names in `x.path.weight`."""
+    # Where tensor parallelism in training is imitated, weights are read in slices; the default is
+    # the other branch, which calls the module.
+    if "pretraining_tp" in code.co_names:
+        return set()
+    found: set[tuple[str, ...]] = set()
+    path: list[str] = []
+    for step in dis.get_instructions(code):
+        if step.opname not in _LOADS:
+            path = []
+        elif step.argval == "weight" and path:
+            found.add(tuple(path))
+        else:
+            path.append(step.argval)
+    return found

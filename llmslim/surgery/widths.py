@@ -1,0 +1,150 @@
+"""Decide how many neurons each MLP is to have, and how the model's config can say so.
+
+A width comes from the recipe's section `width`, the same for all, or from a rule (`structure:
+width`, `neurons`, `auto`), which may differ from layer to layer. Where one field of the config
+expresses what comes out, the model stays one of its own class; elsewhere every resized projection
+becomes a site of structure `linear`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from llmslim.errors import TargetError
+from llmslim.modeling.sizes import exact_ratio
+from llmslim.recipe import Recipe, Rule, first_rule
+from llmslim.surgery.planned import MlpPlan
+from llmslim.surgery.rules import AUTO, WIDTH, init_of
+from llmslim.surgery.sites import Layers, Mlp, Site, find_mlps
+from llmslim.surgery.width import width_field
+
+Wrong = dict[tuple[int, str], list[str]]
+"""Names of the sites that one sentence about one rule concerns."""
+
+
+@dataclass
+class Widths:
+    """What becomes of a model's MLPs."""
+
+    mlps: list[MlpPlan] = field(default_factory=list)
+    """Those that change their width."""
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Sizes (I, O) of their projections afterwards."""
+    changes: dict[str, Any] = field(default_factory=dict)
+    """Fields of the text config that change."""
+    resized: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Specs of projections that the config alone cannot express."""
+
+
+def plan_widths(
+    model: Any,
+    recipe: Recipe,
+    layers: Layers,
+    *,
+    sites: Mapping[str, Site],
+    stays: Callable[[int | None], bool],
+    init: str | None,
+    build: Callable[[Any], nn.Module],
+    wrong: Wrong,
+) -> Widths:
+    """Note every MLP that changes its width, by the section `width` or by a rule.
+
+    Args:
+        model: a causal language model.
+        recipe: what to do.
+        layers: the model's decoder layers.
+        sites: its dense maps by name.
+        stays: whether a decoder layer stays.
+        init: a method that takes the place of the recipe's.
+        build: builds a model from a config, without memory.
+        wrong: takes up what is wrong with single rules.
+
+    Raises:
+        TargetError: if the section `width` finds no MLP, or one that cannot be resized.
+    """
+    plan = Widths()
+    found = [mlp for mlp in find_mlps(model, layers) if stays(layers.index_of(mlp.name))]
+    if recipe.width is not None and not found:
+        raise TargetError(
+            f"{recipe.where('width', 'intermediate_size')}: no MLP found in "
+            f"{type(model).__name__} whose sizes fit each other. Leave `width` out."
+        )
+    wanted = _wanted(found, recipe, init, wrong)
+    plan.mlps = [each for each in wanted if each.width != each.mlp.width]
+    for each in plan.mlps:
+        mlp, hidden = each.mlp, sites[each.mlp.down].out_features
+        _check_alone(model, recipe, mlp)
+        for up in mlp.up:
+            plan.sizes[up] = (hidden, each.width * (2 if mlp.fused else 1))
+        plan.sizes[mlp.down] = (each.width, hidden)
+    if not plan.mlps:
+        return plan
+    uniform = len(wanted) == len(found) and len({each.width for each in wanted}) == 1
+    change = width_field(model.config, plan.mlps[0].width, build) if uniform else None
+    if change is not None:
+        plan.changes = change
+        return plan
+    for name, (in_features, out_features) in plan.sizes.items():
+        plan.resized[name] = {
+            "structure": "linear",
+            "in_features": in_features,
+            "out_features": out_features,
+            "bias": sites[name].bias,
+        }
+    return plan
+
+
+def narrows(rule: Rule) -> bool:
+    """Return whether a rule changes the number of neurons of the MLPs it matches."""
+    return rule.structure in (WIDTH, AUTO) or rule.neurons is not None
+
+
+def _wanted(mlps: list[Mlp], recipe: Recipe, init: str | None, wrong: Wrong) -> list[MlpPlan]:
+    """Return every MLP that is given a width, with it."""
+    planned = []
+    for mlp in mlps:
+        index = first_rule(recipe, mlp.down)
+        rule = None if index is None else recipe.replace[index]
+        if rule is None or index is None or not narrows(rule):
+            if recipe.width is not None:
+                width = recipe.width.intermediate_size
+                planned.append(MlpPlan(mlp, width, init or recipe.init))
+        elif recipe.width is not None:
+            wrong[index, "the section `width` sets the width already"].append(mlp.down)
+        elif {first_rule(recipe, up) for up in mlp.up} != {index}:
+            if rule.structure != AUTO:
+                cause = f"the rule must match all of {', '.join((*mlp.up, mlp.down))}"
+                wrong[index, cause].append(mlp.down)
+        elif share := _share_of_neurons(recipe, rule):
+            width = max(1, int(mlp.width * exact_ratio(share)))
+            planned.append(MlpPlan(mlp, width, init_of(recipe, index, init)))
+    return planned
+
+
+def _check_alone(model: nn.Module, recipe: Recipe, mlp: Mlp) -> None:
+    """Refuse an MLP with per-neuron parameters outside its projections (an inner norm).
+
+    Raises:
+        TargetError: if it has any.
+    """
+    known = {*mlp.up, mlp.down}
+    parent = model.get_submodule(mlp.name)
+    if len(list(parent.children())) > len(known) + 4:
+        return  # the projections stand directly in the decoder layer, among attention
+    for name, parameter in parent.named_parameters():
+        owner = f"{mlp.name}.{name}".rpartition(".")[0]
+        if owner not in known and mlp.width in parameter.shape:
+            raise TargetError(
+                f"{recipe.where('width', 'intermediate_size')}: {owner} has one parameter "
+                "for each neuron too, which cannot be resized. Leave `width` out."
+            )
+
+
+def _share_of_neurons(recipe: Recipe, rule: Rule) -> float | None:
+    if rule.structure == AUTO:
+        return recipe.budget
+    return rule.keep_ratio if rule.structure == WIDTH else rule.neurons

@@ -1,0 +1,148 @@
+"""Every entry of transformers' causal-LM mapping: its ledger at default size, a round trip tiny.
+
+All round trips run with `-m slow`; without, one architecture in eight and those that are unlike the
+others.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+from every_architecture import (
+    MLP_AND_ATTENTION,
+    config_classes,
+    coverage,
+    logits,
+    round_trip,
+    tiny_model,
+)
+
+from llmslim import surgery
+from llmslim.surgery.plan import model_on_meta
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # what other people's models warn of
+ROOT = Path(__file__).parents[1]
+CLASSES = config_classes()
+
+NO_DEFAULT = {
+    "cohere_compass_text": "KeyError",  # its layer types are not those that it looks for
+    "dbrx": "AttributeError",  # reads a field that its attention config does not have
+    "dots1": "TypeError",  # the number of experts is None
+    "gemma3n": "ImportError",  # its image part is in timm, which is not installed
+    "gemma4_assistant": "StrictDataclassClassValidationError",  # refuses its own default
+    "gemma4_unified_assistant": "ValueError",  # the same
+    "hunyuan_v1_dense": "TypeError",  # the size of a head is None
+    "hunyuan_v1_moe": "TypeError",  # the same
+    "lfm2_moe": "TypeError",  # the layer types are None
+    "ministral": "TypeError",  # the size of a head is None
+    "musicgen": "AttributeError",  # its decoder wants the decoder's config, not this one
+    "musicgen_melody": "AttributeError",  # the same
+    "nemotron": "TypeError",  # the number of key heads is None
+    "qwen4_exp": "TypeError",  # sizes of its indexer are None
+    "qwen4_exp_text": "TypeError",  # the same
+    "reformer": "AssertionError",  # no decoder unless told so
+}
+"""What transformers itself cannot build from the default config, and how that ends."""
+
+BELOW_90 = {
+    "bamba",  # the output projections of Mamba: a fused kernel reads their weights in training
+    "falcon_mamba",
+    "mamba",
+    "mamba2",
+    "rwkv",  # scales its output projections by itself
+    "xlnet",  # attention weights are 3-D parameters inside einsum
+    "zamba2",
+}
+"""Where an MLP+attention recipe reaches less than nine tenths."""
+
+NOT_TINY = {
+    "blt",  # five models in one, whose sizes depend on each other
+    "cohere_compass_text",
+    "dbrx",
+    "dots3_note",  # checks sizes of its parts against each other
+    "gemma3n",
+    "gemma4_assistant",
+    "gemma4_unified_assistant",
+    "musicgen",
+    "musicgen_melody",
+}
+"""What no tiny model is built of: sizes that fit each other are not found generically."""
+
+TINY = [name for name in CLASSES if name not in NOT_TINY]
+UNLIKE = {
+    "emu3", "falcon", "falcon_h1", "gemma3", "gpt_oss", "gpt2", "jetmoe", "llama4", "mixtral",
+    "rwkv", "zamba",
+}  # fmt: skip
+
+
+def default_model(cls: Any) -> Any:
+    return model_on_meta(cls())
+
+
+@pytest.mark.parametrize("name", sorted(CLASSES.keys() - NO_DEFAULT.keys()))
+def test_ledger_adds_up_to_every_parameter(name: str) -> None:
+    model = default_model(CLASSES[name])
+    report = surgery.plan(model, MLP_AND_ATTENTION).report()
+
+    sizes = {id(p): p.numel() for p in model.parameters()}
+    assert sum(row.params_before for row in report.rows) == sum(sizes.values())
+    assert len({row.name for row in report.rows}) == len(report.rows)
+    # Each row's parameters are the module's own, or the parameter of that name.
+    modules = dict(model.named_modules())
+    for row in report.rows:
+        holder, _, leaf = row.name.rpartition(".")
+        own = row.name in modules or row.name == "(model)"
+        assert own or leaf in modules[holder]._parameters, row.name
+    silent = [row.name for row in report.rows if row.action != "replaced" and not row.reason]
+    assert not silent
+    assert (coverage(report).share < 0.9) == (name in BELOW_90)
+
+
+def test_what_cannot_be_built_is_known() -> None:
+    ended = {}
+    for name in sorted(CLASSES):
+        if name in NO_DEFAULT:
+            try:
+                default_model(CLASSES[name])
+            except Exception as error:
+                ended[name] = type(error).__name__
+    assert ended == NO_DEFAULT
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if index % 8 == 0 or name in UNLIKE else pytest.mark.slow)
+        for index, name in enumerate(sorted(TINY))
+    ],
+)
+def test_slim_save_load_generate(name: str) -> None:
+    round_trip(tiny_model(CLASSES[name]))
+
+
+@pytest.mark.slow
+def test_what_has_no_tiny_model_is_known() -> None:
+    failed = set()
+    for name in sorted(NOT_TINY):
+        try:
+            logits(tiny_model(CLASSES[name]))
+        except Exception:
+            failed.add(name)
+    assert failed == NOT_TINY
+
+
+def test_the_document_is_up_to_date() -> None:
+    text = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")
+    if f"transformers {version('transformers')}" not in text:
+        return  # it describes the version that constraints.txt names
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    shown = {row[0].strip("| `"): row for row in rows}
+    assert set(shown) == set(CLASSES)
+    for name in ("llama", "mixtral", "mamba", "gpt2"):
+        share = coverage(surgery.plan(CLASSES[name](), MLP_AND_ATTENTION).report()).share
+        assert shown[name][3] == f"{share:.1%}".replace("%", " %")
+        assert shown[name][5].startswith("yes")
+    assert {name for name, row in shown.items() if not row[5].startswith("yes")} == NOT_TINY

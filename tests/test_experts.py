@@ -1,0 +1,355 @@
+"""Experts as sites: stacks of matrices replaced by stacks of blocks, the models' own loops kept."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from every_architecture import config_classes, logits, tiny_model
+from torch.nn.functional import linear
+from transformers import AutoModelForCausalLM
+
+from llmslim import surgery
+from llmslim.checkpoint import dense_copy
+from llmslim.errors import SizeError, TargetError
+from llmslim.modeling.experts import Experts
+from llmslim.modeling.structured import build
+from llmslim.recipe import Recipe
+from llmslim.surgery import Calibration
+from llmslim.surgery.plan import model_on_meta
+from llmslim.surgery.sites import find_experts, find_sites
+
+E, I, O = 5, 8, 6  # noqa: E741
+BLOCKS = [
+    {"structure": "low_rank", "rank": 3},
+    {"structure": "pivoted_low_rank", "rank": 3},
+    {"structure": "block_shuffle", "blocks": 2, "inner_features": 4},
+    {"structure": "grouped_pointwise", "groups": 2},
+    {"structure": "grouped_pointwise", "groups": 2, "channel_order": "learned"},
+    {"structure": "grouped_low_rank", "groups": 2, "rank": 2, "channel_order": "learned"},
+]
+MIXTURES = [
+    "qwen3_moe", "mixtral", "gpt_oss", "olmoe", "granitemoe", "deepseek_v3", "llama4_text",
+    "jetmoe", "nemotron_h", "inkling_text", "longcat_flash", "aria_text",
+]  # fmt: skip
+EXPERTS = ["*experts.*", "*put_linear.*"]
+CLASSES = config_classes()
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+def stack(block: dict[str, Any], *, transposed: bool = False) -> Experts:
+    torch.manual_seed(0)
+    spec = {"in_features": I, "out_features": O, "bias": False, **block}
+    experts = Experts(E, of=spec, transposed=transposed)
+    if "order" in dict(experts.named_buffers()) and block["structure"] == "grouped_pointwise":
+        for expert in range(E):  # each expert reads channels of its own
+            experts.order[expert] = torch.stack([torch.randperm(I), torch.randperm(I)])
+    return experts
+
+
+def recipe(**rule: Any) -> Recipe:
+    return Recipe.of({"init": "project", "replace": [{"match": EXPERTS, **rule}]})
+
+
+def exact(model: Any) -> Recipe:
+    """Low rank without loss: the full rank of every stack."""
+    ranks = {min(s.in_features, s.out_features) for s in find_experts(model).values()}
+    rules = [
+        {
+            "match": [n for n, s in find_experts(model).items() if _least(s) == rank],
+            "structure": "low_rank",
+            "rank": rank,
+        }
+        for rank in ranks
+    ]
+    return Recipe.of({"init": "project", "replace": rules})
+
+
+def _least(site: Any) -> int:
+    return min(site.in_features, site.out_features)
+
+
+# ----------------------------------------------------------------------------- the module
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda b: "-".join(map(str, b.values())))
+@pytest.mark.parametrize("transposed", [False, True])
+def test_it_multiplies_as_the_parameter_it_stands_for(
+    block: dict[str, Any], transposed: bool
+) -> None:
+    experts = stack(block, transposed=transposed)
+    dense = experts.to_dense()
+    assert dense.shape == experts.shape == ((E, I, O) if transposed else (E, O, I))
+    x, each, bias = torch.randn(7, I), torch.randn(E, 7, I), torch.randn(O)
+    for expert in (0, torch.tensor(3)):
+        ours, theirs = experts[expert], dense[expert]
+        assert ours.shape == theirs.shape
+        if transposed:
+            pairs = [(x @ ours, x @ theirs), (torch.mm(x, ours), x @ theirs)]
+            pairs.append((linear(x, ours.T), linear(x, theirs.T)))
+        else:
+            pairs = [(linear(x, ours), linear(x, theirs)), (x @ ours.t(), x @ theirs.t())]
+            pairs.append((linear(x, ours, bias), linear(x, theirs, bias)))
+            pairs.append((linear(x, ours, bias=bias), linear(x, theirs, bias)))
+        for one, other in pairs:
+            torch.testing.assert_close(one, other)
+    whole = experts if transposed else experts.transpose(1, 2)
+    right = dense if transposed else dense.transpose(1, 2)
+    torch.testing.assert_close(torch.bmm(each, whole), torch.bmm(each, right))
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda b: "-".join(map(str, b.values())))
+def test_every_tensor_has_the_experts_in_front(block: dict[str, Any]) -> None:
+    experts = stack(block)
+    one = build(experts.block_spec).state_dict()
+    assert {k: t.shape for k, t in experts.state_dict().items()} == {
+        key: (E, *tensor.shape) for key, tensor in one.items()
+    }
+    again = build(experts.spec())
+    again.load_state_dict(experts.state_dict())
+    assert torch.equal(again.to_dense(), experts.to_dense())
+    assert torch.equal(experts.block(2).to_dense(), experts.to_dense()[2])
+
+
+def test_each_expert_learns_by_itself() -> None:
+    experts = stack(BLOCKS[0])
+    linear(torch.randn(3, I), experts[2]).sum().backward()
+    touched = [bool(gradient.abs().sum()) for gradient in experts.down.grad]
+    assert touched == [False, False, True, False, False]
+
+
+def test_another_operation_is_refused() -> None:
+    experts = stack(BLOCKS[0])
+    x = torch.randn(3, O)
+    with pytest.raises(TypeError, match=r"slim experts: matmul; they answer F\.linear"):
+        torch.matmul(x, experts[0])  # (O, I) is not for a product
+    with pytest.raises(TypeError, match="slim experts: einsum"):
+        torch.einsum("eoi,ni->eno", experts, x)
+    with pytest.raises(TypeError, match="last two dimensions"):
+        experts.transpose(0, 1)
+    with pytest.raises(ValueError, match="without bias"):
+        Experts(2, of={**experts.block_spec, "bias": True})
+
+
+# ----------------------------------------------------------------------------- whole models
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_blocks_of_full_rank_compute_what_the_dense_experts_do(name: str) -> None:
+    model = tiny_model(CLASSES[name])
+    dense, sites = logits(model), find_experts(model)
+    report = surgery.rewrite(model, surgery.plan(model, exact(model)))
+    errors = [row.init_error for row in report.rows if row.action == "replaced"]
+    assert len(errors) == len(sites) > 0
+    assert all(error is not None and error < 1e-9 for error in errors)
+    torch.testing.assert_close(logits(model), dense, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("part", ["*gate_up*", "*attn*"])
+def test_part_of_a_mixture_loads_back(name: str, part: str, tmp_path: Path) -> None:
+    names = {"nemotron_h": "*up_proj", "jetmoe": "*mlp.input*", "inkling_text": "*gate_*"}
+    match = names.get(name, part) if part == "*gate_up*" else ["*attn*", "*attention*", "*mixer*"]
+    rules = [{"match": match, "structure": "low_rank", "keep_ratio": 0.5}]
+    if part == "*attn*":
+        rules.insert(0, {"match": EXPERTS, "keep": True})
+    model = tiny_model(CLASSES[name])
+    surgery.rewrite(model, surgery.plan(model, Recipe.of({"init": "random", "replace": rules})))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ours, theirs = model.state_dict(), loaded.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4_text", "zamba"])
+def test_export_gives_the_base_class_with_the_same_function(name: str, tmp_path: Path) -> None:
+    model = tiny_model(CLASSES[name])
+    base, shapes = type(model), {k: t.shape for k, t in model.state_dict().items()}
+    rule = {"match": ["*experts.*", "*attn*"], "structure": "low_rank", "keep_ratio": 0.5}
+    surgery.rewrite(model, surgery.plan(model, Recipe.of({"init": "random", "replace": [rule]})))
+    dense = dense_copy(model)
+    assert type(dense) is base
+    assert {k: t.shape for k, t in dense.state_dict().items()} == shapes
+    torch.testing.assert_close(logits(dense), logits(model), rtol=1e-3, atol=1e-4)
+    dense.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(loaded), logits(dense), rtol=1e-4, atol=1e-4)
+
+
+def test_another_implementation_of_experts_leaves_slim_ones_on_their_loop() -> None:
+    model = tiny_model(CLASSES["mixtral"])
+    rule = {"match": "*.0.*experts.*", "structure": "low_rank", "keep_ratio": 0.5}
+    surgery.rewrite(model, surgery.plan(model, Recipe.of({"init": "random", "replace": [rule]})))
+    model.set_experts_implementation("eager")
+    eager = logits(model)
+    model.set_experts_implementation("batched_mm")  # the dense ones of the other layers follow
+    assert model.model.layers[1].mlp.experts.config._experts_implementation == "batched_mm"
+    assert model.model.layers[0].mlp.experts.config._experts_implementation == "eager"
+    torch.testing.assert_close(logits(model), eager, rtol=1e-4, atol=1e-4)
+
+
+def test_it_loads_where_llmslim_is_not_installed(tmp_path: Path) -> None:
+    model = tiny_model(CLASSES["mixtral"])
+    rule = {"match": "*experts.*", "structure": "grouped_low_rank", "keep_ratio": 0.5}
+    surgery.rewrite(model, surgery.plan(model, Recipe.of({"init": "random", "replace": [rule]})))
+    model.save_pretrained(tmp_path / "slim")
+    torch.save(logits(model), tmp_path / "expected.pt")
+    code = textwrap.dedent("""
+        import sys
+        sys.modules["llmslim"] = None  # an import of it fails
+        import torch
+        from transformers import AutoModelForCausalLM
+        model = AutoModelForCausalLM.from_pretrained("slim", trust_remote_code=True)
+        ids = torch.randint(3, 90, (2, 10), generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            torch.testing.assert_close(model(input_ids=ids).logits, torch.load("expected.pt"))
+        print(type(model).__name__)
+    """)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "SlimMixtralForCausalLM", done.stderr[-2000:]
+
+
+# ----------------------------------------------------------------------------- plans
+
+
+def test_orientation_follows_the_model() -> None:
+    sizes = {}
+    for name in ("gpt_oss", "llama4_text", "mixtral", "inkling_text"):
+        for site in find_experts(model_on_meta(CLASSES[name]())).values():
+            sizes[name, site.name.rpartition(".")[2]] = (site.in_features, site.out_features)
+    assert sizes["gpt_oss", "gate_up_proj"] == (2880, 5760)
+    assert sizes["llama4_text", "gate_up_proj"] == (5120, 16384)
+    assert sizes["llama4_text", "down_proj"] == (8192, 5120)
+    assert sizes["mixtral", "gate_up_proj"] == (4096, 28672)
+    assert sizes["mixtral", "down_proj"] == (14336, 4096)
+    assert sizes["inkling_text", "gate_proj"] == (6144, 3072)
+
+
+def test_operations_are_those_of_the_experts_a_token_meets() -> None:
+    config = CLASSES["mixtral"]()
+    rows = {
+        row.name: row for row in surgery.plan(config, recipe(structure="low_rank", rank=8)).rows
+    }
+    row = rows["model.layers.0.mlp.experts.down_proj"]
+    assert row.params_before == 8 * 14336 * 4096
+    assert row.flops_per_token_before == 2 * 2 * 14336 * 4096  # two of eight
+    assert row.params_after == 8 * 8 * (14336 + 4096)
+    assert row.flops_per_token_after == 2 * 2 * 8 * (14336 + 4096)
+    assert row.options == {"experts": 8, "rank": 8}
+
+
+def test_routing_is_no_site_and_biases_stay() -> None:
+    everything = Recipe.of({"replace": [{"match": "*", "structure": "low_rank", "rank": 1}]})
+    rows = {r.name: r for r in surgery.plan(tiny_model(CLASSES["jetmoe"]), everything).rows}
+    router = rows["model.layers.0.mlp.router.layer"]  # an nn.Linear
+    assert (router.action, router.reason) == ("kept", "a router: it chooses the experts")
+    rows = {r.name: r for r in surgery.plan(tiny_model(CLASSES["gpt_oss"]), everything).rows}
+    assert rows["model.layers.0.mlp.experts"].reason == "biases of the experts"
+    assert rows["model.layers.0.mlp.router"].reason == "a router: it chooses the experts"
+
+
+@pytest.mark.parametrize(
+    "rule", [{"structure": "width", "keep_ratio": 0.5}, {"structure": "low_rank", "neurons": 0.5}]
+)
+def test_fewer_neurons_are_not_for_experts(rule: dict[str, Any]) -> None:
+    if rule["structure"] == "low_rank":
+        rule = {**rule, "rank": 2}
+    with pytest.raises(SizeError, match="experts take any other structure"):
+        surgery.plan(CLASSES["mixtral"](), recipe(**rule))
+
+
+@pytest.mark.parametrize("structure", ["low_rank", "auto"])
+def test_calibration_fits_the_rest_and_projects_the_experts(structure: str) -> None:
+    model = tiny_model(CLASSES["mixtral"])
+    sites = find_experts(model)
+    rule: dict[str, Any] = {"match": ["*mlp.*", "*attn*"], "structure": structure}
+    data = {"replace": [rule], "init": "least_squares"}
+    data |= {"budget": 0.5} if structure == "auto" else {}
+    if structure == "low_rank":
+        rule["keep_ratio"] = 0.5
+    plan = surgery.plan(model, Recipe.of(data))
+    assert {site.init for site in plan.sites if site.is_experts} == {"project"}
+    assert any("filled from their weights alone (project)" in note for note in plan.notes)
+
+    windows = torch.randint(3, 90, (5, 16), generator=torch.Generator().manual_seed(0))
+    calibration = Calibration(windows[:4], windows[4:])
+    chosen = Recipe.of(data)
+    if chosen.has_auto:
+        chosen = surgery.allocate(model, chosen, calibration)
+    report = surgery.rewrite(model, surgery.plan(model, chosen), calibration=calibration)
+    rows = {row.name: row for row in report.rows}
+    assert all(rows[name].action == "replaced" for name in sites)
+    assert all(rows[name].params_after <= rows[name].params_before / 2 for name in sites)
+    assert all(rows[name].init_error is not None for name in sites)
+    assert rows["model.layers.0.self_attn.q_proj"].action in ("replaced", "kept")
+    assert logits(model).isfinite().all()
+
+
+# ----------------------------------------------------------------------------- other sites
+
+
+def test_what_layers_share_is_replaced_once_and_seen_by_all() -> None:
+    model = tiny_model(CLASSES["zamba"])
+    first, second = (model.model.layers[n].shared_transf.self_attn for n in (1, 3))
+    assert first.q_proj.weight is second.q_proj.weight
+    count = sum(p.numel() for p in model.parameters())
+    rule = {"match": "*.self_attn.*", "structure": "low_rank", "keep_ratio": 0.5}
+    report = surgery.rewrite(
+        model, surgery.plan(model, Recipe.of({"init": "random", "replace": [rule]}))
+    )
+    assert first.q_proj is second.q_proj
+    rows = {row.name: row for row in report.rows}
+    assert rows["model.layers.1.shared_transf.self_attn.q_proj"].action == "replaced"
+    tied = rows["model.layers.3.shared_transf.self_attn.q_proj"]
+    assert (tied.action, tied.params_before, tied.params_after) == ("tied", 0, 0)
+    assert 0 < tied.flops_per_token_after < tied.flops_per_token_before
+    assert report.totals.params_before == count
+    assert report.totals.params_after == sum(p.numel() for p in model.parameters())
+
+
+def test_layers_that_share_are_dropped_together_only() -> None:
+    data = {"depth": {"keep_layers": [0, 2, 3]}, "replace": []}
+    with pytest.raises(TargetError, match="layers 1 and 3 share parameters"):
+        surgery.plan(tiny_model(CLASSES["zamba"]), Recipe.of(data))
+
+
+def test_decoder_layers_are_those_of_the_text_part() -> None:
+    config = CLASSES["gemma3"]()
+    config.vision_config.num_hidden_layers = config.text_config.num_hidden_layers
+    model = model_on_meta(config)
+    assert surgery.sites.find_layers(model).path == "model.language_model.layers"
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "reason"),
+    [
+        ("mamba", "backbone.layers.0.mixer.out_proj", "MambaMixer reads its weight"),
+        ("deepseek_v4", "model.layers.0.self_attn.o_a_proj", "computes more than a dense map"),
+        ("gemma3", "model.vision_tower.head.attention.out_proj", "MultiheadAttention reads its"),
+        ("rwkv", "rwkv.blocks.0.attention.output", "RwkvModel reads its weight"),
+        ("jamba", "model.layers.0.mamba", "parameters of a recurrence"),
+        ("mamba", "backbone.layers.0.mixer.conv1d", "a convolution"),
+        ("got_ocr2", "model.vision_tower", "a position table"),
+        ("xlnet", "transformer.layer.0.rel_attn", "multiplies with it in a way of its own"),
+    ],
+)
+def test_what_cannot_be_exchanged_says_why(name: str, path: str, reason: str) -> None:
+    everything = Recipe.of({"replace": [{"match": "*", "structure": "low_rank", "rank": 1}]})
+    rows = {row.name: row for row in surgery.plan(CLASSES[name](), everything).rows}
+    assert rows[path].action == "kept"
+    assert reason in rows[path].reason
+
+
+def test_a_subclass_that_multiplies_as_linear_does_is_a_site() -> None:
+    model = model_on_meta(CLASSES["falcon"]())
+    assert type(model.transformer.h[0].mlp.dense_h_to_4h) is not torch.nn.Linear
+    assert "transformer.h.0.mlp.dense_h_to_4h" in find_sites(model)

@@ -1,0 +1,284 @@
+"""Converting piece by piece gives what converting in memory gives, and never holds the model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from every_architecture import MLP_AND_ATTENTION, config_classes
+from every_architecture import tiny_model as tiny
+from helpers_checkpoint import hashes, names, same_bytes, stored, tiny_tokenizer
+from helpers_streaming import (
+    GROUPED,
+    RECIPES,
+    SMALL_SHARDS,
+    contents,
+    in_memory,
+    mixtral,
+    stored_model,
+)
+from safetensors.torch import load_file, save_file
+from tiny import logits, tiny_model, tokens
+
+from llmslim import api
+from llmslim.checkpoint import Layout, NotInPiecesError, Pieces, open_source, parse_size
+from llmslim.checkpoint import tensor_files as writing
+from llmslim.errors import CheckpointError
+
+CASES = [
+    *(
+        (name, recipe, {})
+        for name in ("llama", "phi3", "qwen2", "gpt2", "gpt_neox", "mixtral")
+        for recipe in ("random", "depth")
+        if (name, recipe) != ("mixtral", "random")
+    ),
+    ("llama", "project", {}),
+    ("llama", "random", {"dtype": "bfloat16"}),
+    ("llama", "project", {"dtype": "float16", **SMALL_SHARDS}),
+    ("bloom", "random", SMALL_SHARDS),
+]
+
+
+@pytest.mark.parametrize(("architecture", "recipe", "options"), CASES)
+def test_the_same_bytes_as_in_memory(
+    architecture: str,
+    recipe: str,
+    options: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = stored_model(tmp_path / "m", architecture)
+    asked = (model, RECIPES[recipe])
+    streamed = api.convert(*asked, tmp_path / "a", **options)
+    whole = in_memory(monkeypatch, *asked, tmp_path / "b", **options)
+    assert contents(streamed.path) == contents(whole.path)
+    assert streamed.report.rows == whole.report.rows
+    assert streamed.report.problems == ()
+    assert whole.report.problems == ("Converted in memory, as a whole: for the sake of a test.",)
+    assert api.verify(streamed.path).ok
+    assert names(tmp_path) == ["a", "b", "m"]
+
+
+WIDTHS = {"narrower": 64, "wider": 192}
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_width_and_depth_and_blocks_together(
+    width: str, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama", tie_word_embeddings=tied).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "m", max_shard_size="20KB")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    recipe = {
+        "name": "w",
+        "init": "project",
+        "depth": {"keep_layers": [3, 0]},
+        "width": {"intermediate_size": WIDTHS[width]},
+        "replace": [{"match": "*q_proj", "structure": "low_rank", "rank": 3}],
+    }
+    options: dict[str, Any] = {"max_shard_size": "25KB"}
+    streamed = api.convert(tmp_path / "m", recipe, tmp_path / "a", **options).path
+    whole = in_memory(monkeypatch, tmp_path / "m", recipe, tmp_path / "b", **options).path
+    assert contents(streamed) == contents(whole)
+    assert len(list(streamed.glob("*.safetensors"))) > 2
+    assert ("lm_head.weight" in stored(streamed)) is not tied
+    again = api.load(streamed)
+    assert torch.equal(logits(again, tokens()), logits(api.load(whole), tokens()))
+
+
+def test_one_piece_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = stored_model(tmp_path / "m", "llama")
+    largest, peak = 0, 0
+    real = Pieces.load
+
+    def live(pieces: Pieces) -> int:
+        tensors = pieces.model.state_dict(keep_vars=True).values()
+        return sum(t.nbytes for t in {id(t): t for t in tensors if not t.is_meta}.values())
+
+    def load(pieces: Pieces, piece: Any) -> None:
+        nonlocal largest, peak
+        assert live(pieces) == 0
+        real(pieces, piece)
+        peak = max(peak, live(pieces))
+        largest = max(largest, sum(t.nbytes for _, t in pieces.tensors(piece)))
+
+    monkeypatch.setattr(Pieces, "load", load)
+    api.convert(model, RECIPES["random"], tmp_path / "out")
+    assert 0 < peak <= largest
+    assert peak < sum(p.nbytes for p in tiny_model("llama").parameters()) / 3
+
+
+def test_experts_keep_the_names_they_are_stored_under(tmp_path: Path) -> None:
+    dense = mixtral()
+    dense.save_pretrained(tmp_path / "m")
+    recipe = {"name": "d", "depth": {"keep_layers": [2, 1]}}
+    out = api.convert(tmp_path / "m", recipe, tmp_path / "out", **SMALL_SHARDS).path
+    before, after = stored(tmp_path / "m"), stored(out)
+    name = "model.layers.{}.block_sparse_moe.experts.3.w2.weight"
+    assert same_bytes(after[name.format(0)], before[name.format(2)])
+    dense.model.layers = torch.nn.ModuleList(dense.model.layers[i] for i in (2, 1))
+    for index, layer in enumerate(dense.model.layers):
+        layer.self_attn.layer_idx = index
+    assert torch.equal(logits(api.load(out), tokens()), logits(dense, tokens()))
+
+
+def test_dense_weights_in_another_order_of_files(tmp_path: Path) -> None:
+    model = stored_model(tmp_path / "m")
+    plain = api.convert(model, RECIPES["random"], tmp_path / "a").path
+    tensors = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    parts = {f"model-{n:05}-of-00003.safetensors": sorted(tensors)[n::3] for n in range(3)}
+    for file, keys in parts.items():
+        save_file({key: tensors[key] for key in keys}, model / file)
+    index = {"metadata": {}, "weight_map": {key: f for f, keys in parts.items() for key in keys}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    sharded = api.convert(model, RECIPES["random"], tmp_path / "b").path
+    assert contents(sharded) == contents(plain)
+
+
+def test_what_the_model_has_no_use_for_is_left_out(tmp_path: Path) -> None:
+    model = stored_model(tmp_path / "m")
+    plain = api.convert(model, RECIPES["random"], tmp_path / "a").path
+    weights = model / "model.safetensors"
+    extra = {**load_file(weights), "model.layers.0.rotary_emb.inv_freq": torch.ones(6)}
+    save_file(extra, weights, metadata={"format": "pt"})
+    assert contents(api.convert(model, RECIPES["random"], tmp_path / "b").path) == contents(plain)
+
+
+def test_a_missing_weight_is_an_error_and_nothing_is_left(tmp_path: Path) -> None:
+    model = stored_model(tmp_path / "m")
+    tensors = load_file(model / "model.safetensors")
+    tensors.pop("model.layers.2.mlp.up_proj.weight")
+    tensors["model.norm.weight"] = torch.ones(47)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="2 weights of the model are missing or of another"):
+        api.convert(model, RECIPES["random"], tmp_path / "out")
+    assert names(tmp_path) == ["m"]
+
+
+def test_tied_and_stored_twice_is_loaded_as_a_whole(tmp_path: Path) -> None:
+    model = stored_model(tmp_path / "m", "llama", tie_word_embeddings=True)
+    weights = model / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(NotInPiecesError, match="tied and stored all the same"):
+        Pieces(open_source(model))
+    made = api.convert(model, RECIPES["random"], tmp_path / "out")
+    (note,) = made.report.problems
+    assert (
+        note == "Converted in memory, as a whole: lm_head.weight is tied and stored all the same."
+    )
+    with pytest.raises(CheckpointError, match="nothing to resume"):
+        api.convert(model, RECIPES["random"], tmp_path / "new", resume=True)
+
+
+def test_weights_of_several_types_keep_all_their_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = stored_model(tmp_path / "m")
+    weights = model / "model.safetensors"
+    tensors = {k: v.bfloat16() if "mlp" in k else v for k, v in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    streamed = api.convert(model, RECIPES["depth"], tmp_path / "a").path
+    whole = in_memory(monkeypatch, model, RECIPES["depth"], tmp_path / "b").path
+    assert contents(streamed) == contents(whole)
+    assert {t.dtype for t in stored(streamed).values()} == {torch.float32}
+
+
+def test_a_tensor_that_reads_back_differently_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = stored_model(tmp_path / "m")
+    real = writing._write
+
+    def spoil(file: int, data: memoryview, start: int) -> None:
+        real(file, data, start)
+        if len(data) == 48 * 4:  # a norm
+            real(file, memoryview(bytes([data[0] ^ 1])), start)
+
+    monkeypatch.setattr(writing, "_write", spoil)
+    with pytest.raises(CheckpointError, match=r"layernorm.weight reads back differently"):
+        api.convert(model, RECIPES["random"], tmp_path / "out")
+    assert names(tmp_path) == ["m"]
+
+
+def test_an_already_slim_model_is_converted_further(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = stored_model(tmp_path / "m")
+    slim = api.convert(model, RECIPES["random"], tmp_path / "slim").path
+    again = {"name": "again", "replace": [{**GROUPED, "match": "*o_proj"}]}
+    streamed = api.convert(slim, again, tmp_path / "a").path
+    whole = in_memory(monkeypatch, slim, again, tmp_path / "b").path
+    assert contents(streamed) == contents(whole)
+
+
+def test_a_layout_is_what_safetensors_writes(tmp_path: Path) -> None:
+    tensors = {
+        "z": torch.ones(3, dtype=torch.bfloat16),
+        'ä"b': torch.ones(2, 2),
+        "i": torch.ones(1, dtype=torch.int64),
+        "s": torch.tensor(1.0, dtype=torch.float16),
+        "e": torch.empty(0, 4),
+        "u": torch.ones(5, dtype=torch.uint8),
+    }
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    layout = Layout.of(tensors, parameters=1, max_shard_size="1GB")
+    (tmp_path / "ours").mkdir()
+    with writing.TensorFiles(tmp_path / "ours", layout, lambda name, digests: None) as files:
+        for name in reversed(tensors):
+            files.put(name, {name: tensors[name]})
+        files.wait()
+    assert hashes(tmp_path / "ours")["model.safetensors"] == hashes(tmp_path)["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [("5GB", 5 * 10**9), (" 1.5 mb ", 1_500_000), ("200KB", 200_000), (123, 123), ("7", 7)],
+)
+def test_sizes(given: int | str, size: int) -> None:
+    assert parse_size(given) == size
+
+
+@pytest.mark.parametrize("given", ["", "GB", "-5GB", "5XB", "0", 0, "1e9GB", "5GiB", "9" * 40])
+def test_sizes_that_are_none(given: int | str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="max_shard_size: "):
+        api.convert(tmp_path, RECIPES["random"], tmp_path / "out", max_shard_size=given)
+
+
+def streams_as_in_memory(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny(config_classes()[name]).save_pretrained(tmp_path / "m")
+    asked = (tmp_path / "m", MLP_AND_ATTENTION)
+    streamed = api.convert(*asked, tmp_path / "a")
+    whole = in_memory(monkeypatch, *asked, tmp_path / "b")
+    assert contents(streamed.path) == contents(whole.path)
+    assert not any("in memory" in note for note in streamed.report.problems)
+
+
+@pytest.mark.parametrize("name", ["xlnet", "gemma3"])
+def test_parameters_outside_of_their_modules_children(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streams_as_in_memory(name, tmp_path, monkeypatch)
+
+
+CANNOT = {
+    **dict.fromkeys(("emu3", "mllama"), "saved as their text part, which has no Auto class"),
+    **dict.fromkeys(("cohere_compass_text", "dots3_note", "dbrx"), "no tiny config"),
+    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), "no tiny config"),
+    **dict.fromkeys(("musicgen", "musicgen_melody"), "no tiny config"),
+    "gemma3n": "needs timm",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(config_classes().keys() - CANNOT.keys()))
+def test_every_architecture(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams_as_in_memory(name, tmp_path, monkeypatch)
