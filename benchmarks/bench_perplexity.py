@@ -1,7 +1,6 @@
 """Perplexity of a whole model whose MLP projections were fitted, before any healing.
 
-    python benchmarks/wikitext.py wiki.valid.tokens.gz > valid.txt
-    python benchmarks/bench_perplexity.py --calibration valid.txt --test wiki.test.raw.gz
+    python benchmarks/bench_perplexity.py --calibration wiki.valid.tokens.gz --test wiki.test.raw.gz
         [--other OTHER_TEXT ...] [--model FOLDER_OR_GGUF] [--keep 0.5] [--tokens 65536]
         [--windows 32] [--random-tokens 0.15] [--methods low_rank --methods width] [--threads 1]
 

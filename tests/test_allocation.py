@@ -269,3 +269,32 @@ def test_narrower_and_full_rank_loses_nothing_where_neurons_were_idle() -> None:
     ids = tokens(4, 16, seed=9)
     expected = logits(dense, ids)
     assert float((logits(model, ids) - expected).norm() / expected.norm()) < 1e-4
+
+
+def with_an_idle_projection() -> Any:
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.self_attn.idle = torch.nn.Linear(48, 48, bias=False)
+    return model
+
+
+def test_auto_leaves_what_is_never_called() -> None:
+    rule = {"match": ["*.mlp.*", "*.self_attn.*"], "structure": "auto"}
+    recipe = Recipe.of({"budget": 0.7, "replace": [rule]})
+    chosen = surgery.allocate(with_an_idle_projection(), recipe, CALIBRATION)
+    kept = {name for rule in chosen.replace if rule.keep for name in rule.globs}
+    assert {f"model.layers.{n}.self_attn.idle" for n in range(4)} <= kept
+
+
+def test_what_is_never_called_is_fitted_without_data_and_said_so() -> None:
+    rule = {"match": "*.self_attn.*", "structure": "low_rank", "rank": 4, "init": "least_squares"}
+    model = with_an_idle_projection()
+    weight = model.model.layers[2].self_attn.idle.weight.detach().clone()
+    report = llmslim.slim(model, {"replace": [rule]}, calibration=WINDOWS)
+    u, s, vh = torch.linalg.svd(weight.double())
+    nearest = u[:, :4] * s[:4] @ vh[:4]
+    block = model.model.layers[2].self_attn.idle.to_dense().double()
+    torch.testing.assert_close(block, nearest, atol=1e-5, rtol=0)
+    told = [note for note in report.problems if "never called" in note]
+    assert len(told) == 1
+    assert told[0].startswith("model.layers.0.self_attn.idle and 3 more")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,6 @@ from llmslim.data import calibration_windows, read_texts, sampling
 from llmslim.data.unseen import with_random_tokens
 from llmslim.errors import DataError
 from llmslim.recipe.schema import Calibration
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from wikitext import detokenise
 
 TEXTS = ["One fish.", "Two\nfish.", "Red fish, blue fish — ünï."]
 
@@ -503,13 +499,3 @@ def test_a_broken_model_is_an_error(exact):
 
 
 # ----------------------------------------------------------------------------- benchmarks
-
-
-def test_detokenise_gives_what_people_write():
-    assert detokenise(" He said , \" Yes ( or no ) ; it 's 2 @-@ 1 , don 't \" . \n") == (
-        " He said, \"Yes (or no); it's 2-1, don 't\". \n"
-    )
-    assert detokenise("3 @,@ 000 at 1 @.@ 5 % ?") == "3,000 at 1.5%?"
-    assert detokenise("a\n\nthe <unk> b\n= T =\n") == "a\n\n= T =\n"
-    assert detokenise(" One . A <unk> . At 2 @.@ 5 . \n") == " One. At 2.5. \n"
-    assert detokenise("the <unk> , b", keep_unk=True) == "the <unk>, b"

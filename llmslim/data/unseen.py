@@ -1,9 +1,8 @@
 """Put tokens into calibration windows that the text itself does not have.
 
 The first MLPs of a model answer to single tokens, and calibration text holds a fraction of the
-vocabulary. Neurons that only other tokens need look useless then, and a fit drops them: of what
-halving SmolLM2's first MLP cost on new articles, two thirds fell on tokens that 16,384 tokens of
-calibration text had not shown it. A few random tokens among the real ones show it all of them.
+vocabulary. Neurons that only other tokens need look useless then, and a fit drops them. A few
+random tokens among the real ones show them all; what it is worth is in docs/benchmarks.md.
 
 Shapes: N windows of L tokens.
 """

@@ -243,7 +243,8 @@ class _Measurement:
             moments, after = self._walk(index, layer, here)
             for unit in here:
                 fit = self._narrowed if unit.ups else self._low_rank
-                found[unit] = self._candidates(unit, fit(unit, moments[unit.name]))
+                seen = moments.get(unit.name)  # None where no forward pass calls it: it stays
+                found[unit] = self._candidates(unit, fit(unit, seen)) if seen else []
                 dense = sum(self._dense(name).numel() for name in unit.sites)
                 found[unit].append(Candidate(None, 1.0, dense, 0.0))
                 progress(len(found), len(self.units), f"measuring {unit.name}")

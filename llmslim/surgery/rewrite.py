@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -96,6 +96,10 @@ def rewrite(
         errors |= fitted.errors
         notes += fitted.notes
         rest = [site for site in plan.sites if site.name not in fitted.sites]
+        unseen = [site.name for site in rest if method_named(site.init).needs_gram]
+        if unseen:
+            notes.append(f"{_listed(unseen)}: never called on the calibration text; init: project.")
+        rest = [replace(s, init="project") if s.name in unseen else s for s in rest]
     else:
         rest = list(plan.sites)
     for site in rest:
@@ -154,6 +158,10 @@ def filled_in(plan: Plan, errors: Mapping[str, float | None], notes: Iterable[st
 def seed_of(name: str, seed: int) -> int:
     """Return a site's own seed: results do not depend on what else is replaced."""
     return seed * 0x1_0000_0001 ^ zlib.crc32(name.encode())
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def _dense_at(model: nn.Module, name: str) -> Any:
