@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerBase
 from llmslim.checkpoint.load import load_tokenizer
 from llmslim.checkpoint.source import Source, open_source
 from llmslim.data import calibration_windows
-from llmslim.data.unseen import plain_tokens, with_random_tokens
 from llmslim.recipe.schema import Calibration
 
 
@@ -71,38 +70,15 @@ def read_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 
 
 def windows(
-    data: str,
-    tokens: int,
-    length: int,
-    held_out: int,
-    tokenizer: Any,
-    *,
-    random_tokens: float = 0.0,
+    data: str, tokens: int, length: int, held_out: int, tokenizer: Any
 ) -> tuple[Tensor, Tensor]:
-    """Return windows of a text to fit to, and `held_out` other ones of it to judge by.
-
-    Args:
-        data: the text.
-        tokens: how many to fit to.
-        length: tokens of a window.
-        held_out: windows to judge by.
-        tokenizer: the model's.
-        random_tokens: share of the tokens to fit to that are replaced, as by a recipe's key.
-    """
-    spec = Calibration(
-        data=data,
-        tokens=tokens + held_out * length,
-        sequence_length=length,
-        random_tokens=0.0,  # which windows are held out is decided here
-    )
+    """Return windows of a text to fit to, and `held_out` other ones of it to judge by."""
+    spec = Calibration(data=data, tokens=tokens + held_out * length, sequence_length=length)
     found = calibration_windows(spec, tokenizer)
     for note in found.notes:
         click.echo(note, err=True)
     ids_NL = torch.cat([found.held_out, found.ids])
-    fit_NL = with_random_tokens(
-        ids_NL[held_out:], random_tokens, plain_tokens(tokenizer), spec.seed
-    )
-    return fit_NL, ids_NL[:held_out]
+    return ids_NL[held_out:], ids_NL[:held_out]
 
 
 def machine() -> str:

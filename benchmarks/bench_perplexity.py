@@ -2,7 +2,7 @@
 
     python benchmarks/bench_perplexity.py --calibration wiki.valid.tokens.gz --test wiki.test.raw.gz
         [--other OTHER_TEXT ...] [--model FOLDER_OR_GGUF] [--keep 0.5] [--tokens 65536]
-        [--windows 32] [--random-tokens 0.15] [--methods low_rank --methods width] [--threads 1]
+        [--windows 32] [--methods low_rank --methods width] [--threads 1]
 
 Next to the dense model stand three fits that look at no data; the whitened SVD as the field does it
 (SVD-LLM, Wang et al. 2024, arXiv:2403.07378: every projection alone, on the dense model's inputs);
@@ -192,7 +192,6 @@ def number(value: float) -> str:
 @click.option("--other", multiple=True, help="Another text to score; repeatable.")
 @click.option("--windows", "count", default=32, show_default=True, help="Windows of each text.")
 @click.option("--keep", default=0.5, show_default=True, help="Share of the MLP weights to keep.")
-@click.option("--random-tokens", default=0.15, show_default=True, help="As in a recipe.")
 @click.option("--methods", multiple=True, type=click.Choice(list(METHODS)), help="Repeatable.")
 def main(
     model: str | None,
@@ -204,7 +203,6 @@ def main(
     other: tuple[str, ...],
     count: int,
     keep: float,
-    random_tokens: float,
     methods: tuple[str, ...],
 ) -> None:
     """Print perplexities before healing, their ratio to the dense model's, seconds and memory."""
@@ -213,13 +211,10 @@ def main(
     chosen = ["dense", *(name for name in methods or METHODS if name != "dense")]
     tokenizer = read_tokenizer(find(model))
     held_out = max(1, tokens // length // 16)
-    fit_NL, held_out_NL = windows(
-        calibration, tokens, length, held_out, tokenizer, random_tokens=random_tokens
-    )
+    fit_NL, held_out_NL = windows(calibration, tokens, length, held_out, tokenizer)
     tests = {path: first_windows(path, count, length, tokenizer) for path in (test, *other)}
     click.echo(
-        f"{machine()}; {fit_NL.numel()} tokens to fit to, {random_tokens:.0%} of them random, "
-        f"{count} windows of {length} to score\n"
+        f"{machine()}; {fit_NL.numel()} tokens to fit to, {count} windows of {length} to score\n"
     )
     rows, dense = [], {}
     # One task a process: peak memory is a process's own, and it never goes down.

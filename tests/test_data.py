@@ -16,7 +16,6 @@ from pyarrow import parquet
 from tiny import ARCHITECTURES, logits, tiny_model
 
 from llmslim.data import calibration_windows, read_texts, sampling
-from llmslim.data.unseen import with_random_tokens
 from llmslim.errors import DataError
 from llmslim.recipe.schema import Calibration
 
@@ -219,9 +218,7 @@ def plain_tokenizer() -> Any:
 
 
 def spec(data: str, **changes: Any) -> Calibration:
-    return Calibration(
-        **{"data": data, "tokens": 64, "sequence_length": 8, "random_tokens": 0, **changes}
-    )
+    return Calibration(**{"data": data, "tokens": 64, "sequence_length": 8, **changes})
 
 
 def ids_of(text: str) -> list[int]:
@@ -255,28 +252,6 @@ def test_windows_come_from_the_seed(tmp_path):
     assert torch.equal(one.ids, again.ids)
     assert torch.equal(one.held_out, again.held_out)
     assert rows_of(one.ids) != rows_of(other.ids)
-
-
-def test_random_tokens_replace_a_share_of_those_to_fit_to(tmp_path):
-    name = put(tmp_path / "a.txt", b"ab" * 4000)
-    plain, varied = (
-        calibration_windows(spec(name, tokens=8000, random_tokens=share), plain_tokenizer())
-        for share in (0, 0.25)
-    )
-    changed = plain.ids != varied.ids
-    # Binomial: 7,500 draws of 1/4 lie within 0.03 but for once in 10^8; a few draw what was there.
-    assert 0.22 < changed.float().mean() < 0.28
-    assert torch.equal(plain.held_out, varied.held_out)
-    tokenizer = plain_tokenizer()
-    put_in = set(varied.ids[changed].tolist())
-    assert put_in == set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
-
-
-def test_random_tokens_leave_the_first_of_a_window_and_cover_the_vocabulary():
-    ids_NL = torch.zeros(10, 11, dtype=torch.int64)
-    varied_NL = with_random_tokens(ids_NL, 1.0, torch.arange(1, 101), seed=3, first=True)
-    assert not varied_NL[:, 0].any()
-    assert sorted(varied_NL[:, 1:].flatten().tolist()) == list(range(1, 101))  # each once
 
 
 @pytest.mark.parametrize(("tokens", "aside"), [(8, 1), (160, 1), (8 * 40, 2), (8 * 1000, 16)])

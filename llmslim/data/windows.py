@@ -5,8 +5,7 @@ into windows of equal length; so nothing is padded, and every position counts th
 tokenizer begins a text with a token of its own, every window begins with it, as every text that
 the model will see does.
 
-Not more than four times the needed tokens are read; the windows are drawn from those. Windows to
-fit to get a few random tokens (see `unseen`); held-out ones stay as they are.
+Not more than four times the needed tokens are read; the windows are drawn from those.
 
 Shapes: N and M windows of L tokens.
 """
@@ -17,7 +16,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,6 @@ from llmslim.recipe.schema import Calibration
 from .columns import Document
 from .sampling import leading_token, sampled_windows
 from .text import read_texts
-from .unseen import plain_tokens, with_random_tokens
 
 _POOL = 4
 _CHARACTERS_PER_TOKEN = 8  # more than text has: a stretch of so many characters is long enough
@@ -83,7 +81,7 @@ def calibration_windows(
                 "here. Name a file or a data set."
             )
         ids_NL = sampled_windows(model, tokenizer, wanted, length, spec.seed, progress=progress)
-        return _varied(_split("self", ids_NL, wanted, spec.seed, []), spec, tokenizer, model)
+        return _split("self", ids_NL, wanted, spec.seed, [])
     if tokenizer is None:
         raise DataError(
             f"calibration.data: {spec.data}, but the model has no tokenizer to read text with. "
@@ -93,19 +91,7 @@ def calibration_windows(
     source = local.name if local.is_file() else spec.data
     notes: list[str] = []
     ids_NL = _read_windows(spec, tokenizer, wanted, notes, progress)
-    return _varied(_split(source, ids_NL, wanted, spec.seed, notes), spec, tokenizer, model)
-
-
-def _varied(windows: Windows, spec: Calibration, tokenizer: Any, model: Any) -> Windows:
-    """Return the windows with random tokens in those to fit to."""
-    ids_NL = with_random_tokens(
-        windows.ids,
-        spec.random_tokens,
-        plain_tokens(tokenizer, model),
-        spec.seed,
-        first=tokenizer is not None and leading_token(tokenizer) is not None,
-    )
-    return replace(windows, ids=ids_NL)
+    return _split(source, ids_NL, wanted, spec.seed, notes)
 
 
 def _check_length(length: int, model: Any) -> None:

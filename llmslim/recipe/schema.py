@@ -133,8 +133,6 @@ class Calibration(Section):
     """Tokens of one window."""
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     """Seed of sampling and shuffling."""
-    random_tokens: Annotated[float, Field(ge=0, lt=1)] = 0.15
-    """Share of the tokens to fit to that are replaced by random ones, which the text may lack."""
 
 
 class HealSource(Section):
