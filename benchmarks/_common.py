@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import platform
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,11 +13,12 @@ import click
 import torch
 import transformers
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from llmslim.checkpoint.load import load_tokenizer
 from llmslim.checkpoint.source import Source, open_source
-from llmslim.data import calibration_windows
+from llmslim.data import calibration_windows, read_texts
 from llmslim.recipe.schema import Calibration
 
 
@@ -81,6 +83,37 @@ def windows(
     return ids_NL[held_out:], ids_NL[:held_out]
 
 
+def first_windows(data: str, count: int, length: int, tokenizer: Any) -> Tensor:
+    """Return the first windows of a text, (N, L); a table's rows are joined by the end token.
+
+    Raises:
+        UsageError: if there is not enough text.
+    """
+    ids: list[int] = []
+    for document in read_texts(data):
+        if ids:
+            ids.append(tokenizer.eos_token_id)
+        if isinstance(document, str):
+            ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        else:
+            ids += tokenizer.apply_chat_template(document, return_dict=True)["input_ids"]
+        if len(ids) >= count * length:
+            break
+    if len(ids) < count * length:
+        raise click.UsageError(f"{data}: {len(ids)} tokens; {count} x {length} are needed.")
+    return torch.tensor(ids[: count * length]).view(count, length)
+
+
+@torch.no_grad()
+def perplexity(model: Any, ids_NL: Tensor) -> float:
+    """Return exp of the mean loss per predicted token."""
+    loss = 0.0
+    for window_L in ids_NL:
+        logits = model(window_L[None], use_cache=False).logits[0, :-1].float()
+        loss += float(cross_entropy(logits, window_L[1:], reduction="sum"))
+    return math.exp(min(loss / ids_NL[:, 1:].numel(), 700.0))
+
+
 def machine() -> str:
     """Return what figures depend on besides the code."""
     return (
@@ -102,3 +135,8 @@ def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     lines = [header, *map(list, rows)]
     text = [f"| {' | '.join(line)} |" for line in lines]
     return "\n".join([text[0], "|" + "---|" * len(header), *text[1:]])
+
+
+def number(value: float) -> str:
+    """Write a perplexity with three digits, or as a power of ten."""
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}" if value < 1e5 else f"{value:.1e}"

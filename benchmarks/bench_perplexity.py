@@ -16,7 +16,6 @@ Shapes: N windows of L tokens.
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -25,13 +24,22 @@ from typing import Any, NamedTuple
 
 import click
 import torch
-from _common import find, machine, markdown, read_tokenizer, set_up, shared_options, windows
+from _common import (
+    find,
+    first_windows,
+    machine,
+    markdown,
+    number,
+    perplexity,
+    read_tokenizer,
+    set_up,
+    shared_options,
+    windows,
+)
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from llmslim import surgery
 from llmslim.checkpoint.load import load_model
-from llmslim.data import read_texts
 from llmslim.init import GramAccumulator, low_rank_factors
 from llmslim.modeling.low_rank import LowRank
 from llmslim.recipe import Recipe
@@ -77,37 +85,6 @@ class Result(NamedTuple):
     perplexity: dict[str, float]
     seconds: float
     peak_gib: float
-
-
-def first_windows(data: str, count: int, length: int, tokenizer: Any) -> Tensor:
-    """Return the first windows of a text, (N, L); a table's rows are joined by the end token.
-
-    Raises:
-        UsageError: if there is not enough text.
-    """
-    ids: list[int] = []
-    for document in read_texts(data):
-        if ids:
-            ids.append(tokenizer.eos_token_id)
-        if isinstance(document, str):
-            ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-        else:
-            ids += tokenizer.apply_chat_template(document, return_dict=True)["input_ids"]
-        if len(ids) >= count * length:
-            break
-    if len(ids) < count * length:
-        raise click.UsageError(f"{data}: {len(ids)} tokens; {count} x {length} are needed.")
-    return torch.tensor(ids[: count * length]).view(count, length)
-
-
-@torch.no_grad()
-def perplexity(model: Any, ids_NL: Tensor) -> float:
-    """Return exp of the mean loss per predicted token."""
-    loss = 0.0
-    for window_L in ids_NL:
-        logits = model(window_L[None], use_cache=False).logits[0, :-1].float()
-        loss += float(cross_entropy(logits, window_L[1:], reduction="sum"))
-    return math.exp(min(loss / ids_NL[:, 1:].numel(), 700.0))
 
 
 def run(job: Job) -> Result:
@@ -179,11 +156,6 @@ def peak_gib() -> float:
 
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def number(value: float) -> str:
-    """Write a perplexity with three digits, or as a power of ten."""
-    return f"{value:.3g}" if value < 1000 else f"{value:.0f}" if value < 1e5 else f"{value:.1e}"
 
 
 @click.command()
