@@ -83,6 +83,7 @@ def main(
                     "held_out": held_out,
                     "loss_on": loss_on,
                     "patience": None,
+                    "evaluate_every": tokens,  # more than there are steps: before and after
                 },
             )
             after = "" if ids_NL is None else number(_score(Path(folder) / "healed", ids_NL))

@@ -23,7 +23,7 @@ def rows(tokens: int, channels: int, *, seed: int = 0) -> Tensor:
 
 def test_chunks_add_up_to_the_mean_of_the_outer_products() -> None:
     x, y = rows(60, 6), rows(60, 4, seed=1)
-    gram = GramAccumulator(6, 4)
+    gram = GramAccumulator(6, 4, target_moments=True)
     gram.update(x[:10].reshape(2, 5, 6), y[:10].reshape(2, 5, 4))
     gram.update(x[10:].bfloat16().float(), y[10:])
     seen = torch.cat((x[:10], x[10:].bfloat16().float())).double()

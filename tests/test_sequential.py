@@ -13,7 +13,8 @@ from tiny import ARCHITECTURES, logits, tiny_model, tokens
 import llmslim
 from llmslim import DataError, SlimError, surgery
 from llmslim.data import Windows
-from llmslim.surgery.neurons import eliminate, refit
+from llmslim.init import damping
+from llmslim.surgery.neurons import eliminate
 from llmslim.surgery.sites import dense_weight, find_layers, find_mlps
 from llmslim.surgery.streams import record_calls, run_layer
 from llmslim.surgery.width import keep_neurons
@@ -212,25 +213,27 @@ def activations(rows: int, neurons: int) -> torch.Tensor:
     return mixed @ torch.randn(neurons, neurons, generator=generator, dtype=torch.float64)
 
 
-def test_refit_is_least_squares() -> None:
-    x_TM, w_OM = activations(200, 12), torch.randn(5, 12, dtype=torch.float64)
-    kept = torch.tensor([0, 3, 4, 9])
+def test_what_is_left_is_refitted_by_damped_least_squares() -> None:
+    x_TM, w_OM = activations(200, 60), torch.randn(5, 60, dtype=torch.float64)
     gram = x_TM.t() @ x_TM / 200
-    truth = torch.linalg.lstsq(x_TM[:, kept], x_TM @ w_OM.t()).solution.t()
-    # Damping pulls towards the old weight; scaled up, the data outweighs it.
-    found = refit(w_OM, gram * 1e12, kept)
-    relative = (found - truth).norm() / truth.norm()
-    assert relative < 0.2
-    error = (x_TM[:, kept] @ found.t() - x_TM @ w_OM.t()).square().sum()
-    best = (x_TM[:, kept] @ truth.t() - x_TM @ w_OM.t()).square().sum()
-    assert error < 1.05 * best
+    found = eliminate(w_OM, gram, [50, 24, 60])
+    # The same as a regression with one more row for each weight, which pulls it towards the old.
+    pull_MM = (damping(gram) * 200).sqrt().diag()
+    for width, (kept, weight_OK) in found.items():
+        rows = torch.cat((x_TM[:, kept], pull_MM[:, kept]))
+        wanted = torch.cat((x_TM @ w_OM.t(), pull_MM @ w_OM.t()))
+        truth = torch.linalg.lstsq(rows, wanted).solution.t()
+        assert weight_OK.shape == (5, width)
+        torch.testing.assert_close(weight_OK, truth, rtol=1e-7, atol=1e-7)
+        assert torch.equal(found[width].whole(60)[:, kept], weight_OK)
+    assert torch.equal(found[60].weight_OK, w_OM)
 
 
 def test_elimination_beats_keeping_the_largest() -> None:
     x_TM = activations(300, 40)
     w_OM = torch.randn(6, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     gram = x_TM.t() @ x_TM / 300
-    chosen = eliminate(w_OM, gram).kept(20)
+    chosen = eliminate(w_OM, gram, [20])[20].kept_K
     largest = (w_OM.norm(dim=0) * gram.diagonal().sqrt()).topk(20).indices.sort().values
 
     def error(kept: torch.Tensor) -> float:
@@ -238,7 +241,6 @@ def test_elimination_beats_keeping_the_largest() -> None:
         return float((x_TM[:, kept] @ fit - x_TM @ w_OM.t()).square().sum())
 
     assert error(chosen) < error(largest)
-    assert eliminate(w_OM, gram).cost(40) == 0.0
 
 
 LOW_RANK: dict[str, Any] = {

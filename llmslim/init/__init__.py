@@ -6,6 +6,7 @@ from ._closed_forms import low_rank_factors as low_rank_factors
 from ._gram import GramAccumulator as GramAccumulator
 from ._gram import damping as damping
 from ._gram import equivalent_target as equivalent_target
+from ._gram import output_power as output_power
 from ._gram import relative_error as relative_error
 from ._gram import stable_cholesky as stable_cholesky
 from .target import Method as Method

@@ -25,12 +25,14 @@ being best; on text of another kind a fit damped less is worse.
 """
 
 _ENORMOUS = 30.0
+_BLOCK = 384
+"""Columns of a Gram matrix worked out at once: wide enough for a fast product."""
 _TRIES = 12
 _TINY = 1e-300
 
 
 class GramAccumulator:
-    """Sums x xᵀ, and y xᵀ and y yᵀ where there are targets, over chunks of tokens.
+    """Sums x xᵀ, and y xᵀ where there are targets, over chunks of tokens.
 
     Products are float32, which is fast, and sums float64. Rows of more than 30 times the median
     length of their chunk are multiplied in float64: beside them float32 would lose the others.
@@ -38,6 +40,7 @@ class GramAccumulator:
     Args:
         in_features: I.
         out_features: O of the targets, if `update` is given any.
+        target_moments: sum y yᵀ as well, which tells the size of an error.
         device: where the sums are kept.
 
     Example:
@@ -57,6 +60,7 @@ class GramAccumulator:
         in_features: int,
         out_features: int | None = None,
         *,
+        target_moments: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
         def zeros(*shape: int) -> Tensor:
@@ -65,7 +69,10 @@ class GramAccumulator:
         self.tokens = self.skipped = 0
         self._xx_II = zeros(in_features, in_features)
         self._yx_OI = None if out_features is None else zeros(out_features, in_features)
-        self._yy_OO = None if out_features is None else zeros(out_features, out_features)
+        self._yy_OO = None
+        if target_moments:
+            assert out_features is not None
+            self._yy_OO = zeros(out_features, out_features)
 
     @property
     def gram_II(self) -> Tensor:  # noqa: N802  (a tensor, with its shape as every other)
@@ -79,7 +86,7 @@ class GramAccumulator:
 
     @property
     def target_OO(self) -> Tensor | None:  # noqa: N802
-        """E[y yᵀ], float64; None without targets."""
+        """E[y yᵀ], float64; None where they are not summed."""
         return None if self._yy_OO is None else self._yy_OO / max(self.tokens, 1)
 
     @torch.no_grad()
@@ -104,23 +111,35 @@ class GramAccumulator:
         if tokens == 0:
             return
         enormous_T = finite_T & (length_T > _ENORMOUS * length_T[finite_T].median())
-        for rows_T, dtype in (
-            (finite_T & ~enormous_T, torch.float32),
-            (enormous_T, torch.float64),
-        ):
-            if rows_T.any():
-                everything = bool(rows_T.all())
-                part = x_TI if everything else x_TI[rows_T]
-                target = y_TO if y_TO is None or everything else y_TO[rows_T]
-                self._add(part.to(dtype), None if target is None else target.to(dtype))
+        usual_T = finite_T & ~enormous_T
+        if usual_T.all():
+            self._add(x_TI, y_TO)
+            return
+        if usual_T.any():  # zeros add nothing, and cost less than picking out the other rows
+            usual_T1 = usual_T[:, None]
+            self._add(x_TI.where(usual_T1, 0), None if y_TO is None else y_TO.where(usual_T1, 0))
+        if enormous_T.any():
+            y_RO = None if y_TO is None else y_TO[enormous_T].double()
+            self._add(x_TI[enormous_T].double(), y_RO)
 
     def _add(self, x_TI: Tensor, y_TO: Tensor | None) -> None:
-        self._xx_II += (x_TI.t() @ x_TI).to(self._xx_II)
+        _add_gram(self._xx_II, x_TI)
         if y_TO is not None:
             assert self._yx_OI is not None
-            assert self._yy_OO is not None
-            self._yx_OI += (y_TO.t() @ x_TI).to(self._yx_OI)
-            self._yy_OO += (y_TO.t() @ y_TO).to(self._yy_OO)
+            self._yx_OI += y_TO.t() @ x_TI
+            if self._yy_OO is not None:
+                _add_gram(self._yy_OO, y_TO)
+
+
+def _add_gram(sum_II: Tensor, x_TI: Tensor) -> None:
+    """Add xᵀ x, working out the blocks below the diagonal only: they are those above it, turned."""
+    start = 0
+    for part_TB in x_TI.split(_BLOCK, dim=1):
+        stop = start + part_TB.shape[1]
+        rows_BI = part_TB.t() @ x_TI[:, :stop]
+        sum_II[start:stop, :stop] += rows_BI
+        sum_II[:start, start:stop] += rows_BI[:, :start].t()
+        start = stop
 
 
 def damping(gram_II: Tensor, relative: float = DAMPING) -> Tensor:
@@ -182,6 +201,17 @@ def equivalent_target(
     return torch.cholesky_solve((cross_OI + weight_OI.double() * lambda_I).t(), factor_II).t()
 
 
+def output_power(weight_OI: Tensor, gram_II: Tensor) -> float:
+    """Return E‖W x‖², float64 throughout.
+
+    Args:
+        weight_OI: W.
+        gram_II: E[x xᵀ].
+    """
+    weight_OI = weight_OI.double()
+    return float((weight_OI @ gram_II.double() * weight_OI).sum())
+
+
 def relative_error(block_OI: Tensor, weight_OI: Tensor, gram_II: Tensor) -> float:
     """Return E‖(W - B) x‖² / E‖W x‖², 0 where the dense outputs are all 0.
 
@@ -190,8 +220,6 @@ def relative_error(block_OI: Tensor, weight_OI: Tensor, gram_II: Tensor) -> floa
         weight_OI: W.
         gram_II: E[x xᵀ].
     """
-    gram_II, weight_OI = gram_II.double(), weight_OI.double()
-    difference_OI = weight_OI - block_OI.double()
-    power = float((weight_OI @ gram_II * weight_OI).sum())
-    error = float((difference_OI @ gram_II * difference_OI).sum())
+    power = output_power(weight_OI, gram_II)
+    error = output_power(weight_OI.double() - block_OI.double(), gram_II)
     return max(error, 0.0) / power if power > 0 else 0.0

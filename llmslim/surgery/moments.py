@@ -21,7 +21,8 @@ class Moments:
         cls, in_features: int, out_features: int | None = None, *, device: torch.device
     ) -> Moments:
         """Return empty ones; arguments as for `GramAccumulator`."""
-        fit, held_out = (
-            GramAccumulator(in_features, out_features, device=device) for _ in range(2)
+        judged = out_features is not None
+        return cls(
+            GramAccumulator(in_features, out_features, device=device),
+            GramAccumulator(in_features, out_features, target_moments=judged, device=device),
         )
-        return cls(fit, held_out)

@@ -31,10 +31,10 @@ from torch import Tensor, nn
 from llmslim.init import GramAccumulator, Target, damping, equivalent_target, learn_outputs
 from llmslim.surgery.blocks import put_block, put_experts
 from llmslim.surgery.moments import Moments
-from llmslim.surgery.neurons import eliminate, refit
+from llmslim.surgery.neurons import eliminate
 from llmslim.surgery.plan import MlpPlan, Plan, SitePlan
 from llmslim.surgery.refine import Pair, refine_layer
-from llmslim.surgery.sites import Mlp, dense_weight, find_layers, find_mlps
+from llmslim.surgery.sites import Mlp, dense_weight, find_layers, find_mlps, out_features_of
 from llmslim.surgery.streams import Calls, fast_type, importance, record_calls, run_layer
 from llmslim.surgery.width import keep_neurons
 
@@ -246,7 +246,7 @@ class _Sequential:
     def _adds_to_stream(self, index: int, layer: nn.Module, site: nn.Module) -> bool:
         """Return whether a projection's output is added to the stream as it is."""
         x = self.slim[0]
-        if _out_features(site) != x.shape[-1]:
+        if out_features_of(site) != x.shape[-1]:
             return False
         whole, inputs = self._run(layer, x, index, inputs_of={"site": site})
         without, _ = self._run(layer, x, index, zeroed=[site])
@@ -263,12 +263,10 @@ class _Sequential:
         statistics = self._writer_statistics(index, layer, dense, name)
         self._tell_of_skipped(mlp.down, statistics.fit)
         weight_OM = self._target(statistics.fit, dense_weight(down).float(), None)
-        gram_MM = statistics.fit.gram_II
-        kept = eliminate(weight_OM, gram_MM, down_to=plan.width).kept(plan.width)
-        refitted = refit(weight_OM, gram_MM, kept)
-        keep_neurons(self.model, mlp, kept, refitted)
-        whole = torch.zeros_like(weight_OM, dtype=torch.float64)
-        whole[:, kept] = refitted
+        chosen = eliminate(weight_OM, statistics.fit.gram_II, [plan.width])[plan.width]
+        kept = chosen.kept_K
+        keep_neurons(self.model, mlp, kept, chosen.weight_OK)
+        whole = chosen.whole(weight_OM.shape[1])
         narrowed = layer.get_submodule(name)
         self.ahead.add = lambda x: narrowed(x[..., kept])
         self.result.errors[mlp.down] = _error(whole, statistics.held_out)
@@ -457,7 +455,3 @@ def _error(block_OI: Tensor, statistics: GramAccumulator, through: Tensor | None
         return 0.0
     explained = 2 * (block_OI * cross).sum() - (block_OI @ statistics.gram_II * block_OI).sum()
     return max(0.0, 1 - float(explained) / power)
-
-
-def _out_features(module: nn.Module) -> int:
-    return dense_weight(module).shape[0] if hasattr(module, "weight") else module.out_features  # type: ignore[return-value]

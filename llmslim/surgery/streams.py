@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmslim.surgery.sites import out_features_of
+
 
 def fast_type() -> torch.dtype | None:
     """Return the type this processor multiplies fastest beside a float32 stream, None for none."""
@@ -148,6 +150,12 @@ def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterato
         del module.forward
 
 
+def _zeros_of(module: nn.Module) -> Callable[..., Tensor]:
+    """Return a forward pass that gives zeros without any product."""
+    out_features = out_features_of(module)
+    return lambda x, *_args, **_kwargs: x.new_zeros(*x.shape[:-1], out_features)
+
+
 def run_layer(
     layer: nn.Module,
     hidden: Tensor,
@@ -184,17 +192,16 @@ def run_layer(
         return hook
 
     handles = [module.register_forward_pre_hook(look(name)) for name, module in wanted.items()]
-    handles += [
-        module.register_forward_hook(lambda _module, _args, output: torch.zeros_like(output))
-        for module in zeroed
-    ]
     dtype = next(layer.parameters()).dtype
     output: Any = None
     try:
-        with (
-            suppress(_Stop),
-            torch.autocast(hidden.device.type, autocast, enabled=autocast is not None),
-        ):
+        with ExitStack() as stack:
+            for module in zeroed:
+                stack.enter_context(_replaced_forward(module, _zeros_of(module)))
+            stack.enter_context(
+                torch.autocast(hidden.device.type, autocast, enabled=autocast is not None)
+            )
+            stack.enter_context(suppress(_Stop))
             given = hidden if autocast is not None else hidden.to(dtype)
             output = layer(given, *extra[0], **extra[1])
     finally:
