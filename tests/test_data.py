@@ -262,6 +262,18 @@ def test_a_sixteenth_is_held_out(tmp_path, tokens, aside):
     assert len(windows.ids) == max(2, tokens // 8) - aside
 
 
+def test_the_held_out_windows_are_one_stretch_that_no_other_window_is_of(tmp_path):
+    numbers = "".join(f"{n:08}" for n in range(400))  # every window another one
+    name = put(tmp_path / "a.txt", numbers.encode())
+    windows = calibration_windows(spec(name, tokens=8 * 100), plain_tokenizer())
+    place = {tuple(ids_of(f"{n:08}")): n for n in range(400)}
+    aside = [place[row] for row in map(tuple, windows.held_out.tolist())]
+    assert aside == list(range(aside[0], aside[0] + 6))
+    fitted = [place[row] for row in map(tuple, windows.ids.tolist())]
+    assert len(set(fitted)) == 94
+    assert not set(fitted) & set(aside)
+
+
 def test_documents_are_parted_by_the_end_token(tmp_path):
     name = jsonl(tmp_path / "a.jsonl", [{"text": "aaa"}, {"text": "bbb"}])
     windows = calibration_windows(spec(name, sequence_length=3), plain_tokenizer())

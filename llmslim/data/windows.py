@@ -64,8 +64,8 @@ def calibration_windows(
         progress: called with tokens done, tokens in all, and what is being done.
 
     Returns:
-        ceil(tokens / L) windows, at least two, of which one in 16 is held out: at least one and
-        at most 16. Fewer, with a note, where there is less text.
+        ceil(tokens / L) windows, at least two, of which one in 16 is held out, in one stretch: at
+        least one and at most 16. Fewer, with a note, where there is less text.
 
     Raises:
         DataError: if the data cannot be read, is too short for two windows, or the windows are
@@ -123,11 +123,16 @@ def _split(source: str, ids_NL: Tensor, wanted: int, seed: int, notes: list[str]
             f"{source}: only {found * length} tokens ({found} windows of {length}); "
             f"{wanted * length} were asked for."
         )
-    chosen = list(range(found))
-    random.Random(seed).shuffle(chosen)
-    ids_NL = ids_NL[chosen[:wanted]]
-    aside = min(max(round(len(ids_NL) / 16), 1), 16)
-    return Windows(ids_NL[aside:].contiguous(), source, ids_NL[:aside].contiguous(), tuple(notes))
+    wanted = min(wanted, found)
+    aside = min(max(round(wanted / 16), 1), 16)
+    draw = random.Random(seed)
+    start = draw.randrange(found - aside + 1)
+    # One stretch of the text: windows between those of the fit would be of the same articles, and
+    # tell nothing of how it does on others.
+    held_out = ids_NL[start : start + aside].clone()
+    rest = [n for n in range(found) if not start <= n < start + aside]
+    draw.shuffle(rest)
+    return Windows(ids_NL[rest[: wanted - aside]], source, held_out, tuple(notes))
 
 
 def _read_windows(
