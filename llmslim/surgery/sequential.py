@@ -10,7 +10,7 @@ the model as far as it is slim already. In each decoder layer, in the order the 
 - an MLP that is to be narrower keeps the neurons whose loss costs least (see `neurons`), and its
   down projection is refitted to the same residual target.
 
-All three reduce to a weight and a Gram matrix (`equivalent_target`), so every structure and method
+All three reduce to a weight and a Gram matrix (`corrected_weight`), so every structure and method
 works here unchanged. One decoder layer's copy and the two streams are all the memory it takes.
 
 What a token counts for follows the size of the stream, see `importance`.
@@ -28,8 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmslim.init import GramAccumulator, Target, damping, equivalent_target, learn_outputs
+from llmslim.init import GramAccumulator, Target, damping, learn_outputs
 from llmslim.surgery.blocks import put_block, put_experts
+from llmslim.surgery.correction import corrected_weight
 from llmslim.surgery.moments import Moments
 from llmslim.surgery.neurons import eliminate
 from llmslim.surgery.plan import MlpPlan, Plan, SitePlan
@@ -262,7 +263,7 @@ class _Sequential:
         down = layer.get_submodule(name)
         statistics = self._writer_statistics(index, layer, dense, name)
         self._tell_of_skipped(mlp.down, statistics.fit)
-        weight_OM = self._target(statistics.fit, dense_weight(down).float(), None)
+        weight_OM = corrected_weight(statistics, dense_weight(down))
         chosen = eliminate(weight_OM, statistics.fit.gram_II, [plan.width])[plan.width]
         kept = chosen.kept_K
         keep_neurons(self.model, mlp, kept, chosen.weight_OK)
@@ -285,7 +286,7 @@ class _Sequential:
         self._tell_of_skipped(group[0].name, statistics.fit)
         mlp = self._free_neurons(group)
         if mlp is not None:
-            self._reorder(mlp, dense, prefix, modules, statistics.fit, group[0].spec["groups"])
+            self._reorder(mlp, dense, prefix, modules, statistics, group[0].spec["groups"])
             modules = [layer.get_submodule(name) for name in names]
         if writes:
             self.ahead.add = lambda x: layer.get_submodule(names[0])(x)
@@ -294,7 +295,7 @@ class _Sequential:
             through = None if writes else weight_OI
             bias = getattr(module, "bias", None)
             target = Target(
-                self._target(statistics.fit, weight_OI, through).float(),
+                corrected_weight(statistics, weight_OI, through).float(),
                 None if bias is None else bias.data,
                 self.seed_of(site.name),
                 statistics.fit.gram_II,
@@ -331,15 +332,16 @@ class _Sequential:
         dense: nn.Module,
         prefix: str,
         modules: list[Any],
-        statistics: GramAccumulator,
+        statistics: Moments,
         groups: int,
     ) -> None:
         """Renumber an MLP's neurons so that those of a group can do with the same inputs."""
-        gram_II = statistics.gram_II + damping(statistics.gram_II).diag()
+        gram_II = statistics.fit.gram_II
+        gram_II = gram_II + damping(gram_II).diag()
         wanted = []
         for module in modules:
             weight_OI = dense_weight(module).float()
-            wanted.append(self._target(statistics, weight_OI, weight_OI))
+            wanted.append(corrected_weight(statistics, weight_OI, weight_OI))
         neurons = learn_outputs(torch.stack(wanted).cpu(), gram_II.cpu(), groups)
         inside = replace(
             mlp,
@@ -349,15 +351,6 @@ class _Sequential:
         for root, names in ((self.model, mlp), (dense, inside)):
             down = dense_weight(root.get_submodule(names.down))
             keep_neurons(root, names, neurons.to(down.device), down[:, neurons.to(down.device)])
-
-    def _target(
-        self, statistics: GramAccumulator, weight_OI: Tensor, through: Tensor | None
-    ) -> Tensor:
-        """Return the weight that stands for the targets; `through` maps inputs to targets."""
-        cross = statistics.cross_OI
-        assert cross is not None
-        cross = cross if through is None else through.double() @ cross
-        return equivalent_target(cross, statistics.gram_II, weight_OI)
 
     def _inner_statistics(
         self, index: int, layer: nn.Module, dense: nn.Module, name: str, *, fit: bool = True
