@@ -331,7 +331,7 @@ def test_two_processes_learn_what_one_does(folders, tmp_path):
     base += ["--set", "micro_batch=1", "--set", "layers_share=0.3"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
     alone = [sys.executable, "-m", "llmslim", *base, "-o", tmp_path / "one"]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     launch += ["--main_process_port", "0", "-m", "llmslim", *base, "-o", tmp_path / "two"]
     for command in (alone, launch):

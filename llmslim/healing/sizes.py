@@ -96,8 +96,7 @@ def training_arguments(
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=cuda,
-        # Matching layers leaves the head alone: its gradients would be waited for.
-        ddp_find_unused_parameters=spec.layers_share > 0 or spec.objective == "layers",
+        ddp_find_unused_parameters=False,
         log_level="error",
         log_level_replica="error",
     )
