@@ -7,7 +7,6 @@ after, where it goes on, and what happens when something goes wrong.
 from __future__ import annotations
 
 import errno
-import inspect
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from llmslim.data import collate, collate_flat
 from llmslim.errors import HealingError
 from llmslim.healing.answers import PROMPTS, answers
 from llmslim.healing.blend import Blend
+from llmslim.healing.objectives import Objective
 from llmslim.healing.order import Filled
 from llmslim.healing.phases import (
     check_vocabulary,
@@ -33,7 +33,13 @@ from llmslim.healing.phases import (
 from llmslim.healing.processes import is_sharded, processes
 from llmslim.healing.report import Answer, HealReport
 from llmslim.healing.sharding import give_back, lend
-from llmslim.healing.sizes import Sizes, training_arguments, uses_bf16
+from llmslim.healing.sizes import (
+    Sizes,
+    packing_notes,
+    takes_position_ids,
+    training_arguments,
+    uses_bf16,
+)
 from llmslim.healing.stored import Numbered, numbered
 from llmslim.healing.storing import ask_once, is_begun
 from llmslim.healing.trained import Trained, changed_modules, make_trainable
@@ -102,11 +108,7 @@ def heal_model(
             its weights if it was spread over processes.
     """
     tell = progress or quietly
-    chosen = chosen_phases(spec, teacher)
-    if teacher is not None:
-        check_vocabulary(model, teacher)
-    if len(text.train) == 0:
-        raise HealingError("heal.data: no text to train on; at least one row is needed.")
+    chosen = checked_phases(model, text, spec, teacher)
     state = processes()
     run = Sizes.of(spec, text, state.num_processes)
     phases = [(one, round(share * run.steps)) for one, share in chosen]
@@ -150,7 +152,7 @@ def heal_model(
                 teacher=teacher,
                 layers=layers,
                 bf16=bf16,
-                position_ids="position_ids" in inspect.signature(model.forward).parameters,
+                position_ids=takes_position_ids(model),
                 work=work,
                 tokens_per_step=run.tokens_per_step,
                 progress=tell if state.is_main_process else quietly,
@@ -221,11 +223,28 @@ def heal_model(
         notes=(
             *text.notes,
             *run.notes,
-            *_packing_notes(trainer),
+            *_process_notes(state),
+            *packing_notes(model),
             *_notes(start["loss"], loss_after, result, run),
         ),
     )
     return report, work
+
+
+def checked_phases(
+    model: Any, text: Any, spec: Heal, teacher: Any
+) -> list[tuple[Objective, float]]:
+    """Return the objectives, as `chosen_phases`, of a healing that can begin.
+
+    Raises:
+        HealingError: if objective, teacher and text do not go together.
+    """
+    chosen = chosen_phases(spec, teacher)
+    if teacher is not None:
+        check_vocabulary(model, teacher)
+    if len(text.train) == 0:
+        raise HealingError("heal.data: no text to train on; at least one row is needed.")
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -269,6 +288,19 @@ def _collator(model: Any) -> Callable[[list[dict[str, Tensor]]], dict[str, Tenso
     return collate_flat if model.config._attn_implementation == "flash_attention_2" else collate
 
 
+def refuse_unfinished(work: Work, place: Place) -> None:
+    """Refuse to begin where a healing was begun.
+
+    Raises:
+        HealingError: if that may be neither gone on with nor thrown away.
+    """
+    if work.exists and not place.resume and not place.overwrite:
+        raise HealingError(
+            f"{work.path}: an unfinished healing is here. Go on with it (--resume), or throw it "
+            "away (--overwrite)."
+        )
+
+
 def _open(
     work: Work, place: Place, settings: dict[str, Any], state: PartialState
 ) -> dict[str, Any]:
@@ -278,11 +310,7 @@ def _open(
         HealingError: if something is there that may not be thrown away.
     """
     going_on = place.resume and work.exists
-    if work.exists and not place.resume and not place.overwrite:
-        raise HealingError(
-            f"{work.path}: an unfinished healing is here. Go on with it (--resume), or throw it "
-            "away (--overwrite)."
-        )
+    refuse_unfinished(work, place)
     state.wait_for_everyone()  # all have looked, before one changes what they looked at
     if going_on:
         return work.load(settings)
@@ -292,9 +320,7 @@ def _open(
     return {"format": FORMAT, "settings": settings}
 
 
-def _measure(
-    trainer: HealingTrainer, tokenizer: Any, teacher_loss: float | None
-) -> dict[str, Any]:
+def _measure(trainer: HealingTrainer, tokenizer: Any, teacher_loss: float | None) -> dict[str, Any]:
     """Return the losses and answers of the model as it is, and the teacher's loss.
 
     Args:
@@ -339,10 +365,11 @@ def _keep_activations(model: Any, *, keep: bool) -> None:
         getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
 
 
-def _packing_notes(trainer: HealingTrainer) -> list[str]:
-    if trainer.position_ids:
+def _process_notes(state: PartialState) -> list[str]:
+    if state.num_processes == 1:
         return []
-    return ["This architecture takes no position ids: samples packed into one row see each other."]
+    how = "the model spread over them (FSDP)" if is_sharded(state) else "a whole model in each"
+    return [f"Trained by {state.num_processes} processes, {how}."]
 
 
 def _notes(before: float | None, after: float | None, result: _Result, run: Sizes) -> list[str]:

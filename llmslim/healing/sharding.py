@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llmslim.errors import HealingError
@@ -36,7 +36,7 @@ def check_sharding(accelerator: Any, spec: Heal) -> None:
     if getattr(state, "deepspeed_plugin", None) is not None:
         raise HealingError(
             "accelerate: DeepSpeed; healing spreads a model by FSDP, version 2. Launch with "
-            "`--use_fsdp --fsdp_version 2`, or with `--multi_gpu` for a whole model in each process."
+            "`--use_fsdp --fsdp_version 2`, or with `--multi_gpu`: a whole model in each process."
         )
     plugin = getattr(state, "fsdp_plugin", None)
     if plugin is None:
@@ -51,6 +51,11 @@ def check_sharding(accelerator: Any, spec: Heal) -> None:
             "accelerate: fsdp_activation_checkpointing, which gives parameters other names. Leave "
             "it out, and set gradient_checkpointing: true in the `heal` section, which does the "
             "same."
+        )
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise HealingError(
+            "accelerate: fsdp_offload_params; healing keeps the pieces on the devices. Leave it "
+            "out, and take more processes or gradient_checkpointing: true in the `heal` section."
         )
     if spec.train == "lora":
         raise HealingError(
@@ -92,11 +97,7 @@ def settled(model: Any) -> dict[str, nn.Parameter]:
 
 def whole(tensor: Tensor) -> Tensor:
     """Return a tensor with the pieces of all processes, which all ask for it together."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    # Pieces may wait in main memory (fsdp_offload_params), where the processes do not talk.
-    gathered: Tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()
-    return gathered
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,18 @@ def uses_bf16(spec: Heal, device: torch.device) -> bool:
     # On other CPUs it is slower than float32: only AMX multiplies it in hardware of its own.
     known = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return device.type == "cpu" and known is not None and bool(known())
+
+
+def takes_position_ids(model: Any) -> bool:
+    """Return whether a model can be told where samples begin in a row."""
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def packing_notes(model: Any) -> list[str]:
+    """Return what is to be said about packed samples."""
+    if takes_position_ids(model):
+        return []
+    return ["This architecture takes no position ids: samples packed into one row see each other."]
 
 
 def training_arguments(

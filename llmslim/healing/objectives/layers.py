@@ -39,7 +39,7 @@ def loss(step: Step) -> Tensor:
         unread = step.forward(**_few_logits(step.model)).logits
     counted_NL = step.targets_NL != -100
     # Several processes wait for the gradients of all parameters: those of the head are 0.
-    total = 0.0 * unread.sum(dtype=torch.float32)
+    total: Tensor = 0.0 * unread.sum(dtype=torch.float32)
     for s_NLH, t_NLH in zip(given, wanted, strict=True):
         if s_NLH.shape != t_NLH.shape:
             raise HealingError(
