@@ -1,4 +1,4 @@
-"""The promised verbs: plan, slim, convert, heal, load, save, export_dense, verify.
+"""The promised verbs: plan, slim, convert, plan_heal, heal, load, save, export_dense, verify.
 
 Each is a few calls into the layers below; none prints.
 """
@@ -284,9 +284,8 @@ def plan_heal(
     Raises:
         SlimError: with what is wrong.
     """
-    from llmslim.healing import Place, working_folder
+    from llmslim.healing import working_folder
     from llmslim.healing.planning import plan_healing
-    from llmslim.healing.run import refuse_unfinished
     from llmslim.healing.work import Work
 
     target, ready = _ready_to_heal(
@@ -302,8 +301,7 @@ def plan_heal(
         progress=progress or quietly,
     )
     if target is not None:
-        folder = working_folder(target)
-        refuse_unfinished(Work(folder), Place(folder, resume=resume, overwrite=overwrite))
+        Work(working_folder(target)).check_free(resume=resume, overwrite=overwrite)
     return plan_healing(ready)
 
 

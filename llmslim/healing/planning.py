@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from llmslim.checkpoint.source import first_line
 from llmslim.healing.memory import Memory, healing_memory
+from llmslim.healing.phases import checked_phases
 from llmslim.healing.prepare import Ready
 from llmslim.healing.processes import processes
-from llmslim.healing.run import checked_phases
 from llmslim.healing.sizes import Sizes, packing_notes, uses_bf16
 from llmslim.healing.trained import make_trainable
 

@@ -22,14 +22,8 @@ from llmslim.data import collate, collate_flat
 from llmslim.errors import HealingError
 from llmslim.healing.answers import PROMPTS, answers
 from llmslim.healing.blend import Blend
-from llmslim.healing.objectives import Objective
 from llmslim.healing.order import Filled
-from llmslim.healing.phases import (
-    check_vocabulary,
-    chosen_phases,
-    paired_layers,
-    uses_layers,
-)
+from llmslim.healing.phases import checked_phases, paired_layers, uses_layers
 from llmslim.healing.processes import is_sharded, processes
 from llmslim.healing.report import Answer, HealReport
 from llmslim.healing.sharding import give_back, lend
@@ -231,22 +225,6 @@ def heal_model(
     return report, work
 
 
-def checked_phases(
-    model: Any, text: Any, spec: Heal, teacher: Any
-) -> list[tuple[Objective, float]]:
-    """Return the objectives, as `chosen_phases`, of a healing that can begin.
-
-    Raises:
-        HealingError: if objective, teacher and text do not go together.
-    """
-    chosen = chosen_phases(spec, teacher)
-    if teacher is not None:
-        check_vocabulary(model, teacher)
-    if len(text.train) == 0:
-        raise HealingError("heal.data: no text to train on; at least one row is needed.")
-    return chosen
-
-
 @dataclass(frozen=True)
 class _Result:
     steps: int
@@ -288,19 +266,6 @@ def _collator(model: Any) -> Callable[[list[dict[str, Tensor]]], dict[str, Tenso
     return collate_flat if model.config._attn_implementation == "flash_attention_2" else collate
 
 
-def refuse_unfinished(work: Work, place: Place) -> None:
-    """Refuse to begin where a healing was begun.
-
-    Raises:
-        HealingError: if that may be neither gone on with nor thrown away.
-    """
-    if work.exists and not place.resume and not place.overwrite:
-        raise HealingError(
-            f"{work.path}: an unfinished healing is here. Go on with it (--resume), or throw it "
-            "away (--overwrite)."
-        )
-
-
 def _open(
     work: Work, place: Place, settings: dict[str, Any], state: PartialState
 ) -> dict[str, Any]:
@@ -310,7 +275,7 @@ def _open(
         HealingError: if something is there that may not be thrown away.
     """
     going_on = place.resume and work.exists
-    refuse_unfinished(work, place)
+    work.check_free(resume=place.resume, overwrite=place.overwrite)
     state.wait_for_everyone()  # all have looked, before one changes what they looked at
     if going_on:
         return work.load(settings)
