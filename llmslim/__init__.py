@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from llmslim.api import heal as heal
     from llmslim.api import load as load
     from llmslim.api import plan as plan
+    from llmslim.api import plan_heal as plan_heal
     from llmslim.api import save as save
     from llmslim.api import slim as slim
     from llmslim.api import verify as verify
@@ -45,6 +46,7 @@ _HOMES = {
     "heal": "llmslim.api",
     "load": "llmslim.api",
     "plan": "llmslim.api",
+    "plan_heal": "llmslim.api",
     "save": "llmslim.api",
     "slim": "llmslim.api",
     "verify": "llmslim.api",

@@ -1,4 +1,4 @@
-"""The promised verbs: plan, slim, convert, heal, load, save, export_dense, verify.
+"""The promised verbs: plan, slim, convert, plan_heal, heal, load, save, export_dense, verify.
 
 Each is a few calls into the layers below; none prints.
 """
@@ -34,6 +34,7 @@ from llmslim.surgery import Plan, Progress, Report, quietly
 
 if TYPE_CHECKING:  # with a Trainer behind it: only `heal` waits for that
     from llmslim.healing import HealReport
+    from llmslim.healing.planning import HealingPlan
     from llmslim.healing.prepare import Ready
 
 
@@ -201,23 +202,19 @@ def heal(
         SlimError: with what is wrong with model, recipe or data; `out` is then as it was.
     """
     from llmslim.healing import Place, heal_model, working_folder
-    from llmslim.healing.prepare import prepare
     from llmslim.healing.processes import processes
 
-    asked = {"train": train, "tokens": tokens, "epochs": epochs, "seed": seed}
     state = processes()
     tell = (progress if state.is_main_process else None) or quietly
-    if out is None and isinstance(model, str | Path):
-        out = f"{Path(model).expanduser().resolve().name}-healed"
-    target = None if out is None else Path(out).absolute()
-    if target is not None:
-        check_target(target, overwrite)
-    ready = prepare(
+    target, ready = _ready_to_heal(
         model,
+        out,
         recipe=recipe,
         data=data,
         teacher=teacher,
-        changes={**(settings or {}), **{k: v for k, v in asked.items() if v is not None}},
+        asked={"train": train, "tokens": tokens, "epochs": epochs, "seed": seed},
+        settings=settings,
+        overwrite=overwrite,
         tokenizer=tokenizer,
         progress=tell,
     )
@@ -244,6 +241,89 @@ def heal(
         work.remove()
     state.wait_for_everyone()
     return report
+
+
+def plan_heal(
+    model: str | Path,
+    out: str | Path | None = None,
+    *,
+    recipe: RecipeLike | Heal | None = None,
+    data: Any = None,
+    teacher: str | Path | None = None,
+    train: str | None = None,
+    tokens: int | None = None,
+    epochs: float | None = None,
+    seed: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> HealingPlan:
+    """Work out what `heal` would do with the same arguments, and check all that can be.
+
+    Text is read and tokenised, which fills its cache; nothing is trained, and nothing written.
+
+    Args:
+        model: as for `heal`, and so are all others.
+        out: see there.
+        recipe: see there.
+        data: see there.
+        teacher: see there.
+        train: see there.
+        tokens: see there.
+        epochs: see there.
+        seed: see there.
+        settings: see there.
+        resume: see there.
+        overwrite: see there.
+        progress: told what is being done.
+
+    Returns:
+        What would be trained on what, for how many steps, and the memory it takes.
+
+    Raises:
+        SlimError: with what is wrong.
+    """
+    from llmslim.healing import working_folder
+    from llmslim.healing.planning import plan_healing
+    from llmslim.healing.work import Work
+
+    target, ready = _ready_to_heal(
+        model,
+        out,
+        recipe=recipe,
+        data=data,
+        teacher=teacher,
+        asked={"train": train, "tokens": tokens, "epochs": epochs, "seed": seed},
+        settings=settings,
+        overwrite=overwrite,
+        tokenizer=None,
+        progress=progress or quietly,
+    )
+    if target is not None:
+        Work(working_folder(target)).check_free(resume=resume, overwrite=overwrite)
+    return plan_healing(ready)
+
+
+def _ready_to_heal(
+    model: PreTrainedModel | str | Path,
+    out: str | Path | None,
+    *,
+    asked: Mapping[str, Any],
+    settings: Mapping[str, Any] | None,
+    overwrite: bool,
+    **options: Any,
+) -> tuple[Path | None, Ready]:
+    """Return the folder to write, if any, and all that a healing needs; nothing is written."""
+    from llmslim.healing.prepare import prepare
+
+    if out is None and isinstance(model, str | Path):
+        out = f"{Path(model).expanduser().resolve().name}-healed"
+    target = None if out is None else Path(out).absolute()
+    if target is not None:
+        check_target(target, overwrite)
+    changes = {**(settings or {}), **{k: v for k, v in asked.items() if v is not None}}
+    return target, prepare(model, changes=changes, **options)
 
 
 def _write_healed(ready: Ready, report: HealReport, overwrite: bool) -> None:
@@ -320,6 +400,7 @@ __all__ = [
     "heal",
     "load",
     "plan",
+    "plan_heal",
     "save",
     "slim",
     "verify",

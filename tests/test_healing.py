@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from torch import nn
 
 from llmslim import slim
 from llmslim.errors import HealingError
-from llmslim.healing import objectives, phases, run
+from llmslim.healing import objectives, phases
 from llmslim.healing.trained import make_trainable
 from llmslim.recipe import Heal
 
@@ -296,11 +295,6 @@ def test_progress_tells_loss_and_speed(tmp_path):
     assert told[0][2] == "measuring the model as it is"
     assert "held-out" in told[-1][2]
     assert "tokens/s" in told[-1][2]
-
-
-def test_a_model_spread_over_processes_is_refused():
-    with pytest.raises(HealingError, match="FSDP or DeepSpeed"):
-        run._refuse_sharding(SimpleNamespace(is_fsdp_enabled=True, is_deepspeed_enabled=False))
 
 
 def test_an_architecture_that_cannot_tell_samples_apart_says_so(tmp_path):

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -316,40 +313,3 @@ def test_wrong_usage_is_2(folders, options, said):
     result = CliRunner().invoke(cli, ["heal", str(folders / "slim"), *options])
     assert result.exit_code == 2
     assert said in result.stderr
-
-
-@pytest.mark.slow
-def test_two_processes_learn_what_one_does(folders, tmp_path):
-    base = [
-        "heal",
-        folders / "slim",
-        "--data",
-        folders / "rows.jsonl",
-        "--teacher",
-        folders / "dense",
-    ]
-    base += ["--set", "micro_batch=1", "--set", "layers_share=0.3"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
-    alone = [sys.executable, "-m", "llmslim", *base, "-o", tmp_path / "one"]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += ["--main_process_port", "0", "-m", "llmslim", *base, "-o", tmp_path / "two"]
-    for command in (alone, launch):
-        run = subprocess.run(
-            list(map(str, command)), capture_output=True, text=True, check=False, env=environment
-        )
-        assert run.returncode == 0, run.stderr
-        assert run.stdout.count("\nwrote ") == 1
-    assert llmslim.verify(tmp_path / "two").ok
-    one, two = (
-        [
-            json.loads(line)
-            for line in (tmp_path / n / "healing_history.jsonl").read_text().splitlines()
-        ]
-        for n in ("one", "two")
-    )
-    assert len(one) == len(two)
-    for mine, theirs in zip(one, two, strict=True):
-        assert mine.keys() == theirs.keys()
-        for key in mine.keys() & {"loss", "held_out_loss", "grad_norm", "learning_rate"}:
-            assert mine[key] == pytest.approx(theirs[key], rel=1e-4), (mine, theirs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,20 +45,43 @@ def heal_and_show(model: str | Path, out: Path | None, **options: Any) -> None:
         _show(report)
 
 
+def plan_and_show(model: str | Path, out: Path | None, **options: Any) -> None:
+    """Say what a healing would do and take.
+
+    Args:
+        model: what `llmslim.heal` takes.
+        out: folder it would write.
+        options: as for `llmslim.heal`.
+    """
+    api = backend()
+    with progress() as moved:
+        found = api.plan_heal(model, out, **options, progress=moved)
+    _print(_table(found.facts(), found.notes))
+    click.echo("\ndry run: nothing was trained or written")
+
+
+def _table(facts: list[tuple[str, str]], notes: Sequence[str]) -> list[str]:
+    width = max(len(name) for name, _ in facts)
+    return [*(f"{name:<{width}}  {value}" for name, value in facts), *(f"- {n}" for n in notes)]
+
+
+def _print(lines: list[str]) -> None:
+    from llmslim.reporting import wording
+
+    out = console()
+    for line in lines:
+        out.print(wording.plain(line), soft_wrap=True)
+
+
 def _show(report: Any) -> None:
-    from llmslim.reporting import healed, wording
+    from llmslim.reporting import healed
 
     done = report.to_dict()
-    facts = healed.facts(done)
-    width = max(len(name) for name, _ in facts)
-    lines = [f"{name:<{width}}  {value}" for name, value in facts]
-    lines += [f"- {note}" for note in done["notes"]]
+    lines = _table(healed.facts(done), done["notes"])
     for answer in done["answers"]:
         lines += ["", f"user: {answer['prompt']}"]
         # One line each: answers break lines where they please.
         lines += [f"  {when}: {' '.join(answer[when].split())}" for when in ("before", "after")]
-    out = console()
-    for line in lines:
-        out.print(wording.plain(line), soft_wrap=True)
+    _print(lines)
     path = str(report.path)
     click.echo(_NEXT.format(path=path, quoted=shlex.quote(path)), nl=False)

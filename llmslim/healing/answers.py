@@ -14,7 +14,7 @@ PROMPTS = (
 _LENGTH = 48
 
 
-@torch.inference_mode()
+@torch.no_grad()  # inference_mode would leave tensors behind that a sharded model cannot train on
 def answers(model: Any, tokenizer: Any) -> list[str]:
     """Return the likeliest answer to each of `PROMPTS`; empty where there is no tokenizer.
 

@@ -49,6 +49,22 @@ def chosen_phases(spec: Heal, teacher: Any) -> list[tuple[Objective, float]]:
     return chosen
 
 
+def checked_phases(
+    model: Any, text: Any, spec: Heal, teacher: Any
+) -> list[tuple[Objective, float]]:
+    """Return the objectives, as `chosen_phases`, of a healing that can begin.
+
+    Raises:
+        HealingError: if objective, teacher and text do not go together.
+    """
+    chosen = chosen_phases(spec, teacher)
+    if teacher is not None:
+        check_vocabulary(model, teacher)
+    if len(text.train) == 0:
+        raise HealingError("heal.data: no text to train on; at least one row is needed.")
+    return chosen
+
+
 def uses_layers(phases: list[tuple[Objective, int]]) -> bool:
     """Return whether the teacher's layers are matched in any of the steps."""
     return any(objective.name == "layers" and end > 0 for objective, end in phases)

@@ -7,7 +7,6 @@ after, where it goes on, and what happens when something goes wrong.
 from __future__ import annotations
 
 import errno
-import inspect
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,15 +22,18 @@ from llmslim.data import collate, collate_flat
 from llmslim.errors import HealingError
 from llmslim.healing.answers import PROMPTS, answers
 from llmslim.healing.blend import Blend
-from llmslim.healing.phases import (
-    check_vocabulary,
-    chosen_phases,
-    paired_layers,
-    uses_layers,
-)
-from llmslim.healing.processes import processes
+from llmslim.healing.order import Filled
+from llmslim.healing.phases import checked_phases, paired_layers, uses_layers
+from llmslim.healing.processes import is_sharded, processes
 from llmslim.healing.report import Answer, HealReport
-from llmslim.healing.sizes import Sizes, training_arguments, uses_bf16
+from llmslim.healing.sharding import give_back, lend
+from llmslim.healing.sizes import (
+    Sizes,
+    packing_notes,
+    takes_position_ids,
+    training_arguments,
+    uses_bf16,
+)
 from llmslim.healing.stored import Numbered, numbered
 from llmslim.healing.storing import ask_once, is_begun
 from llmslim.healing.trained import Trained, changed_modules, make_trainable
@@ -75,6 +77,8 @@ def heal_model(
 ) -> tuple[HealReport, Work]:
     """Train a model, in place.
 
+    Where `accelerate launch` spreads it over processes, each has it whole again at the end.
+
     Args:
         model: a causal language model.
         text: rows to train on and rows held out, as `llmslim.data.healing` makes them.
@@ -94,18 +98,14 @@ def heal_model(
 
     Raises:
         HealingError: if it cannot be done, or the loss stops being a number; the last good state
-            is then in the working folder, and the model is as it was at that moment.
+            is then in the working folder, and the model is as it was at that moment, or without
+            its weights if it was spread over processes.
     """
     tell = progress or quietly
-    chosen = chosen_phases(spec, teacher)
-    if teacher is not None:
-        check_vocabulary(model, teacher)
-    if len(text.train) == 0:
-        raise HealingError("heal.data: no text to train on; at least one row is needed.")
+    chosen = checked_phases(model, text, spec, teacher)
     state = processes()
     run = Sizes.of(spec, text, state.num_processes)
     phases = [(one, round(share * run.steps)) for one, share in chosen]
-    layers = paired_layers(model, teacher, teacher_layers) if uses_layers(phases) else ()
     if teacher is not None:
         teacher.eval().requires_grad_(requires_grad=False)
     bf16 = uses_bf16(spec, state.device)
@@ -114,6 +114,7 @@ def heal_model(
         "steps": run.steps,
         "arithmetic": "bf16" if bf16 else "fp32",
         "processes": state.num_processes,
+        "sharded": is_sharded(state),
         "origin": origin,
         "source": text.source,
         "rows": [len(text.train), len(text.held_out)],
@@ -122,6 +123,8 @@ def heal_model(
     narrowed = list(narrowed)
     blend: Blend | None = None
     use_cache = model.config.use_cache
+    given, model = model, lend(model) if is_sharded(state) else model
+    layers = paired_layers(model, teacher, teacher_layers) if uses_layers(phases) else ()
     with quiet():
         trained = make_trainable(model, spec, narrowed)
         _keep_activations(model, keep=not spec.gradient_checkpointing)
@@ -143,34 +146,42 @@ def heal_model(
                 teacher=teacher,
                 layers=layers,
                 bf16=bf16,
-                position_ids="position_ids" in inspect.signature(model.forward).parameters,
+                position_ids=takes_position_ids(model),
                 work=work,
                 tokens_per_step=run.tokens_per_step,
                 progress=tell if state.is_main_process else quietly,
                 args=training_arguments(spec, run, work.path, evaluates=len(text.held_out) > 0),
-                train_dataset=Numbered(text.train) if spec.store_teacher else text.train,
+                train_dataset=Filled(
+                    Numbered(text.train) if spec.store_teacher else text.train,
+                    spec.micro_batch * state.num_processes if state.num_processes > 1 else 1,
+                ),
                 eval_dataset=text.held_out if len(text.held_out) else None,
                 data_collator=numbered(_collator(model)),
             )
-            _refuse_sharding(trainer)
             if spec.store_teacher:
-                ask_once(trainer, measured, state, tell)
+                ask_once(trainer, text.train, measured, state, tell)
             elif teacher is not None:
                 teacher.to(device=trainer.args.device, dtype=None if bf16 else torch.float32)
             if blend is not None:
                 blend.to(trainer.args.device, None if bf16 else torch.float32)
                 trainer.blend = blend
-            if "start" not in measured:
-                tell(0, run.steps, "measuring the model as it is")
-                measured["start"] = _measure(trainer, tokenizer, state, measured.get("teacher"))
-                if state.is_main_process:
-                    work.save(measured)
+
+            def begin() -> None:
+                if "start" not in measured:
+                    tell(0, run.steps, "measuring the model as it is")
+                    measured["start"] = _measure(trainer, tokenizer, measured.get("teacher"))
+                    if state.is_main_process:
+                        work.save(measured)
+
+            trainer.begin = begin
             result = _train(trainer, work, run, state)
             loss_after = min(held_out(work.history), default=None)
             if trained.round_to_stored() and loss_after is not None:
                 loss_after = trainer.measure(trainer.model)
-            with trainer.compute_loss_context_manager():
-                after = answers(model, tokenizer) if state.is_main_process else []
+            after = _answers(trainer, tokenizer)
+            if trained.model is not given:
+                give_back(trained.model, given)
+                trained.model = given
         except Exception as error:
             nothing = work.exists and work.last_checkpoint() is None and not is_begun(work.path)
             if state.is_main_process and nothing:
@@ -180,8 +191,9 @@ def heal_model(
         finally:
             if blend is not None:
                 blend.remove()
-            _release(trained, spec)
-            model.config.use_cache = use_cache
+            if trained.model is given:
+                _release(trained, spec)
+            given.config.use_cache = use_cache
     start = measured["start"]
     report = HealReport(
         path=None,
@@ -205,7 +217,8 @@ def heal_model(
         notes=(
             *text.notes,
             *run.notes,
-            *_packing_notes(trainer),
+            *_process_notes(state),
+            *packing_notes(model),
             *_notes(start["loss"], loss_after, result, run),
         ),
     )
@@ -230,6 +243,8 @@ def _train(trainer: HealingTrainer, work: Work, run: Sizes, state: PartialState)
     if not finished:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
         at = trainer.state.global_step
+    else:
+        trainer.spread()
     best = _best_step(work.history) if trainer.eval_dataset is not None else at
     if (finished or best != at) and best:
         trainer.load_trained(work.path / f"checkpoint-{best}")
@@ -246,19 +261,6 @@ def _best_step(history: list[dict[str, Any]]) -> int:
     return int(min(measured, key=lambda line: line["held_out_loss"])["step"])
 
 
-def _refuse_sharding(trainer: Any) -> None:
-    """Refuse to train a model that is spread over processes.
-
-    Raises:
-        HealingError: if it is to be.
-    """
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        raise HealingError(
-            "accelerate: FSDP or DeepSpeed, which spread one model over processes; healing needs "
-            "the whole model in each. Take plain data parallelism (`--multi_gpu`)."
-        )
-
-
 def _collator(model: Any) -> Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]:
     """Return what makes a batch of rows; FlashAttention wants one long row."""
     return collate_flat if model.config._attn_implementation == "flash_attention_2" else collate
@@ -273,11 +275,7 @@ def _open(
         HealingError: if something is there that may not be thrown away.
     """
     going_on = place.resume and work.exists
-    if work.exists and not place.resume and not place.overwrite:
-        raise HealingError(
-            f"{work.path}: an unfinished healing is here. Go on with it (--resume), or throw it "
-            "away (--overwrite)."
-        )
+    work.check_free(resume=place.resume, overwrite=place.overwrite)
     state.wait_for_everyone()  # all have looked, before one changes what they looked at
     if going_on:
         return work.load(settings)
@@ -287,26 +285,29 @@ def _open(
     return {"format": FORMAT, "settings": settings}
 
 
-def _measure(
-    trainer: HealingTrainer, tokenizer: Any, state: PartialState, teacher_loss: float | None
-) -> dict[str, Any]:
+def _measure(trainer: HealingTrainer, tokenizer: Any, teacher_loss: float | None) -> dict[str, Any]:
     """Return the losses and answers of the model as it is, and the teacher's loss.
 
     Args:
         trainer: has model, teacher and rows.
         tokenizer: for answers.
-        state: accelerate's.
         teacher_loss: of a teacher that was there before.
     """
     measures = trainer.eval_dataset is not None
     teacher = trainer.teacher
-    with trainer.compute_loss_context_manager():
-        said = answers(trainer.model, tokenizer) if state.is_main_process else []
     return {
         "loss": trainer.measure(trainer.model) if measures else None,
         "teacher": trainer.measure(teacher) if measures and teacher is not None else teacher_loss,
-        "answers": said,
+        "answers": _answers(trainer, tokenizer),
     }
+
+
+def _answers(trainer: HealingTrainer, tokenizer: Any) -> list[str]:
+    """Return the model's answers; of a model spread over processes, all must ask."""
+    if not (trainer.args.should_save or trainer.is_fsdp_enabled):
+        return []
+    with trainer.compute_loss_context_manager():
+        return answers(trainer.model, tokenizer)
 
 
 def _release(trained: Trained, spec: Heal) -> None:
@@ -329,10 +330,11 @@ def _keep_activations(model: Any, *, keep: bool) -> None:
         getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
 
 
-def _packing_notes(trainer: HealingTrainer) -> list[str]:
-    if trainer.position_ids:
+def _process_notes(state: PartialState) -> list[str]:
+    if state.num_processes == 1:
         return []
-    return ["This architecture takes no position ids: samples packed into one row see each other."]
+    how = "the model spread over them (FSDP)" if is_sharded(state) else "a whole model in each"
+    return [f"Trained by {state.num_processes} processes, {how}."]
 
 
 def _notes(before: float | None, after: float | None, result: _Result, run: Sizes) -> list[str]:

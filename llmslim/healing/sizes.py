@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,18 @@ def uses_bf16(spec: Heal, device: torch.device) -> bool:
     return device.type == "cpu" and known is not None and bool(known())
 
 
+def takes_position_ids(model: Any) -> bool:
+    """Return whether a model can be told where samples begin in a row."""
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def packing_notes(model: Any) -> list[str]:
+    """Return what is to be said about packed samples."""
+    if takes_position_ids(model):
+        return []
+    return ["This architecture takes no position ids: samples packed into one row see each other."]
+
+
 def training_arguments(
     spec: Heal, run: Sizes, folder: Path, *, evaluates: bool
 ) -> TrainingArguments:
@@ -96,8 +109,7 @@ def training_arguments(
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=cuda,
-        # Matching layers leaves the head alone: its gradients would be waited for.
-        ddp_find_unused_parameters=spec.layers_share > 0 or spec.objective == "layers",
+        ddp_find_unused_parameters=False,
         log_level="error",
         log_level_replica="error",
     )

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import torch
 from accelerate import PartialState
@@ -47,6 +47,7 @@ def is_begun(folder: Path) -> bool:
 
 def ask_once(
     trainer: HealingTrainer,
+    rows: Any,
     measured: dict[str, Any],
     state: PartialState,
     tell: Progress,
@@ -57,7 +58,8 @@ def ask_once(
     no teacher.
 
     Args:
-        trainer: has model, teacher and numbered rows.
+        trainer: has model and teacher.
+        rows: to train on; the trainer's say which they are.
         measured: what was measured already; the teacher's loss is added and saved.
         state: accelerate's; rows are spread over the processes.
         tell: told how many rows are done.
@@ -75,7 +77,7 @@ def ask_once(
     trainer.stored = store(
         trainer.work.path,
         load,
-        cast(Any, trainer.train_dataset).rows,
+        rows,
         trainer.data_collator,
         top_k=spec.top_k or TOP_K,
         temperature=spec.temperature,
@@ -95,7 +97,8 @@ def ask_once(
     if spec.teacher is not None:  # loaded for this alone
         for tensor in (*teacher.parameters(), *teacher.buffers()):
             tensor.data = torch.empty(0, dtype=tensor.dtype)
-    model.to(device)
+    if not trainer.is_fsdp_enabled:  # which brings it there in pieces
+        model.to(device)
 
 
 def store(

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from llmslim.errors import HealingError
+from llmslim.healing.sharding import settled
 from llmslim.modeling.modeling_llmslim import set_module
 from llmslim.modeling.structured import StructuredLinear
 from llmslim.recipe import Heal
@@ -57,7 +58,7 @@ class Trained:
         Returns:
             Whether that changed anything that could be measured.
         """
-        narrow = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        narrow = {n: p for n, p in settled(self.model).items() if p.requires_grad}
         narrow = {n: p for n, p in narrow.items() if self.dtypes.get(n, p.dtype) != p.dtype}
         for name, parameter in narrow.items():
             parameter.copy_(parameter.to(self.dtypes[name]))

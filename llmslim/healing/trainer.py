@@ -19,18 +19,24 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import Trainer, TrainerCallback
 
 from llmslim.errors import HealingError
 from llmslim.healing.blend import Blend
 from llmslim.healing.held_out import held_out_loss
 from llmslim.healing.objectives import Objective, Step
+from llmslim.healing.order import Filled, Order
+from llmslim.healing.processes import is_sharded
+from llmslim.healing.sharding import check_sharding, overwrite, settled, whole
 from llmslim.healing.stored import StoredLogits
 from llmslim.healing.trained import Trained
 from llmslim.healing.work import Work
 from llmslim.recipe import Heal
+from llmslim.surgery.sites import find_layers
 
 WEIGHTS = "trained.safetensors"
 
@@ -69,14 +75,15 @@ class HealingTrainer(Trainer):
         progress: Progress,
         **options: Any,
     ) -> None:
+        self.spec, self.trained, self.phases = spec, trained, phases
         super().__init__(model=trained.model, **options)
         # Our losses are divided by the tokens of the step already.
         self.model_accepts_loss_kwargs = True
-        self.spec, self.trained, self.phases = spec, trained, phases
         self.teacher, self.layers, self.bf16 = teacher, layers, bf16
         self.position_ids, self.work = position_ids, work
         self.stored: StoredLogits | None = None
         self.blend: Blend | None = None
+        self.begin: Callable[[], None] | None = None
         self.step_loss, self.grad_norm = 0.0, 0.0
         for callback in list(self.callback_handler.callbacks):
             if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
@@ -84,11 +91,34 @@ class HealingTrainer(Trainer):
         self.watch = _Watch(self, tokens_per_step, progress)
         self.add_callback(self.watch)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Make accelerate's object; where it spreads the model, do so layer by layer.
+
+        Raises:
+            HealingError: if it would spread the model as healing cannot.
+        """
+        state = cast(Any, self.args.distributed_state)
+        if is_sharded(state) and state.distributed_type == DistributedType.MULTI_CPU:
+            # accelerate spreads models over accelerators only; torch can over CPUs, the same way.
+            state.distributed_type = DistributedType.MULTI_GPU
+        super().create_accelerator_and_postprocess()
+        check_sharding(self.accelerator, self.spec)
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.auto_wrap_policy is None:
+            model = self.trained.model
+            layers = model.get_submodule(find_layers(model).path)
+            plugin.auto_wrap_policy = transformer_auto_wrap_policy
+            plugin.transformer_cls_names_to_wrap = sorted({type(one).__name__ for one in layers})
+
     @property
     def phase(self) -> Objective:
         """The objective of the current step."""
         step = self.state.global_step
         return next((o for o, end in self.phases if step < end), self.phases[-1][0])
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Order:
+        """Return the order of the rows, which does not depend on the number of processes."""
+        return Order(train_dataset or cast(Filled, self.train_dataset), self.spec.seed)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -112,8 +142,9 @@ class HealingTrainer(Trainer):
         if not self.position_ids:
             inputs.pop("position_ids", None)
         rows_N, taught = inputs.pop("rows", None), None
-        if self.stored is not None and rows_N is not None:
-            taught = self.stored.of(rows_N.tolist(), labels_NL.device)
+        if self.stored is not None:
+            rows = [] if rows_N is None else rows_N.tolist()
+            taught = self.stored.of(rows, labels_NL.device)
         if self.blend is not None:
             self.blend.at(self.state.global_step)
         step = Step(model, inputs, labels_NL, self.spec, self.teacher, self.layers, taught)
@@ -142,7 +173,7 @@ class HealingTrainer(Trainer):
             HealingError: if the loss or a gradient is not finite, in all processes together.
         """
         norm: Any = super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
-        self.grad_norm = float(norm)
+        self.grad_norm = float(whole(norm))
         loss = torch.tensor(self.step_loss, device=self.args.device)
         self.step_loss = float(self.accelerator.reduce(loss, "mean"))
         if not math.isfinite(self.step_loss) or not math.isfinite(self.grad_norm):
@@ -225,16 +256,16 @@ class HealingTrainer(Trainer):
         _internal_call: bool = False,
     ) -> None:
         """Save the trained parameters by their names."""
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {
-            name: parameter.detach().cpu().contiguous()
-            for name, parameter in self.trained.model.named_parameters()
-            if parameter.requires_grad
-        }
-        save_file(weights, folder / WEIGHTS)
+        weights = {}
+        for name, parameter in settled(self.trained.model).items():
+            if parameter.requires_grad:
+                value = whole(parameter.detach())  # all processes take part in that
+                if self.args.should_save:
+                    weights[name] = value.cpu().contiguous()
+        if self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(weights, folder / WEIGHTS)
 
     def _load_from_checkpoint(
         self,
@@ -244,13 +275,19 @@ class HealingTrainer(Trainer):
         """Read back what `save_model` wrote."""
         self.load_trained(Path(resume_from_checkpoint))
 
-    @torch.no_grad()
     def load_trained(self, folder: Path) -> None:
         """Take over the parameters of a checkpoint, in place."""
         saved = load_file(folder / WEIGHTS)
-        for name, parameter in self.trained.model.named_parameters():
+        for name, parameter in settled(self.trained.model).items():
             if parameter.requires_grad:
-                parameter.copy_(saved[name])
+                overwrite(parameter, saved[name])
+
+    def spread(self) -> None:
+        """Spread a model over the processes that was not trained, where training would do it."""
+        if self.is_fsdp_enabled:
+            self.create_optimizer()  # accelerate takes no model alone
+            self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+            self.model_wrapped = self.model
 
 
 class _Watch(TrainerCallback):
@@ -263,6 +300,10 @@ class _Watch(TrainerCallback):
     @property
     def tokens_per_second(self) -> float:
         return self.steps * self.tokens_per_step / self.seconds if self.seconds else 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        if self.trainer.begin is not None:
+            self.trainer.begin()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         self.began = time.perf_counter()

@@ -48,6 +48,22 @@ class Work:
         """Whether a healing was begun here."""
         return (self.path / RUN).is_file()
 
+    def check_free(self, *, resume: bool, overwrite: bool) -> None:
+        """Refuse a folder in which a healing was begun.
+
+        Args:
+            resume: whether it is to go on.
+            overwrite: whether it may be thrown away.
+
+        Raises:
+            HealingError: if it is there and neither is so.
+        """
+        if self.exists and not resume and not overwrite:
+            raise HealingError(
+                f"{self.path}: an unfinished healing is here. Go on with it (--resume), or throw "
+                "it away (--overwrite)."
+            )
+
     def begin(self, settings: Mapping[str, Any]) -> None:
         """Make the folder anew.
 

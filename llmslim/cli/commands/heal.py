@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from llmslim.cli.healing import heal_and_show
+from llmslim.cli.healing import heal_and_show, plan_and_show
 
 
 def _read_settings(
@@ -70,6 +70,11 @@ def _read_settings(
 @click.option(
     "--overwrite", is_flag=True, help="Replace the folder, and throw an unfinished healing away."
 )
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Only check everything, and say what would be trained and how much memory that takes.",
+)
 def command(
     model: str,
     out: Path | None,
@@ -83,6 +88,7 @@ def command(
     other: dict[str, Any],
     resume: bool,
     overwrite: bool,
+    dry_run: bool,
     **keys: Any,
 ) -> None:
     """Train SLIM until it is of use again, and write it to a new folder.
@@ -93,7 +99,7 @@ def command(
     if tokens is not None and epochs is not None:
         raise click.UsageError("--tokens and --epochs say the same thing; give one.")
     given = {key: value for key, value in keys.items() if value is not None}
-    heal_and_show(
+    (plan_and_show if dry_run else heal_and_show)(
         model,
         out,
         recipe=recipe,

@@ -36,9 +36,10 @@ def loss(step: Step) -> Tensor:
     with _outputs([theirs for _, theirs in step.layers]) as wanted:
         step.teach(**_few_logits(step.teacher))
     with _outputs([ours for ours, _ in step.layers]) as given:
-        step.forward(**_few_logits(step.model))
+        unread = step.forward(**_few_logits(step.model)).logits
     counted_NL = step.targets_NL != -100
-    total = torch.zeros((), device=counted_NL.device)
+    # Several processes wait for the gradients of all parameters: those of the head are 0.
+    total: Tensor = 0.0 * unread.sum(dtype=torch.float32)
     for s_NLH, t_NLH in zip(given, wanted, strict=True):
         if s_NLH.shape != t_NLH.shape:
             raise HealingError(

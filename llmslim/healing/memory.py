@@ -1,0 +1,265 @@
+"""How much memory a healing takes on one device, worked out before it begins.
+
+What lies there all the time is counted from parameters. What a forward pass keeps for the backward
+pass is not guessed from a formula: the pass is run on tensors that have sizes and no contents
+(torch's FakeTensor), and what autograd saves is added up. So any architecture and any structure are
+known, autocast's copies and packed rows' masks included, in seconds and without memory.
+
+There are three moments at which the peak may be:
+
+    loss    all that the forward pass kept, logits and their gradient, some chunks of float32
+    layer   deep in the backward pass: with gradient checkpointing one layer's activations again
+    step    all gradients, and what the optimiser works on
+
+Not counted: the process itself (Python, torch, CUDA's context: 0.5 to 1 GiB), fragmentation, and
+buffers of single operations.
+
+Shapes: N = rows of a pass, L = tokens of a row, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llmslim.healing.objectives._chunks import CHUNK_NUMBERS
+from llmslim.healing.sizes import takes_position_ids
+from llmslim.recipe import Heal
+from llmslim.surgery.sites import find_layers
+
+MASTER = 4
+"""Bytes of a weight, its gradient and each of AdamW's two moments."""
+_CHUNKS = {False: 4, True: 7}
+"""Float32 copies of a chunk of logits in a loss: cross-entropy, and against a teacher."""
+_PASSING = 3
+"""Gradients of the largest activation's size on their way through a layer."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one healing on one device."""
+
+    weights: int
+    """All of the model's, in float32."""
+    moments: int
+    gradients: int
+    held: int
+    """Gradients that are there during a forward pass: all, or none where a step is one pass."""
+    teacher: int
+    copies: int
+    """Weights in bfloat16, which autocast makes anew in each forward pass."""
+    kept: int
+    """Activations from forward to backward pass."""
+    again: int
+    """Activations of a layer that is computed a second time."""
+    passing: int
+    """Gradients of activations."""
+    logits: int
+    """The model's, their gradient, and the teacher's."""
+    chunks: int
+    """Float32 work on some of the logits."""
+    working: int
+    """The optimiser's, on the largest parameter."""
+
+    @property
+    def moments_of_peak(self) -> dict[str, int]:
+        """What is there at each of the three moments beside weights, moments and teacher."""
+        deep = max(self.kept + self.held, self.gradients)
+        return {
+            "loss": self.held + self.kept + self.copies + self.logits + self.chunks,
+            "layer": deep + self.again + self.passing,
+            "step": self.gradients + self.working,
+        }
+
+    @property
+    def peak(self) -> int:
+        """The most at any moment."""
+        return self.weights + self.moments + self.teacher + max(self.moments_of_peak.values())
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Return what a reader wants to know, each with its size in words."""
+        shown = {
+            "weights, float32": self.weights,
+            "gradients": self.gradients,
+            "AdamW's moments": self.moments,
+            "teacher": self.teacher,
+            "weights in bfloat16": self.copies,
+            "activations": self.kept + self.again,
+            "logits and loss": self.logits + self.chunks,
+            "peak, beside the process itself": self.peak,
+        }
+        return [(name, in_words(size)) for name, size in shown.items() if size]
+
+
+def in_words(size: int) -> str:
+    """Write a number of bytes.
+
+    Example:
+        >>> in_words(3 * 2**29), in_words(3 * 2**19)
+        ('1.50 GiB', '1.5 MiB')
+    """
+    return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"
+
+
+def healing_memory(
+    model: Any,
+    spec: Heal,
+    *,
+    length: int,
+    accumulate: int,
+    bf16: bool,
+    teacher: Any = None,
+    fused: bool = True,
+) -> Memory:
+    """Work out the memory of a healing.
+
+    An error of any class says that the model's forward pass depends on what it computes.
+
+    Args:
+        model: on any device, meta too; what is trained wants gradients. It is left as it is.
+        spec: `micro_batch`, `gradient_checkpointing` and `store_teacher` count.
+        length: tokens of a row.
+        accumulate: passes of a step.
+        bf16: whether the arithmetic is bfloat16.
+        teacher: the dense model where there is one, on any device.
+        fused: whether the optimiser does all its work in one kernel, as on GPUs.
+
+    """
+    weights = sum(weight.numel() for weight in model.parameters())
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    largest = max(weight.numel() for weight in model.parameters())
+    found = _forward(model, spec.micro_batch, length, bf16=bf16)
+    live = teacher is not None and not spec.store_teacher
+    gradients = trained * MASTER
+    kept, again = found.outside + sum(found.layers), 0
+    if spec.gradient_checkpointing:
+        kept, again = found.outside + sum(found.inputs), max(found.layers, default=0)
+    return Memory(
+        weights=weights * MASTER,
+        moments=2 * gradients,
+        gradients=gradients,
+        held=gradients if accumulate > 1 else 0,
+        teacher=_teacher_bytes(teacher, bf16=bf16) if live else 0,
+        copies=found.copies,
+        kept=kept,
+        again=again,
+        passing=_PASSING * found.largest,
+        logits=(3 if live else 2) * found.logits,
+        chunks=_CHUNKS[teacher is not None] * min(4 * CHUNK_NUMBERS, found.float_logits),
+        working=0 if fused else 2 * largest * MASTER,
+    )
+
+
+def _teacher_bytes(teacher: Any, *, bf16: bool) -> int:
+    """A teacher keeps its stored type where the arithmetic is bfloat16."""
+    return sum(
+        weight.numel() * (weight.element_size() if bf16 else MASTER)
+        for weight in teacher.parameters()
+    )
+
+
+@dataclass
+class _Found:
+    """What a forward pass makes, in bytes."""
+
+    layers: list[int]
+    """What each decoder layer saves for its backward pass."""
+    inputs: list[int]
+    """Hidden states that each decoder layer reads."""
+    outside: int = 0
+    largest: int = 0
+    copies: int = 0
+    logits: int = 0
+    float_logits: int = 0
+
+
+def _forward(model: Any, rows: int, length: int, *, bf16: bool) -> _Found:
+    """Run a forward pass on tensors without contents, and add up what it makes."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = _without_contents(model)
+    layers = list(fake.get_submodule(find_layers(fake).path))
+    found = _Found([0] * len(layers), [0] * len(layers))
+    masters = {weight.untyped_storage() for weight in fake.parameters()}
+    casts = _Casts(masters)
+    seen: set[Any] = set()
+    current: list[int] = []
+
+    def save(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage not in seen and storage not in masters and storage not in casts.made:
+            seen.add(storage)
+            size = storage.nbytes()
+            found.largest = max(found.largest, size)
+            if current:
+                found.layers[current[-1]] += size
+            else:
+                found.outside += size
+        return tensor
+
+    def enter(index: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, given: tuple[Any, ...], options: dict[str, Any]) -> None:
+            hidden = given[0] if given else options["hidden_states"]
+            found.inputs[index] = hidden.numel() * hidden.element_size()
+            current.append(index)
+
+        return hook
+
+    for index, layer in enumerate(layers):
+        layer.register_forward_pre_hook(enter(index), with_kwargs=True)
+        layer.register_forward_hook(lambda *_: current.clear())
+    saving = torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor)
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16)
+    with mode, casts, saving, autocast:
+        inputs = {"input_ids": torch.ones(rows, length, dtype=torch.long)}
+        if takes_position_ids(fake):
+            inputs["position_ids"] = torch.arange(length).repeat(rows, 1)
+        logits_NLV = fake(**inputs, use_cache=False).logits
+    found.copies = sum(storage.nbytes() for storage in casts.made)
+    found.logits = logits_NLV.numel() * logits_NLV.element_size()
+    found.float_logits = logits_NLV.numel() * 4
+    return found
+
+
+def _without_contents(model: Any) -> Any:
+    """Return a copy of a model, in training mode, whose float32 weights have sizes only."""
+    tensors = [*model.parameters(), *model.buffers()]
+    memo: dict[int, Any] = {}
+    for tensor in tensors:
+        dtype = torch.float32 if isinstance(tensor, nn.Parameter) else tensor.dtype
+        empty = torch.empty(tensor.shape, dtype=dtype, device="cpu")
+        memo[id(tensor)] = (
+            nn.Parameter(empty, requires_grad=tensor.requires_grad)
+            if isinstance(tensor, nn.Parameter)
+            else empty
+        )
+    fake = copy.deepcopy(model, memo).train()
+    if fake.config._attn_implementation == "flash_attention_2":  # has no kernel without contents
+        fake.set_attn_implementation("sdpa")
+    return fake
+
+
+class _Casts(TorchDispatchMode):
+    """Remembers what autocast made of weights."""
+
+    def __init__(self, masters: set[Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.masters, self.made = masters, set[Any]()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if (
+            func is torch.ops.aten._to_copy.default
+            and args[0].untyped_storage() in self.masters
+            and made.dtype == torch.bfloat16
+        ):
+            self.made.add(made.untyped_storage())
+        return made

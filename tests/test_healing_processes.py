@@ -1,0 +1,264 @@
+"""Healing in several processes: what two of them do is what one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
+from helpers_checkpoint import stored, tiny_tokenizer
+from helpers_healing import Rows, healed, losses, slimmed
+from tiny import tiny_model
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import llmslim
+from llmslim.data import healing_text
+from llmslim.errors import HealingError
+from llmslim.healing import run
+from llmslim.healing.order import Filled, Order
+from llmslim.healing.sharding import check_sharding, give_back, lend
+from llmslim.recipe import Heal
+
+RECIPE = {
+    "name": "third",
+    "replace": [{"match": "*.mlp.*", "structure": "low_rank", "rank": 8}],
+    "heal": {
+        "template": "report",
+        "held_out": 3,
+        "context_length": 48,
+        "batch_size": 2,
+        "learning_rate": 1e-2,
+    },
+}
+SHARDED = ["--use_fsdp", "--fsdp_version", "2"]
+WHOLE = ["--multi_gpu"]  # which is what accelerate calls any two processes
+
+# The command, which also says how much of the weights the first process holds while it trains.
+PROGRAM = """
+import runpy
+from torch.distributed.tensor import DTensor
+from llmslim.healing import run, sharding
+
+give_back = run.give_back
+def spy(lent, model):
+    weights = list(sharding.settled(lent).values())
+    assert all(isinstance(weight, DTensor) for weight in weights)
+    held = sum(weight.to_local().numel() for weight in weights)
+    print("holds", held / sum(weight.numel() for weight in weights))
+    give_back(lent, model)
+run.give_back = spy
+{more}
+runpy.run_module("llmslim", run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Return a folder with `dense`, `slim` in float32, and an odd number of rows to heal with."""
+    folder = tmp_path_factory.mktemp("models")
+    llmslim.save(tiny_model(), folder / "dense", tokenizer=tiny_tokenizer())
+    llmslim.convert(folder / "dense", RECIPE, folder / "slim")
+    rows = [{"instruction": f"{n} {n}", "response": f"{n + 1}" * 3} for n in range(20)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def alone(folders, out, **settings):
+    teacher = folders / "dense"
+    llmslim.heal(
+        folders / "slim", out, data=folders / "rows.jsonl", teacher=teacher, settings=settings
+    )
+
+
+def together(folders, out, how, *options, more="", works=True, **settings):
+    """Heal with two processes; return what they print."""
+    program = out.with_suffix(".py")
+    program.write_text(PROGRAM.format(more=more))
+    command = [sys.executable, "-m", "accelerate.commands.launch", *how, "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["--main_process_port", "0", program, "heal", folders / "slim", "-o", out, *options]
+    command += ["--data", folders / "rows.jsonl", "--teacher", folders / "dense"]
+    command += [f"--set={key}={value}" for key, value in settings.items()]
+    done = subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert (done.returncode == 0) is works, done.stderr
+    return done.stdout
+
+
+def history(folder):
+    lines = (folder / "healing_history.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def assert_same(one, two, note):
+    """Compare two healings step by step; the second has a note on its processes."""
+    mine, theirs = history(one), history(two)
+    assert len(mine) == len(theirs)
+    for a, b in zip(mine, theirs, strict=True):
+        assert a.keys() == b.keys()
+        for key in a.keys() & {"loss", "held_out_loss", "grad_norm"}:
+            assert a[key] == pytest.approx(b[key], rel=1e-4), (key, a, b)
+    report = json.loads((two / "llmslim_report.json").read_text())["healing"]
+    assert [text for text in report["notes"] if "processes" in text] == [note]
+    assert llmslim.verify(two).ok
+    before, after = stored(one), stored(two)
+    assert before.keys() == after.keys()
+    for name in before:
+        assert torch.allclose(before[name], after[name], atol=1e-4), name
+    return report
+
+
+SPREAD = "Trained by 2 processes, the model spread over them (FSDP)."
+
+
+def test_a_model_spread_over_two_processes_ends_as_in_one(folders, tmp_path):
+    alone(folders, tmp_path / "one", micro_batch=1)
+    said = together(folders, tmp_path / "two", SHARDED, micro_batch=1)
+    share = float(next(line for line in said.splitlines() if "holds" in line).split()[1])
+    assert 0.4 < share < 0.6
+    assert said.count("\nwrote ") == 1
+    report = assert_same(tmp_path / "one", tmp_path / "two", SPREAD)
+    # What was written has the loss that healing ended with, and is loaded as anybody would.
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "two")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "two")
+    spec = Heal(**RECIPE["heal"], data=str(folders / "rows.jsonl"))
+    rows = healing_text(spec, tokenizer, context_length=48).held_out
+    total, count = 0.0, 0
+    for index in range(len(rows)):
+        row = rows[index]
+        labels = row["labels"][1:]
+        with torch.no_grad():
+            given = {key: row[key][None] for key in ("input_ids", "position_ids")}
+            logits = model(**given, use_cache=False).logits[0, :-1]
+        total += float(cross_entropy(logits, labels, reduction="sum"))
+        count += int((labels != -100).sum())
+    assert total / count == pytest.approx(report["loss_after"], abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"layers_share": 0.3, "blend_share": 0.3, "gradient_checkpointing": "true"},
+        {"store_teacher": "true", "train": "blocks", "batch_size": 4},
+    ],
+    ids=["phases", "stored"],
+)
+@pytest.mark.parametrize("how", [SHARDED, WHOLE], ids=["spread", "whole"])
+def test_two_processes_learn_what_one_does(folders, tmp_path, how, settings):
+    settings = {"micro_batch": 1, **settings}
+    read = {key: value == "true" or value for key, value in settings.items()}
+    alone(folders, tmp_path / "one", **read)
+    together(folders, tmp_path / "two", how, **settings)
+    whole = "Trained by 2 processes, a whole model in each."
+    assert_same(tmp_path / "one", tmp_path / "two", SPREAD if how is SHARDED else whole)
+
+
+@pytest.mark.slow
+def test_a_spread_model_goes_on_after_sigkill(folders, tmp_path):
+    kill = """
+import os, signal
+from llmslim.healing import trainer
+end = trainer._Watch.on_step_end
+def killed(self, args, state, control, **options):
+    end(self, args, state, control, **options)
+    if state.global_step == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+trainer._Watch.on_step_end = killed
+"""
+    alone(folders, tmp_path / "one", micro_batch=1, evaluate_every=3)
+    options = {"micro_batch": 1, "evaluate_every": 3}
+    together(folders, tmp_path / "two", SHARDED, more=kill, works=False, **options)
+    assert not (tmp_path / "two").exists()
+    together(folders, tmp_path / "two", SHARDED, "--resume", **options)
+    assert_same(tmp_path / "one", tmp_path / "two", SPREAD)
+
+
+def accelerator(**options):
+    plugin = FullyShardedDataParallelPlugin(**{"fsdp_version": 2, **options})
+    return SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin, deepspeed_plugin=None))
+
+
+@pytest.mark.parametrize(
+    ("launched", "spec", "said"),
+    [
+        (
+            SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=object())),
+            Heal(),
+            r"DeepSpeed; .* `--use_fsdp --fsdp_version 2`",
+        ),
+        (accelerator(fsdp_version=1), Heal(), "version 1; version 2 is needed"),
+        (accelerator(cpu_offload=True), Heal(), "fsdp_offload_params"),
+        (
+            accelerator(activation_checkpointing=True),
+            Heal(),
+            "set gradient_checkpointing: true in the `heal` section",
+        ),
+        (accelerator(), Heal(train="lora"), r"heal\.train: lora.* Take one of them"),
+    ],
+    ids=["deepspeed", "version 1", "offload", "checkpointing", "lora"],
+)
+def test_other_ways_to_spread_a_model_are_refused(launched, spec, said):
+    with pytest.raises(HealingError, match=said):
+        check_sharding(launched, spec)
+
+
+def test_what_is_not_spread_is_not_refused():
+    check_sharding(SimpleNamespace(state=SimpleNamespace()), Heal(train="lora"))
+    check_sharding(accelerator(), Heal())
+
+
+def test_a_lent_model_is_empty_and_gets_its_weights_back():
+    model = tiny_model("gpt2")  # its head is its embedding
+    ids = torch.arange(1, 9)[None]
+    before = model(ids).logits
+    lent = lend(model)
+    assert {weight.numel() for weight in model.parameters()} == {0}
+    assert torch.equal(lent(ids).logits, before)
+    with torch.no_grad():
+        lent.transformer.ln_f.weight.mul_(2)
+    after = lent(ids).logits
+    give_back(lent, model)
+    assert torch.equal(model(ids).logits, after)
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_rows_fill_up_with_some_that_teach_nothing():
+    rows = Filled(Rows(5, 1), 4)
+    assert len(rows) == 8
+    order = Order(rows, seed=3)
+    assert sorted(order) == list(range(8))
+    first = list(order)
+    assert first == [*Order(Filled(Rows(5, 1), 1), seed=3), 5, 6, 7]
+    order.set_epoch(1)
+    assert list(order) != first
+    assert all((rows[index]["labels"] == -100).all() for index in (5, 6, 7))
+    assert (rows[4]["labels"] != -100).any()
+
+
+def test_rows_that_teach_nothing_teach_nothing(tmp_path, monkeypatch):
+    """As in the last step of two processes that share an odd number of rows."""
+    teacher = tiny_model(seed=3)
+    sizes = {"epochs": 2, "batch_size": 6, "micro_batch": 3}
+    plain = healed(slimmed(), tmp_path / "a", teacher=teacher, **sizes)
+    monkeypatch.setattr(run, "Filled", lambda rows, _: Filled(rows, 6))
+    filled = healed(slimmed(), tmp_path / "b", teacher=teacher, **sizes)
+    assert losses(plain) == pytest.approx(losses(filled), rel=1e-5)
