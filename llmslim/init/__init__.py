@@ -3,6 +3,7 @@
 from ._channel_order import learn_order as learn_order
 from ._channel_order import learn_outputs as learn_outputs
 from ._closed_forms import low_rank_factors as low_rank_factors
+from ._closed_forms import squared as squared
 from ._gram import GramAccumulator as GramAccumulator
 from ._gram import damping as damping
 from ._gram import equivalent_target as equivalent_target
