@@ -100,13 +100,13 @@ def as_linear(stack: Tensor, name: str) -> Tensor:
 def nearest(weight: Tensor, own: Tensor, everything: Tensor, rank: int) -> Tensor:
     """Return the matrix of that rank with the least error on an expert's tokens; all float64.
 
-    The Gram matrix is the expert's, with some of all experts', damped by a tenth of the median
-    channel's power.
+    The Gram matrix is the expert's, that of all tokens if it has none, damped by a tenth of the
+    median channel's power.
     """
-    mixed = own.T @ own + 2 * everything.T @ everything / len(everything)
-    mixed = mixed / (len(own) + 2)
-    mixed = mixed + 0.1 * mixed.diagonal().median() * torch.eye(len(mixed), dtype=torch.float64)
-    factor = torch.linalg.cholesky(mixed)
+    x = own if len(own) else everything
+    gram = x.T @ x / len(x)
+    gram = gram + 0.1 * gram.diagonal().median() * torch.eye(len(gram), dtype=torch.float64)
+    factor = torch.linalg.cholesky(gram)
     u, s, vt = torch.linalg.svd(weight @ factor)
     return u[:, :rank] * s[:rank] @ vt[:rank] @ torch.linalg.inv(factor)
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from llmslim import surgery
 from llmslim.recipe import Recipe
 from llmslim.surgery import Calibration, sequential
-from llmslim.surgery.sites import find_layers, find_sites
+from llmslim.surgery.sites import dense_weight, find_layers, find_mlps, find_sites
 from llmslim.surgery.streams import record_calls, run_layer
+from llmslim.surgery.width import keep_neurons
 
 SHARING = ["zamba", "zamba2"]
 MORE_ARGUMENTS = [*SHARING, "gemma3n_text", "gemma4_text"]
@@ -120,3 +121,24 @@ def test_the_dense_stream_stays_dense_where_a_shared_block_is_slim(
             torch.testing.assert_close(window, expected, rtol=1e-3, atol=1e-3)
     apart = torch.cat(walk.dense) - torch.cat(walk.slim)
     assert apart.norm() > 1e-2 * torch.cat(walk.dense).norm()
+
+
+def test_neurons_of_a_shared_mlp_move_in_every_layer_that_has_it() -> None:
+    model = tiny_model(CLASSES["zamba"])
+    dense = logits(model)
+    mlp = next(m for m in find_mlps(model, find_layers(model)) if "shared" in m.name)
+    order = torch.randperm(mlp.width, generator=torch.Generator().manual_seed(0))
+    keep_neurons(model, mlp, order, dense_weight(model.get_submodule(mlp.down))[:, order])
+    torch.testing.assert_close(logits(model), dense, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("init", ["project", "least_squares"])
+def test_a_shared_mlp_is_narrowed_once(init: str) -> None:
+    model = tiny_model(CLASSES["zamba"])
+    rule = {"match": "*feed_forward.*", "structure": "width", "keep_ratio": 0.5, "init": init}
+    report = rewrite(model, rule)
+    first, second = (model.model.layers[n].shared_transf.feed_forward for n in (1, 3))
+    assert first.down_proj.in_features == 48
+    assert second.down_proj is first.down_proj
+    assert report.totals.params_after == sum(p.numel() for p in model.parameters())
+    assert logits(model).isfinite().all()

@@ -8,8 +8,8 @@ The tokens are the slim stream's, by the slim stream's routing. The dense stream
 other projections have, are left out: a token that the streams send to different experts has no
 output of the same expert to compare with. For the same reason no expert repairs what others broke.
 
-An expert that saw next to nothing leans on the tokens of all experts. For a down projection these
-say how strong neurons are, not which go together: neuron j of one expert is not that of another.
+An expert that saw no token is fitted to those of all experts. One that saw few is not: mixing in
+others' tokens made held-out errors larger (docs/architecture.md); damping is what few tokens need.
 
 Shapes: E = experts, N = rows, I = in_features, O = out_features.
 """
@@ -35,12 +35,6 @@ GRAM_BYTES = 1 << 30
 
 About what the moments of an ordinary projection with 4,096 inputs and outputs take, so that the
 number of experts does not decide how much memory a fit takes. One matrix is gathered in any case.
-"""
-LEAN = 2.0
-"""Tokens of all experts that count beside an expert's own.
-
-Enough for an expert that saw none. More made held-out errors larger, with 16 and with 2,048 tokens
-for each expert alike: others' tokens are not its own, and damping is what few tokens need.
 """
 
 
@@ -145,7 +139,8 @@ def fit_experts(
                 own = moments.pop(expert)
                 weight_OI = _matrix(stack, expert, watched.transposed).float()
                 seed = seed_of(f"{site.name}.{expert}")
-                target = Target(weight_OI, None, seed, _leaning(own, everything_II))
+                gram_II = own.gram_II if own.tokens else everything_II
+                target = Target(weight_OI, None, seed, gram_II)
                 fill_expert(blocks, expert, target, method)
                 seen.experts += 1
                 seen.short += own.tokens < channels
@@ -225,11 +220,6 @@ def _pooled(moments: Sequence[GramAccumulator]) -> Tensor:
     for one in moments:
         total.add_(one.gram_II, alpha=one.tokens / max(tokens, 1))
     return total
-
-
-def _leaning(own: GramAccumulator, everything_II: Tensor) -> Tensor:
-    """Return an expert's E[x xᵀ], mixed with that of all tokens the more the fewer it saw."""
-    return torch.lerp(everything_II, own.gram_II, own.tokens / (own.tokens + LEAN))
 
 
 def _matrix(stack: Tensor, expert: int, transposed: bool) -> Tensor:
