@@ -21,6 +21,8 @@ MORE_ARGUMENTS = [*SHARING, "gemma3n_text", "gemma4_text"]
 """Their layers are given what follows from the token ids: other arguments for every window."""
 CLASSES = config_classes()
 SHARED = ["*layers.1.shared_transf*attn.*", "*layers.1.shared_transf*.down_proj"]
+HALF: dict[str, Any] = {"structure": "low_rank", "keep_ratio": 0.5}
+GROUPED = {"structure": "grouped_pointwise", "groups": 4, "channel_order": "learned"}
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
@@ -98,9 +100,18 @@ def test_full_rank_blocks_give_the_dense_model_back(name: str) -> None:
     torch.testing.assert_close(logits(model), dense, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", SHARING)
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("zamba", {"match": SHARED, **HALF}),
+        ("zamba2", {"match": SHARED, **HALF}),
+        # The neurons move, also those of the down projection that stays.
+        ("zamba", {"match": ["*gate_proj", "*up_proj"], **GROUPED}),
+    ],
+    ids=["low_rank", "low_rank2", "learned_order"],
+)
 def test_the_dense_stream_stays_dense_where_a_shared_block_is_slim(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, rule: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Truth: the whole dense model, and the whole slim one, run with hooks."""
     walks: list[Any] = []
@@ -111,8 +122,7 @@ def test_the_dense_stream_stays_dense_where_a_shared_block_is_slim(
     text, model, dense = calibration(), tiny_model(CLASSES[name]), tiny_model(CLASSES[name])
     # The walk ends after the second layer that has the shared block: something is fitted there.
     own = next(n for n in find_sites(model) if ".3." in n and n.endswith(".linear"))
-    half = {"structure": "low_rank", "keep_ratio": 0.5}
-    report = rewrite(model, {"match": [*SHARED, own], **half})
+    report = rewrite(model, rule, {"match": own, **HALF})
     assert any("layers.3.shared" in row.name for row in report.rows if row.action == "tied")
     (walk,) = walks
     ids = torch.cat((text.windows, text.held_out))
@@ -120,7 +130,7 @@ def test_the_dense_stream_stays_dense_where_a_shared_block_is_slim(
         for window, expected in zip(ours, outputs(truth, 3, ids), strict=True):
             torch.testing.assert_close(window, expected, rtol=1e-3, atol=1e-3)
     apart = torch.cat(walk.dense) - torch.cat(walk.slim)
-    assert apart.norm() > 1e-2 * torch.cat(walk.dense).norm()
+    assert apart.norm() > 5e-3 * torch.cat(walk.dense).norm()
 
 
 def test_neurons_of_a_shared_mlp_move_in_every_layer_that_has_it() -> None:

@@ -36,14 +36,14 @@ from llmslim.init import (
     learn_outputs,
     method_named,
 )
-from llmslim.modeling.modeling_llmslim import set_module
+from llmslim.modeling.modeling_llmslim import other_names, set_module
 from llmslim.surgery.blocks import put_block, put_experts
 from llmslim.surgery.expert_fits import Seen, experts_error, fit_experts, watching
 from llmslim.surgery.moments import Moments
 from llmslim.surgery.neurons import eliminate, refit
 from llmslim.surgery.plan import MlpPlan, Plan, SitePlan
 from llmslim.surgery.refine import Pair, refine_layer
-from llmslim.surgery.sites import Mlp, dense_weight, find_layers, find_mlps
+from llmslim.surgery.sites import Mlp, dense_weight, find_layers, find_mlps, find_sites
 from llmslim.surgery.streams import Calls, fast_type, importance, record_calls, run_layer
 from llmslim.surgery.width import keep_neurons
 
@@ -131,6 +131,7 @@ class _Sequential:
         self.targets: dict[str, Tensor] = {}
         """Dense weights of the layer's fitted projections, where they are needed once more."""
         self.ahead = _Ahead()
+        self.also = other_names(model, set(find_sites(model)))
         self.shared: dict[str, nn.Module] = {}
         """Dense maps that later layers share with finished ones, by the names they have there."""
 
@@ -162,7 +163,7 @@ class _Sequential:
             if isinstance(step, MlpPlan):
                 self._narrow(index, layer, dense, prefix, step)
             elif isinstance(step, SitePlan):
-                self._fit_experts(index, layer, dense, prefix, step)
+                self._fit_experts(index, layer, dense, step)
             else:
                 self._fit_group(index, layer, dense, prefix, step)
         if self.spec is not None:
@@ -185,10 +186,10 @@ class _Sequential:
         dense = copy.deepcopy(layer)
         for name in [name for name in self.shared if name.startswith(prefix)]:
             set_module(dense, name.removeprefix(prefix), self.shared.pop(name))
-        for name, site in self.sites.items():
+        for name, others in self.also.items():
             if name.startswith(prefix):
-                shared = dense.get_submodule(name.removeprefix(prefix)) if site.also else dense
-                self.shared |= dict.fromkeys(site.also, shared)
+                own = dense.get_submodule(name.removeprefix(prefix))
+                self.shared |= dict.fromkeys(others, own)
         return dense
 
     def _refine(self, index: int, layer: nn.Module, dense: nn.Module, prefix: str) -> None:
@@ -223,8 +224,7 @@ class _Sequential:
     ) -> None:
         site = self.sites.get(full_name)
         if site is not None and site.is_experts:
-            prefix = full_name.removesuffix(name)
-            self.result.errors[full_name] = self._experts_error(index, layer, dense, prefix, site)
+            self.result.errors[full_name] = self._experts_error(index, layer, dense, site)
             return
         block: Any = layer.get_submodule(name)
         weight_OI = block.to_dense() if full_name in self.sites else dense_weight(block)
@@ -306,9 +306,7 @@ class _Sequential:
         self.result.errors[mlp.down] = _error(whole, statistics.held_out)
         self.progress(mlp.down)
 
-    def _fit_experts(
-        self, index: int, layer: nn.Module, dense: nn.Module, prefix: str, site: SitePlan
-    ) -> None:
+    def _fit_experts(self, index: int, layer: nn.Module, dense: nn.Module, site: SitePlan) -> None:
         fits = True
         if method_named(site.init).needs_gram:
             run = lambda: self._run_slim(index, layer, fit=True)  # noqa: E731
@@ -319,14 +317,13 @@ class _Sequential:
             fits = put_experts(self.model, site, self.seed_of) is not None
         self.result.sites.add(site.name)
         if fits:
-            error = self._experts_error(index, layer, dense, prefix, site)
-            self.result.errors[site.name] = error
+            self.result.errors[site.name] = self._experts_error(index, layer, dense, site)
         self.progress(site.name)
 
     def _experts_error(
-        self, index: int, layer: nn.Module, dense: nn.Module, prefix: str, site: SitePlan
+        self, index: int, layer: nn.Module, dense: nn.Module, site: SitePlan
     ) -> float:
-        stack = dense.get_parameter(site.name.removeprefix(prefix)).data
+        stack = dense.get_parameter(site.name.removeprefix(f"{self.layers.path}.{index}.")).data
         run = lambda: self._run_slim(index, layer, fit=False)  # noqa: E731
         return experts_error(self.model, site, stack, run)
 
@@ -467,11 +464,8 @@ class _Sequential:
     def _later_writers(self, index: int, layer: nn.Module, name: str) -> list[str]:
         """Return the planned or narrowed writers that run after one, by name in the layer."""
         prefix = f"{self.layers.path}.{index}."
-        planned = [
-            name
-            for name, site in self.sites.items()
-            if name.startswith(prefix) and not site.is_experts
-        ]
+        maps = [other for other, site in self.sites.items() if not site.is_experts]
+        planned = [other for other in maps if other.startswith(prefix)]
         planned += [m.mlp.down for m in self.narrow.values() if m.mlp.down.startswith(prefix)]
         names = dict.fromkeys(site.removeprefix(prefix) for site in planned)
         modules = {other: layer.get_submodule(other) for other in names}
