@@ -80,7 +80,7 @@ def test_running_from_any_layer_gives_the_models_logits(architecture: str) -> No
         found = run_from(model, layers, index, hidden, ids)
         assert torch.allclose(found, expected, atol=1e-5, rtol=1e-4)
         with torch.no_grad():
-            after, _ = run_layer(layer, hidden, calls.extras[index])
+            after, _ = run_layer(layer, hidden, calls.extras[index][0])
         assert after is not None
         hidden = after
 

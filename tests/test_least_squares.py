@@ -26,7 +26,7 @@ from llmslim.init._closed_forms import (
     block_shuffle_factors,
     grouped_low_rank_factors,
     low_rank_factors,
-    squared,
+    output_power,
 )
 from llmslim.modeling.grouped_low_rank import GroupedLowRank
 from llmslim.modeling.pivoted_low_rank import PivotedLowRank
@@ -141,7 +141,7 @@ def test_residual_uses_its_second_part() -> None:
             channels, rows = list(range(g * 9, g * 9 + 9)), slice(g * 6, g * 6 + 6)
             first_alone.weight[g] = regression(x, x @ w_OI[rows].T, w_OI[rows], channels)
         first_alone.second.zero_()
-        alone = squared(w_OI - first_alone.to_dense(), gram_II) / squared(w_OI, gram_II)
+        alone = output_power(w_OI - first_alone.to_dense(), gram_II) / output_power(w_OI, gram_II)
     assert error is not None
     assert error < 0.9 * alone
 
@@ -159,7 +159,7 @@ def test_low_rank_leaves_exactly_the_discarded_singular_values(
     for cls in (LowRank, PivotedLowRank):
         block = cls(inputs, outputs, rank=rank, dtype=torch.float64)
         initialise(block, Target(w_OI, gram_II=gram_II), FITTED)
-        reached = squared(w_OI - block.to_dense(), damped) / squared(w_OI, damped)
+        reached = output_power(w_OI - block.to_dense(), damped) / output_power(w_OI, damped)
         assert reached == pytest.approx(bound, rel=1e-6, abs=1e-9)
 
 
@@ -251,7 +251,7 @@ def test_every_sweep_lowers_the_error(inputs: int, outputs: int) -> None:
         assert all(later <= earlier for earlier, later in pairwise(errors))
         assert errors[-1] < 0.99 * errors[0]
     u_OR, v_RI = low_rank_factors(w_OI, gram_II, 3)
-    assert grouped[0] < squared(w_OI - u_OR @ v_RI, gram_II)
+    assert grouped[0] < output_power(w_OI - u_OR @ v_RI, gram_II)
 
 
 # Orders.
@@ -268,7 +268,9 @@ def test_a_learned_order_is_never_worse_than_none(groups: int, seed: int) -> Non
             24, 36, groups=groups, channel_order=channel_order, dtype=torch.float64
         )
         initialise(block, target, FITTED)
-        errors[channel_order] = squared(w_OI - block.to_dense(), damped) / squared(w_OI, damped)
+        errors[channel_order] = output_power(w_OI - block.to_dense(), damped) / output_power(
+            w_OI, damped
+        )
     assert all(len(set(channels)) == len(channels) for channels in block.order.tolist())
     assert errors["learned"] <= errors["fixed"] * (1 + 1e-6)
 

@@ -92,9 +92,9 @@ def test_layers_run_alone_are_the_model(architecture: str) -> None:
     handle.remove()
     calls = record_calls(model, list(stack), batches)
     assert len(calls.extras) == len(stack)
-    for hidden, expected in zip(calls.hidden, last, strict=True):
-        for layer, extra in zip(stack, calls.extras, strict=True):
-            hidden, _ = run_layer(layer, hidden, extra)
+    for window, (hidden, expected) in enumerate(zip(calls.hidden, last, strict=True)):
+        for layer, extras in zip(stack, calls.extras, strict=True):
+            hidden, _ = run_layer(layer, hidden, extras[window])
         assert torch.allclose(hidden, expected, atol=1e-5)
     assert torch.equal(logits(model, batches[0]), logits(tiny_model(architecture), batches[0]))
 

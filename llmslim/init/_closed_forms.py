@@ -22,18 +22,13 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from llmslim.init._gram import stable_cholesky
+from llmslim.init._gram import output_power, stable_cholesky
 
 _SWEEPS = 6
 _ENOUGH = 1e-3
 """An alternation ends where a sweep lowers the error by less than this share of it."""
 _ROUNDING = 1e-9
 """Damping of a submatrix of a matrix that is positive definite already."""
-
-
-def squared(difference_OI: Tensor, gram_II: Tensor) -> float:
-    """Return tr(D H Dᵀ)."""
-    return float((difference_OI @ gram_II * difference_OI).sum())
 
 
 def io_channels(in_features: int, groups: int) -> list[Tensor]:
@@ -175,7 +170,7 @@ def block_shuffle_factors(
     second = weight_OI.new_zeros(blocks, inner, o)
     # Inner channel j of input block b stands at j B + b after the shuffle.
     position_Bm = torch.arange(blocks)[:, None] + torch.arange(inner) * blocks
-    left_OI, errors = weight_OI.clone(), [squared(weight_OI, gram_II)]
+    left_OI, errors = weight_OI.clone(), [output_power(weight_OI, gram_II)]
     for _ in range(sweeps):
         for b, seen in enumerate(columns):
             fit_Oi = weight_OI[:, seen] - left_OI[:, seen]
@@ -192,7 +187,7 @@ def block_shuffle_factors(
                 first[b][:, slot_K[:k]] = v_ki.t()
                 second[c][position_Bm[b, slot_K[:k]] % inner] = u_ok.t()
                 left_OI[rows, seen] = weight_OI[rows, seen] - u_ok @ v_ki
-        errors.append(squared(left_OI, gram_II))
+        errors.append(output_power(left_OI, gram_II))
         if errors[-1] > (1 - _ENOUGH) * errors[-2]:
             break
     return first, second, errors[1:]
@@ -222,12 +217,12 @@ def grouped_low_rank_factors(
         sweep.
     """
     factor_II = stable_cholesky(gram_II, _ROUNDING)[0]
-    grouped_OI, errors = torch.zeros_like(weight_OI), [squared(weight_OI, gram_II)]
+    grouped_OI, errors = torch.zeros_like(weight_OI), [output_power(weight_OI, gram_II)]
     for _ in range(sweeps):
         u_OR, v_RI = low_rank_factors(weight_OI - grouped_OI, gram_II, rank, factor_II)
         left_OI = weight_OI - u_OR @ v_RI
         grouped, grouped_OI = io_weight(left_OI, gram_II, groups, order_GS)
-        errors.append(squared(left_OI - grouped_OI, gram_II))
+        errors.append(output_power(left_OI - grouped_OI, gram_II))
         if errors[-1] > (1 - _ENOUGH) * errors[-2]:
             break
     return grouped, *balanced(u_OR, v_RI), errors[1:]

@@ -265,7 +265,7 @@ class _Measurement:
         after = []
         for batch, x in enumerate(self.stream):
             output, inputs = run_layer(
-                layer, x, self.extras[index], autocast=self.autocast, inputs_of=modules
+                layer, x, self.extras[index][batch], autocast=self.autocast, inputs_of=modules
             )
             assert output is not None
             after.append(output)
@@ -402,10 +402,10 @@ def _concrete(
         if rule.structure != AUTO:
             rules.append(rule.model_dump(mode="json", exclude_unset=True))
             continue
+        method = init_of(recipe, index, init)
         if names := [name for name in experts if first_rule(recipe, name) == index]:
             same = {"structure": PivotedLowRank.name, "keep_ratio": recipe.budget}
-            rules.append({"match": names, **same, "init": "project"})
-        method = init_of(recipe, index, init)
+            rules.append({"match": names, **same, "init": method})
         for (structure, share), names in sorted(outcomes[index].items(), key=_by_share):
             if structure is None:
                 rules.append({"match": names, "keep": True})

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from llmslim.init import Target, initialise, method_named
+from llmslim.init import Method, Target, initialise, method_named
+from llmslim.modeling.experts import Experts
 from llmslim.modeling.modeling_llmslim import set_module, site_weight
 from llmslim.modeling.structured import StructuredLinear, build
 from llmslim.surgery.plan import SitePlan
@@ -54,21 +55,15 @@ def put_experts(model: nn.Module, site: SitePlan, seed_of: Callable[[str], int])
     """
     stack = site_weight(model, site.name).data
     method = method_named(site.init)
-    # Made without memory first, see above.
-    experts: Any = build(site.spec, device="meta", dtype=stack.dtype)
-    experts = experts.to_empty(device=stack.device)
+    experts = empty_experts(site, stack)
     lost = whole = 0.0
     for expert, weight in enumerate(stack):
         # The others do not look at the weight: spare the copy.
         weight_OI = (weight.t() if experts.transposed else weight).to(
             torch.float32 if method.fits else weight.dtype
         )
-        block = build(site.spec["of"], device="meta", dtype=stack.dtype)
-        block = block.to_empty(device=stack.device)
-        assert isinstance(block, StructuredLinear)
         target = Target(weight_OI, None, seed_of(f"{site.name}.{expert}"))
-        error = initialise(block, target, method)
-        experts.store(expert, block)
+        error = fill_expert(experts, expert, target, method)
         if error is not None:
             power = float(weight_OI.square().sum())
             lost, whole = lost + error * power, whole + power
@@ -78,3 +73,36 @@ def put_experts(model: nn.Module, site: SitePlan, seed_of: Callable[[str], int])
     if not method.fits:
         return None
     return lost / whole if whole else 0.0
+
+
+def empty_experts(site: SitePlan, stack: Tensor) -> Experts:
+    """Return blocks for a stack of experts, not filled yet.
+
+    Args:
+        site: what takes the stack's place.
+        stack: the parameter; the blocks are of its type and on its device.
+    """
+    # Made without memory first, see above.
+    experts = build(site.spec, device="meta", dtype=stack.dtype).to_empty(device=stack.device)
+    assert isinstance(experts, Experts)
+    return experts
+
+
+def fill_expert(experts: Experts, expert: int, target: Target, method: Method) -> float | None:
+    """Fill one expert's block, in place.
+
+    Args:
+        experts: the blocks.
+        expert: which of them.
+        target: what it is fitted to.
+        method: how.
+
+    Returns:
+        The block's error, see `initialise`.
+    """
+    block = build(experts.block_spec, device="meta", dtype=experts.dtype)
+    block = block.to_empty(device=experts.device)
+    assert isinstance(block, StructuredLinear)
+    error = initialise(block, target, method)
+    experts.store(expert, block)
+    return error

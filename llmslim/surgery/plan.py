@@ -249,12 +249,6 @@ class _Planner:
         init = init_of(self.recipe, index, self.init)
         if not method_exists(init) or not method_named(init).needs_gram:
             return init
-        if site.experts:
-            self.notes.append(
-                f"{self.recipe.where('replace', index)}: init {init} fits projections that see "
-                "every token; experts are filled from their weights alone (project)."
-            )
-            return "project"
         if self._decoder is None or self._decoder.index_of(site.name) is None:
             cause = f"init {init} works inside decoder layers; give this projection init: project"
             self.wrong[index, cause].append(site.name)

@@ -28,14 +28,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmslim.init import GramAccumulator, Target, damping, learn_outputs
+from llmslim.init import GramAccumulator, Target, damping, learn_outputs, method_named
+from llmslim.modeling.modeling_llmslim import other_names, set_module
 from llmslim.surgery.blocks import put_block, put_experts
 from llmslim.surgery.correction import corrected_weight
+from llmslim.surgery.expert_fits import Seen, experts_error, fit_experts, watching
 from llmslim.surgery.moments import Moments
 from llmslim.surgery.neurons import eliminate
 from llmslim.surgery.plan import MlpPlan, Plan, SitePlan
 from llmslim.surgery.refine import Pair, refine_layer
-from llmslim.surgery.sites import Mlp, dense_weight, find_layers, find_mlps, out_features_of
+from llmslim.surgery.sites import (
+    Mlp,
+    dense_weight,
+    find_layers,
+    find_mlps,
+    find_sites,
+    out_features_of,
+)
 from llmslim.surgery.streams import Calls, fast_type, importance, record_calls, run_layer
 from llmslim.surgery.width import keep_neurons
 
@@ -123,6 +132,9 @@ class _Sequential:
         self.targets: dict[str, Tensor] = {}
         """Dense weights of the layer's fitted projections, where they are needed once more."""
         self.ahead = _Ahead()
+        self.also = other_names(model, set(find_sites(model)))
+        self.shared: dict[str, nn.Module] = {}
+        """Dense maps that later layers share with finished ones, by the names they have there."""
 
     def run(self) -> Fitted:
         prefixes = [f"{self.layers.path}.{index}." for index in range(len(self.stack))]
@@ -144,20 +156,15 @@ class _Sequential:
         return self.result
 
     def _fit_layer(self, index: int, layer: nn.Module) -> None:
-        dense = copy.deepcopy(layer)
         prefix = f"{self.layers.path}.{index}."
-        for name, site in self.sites.items():
-            if site.is_experts and name.startswith(prefix):  # from their weights alone
-                error = put_experts(self.model, site, self.seed_of)
-                if error is not None and self.spec is None:
-                    self.result.errors[name] = error
-                self.result.sites.add(name)
-                self.progress(name)
+        dense = self._dense_copy(layer, prefix)
         self.ahead = _Ahead()
         for step in self._steps(index, layer, prefix):
             self.ahead = _Ahead()  # what an earlier step left ready is out of date
             if isinstance(step, MlpPlan):
                 self._narrow(index, layer, dense, prefix, step)
+            elif isinstance(step, SitePlan):
+                self._fit_experts(index, layer, dense, step)
             else:
                 self._fit_group(index, layer, dense, prefix, step)
         if self.spec is not None:
@@ -171,6 +178,20 @@ class _Sequential:
             device = self.slim[0].device.type
             with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
                 self.slim = [before + ahead.add(x).float() for before, x in ahead.parts]
+
+    def _dense_copy(self, layer: nn.Module, prefix: str) -> nn.Module:
+        """Return a copy of a layer that stays dense; where it shares maps, they may be slim by now.
+
+        A map that layers share is fitted in the first of them, to what that one gives it.
+        """
+        dense = copy.deepcopy(layer)
+        for name in [name for name in self.shared if name.startswith(prefix)]:
+            set_module(dense, name.removeprefix(prefix), self.shared.pop(name))
+        for name, others in self.also.items():
+            if name.startswith(prefix):
+                own = dense.get_submodule(name.removeprefix(prefix))
+                self.shared |= dict.fromkeys(others, own)
+        return dense
 
     def _refine(self, index: int, layer: nn.Module, dense: nn.Module, prefix: str) -> None:
         """Descend on the layer's output error, and measure its writers anew."""
@@ -202,6 +223,10 @@ class _Sequential:
     def _measure_again(
         self, index: int, layer: nn.Module, dense: nn.Module, name: str, full_name: str
     ) -> None:
+        site = self.sites.get(full_name)
+        if site is not None and site.is_experts:
+            self.result.errors[full_name] = self._experts_error(index, layer, dense, site)
+            return
         block: Any = layer.get_submodule(name)
         weight_OI = block.to_dense() if full_name in self.sites else dense_weight(block)
         if self._adds_to_stream(index, layer, block):
@@ -214,30 +239,37 @@ class _Sequential:
         self.result.errors[full_name] = error
 
     def _run(self, layer: nn.Module, x: Tensor, index: int, **kwargs: Any) -> tuple[Any, Any]:
-        return run_layer(layer, x, self.extras[index], autocast=self.autocast, **kwargs)
+        """Run a layer on a window of one of the streams."""
+        both = enumerate(zip(self.dense, self.slim, strict=True))
+        window = next(n for n, (dense, slim) in both if x is dense or x is slim)
+        return run_layer(layer, x, self.extras[index][window], autocast=self.autocast, **kwargs)
 
-    def _steps(self, index: int, layer: nn.Module, prefix: str) -> list[list[SitePlan] | MlpPlan]:
-        """Return what is to be fitted in the order it runs; sites with one input go together."""
-        inside = {
-            name: site
-            for name, site in self.sites.items()
-            if name.startswith(prefix) and not site.is_experts
-        }
+    def _steps(
+        self, index: int, layer: nn.Module, prefix: str
+    ) -> list[list[SitePlan] | SitePlan | MlpPlan]:
+        """Return what is to be fitted in the order it runs; sites with one input go together.
+
+        Each stack of experts is a step of its own.
+        """
+        inside = {name: site for name, site in self.sites.items() if name.startswith(prefix)}
         # A narrower MLP has its turn where its first projection runs.
         narrow = {m.mlp.up[0]: m for m in self.narrow.values() if m.mlp.down.startswith(prefix)}
         names = [*inside, *narrow]
-        modules = {name: layer.get_submodule(name.removeprefix(prefix)) for name in names}
-        if not modules:
+        if not names:
             return []
-        _, inputs = self._run(layer, self.slim[0], index, inputs_of=modules)
-        steps: list[list[SitePlan] | MlpPlan] = []
+        with watching(self.model, [site for site in inside.values() if site.is_experts]):
+            modules = {name: layer.get_submodule(name.removeprefix(prefix)) for name in names}
+            _, inputs = self._run(layer, self.slim[0], index, inputs_of=modules)
+        steps: list[list[SitePlan] | SitePlan | MlpPlan] = []
         last_input = 0
         for name, x in inputs.items():
             if name in narrow:
                 steps.append(narrow[name])
             if name not in inside:
                 continue
-            if steps and isinstance(steps[-1], list) and x.data_ptr() == last_input:
+            if inside[name].is_experts:
+                steps.append(inside[name])
+            elif steps and isinstance(steps[-1], list) and x.data_ptr() == last_input:
                 steps[-1].append(inside[name])
             else:
                 steps.append([inside[name]])
@@ -272,6 +304,32 @@ class _Sequential:
         self.ahead.add = lambda x: narrowed(x[..., kept])
         self.result.errors[mlp.down] = _error(whole, statistics.held_out)
         self.progress(mlp.down)
+
+    def _fit_experts(self, index: int, layer: nn.Module, dense: nn.Module, site: SitePlan) -> None:
+        fits = True
+        if method_named(site.init).needs_gram:
+            run = lambda: self._run_slim(index, layer, fit=True)  # noqa: E731
+            seen = fit_experts(self.model, site, run, self.seed_of)
+            self._tell_of_skipped(site.name, seen)
+            self.result.notes += seen.notes(site.name)
+        else:
+            fits = put_experts(self.model, site, self.seed_of) is not None
+        self.result.sites.add(site.name)
+        if fits:
+            self.result.errors[site.name] = self._experts_error(index, layer, dense, site)
+        self.progress(site.name)
+
+    def _experts_error(
+        self, index: int, layer: nn.Module, dense: nn.Module, site: SitePlan
+    ) -> float:
+        stack = dense.get_parameter(site.name.removeprefix(f"{self.layers.path}.{index}.")).data
+        run = lambda: self._run_slim(index, layer, fit=False)  # noqa: E731
+        return experts_error(self.model, site, stack, run)
+
+    def _run_slim(self, index: int, layer: nn.Module, *, fit: bool) -> None:
+        """Run a layer over the slim stream's windows to fit on, or to measure on."""
+        for x in self.slim[: self.fitting] if fit else self.slim[self.fitting :]:
+            self._run(layer, x, index)
 
     def _fit_group(
         self, index: int, layer: nn.Module, dense: nn.Module, prefix: str, group: list[SitePlan]
@@ -397,7 +455,8 @@ class _Sequential:
     def _later_writers(self, index: int, layer: nn.Module, name: str) -> list[str]:
         """Return the planned or narrowed writers that run after one, by name in the layer."""
         prefix = f"{self.layers.path}.{index}."
-        planned = [site for site in self.sites if site.startswith(prefix)]
+        maps = [other for other, site in self.sites.items() if not site.is_experts]
+        planned = [other for other in maps if other.startswith(prefix)]
         planned += [m.mlp.down for m in self.narrow.values() if m.mlp.down.startswith(prefix)]
         names = dict.fromkeys(site.removeprefix(prefix) for site in planned)
         modules = {other: layer.get_submodule(other) for other in names}
@@ -407,7 +466,7 @@ class _Sequential:
         after = order[order.index(name) + 1 :]
         return [n for n in after if self._adds_to_stream(index, layer, modules[n])]
 
-    def _tell_of_skipped(self, name: str, statistics: GramAccumulator) -> None:
+    def _tell_of_skipped(self, name: str, statistics: GramAccumulator | Seen) -> None:
         if statistics.skipped:
             self.result.notes.append(
                 f"{name}: {statistics.skipped:,} of {statistics.skipped + statistics.tokens:,} "

@@ -1,8 +1,9 @@
 """Run one decoder layer at a time, of any architecture, on two streams of hidden states.
 
 A whole model is never needed at once: every decoder layer is called with hidden states and with
-keyword arguments (masks, rotary embeddings) that do not depend on them. One pass with every layer
-made a pass-through records the arguments; after that each layer can be run alone.
+arguments (masks, rotary embeddings; here and there what follows from the token ids) that do not
+depend on them. One pass with every layer made a pass-through records the arguments; after that each
+layer can be run alone.
 
 Shapes: N = windows of a batch, L = tokens of a window, D = hidden size.
 """
@@ -43,14 +44,18 @@ class _Stop(Exception):  # noqa: N818  (a way out of a forward pass, no error)
     """Leaves a forward pass once everything wanted was seen."""
 
 
+Extra = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a layer beside the hidden states."""
+
+
 @dataclass
 class Calls:
     """What a model hands to its decoder layers."""
 
     hidden: list[Tensor] = field(default_factory=list)
     """Input of the first layer, (N, L, D) for each batch."""
-    extras: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
-    """Other arguments of each layer; the same for every batch of one shape."""
+    extras: list[list[Extra]] = field(default_factory=list)
+    """Other arguments of each layer, for each batch; what is equal is kept once."""
 
 
 @torch.no_grad()
@@ -62,18 +67,17 @@ def record_calls(model: nn.Module, layers: Sequence[nn.Module], batches: list[Te
         layers: its decoder layers, in order.
         batches: token ids, (N, L), all of one shape.
     """
-    calls = Calls()
+    calls = Calls(extras=[[] for _ in layers])
 
     def stand_in(index: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden = args[0] if args else kwargs.pop("hidden_states")
             if index == 0:
                 calls.hidden.append(hidden.detach().float())
-                if len(calls.hidden) > 1:
-                    raise _Stop
             # A cache would grow with every run.
             kept = {key: value for key, value in kwargs.items() if "past_key_value" not in key}
-            calls.extras.append((args[1:], kept))
+            extra, known = (args[1:], kept), calls.extras[index]
+            known.append(_kept_once(extra, known[0]) if known else extra)
             if index == len(layers) - 1:
                 raise _Stop
             # Layers return the hidden states alone or first of several, as they did before.
@@ -89,6 +93,18 @@ def record_calls(model: nn.Module, layers: Sequence[nn.Module], batches: list[Te
             with suppress(_Stop):
                 model(input_ids=batch, use_cache=False)
     return calls
+
+
+def _kept_once(value: Any, known: Any) -> Any:
+    """Return a value with every tensor of it that equals the known one's replaced by that."""
+    if isinstance(value, Tensor) and isinstance(known, Tensor):
+        same = value is known or (value.shape == known.shape and torch.equal(value, known))
+        return known if same else value
+    if isinstance(value, tuple) and isinstance(known, tuple) and len(value) == len(known):
+        return tuple(_kept_once(one, other) for one, other in zip(value, known, strict=True))
+    if isinstance(value, dict) and isinstance(known, dict):
+        return {key: _kept_once(one, known.get(key)) for key, one in value.items()}
+    return value
 
 
 def _returns_tensor(model: nn.Module, layers: Sequence[nn.Module], batch: Tensor) -> bool:
@@ -159,7 +175,7 @@ def _zeros_of(module: nn.Module) -> Callable[..., Tensor]:
 def run_layer(
     layer: nn.Module,
     hidden: Tensor,
-    extra: tuple[tuple[Any, ...], dict[str, Any]],
+    extra: Extra,
     *,
     autocast: torch.dtype | None = None,
     inputs_of: dict[str, nn.Module] | None = None,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from llmslim.modeling.modeling_llmslim import set_module
+from llmslim.modeling.modeling_llmslim import other_names, set_module
 from llmslim.modeling.sizes import WIDTH_FIELDS
 from llmslim.surgery.depth import apply_changes
 from llmslim.surgery.sites import Mlp, dense_weight, find_layers, find_mlps
@@ -81,7 +81,7 @@ def resize_mlp(model: nn.Module, mlp: Mlp, width: int) -> None:
 
 
 def keep_neurons(model: nn.Module, mlp: Mlp, neurons: Tensor, columns: Tensor) -> None:
-    """Build an MLP anew from some of its neurons, in place.
+    """Build an MLP anew from some of its neurons, in place, in every layer that shares it.
 
     Args:
         model: the model that holds it.
@@ -90,13 +90,16 @@ def keep_neurons(model: nn.Module, mlp: Mlp, neurons: Tensor, columns: Tensor) -
         columns: what the down projection makes of them, (O, number of neurons).
     """
     down = model.get_submodule(mlp.down)
-    _put(model, mlp.down, down, columns.to(dense_weight(down)), _bias(down))
+    also = other_names(model, {mlp.down, *mlp.up})
+    names = [mlp.down, *also.get(mlp.down, ())]
+    _put(model, names, down, columns.to(dense_weight(down)), _bias(down))
     for name in mlp.up:
         up = model.get_submodule(name)
         halves = torch.arange(2 if mlp.fused else 1, device=neurons.device) * mlp.width
         rows = (halves[:, None] + neurons).flatten()
         bias = _bias(up)
-        _put(model, name, up, dense_weight(up)[rows], None if bias is None else bias[rows])
+        names = [name, *also.get(name, ())]
+        _put(model, names, up, dense_weight(up)[rows], None if bias is None else bias[rows])
 
 
 def _bias(module: nn.Module) -> Tensor | None:
@@ -105,9 +108,9 @@ def _bias(module: nn.Module) -> Tensor | None:
 
 
 def _put(
-    model: nn.Module, name: str, old: nn.Module, weight_OI: Tensor, bias: Tensor | None
+    model: nn.Module, names: list[str], old: nn.Module, weight_OI: Tensor, bias: Tensor | None
 ) -> None:
-    """Put a dense map of the old one's kind, but of the weight's sizes, in its place."""
+    """Put a dense map of the old one's kind, but of the weight's sizes, wherever that one is."""
     out_features, in_features = weight_OI.shape
     new: nn.Module
     if isinstance(old, Conv1D):
@@ -119,4 +122,5 @@ def _put(
     if bias is not None:
         new.bias = nn.Parameter(bias.clone())
     new.train(old.training)
-    set_module(model, name, new)
+    for name in names:
+        set_module(model, name, new)
