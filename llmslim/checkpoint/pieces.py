@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, initialization
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -127,6 +127,29 @@ class Pieces:
         """Take a piece's weights away again, those of blocks that it got in between as well."""
         for home in piece.homes:
             self.model.get_submodule(home).to("meta")
+
+    @torch.no_grad()
+    def fill_tables(self, wanted: Callable[[str], bool]) -> None:
+        """Work out what no file holds (rotary frequencies, masks), for modules that are to run.
+
+        Args:
+            wanted: whether a module, by its name, is one of them; its weights are loaded.
+        """
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        with initialization.guard_torch_init_functions():
+            for name in filter(wanted, reversed(modules)):  # parts before what holds them
+                module = modules[name]
+                unstored = [(k, module._buffers[k]) for k in module._non_persistent_buffers_set]
+                missing = {k: b for k, b in unstored if b is not None and b.is_meta}
+                if not missing:
+                    continue
+                for leaf, buffer in missing.items():
+                    module._buffers[leaf] = torch.empty_like(buffer, device="cpu")
+                for parameter in module.parameters():  # as from_pretrained marks what it loaded
+                    setattr(parameter, "_is_hf_initialized", True)  # noqa: B010
+                while not isinstance(modules[name], PreTrainedModel):
+                    name = name.rpartition(".")[0]
+                modules[name]._init_weights(module)
 
     def tensors(self, piece: Piece) -> Iterator[tuple[str, Tensor]]:
         """Yield the names and tensors of a piece, as the model has them now."""

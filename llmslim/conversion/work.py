@@ -4,6 +4,7 @@
         lock             held by the process that works here
         journal.jsonl    what was begun, and a line for every piece that is done
         checkpoint/      the files as they will be
+        streams/         hidden states between decoder layers, for fits to calibration text
         old/             what OUT was, for the moment of replacing it
 
 It stands beside the checkpoint that is to be written, and goes when that one is whole. An error
@@ -46,6 +47,7 @@ class Work:
         self.target = target.resolve()  # a link to a folder stays a link
         self.path = self.target.with_name(f".{self.target.name}.partial")
         self.checkpoint = self.path / "checkpoint"
+        self.streams = self.path / "streams"
         self._old = self.path / "old"
 
     @property
@@ -62,7 +64,10 @@ class Work:
         """
         if not self.exists:
             return
-        known = {_LOCK, _JOURNAL, _CONFIG, self.checkpoint.name, self._old.name}
+        known = {
+            *(_LOCK, _JOURNAL, _CONFIG),
+            *(self.checkpoint.name, self.streams.name, self._old.name),
+        }
         if self.path.is_symlink() or not self.path.is_dir() or set(os.listdir(self.path)) - known:  # noqa: PTH208
             raise CheckpointError(
                 f"{self.path}: not an unfinished conversion; it is where one would be kept. "
@@ -122,6 +127,7 @@ class Work:
                     journal.resume(key)
                 else:
                     shutil.rmtree(self.checkpoint, ignore_errors=True)
+                    shutil.rmtree(self.streams, ignore_errors=True)
                     journal.begin(key)
                 self.checkpoint.mkdir(exist_ok=True)
                 with self._cleared_up(journal):
