@@ -26,7 +26,7 @@ LOW_RANK = {"match": MLP, "structure": "low_rank", "keep_ratio": 0.5}
 GROUPED = {"match": MLP, "structure": "grouped_pointwise", "groups": 4}
 LEARNED = {"match": "*.mlp.*", "structure": "grouped_pointwise", "groups": 4}
 LEARNED["channel_order"] = "learned"
-CALIBRATION = {"data": "text.txt", "tokens": 384, "sequence_length": 32}
+CALIBRATION = {"data": "text.txt", "tokens": 256, "sequence_length": 32}
 RECIPES: dict[str, dict[str, Any]] = {
     "low_rank": {"replace": [LOW_RANK]},
     "grouped": {"replace": [GROUPED]},
@@ -74,7 +74,6 @@ def model_folder(architecture: str = "llama", dtype: str = "float32", **changes:
         ("llama", "learned", {"dtype": "bfloat16"}),
         ("llama", "width", {}),
         ("llama", "depth", {}),
-        ("llama", "refine", {}),
         ("llama", "some", {"tie_word_embeddings": False}),
         ("phi3", "grouped", {"dtype": "bfloat16"}),
         ("phi3", "width", {}),
@@ -101,3 +100,50 @@ def test_the_same_bytes_as_in_memory(
     assert (*streamed.report.problems, whole.report.problems[-1]) == whole.report.problems
     assert any(row.init_error for row in streamed.report.rows)
     assert names(Path()) == ["a", "b", "m", "text.txt"]
+
+
+class Cut(BaseException):
+    """A kill, as far as one process can do it to itself: nothing may tidy up after it."""
+
+
+def cut_after(patch: pytest.MonkeyPatch, pieces: int) -> None:
+    """Fail while the piece after so many is handed over."""
+    real, seen = writing.TensorFiles.put, 0
+
+    def put(self: Any, *args: Any) -> None:
+        nonlocal seen
+        seen += 1
+        if seen > pieces:
+            self.wait()
+            raise Cut
+        real(self, *args)
+
+    patch.setattr(writing.TensorFiles, "put", put)
+
+
+@pytest.mark.parametrize("name", ["depth", "some"])
+@pytest.mark.parametrize("pieces", range(7))
+def test_resumed_ends_in_the_same_bytes(
+    pieces: int, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_folder(tie_word_embeddings=False)
+    undisturbed = hashes(api.convert(model, recipe(name), "a").path)
+    with monkeypatch.context() as patch:
+        cut_after(patch, pieces)
+        with pytest.raises(Cut):
+            api.convert(model, recipe(name), "out")
+    steps: list[tuple[int, str]] = []
+    api.convert(
+        model,
+        recipe(name),
+        "out",
+        resume=True,
+        progress=lambda at, _, what: steps.append((at, what)),
+    )
+    assert hashes(Path("out")) == undisturbed
+    assert names(Path()) == ["a", "m", "out", "text.txt"]
+    fitted = [step for step in steps if "layers" in step[1]]
+    finished = tuple(f"model.layers.{index}." for index in range(pieces))
+    assert not any(what.startswith(finished) for _, what in fitted)
+    assert [at for at, _ in fitted] == sorted({at for at, _ in fitted})
+    assert not fitted or pieces < 4

@@ -38,6 +38,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from llmslim.errors import SlimError
 
+from .freed import give_back
 from .layout import TORCH_TYPES
 from .load import check_size, dtype_of_weights, loses_values, refuse_absent
 from .quiet import quiet
@@ -127,6 +128,7 @@ class Pieces:
         """Take a piece's weights away again, those of blocks that it got in between as well."""
         for home in piece.homes:
             self.model.get_submodule(home).to("meta")
+        give_back()
 
     @torch.no_grad()
     def fill_tables(self, wanted: Callable[[str], bool]) -> None:
