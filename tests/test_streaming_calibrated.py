@@ -1,23 +1,27 @@
-"""Fits to calibration text, layer by layer from the disk: the same bytes as in memory, resumed too."""
+"""Fits to calibration text layer by layer from the disk: the bytes are those made in memory."""
 
 from __future__ import annotations
 
+import os
 import random
-import shutil
-from collections.abc import Callable
+import signal
+import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from every_architecture import config_classes
+from every_architecture import tiny_model as tiny
 from helpers_checkpoint import hashes, names, tiny_tokenizer
 from helpers_streaming import contents, in_memory, stored_model
 from safetensors.torch import load_file, save_file
-from tiny import tiny_model
 
 from llmslim import api
-from llmslim.checkpoint import Pieces
+from llmslim.checkpoint import NotInPiecesError, Pieces, load_model, open_source
 from llmslim.checkpoint import tensor_files as writing
+from llmslim.conversion.layered import LayersOnDisk, check_layers
 from llmslim.conversion.work import Work
 from llmslim.errors import CheckpointError
 
@@ -121,29 +125,205 @@ def cut_after(patch: pytest.MonkeyPatch, pieces: int) -> None:
     patch.setattr(writing.TensorFiles, "put", put)
 
 
-@pytest.mark.parametrize("name", ["depth", "some"])
-@pytest.mark.parametrize("pieces", range(7))
-def test_resumed_ends_in_the_same_bytes(
-    pieces: int, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = model_folder(tie_word_embeddings=False)
-    undisturbed = hashes(api.convert(model, recipe(name), "a").path)
+def begun(monkeypatch: pytest.MonkeyPatch, model: Path, name: str, pieces: int) -> Path:
+    """Leave an unfinished conversion to `out`; return its folder."""
     with monkeypatch.context() as patch:
         cut_after(patch, pieces)
         with pytest.raises(Cut):
             api.convert(model, recipe(name), "out")
-    steps: list[tuple[int, str]] = []
-    api.convert(
-        model,
-        recipe(name),
-        "out",
-        resume=True,
-        progress=lambda at, _, what: steps.append((at, what)),
-    )
+    return Work(Path("out")).path
+
+
+def resumed(model: Path, name: str, **options: Any) -> list[tuple[int, str]]:
+    """Go on with it; return the sites in decoder layers that it told of."""
+    told: list[tuple[int, str]] = []
+    options["progress"] = lambda done, _, what: told.append((done, what))
+    api.convert(model, recipe(name), "out", resume=True, **options)
+    return [step for step in told if "layers" in step[1]]
+
+
+@pytest.mark.parametrize(
+    ("name", "pieces"), [*(("depth", pieces) for pieces in range(6)), ("some", 2), ("width", 3)]
+)
+def test_resumed_ends_in_the_same_bytes(
+    name: str, pieces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_folder(tie_word_embeddings=False)
+    undisturbed = hashes(api.convert(model, recipe(name), "a").path)
+    begun(monkeypatch, model, name, pieces)
+    fitted = resumed(model, name)
     assert hashes(Path("out")) == undisturbed
     assert names(Path()) == ["a", "m", "out", "text.txt"]
-    fitted = [step for step in steps if "layers" in step[1]]
     finished = tuple(f"model.layers.{index}." for index in range(pieces))
     assert not any(what.startswith(finished) for _, what in fitted)
-    assert [at for at, _ in fitted] == sorted({at for at, _ in fitted})
-    assert not fitted or pieces < 4
+    assert [done for done, _ in fitted] == sorted({done for done, _ in fitted})
+    assert bool(fitted) == (pieces < 4)
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_hidden_states_that_were_changed_are_not_gone_on_from(
+    kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_folder()
+    undisturbed = hashes(api.convert(model, recipe("low_rank"), "a").path)
+    streams = begun(monkeypatch, model, "low_rank", 3) / "streams"
+    for path in sorted(streams.iterdir())[kept:]:
+        data = bytearray(path.read_bytes())
+        data[100] ^= 1
+        path.write_bytes(data)
+    fitted = resumed(model, "low_rank")
+    assert fitted[0][1].startswith(f"model.layers.{2 if kept else 0}.")
+    assert hashes(Path("out")) == undisturbed
+
+
+def test_another_text_is_not_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_folder()
+    work = begun(monkeypatch, model, "low_rank", 1)
+    before = hashes(work)
+    text = Path("text.txt").read_text()
+    Path("text.txt").write_text(text[::-1])
+    with pytest.raises(CheckpointError, match="the calibration text has changed"):
+        resumed(model, "low_rank")
+    Path("text.txt").write_text(text)
+    with pytest.raises(CheckpointError, match="--calibration-tokens was None and is 128"):
+        resumed(model, "low_rank", calibration_tokens=128)
+    assert hashes(work) == before
+
+
+def test_one_layer_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_folder()
+    lent: list[list[str]] = []
+    real = LayersOnDisk.layer
+
+    def alive(pieces: Pieces) -> list[str]:
+        return [name for name, tensor in pieces.model.state_dict().items() if not tensor.is_meta]
+
+    @contextmanager
+    def layer(self: LayersOnDisk, index: int) -> Any:
+        assert alive(self._pieces) == []
+        with real(self, index):
+            lent.append(alive(self._pieces))
+            yield
+
+    monkeypatch.setattr(LayersOnDisk, "layer", layer)
+    api.convert(model, recipe("depth"), "out")
+    assert len(lent) == 4  # the layer that is dropped is run, too
+    for index, there in enumerate(lent):
+        assert there
+        assert all(name.startswith(f"model.layers.{index}.") for name in there)
+
+
+def test_layers_after_the_last_block_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_folder()
+    lent: list[int] = []
+    real = LayersOnDisk.layer
+    monkeypatch.setattr(
+        LayersOnDisk, "layer", lambda self, index: (lent.append(index), real(self, index))[1]
+    )
+    api.convert(model, recipe("some"), "out")
+    assert lent == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"calibration": {**CALIBRATION, "data": "self"}}, "calibration text is sampled from"),
+        ({"budget": 0.6, "replace": [{"match": MLP, "structure": "auto"}]}, "auto measures"),
+    ],
+)
+def test_what_needs_the_whole_model_says_so(changes: dict[str, Any], told: str) -> None:
+    model = model_folder()
+    asked = (model, {**recipe("low_rank"), **changes})
+    with pytest.raises(CheckpointError, match=f"nothing to resume; .*{told}"):
+        api.convert(*asked, "out", resume=True)
+    done = api.convert(*asked, "out")
+    (note,) = [note for note in done.report.problems if "in memory" in note]
+    assert told in note
+
+
+def test_weights_that_are_not_finite_are_found_before_any_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = model_folder()
+    tensors = load_file(model / "model.safetensors")
+    for name in ("model.layers.3.mlp.up_proj.weight", "model.norm.weight"):
+        tensors[name].view(-1)[5] = float("nan")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    told: list[str] = []
+    asked: Any = (model, recipe("some"))
+    with pytest.raises(CheckpointError, match="2 tensors hold NaN"):
+        api.convert(*asked, "out", progress=lambda done, total, what: told.append(what))
+    assert not any("layers" in what for what in told)
+    assert names(Path()) == ["m", "text.txt"]
+    streamed = api.convert(*asked, "a", allow_nonfinite=True)
+    whole = in_memory(monkeypatch, *asked, "b", allow_nonfinite=True)
+    assert contents(streamed.path) == contents(whole.path)
+    assert any("2 tensors hold NaN" in note for note in streamed.report.problems)
+    assert streamed.report.problems == whole.report.problems[:-1]
+
+
+def test_a_disk_without_space_for_hidden_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_folder()
+    monkeypatch.setattr(
+        "llmslim.conversion.work.shutil.disk_usage", lambda path: type("", (), {"free": 400_000})
+    )
+    api.convert(model, {"name": "p", "replace": RECIPES["low_rank"]["replace"]}, "out")
+    with pytest.raises(CheckpointError, match=r"hidden states beside them 294,912, and 400,000"):
+        api.convert(model, recipe("low_rank"), "new")
+
+
+TABLES = ["llama", "gptj", "gpt_neo", "falcon_h1", "codegen", "bloom", "gemma3_text"]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_that_no_file_holds_are_those_of_the_whole_model(name: str) -> None:
+    tiny(config_classes()[name]).save_pretrained("m")
+    source = open_source("m")
+    pieces, whole = Pieces(source), load_model(source)
+    pieces.make_tables()
+    for piece in pieces.all:
+        pieces.load(piece)
+        pieces.release(piece)
+        pieces.load(piece)
+    tables = dict(pieces.model.named_non_persistent_buffers())
+    wanted = dict(whole.named_non_persistent_buffers())
+    assert tables.keys() == wanted.keys()
+    for key, table in tables.items():
+        assert torch.equal(table, wanted[key])
+    for (key, ours), theirs in zip(
+        pieces.model.state_dict().items(), whole.state_dict().values(), strict=True
+    ):
+        assert torch.equal(ours, theirs), key
+
+
+def test_layers_that_share_weights_are_fitted_in_memory() -> None:
+    model = Pieces(open_source(model_folder()))
+    joined = model.all[1]._replace(homes=("model.layers.0", "model.layers.1"))
+    model._pieces |= dict.fromkeys(joined.homes, joined)
+    with pytest.raises(NotInPiecesError, match=r"layers\.0 cannot be loaded by itself"):
+        check_layers(model)
+
+
+@pytest.mark.slow
+def test_killed_at_thirty_random_moments() -> None:
+    model = model_folder()
+    undisturbed = hashes(api.convert(model, recipe("low_rank"), "a").path)
+    start = time.perf_counter()
+    api.convert(model, recipe("low_rank"), "b")
+    longest = 1.2 * (time.perf_counter() - start)
+    for seed in range(30):
+        child = os.fork()
+        if child == 0:
+            try:
+                api.convert(model, recipe("low_rank"), "out", resume=True, overwrite=True)
+            finally:
+                os._exit(0)
+        time.sleep(random.Random(seed).uniform(0, longest))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        if Path("out").exists():
+            assert hashes(Path("out")) == undisturbed
+        if seed % 3 == 2:
+            api.convert(model, recipe("low_rank"), "out", resume=True, overwrite=True)
+            assert hashes(Path("out")) == undisturbed
+            assert not Work(Path("out")).exists

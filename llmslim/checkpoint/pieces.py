@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, initialization
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -83,6 +83,7 @@ class Pieces:
         if source.path is None or source.gguf_file is not None or source.is_kphi3:
             raise NotInPiecesError("its files are of a kind of their own")
         self.source = source
+        self._tables: dict[str, Tensor] = {}
         self._where = {key: path for path in weight_files(source.path) for key in read_header(path)}
         entries = read_weights(source.path)
         check_size(source, entries, trust_remote_code)
@@ -123,6 +124,7 @@ class Pieces:
             }
             tensors = {key: opened[self._where[key]].get_tensor(key) for key in piece.stored}
             self._put(tensors, self._config)
+        self._put_tables()
 
     def release(self, piece: Piece) -> None:
         """Take a piece's weights away again, those of blocks that it got in between as well."""
@@ -130,28 +132,26 @@ class Pieces:
             self.model.get_submodule(home).to("meta")
         give_back()
 
-    @torch.no_grad()
-    def fill_tables(self, wanted: Callable[[str], bool]) -> None:
-        """Work out what no file holds (rotary frequencies, masks), for modules that are to run.
+    def make_tables(self) -> None:
+        """Work out what no file holds (rotary frequencies, masks), so that loaded pieces can run.
 
-        Args:
-            wanted: whether a module, by its name, is one of them; its weights are loaded.
+        Raises:
+            NotInPiecesError: if that takes the model's weights.
         """
-        modules = dict(self.model.named_modules(remove_duplicate=False))
-        with initialization.guard_torch_init_functions():
-            for name in filter(wanted, reversed(modules)):  # parts before what holds them
-                module = modules[name]
-                unstored = [(k, module._buffers[k]) for k in module._non_persistent_buffers_set]
-                missing = {k: b for k, b in unstored if b is not None and b.is_meta}
-                if not missing:
-                    continue
-                for leaf, buffer in missing.items():
-                    module._buffers[leaf] = torch.empty_like(buffer, device="cpu")
-                for parameter in module.parameters():  # as from_pretrained marks what it loaded
-                    setattr(parameter, "_is_hf_initialized", True)  # noqa: B010
-                while not isinstance(modules[name], PreTrainedModel):
-                    name = name.rpartition(".")[0]
-                modules[name]._init_weights(module)
+        unstored = dict(self.model.named_non_persistent_buffers())
+        self._tables = {k: torch.empty_like(b, device="cpu") for k, b in unstored.items()}
+        self._put_tables()
+        for tensor in self.model.state_dict(keep_vars=True).values():
+            tensor._is_hf_initialized = True  # as from_pretrained marks what it has loaded
+        try:
+            self.model.initialize_weights()
+        except Exception as error:  # each architecture has its own way
+            raise NotInPiecesError(first_line(error)) from error
+
+    def _put_tables(self) -> None:
+        for name, table in self._tables.items():
+            module, _, leaf = name.rpartition(".")
+            self.model.get_submodule(module)._buffers[leaf] = table
 
     def tensors(self, piece: Piece) -> Iterator[tuple[str, Tensor]]:
         """Yield the names and tensors of a piece, as the model has them now."""

@@ -58,7 +58,6 @@ class LayersOnDisk(Visits):
         lent = [p for p in self._pieces.all if self._layers.index_of(p.name) in (None, 0)]
         for piece in lent:
             self._pieces.load(piece)
-        self._pieces.fill_tables(lambda name: self._layers.index_of(name) in (None, 0))
         yield
         for piece in lent:
             self._pieces.release(piece)
@@ -74,7 +73,6 @@ class LayersOnDisk(Visits):
         """Lend a decoder layer with its dense weights."""
         piece = self._piece(index)
         self._pieces.load(piece)
-        self._pieces.fill_tables(lambda name: self._layers.index_of(name) == index)
         for mlp in self._plan.mlps:
             if not mlp.fitted and self._pieces.piece_of(mlp.mlp.down) is piece:
                 surgery.resize_mlp(self._pieces.model, mlp.mlp, mlp.width)
@@ -103,7 +101,7 @@ class LayersOnDisk(Visits):
 
 
 def check_layers(pieces: Pieces) -> None:
-    """Refuse a model whose decoder layers cannot be brought in one by one.
+    """Refuse a model whose decoder layers cannot be brought in, and run, one by one.
 
     Raises:
         NotInPiecesError: if they share weights with each other, or with something outside.
@@ -113,6 +111,7 @@ def check_layers(pieces: Pieces) -> None:
         name = f"{layers.path}.{index}"
         if pieces.piece_of(name).homes != (name,):
             raise NotInPiecesError(f"{name} cannot be loaded by itself")
+    pieces.make_tables()
 
 
 def most_bytes(tokens: int, hidden_size: int) -> int:

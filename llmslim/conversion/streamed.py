@@ -44,7 +44,6 @@ from llmslim.checkpoint import (
     write_manifest,
 )
 from llmslim.data import Windows
-from llmslim.errors import CheckpointError
 from llmslim.recipe import recipe_yaml
 from llmslim.reporting.card import model_card
 from llmslim.surgery import Fitted, Plan, Report
@@ -74,7 +73,11 @@ def convert_streamed(job: Job, pieces: Pieces, work: Work) -> Conversion:
     tokenizer = load_tokenizer(job.source)
     text = read_text(job, tokenizer, pieces.model) if plan.needs_calibration else None
     key = key_of(job, text)
-    _check_space(job, outcome, work, text)
+    sizes, streams = outcome.layout.sizes, 0
+    if text is not None:
+        hidden = outcome.model.config.get_text_config().hidden_size
+        streams = most_bytes(text.ids.numel() + text.held_out.numel(), hidden)
+    work.check_space(sizes, streams, resume=job.resume)
     with (
         _one_core_left() if text is None else nullcontext(),
         work.begun(key, resume=job.resume) as journal,
@@ -319,26 +322,3 @@ def _one_core_left() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _check_space(job: Job, outcome: Outcome, work: Work, text: Windows | None) -> None:
-    """Refuse to begin what the disk has no space for.
-
-    Raises:
-        CheckpointError: if less is free than the weights and the hidden states take.
-    """
-    parent = next(folder for folder in work.path.parents if folder.exists())
-    needed, there = sum(outcome.layout.sizes.values()), 0
-    if text is not None:
-        hidden = outcome.model.config.get_text_config().hidden_size
-        needed += most_bytes(text.ids.numel() + text.held_out.numel(), hidden)
-    if job.resume and work.checkpoint.is_dir():
-        files = [work.checkpoint / name for name in outcome.layout.sizes]
-        # What is not written yet takes no blocks.
-        there = sum(512 * getattr(f.stat(), "st_blocks", 0) for f in files if f.is_file())
-    free = shutil.disk_usage(parent).free
-    if needed - there > free:
-        raise CheckpointError(
-            f"{job.target}: no space left for it; its weights take {needed:,} bytes and {free:,} "
-            "are free. Free some space or choose another disk."
-        )

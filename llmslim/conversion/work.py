@@ -84,6 +84,31 @@ class Work:
                 "throw it away and begin anew (--overwrite)."
             )
 
+    def check_space(self, sizes: Mapping[str, int], more: int, *, resume: bool) -> None:
+        """Refuse to begin what the disk has no space for.
+
+        Args:
+            sizes: bytes of each file of weights, by name.
+            more: bytes of what is beside them while the work goes on.
+            resume: count what is there already.
+
+        Raises:
+            CheckpointError: if less is free than is needed.
+        """
+        parent = next(folder for folder in self.path.parents if folder.exists())
+        needed, there = sum(sizes.values()), 0
+        if resume and self.checkpoint.is_dir():
+            files = [self.checkpoint / name for name in sizes]
+            # What is not written yet takes no blocks.
+            there = sum(512 * getattr(f.stat(), "st_blocks", 0) for f in files if f.is_file())
+        free = shutil.disk_usage(parent).free
+        if needed - there + more > free:
+            beside = f", hidden states beside them {more:,}," if more else ""
+            raise CheckpointError(
+                f"{self.given}: no space left for it; its weights take {needed:,} bytes{beside} "
+                f"and {free:,} are free. Free some space or choose another disk."
+            )
+
     def published(self, key: Mapping[str, str]) -> Report | None:
         """Return the report of a conversion that was killed once all was done but clearing up.
 
