@@ -15,7 +15,7 @@ import torch
 from every_architecture import config_classes
 from every_architecture import tiny_model as tiny
 from helpers_checkpoint import hashes, names, tiny_tokenizer
-from helpers_streaming import contents, in_memory, stored_model
+from helpers_streaming import CANNOT, contents, in_memory, stored_model
 from safetensors.torch import load_file, save_file
 
 from llmslim import api
@@ -24,6 +24,7 @@ from llmslim.checkpoint import tensor_files as writing
 from llmslim.conversion.layered import LayersOnDisk, check_layers
 from llmslim.conversion.work import Work
 from llmslim.errors import CheckpointError
+from llmslim.surgery.sites import find_layers
 
 MLP = ["*.mlp.*", "*.experts.*"]
 LOW_RANK = {"match": MLP, "structure": "low_rank", "keep_ratio": 0.5}
@@ -302,6 +303,31 @@ def test_layers_that_share_weights_are_fitted_in_memory() -> None:
     model._pieces |= dict.fromkeys(joined.homes, joined)
     with pytest.raises(NotInPiecesError, match=r"layers\.0 cannot be loaded by itself"):
         check_layers(model)
+
+
+UNFIT = {
+    **dict.fromkeys(("blt", "hrm_text", "longcat_flash"), "no list of decoder layers"),
+    **dict.fromkeys(("bamba", "cpmant", "glm_moe_dsa", "hy_v4", "rwkv"), "layers return more"),
+    **dict.fromkeys(("xlstm", "zaya", "openai-gpt", "reformer"), "layers return more"),
+    **dict.fromkeys(("deepseek_v4", "prophetnet", "xlm", "git"), "layers are called otherwise"),
+    **dict.fromkeys(("xlnet", "xmod"), "windows, or a type, that it does not take"),
+}
+"""What cannot be fitted to text in memory either."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(config_classes().keys() - CANNOT.keys() - UNFIT.keys()))
+def test_every_architecture(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = tiny(config_classes()[name])
+    dense.save_pretrained("m")
+    tiny_tokenizer().save_pretrained("m")
+    rule = {"match": f"{find_layers(dense).path}.*", "structure": "low_rank", "keep_ratio": 0.5}
+    calibration = {"data": "text.txt", "tokens": 96, "sequence_length": 16}
+    asked: Any = {"init": "least_squares", "calibration": calibration, "replace": [rule]}
+    streamed = api.convert("m", {"name": "r", **asked}, "a")
+    whole = in_memory(monkeypatch, "m", {"name": "r", **asked}, "b")
+    assert contents(streamed.path) == contents(whole.path)
+    assert not any("in memory" in note for note in streamed.report.problems)
 
 
 @pytest.mark.slow

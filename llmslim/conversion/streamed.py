@@ -213,10 +213,11 @@ class _Streamed:
 
         visits = LayersOnDisk(self.pieces, self.plan, self.work.streams, done, finished)
         # A fit takes hours: what is wrong with the weights is found before it.
-        nonfinite = {name: entry.nonfinite for name, entry in done.items()}
-        nonfinite |= self._look_through(p for p in self.pieces.all if p.name not in done)
+        nonfinite = self._look_through(p for p in self.pieces.all if p.name not in done)
+        self._told(nonfinite)
+        nonfinite |= {name: entry.nonfinite for name, entry in done.items()}
         self._count_done()
-        with blamed_on(self._told(nonfinite)):
+        with blamed_on(self._told(nonfinite, allowed=True)):
             surgery.fit_sequentially(
                 self.pieces.model,
                 self.plan,
