@@ -229,7 +229,10 @@ def test_layers_after_the_last_block_are_copied(monkeypatch: pytest.MonkeyPatch)
     ("changes", "told"),
     [
         ({"calibration": {**CALIBRATION, "data": "self"}}, "calibration text is sampled from"),
-        ({"budget": 0.6, "replace": [{"match": MLP, "structure": "auto"}]}, "auto measures"),
+        (
+            {"budget": 0.6, "replace": [{"match": MLP, "structure": "auto"}]},
+            "a budget measures the whole model",
+        ),
     ],
 )
 def test_what_needs_the_whole_model_says_so(changes: dict[str, Any], told: str) -> None:

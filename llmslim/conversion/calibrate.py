@@ -25,7 +25,7 @@ def check_text(job: Job, model: PreTrainedModel) -> None:
         NotInPiecesError: if it does.
     """
     if job.recipe.has_auto:
-        raise NotInPiecesError("structure auto measures the whole model")
+        raise NotInPiecesError("sharing out a budget measures the whole model")
     spec = calibration_spec(job.recipe, model, job.calibration, job.calibration_tokens)
     if spec.data == "self":
         raise NotInPiecesError("the calibration text is sampled from the whole model")
