@@ -39,6 +39,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     "width": {"replace": [{"match": "*.mlp.*", "structure": "width", "keep_ratio": 0.5}]},
     "depth": {"depth": {"keep_layers": [0, 3, 2]}, "replace": [LOW_RANK]},
     "refine": {"refine": {"steps": 4}, "replace": [LOW_RANK]},
+    "wider": {
+        "width": {"intermediate_size": 192},
+        "replace": [{"match": "*.1.*.q_proj", "structure": "low_rank", "rank": 3}],
+    },
     "some": {
         "replace": [
             {"match": "*.1.*_proj", "structure": "low_rank", "rank": 3},
@@ -79,6 +83,7 @@ def model_folder(architecture: str = "llama", dtype: str = "float32", **changes:
         ("llama", "learned", {"dtype": "bfloat16"}),
         ("llama", "width", {}),
         ("llama", "depth", {}),
+        ("llama", "wider", {}),
         ("llama", "some", {"tie_word_embeddings": False}),
         ("phi3", "grouped", {"dtype": "bfloat16"}),
         ("phi3", "width", {}),

@@ -105,8 +105,8 @@ class _Streamed:
         self.job, self.pieces, self.plan, self.outcome = job, pieces, plan, outcome
         self.work, self.folder = work, work.checkpoint
         self.journal, self.hashes = journal, hashes
-        self.narrowed = [mlp.mlp.down for mlp in plan.mlps if mlp.fitted]
-        self.planned = [*(site.name for site in plan.sites), *self.narrowed]
+        narrowed = [mlp.mlp.down for mlp in plan.mlps if mlp.fitted]
+        self.planned = [*(site.name for site in plan.sites), *narrowed]
         self.steps, self.total = 0, len(self.planned)
         self.seed_of = partial(surgery.seed_of, seed=job.seed)
 
@@ -138,8 +138,7 @@ class _Streamed:
             if text is not None:
                 self._fit(text, put)
                 files.wait()
-            else:
-                self._count_done()
+            self._count_done()
             for piece in self.pieces.all:
                 for path in self.pieces.files(piece):
                     self.hashes.start(path)
