@@ -2,15 +2,18 @@
 
     python benchmarks/bench_streaming.py FOLDER [--layers 1 --layers 8 --layers 16 --layers 32]
         [--init random --init project] [--shard-size 2GB] [--repeat 1] [--no-whole]
+        [--sizes 3072 8192] [--calibration TEXT --tokenizer FOLDER --tokens 2048]
 
 For each number of layers a checkpoint of random weights in the exact shapes of Phi-3-mini-4k (3.8
-billion parameters at 32 layers, bfloat16, several shards) is made in FOLDER, and removed at the
-end. Then, each in a fresh process:
+billion parameters at 32 layers, bfloat16, several shards), or with other hidden and intermediate
+sizes, is made in FOLDER, and removed at the end. Then, each in a fresh process:
 
     cp           `cp -r` of the folder; what it writes may still be in the page cache
     read         `cat` of its weights
     convert      `llmslim convert --recipe kphi3 --init INIT`, piece by piece, read back and flushed
     whole        from_pretrained, llmslim.slim, save_pretrained: nothing flushed, nothing compared
+
+With --calibration, both also fit by least squares to so many tokens of the text.
 
 Seconds are the best of the repeats, from start to end of the process, imports included. Peak memory
 is the process's highest resident size, in GiB; pages of mapped files count.
@@ -30,18 +33,27 @@ import click
 _WHOLE = """
 import sys, torch, llmslim
 from transformers import AutoModelForCausalLM
+from transformers import AutoTokenizer
+from llmslim.data import calibration_windows
+from llmslim.recipe import Calibration
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
-llmslim.slim(model, "kphi3", init=sys.argv[3])
+windows = None
+if len(sys.argv) > 4:
+    spec = Calibration(data=sys.argv[4], tokens=int(sys.argv[5]))
+    windows = calibration_windows(spec, AutoTokenizer.from_pretrained(sys.argv[1]), model)
+llmslim.slim(model, "kphi3", init=sys.argv[3], calibration=windows)
 model.save_pretrained(sys.argv[2])
 """
 _MAKE = """
 import json, sys, torch
 from pathlib import Path
-from transformers import Phi3Config, Phi3ForCausalLM
+from transformers import AutoTokenizer, Phi3Config, Phi3ForCausalLM
 from llmslim.checkpoint import Layout, TensorFiles
 folder, layers, size = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+hidden, intermediate = map(int, sys.argv[4:6])
 config = Phi3Config(
-    hidden_size=3072, intermediate_size=8192, num_hidden_layers=layers, num_attention_heads=32,
+    hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+    num_attention_heads=32,
     num_key_value_heads=32, vocab_size=32064, max_position_embeddings=4096, rms_norm_eps=1e-5,
     sliding_window=2047, tie_word_embeddings=False, dtype="bfloat16",
     architectures=["Phi3ForCausalLM"],
@@ -49,6 +61,8 @@ config = Phi3Config(
 with torch.device("meta"):
     model = Phi3ForCausalLM(config).bfloat16()
 config.save_pretrained(folder)
+for tokenizer in sys.argv[6:]:
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
 state = model.state_dict()
 layout = Layout.of(state, parameters=model.num_parameters(), max_shard_size=size)
 torch.manual_seed(0)
@@ -68,6 +82,10 @@ if layout.index:
 @click.option("--shard-size", default="2GB", show_default=True)
 @click.option("--repeat", default=1, show_default=True)
 @click.option("--whole/--no-whole", default=True, help="Also what holds the whole model.")
+@click.option("--sizes", nargs=2, default=(3072, 8192), show_default=True)
+@click.option("--calibration", type=click.Path(path_type=Path), help="Text to fit to.")
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="To read it with.")
+@click.option("--tokens", default=2048, show_default=True)
 def main(
     folder: Path,
     counts: tuple[int, ...],
@@ -75,13 +93,19 @@ def main(
     shard_size: str,
     repeat: int,
     whole: bool,
+    sizes: tuple[int, int],
+    calibration: Path | None,
+    tokenizer: Path | None,
+    tokens: int,
 ) -> None:
     """Print a table, a row per number of layers and step."""
     click.echo("| layers | step | s | of cp + read | peak GiB |\n|---|---|---|---|---|")
     for layers in counts:
         source, out = folder / f"phi3-{layers}", folder / "out"
         source.mkdir(parents=True)
-        _timed([sys.executable, "-c", _MAKE, str(source), str(layers), shard_size])
+        make = [sys.executable, "-c", _MAKE, str(source), str(layers), shard_size]
+        make += map(str, sizes if tokenizer is None else (*sizes, tokenizer))
+        _timed(make)
         weights = sorted(map(str, source.glob("*.safetensors")))
         steps = {"cp": ["cp", "-r", str(source), str(out)], "read": ["cat", *weights]}
         for init in inits:
@@ -89,6 +113,15 @@ def main(
             steps[f"convert, {init}"] = [sys.executable, "-m", "llmslim", *command]
         for init in inits if whole else ():
             steps[f"whole, {init}"] = [sys.executable, "-c", _WHOLE, str(source), str(out), init]
+        if calibration is not None:
+            text, asked = str(calibration.absolute()), str(tokens)
+            steps["convert, least_squares"] = [
+                *(sys.executable, "-m", "llmslim", "convert", str(source), "--recipe", "kphi3"),
+                *("--calibration", text, "--calibration-tokens", asked, "-o", str(out)),
+            ]
+            fit = [sys.executable, "-c", _WHOLE, str(source), str(out), "least_squares"]
+            if whole:
+                steps["whole, least_squares"] = [*fit, text, asked]
         base = 0.0
         for name, command in steps.items():
             best, peak = float("inf"), 0.0

@@ -12,6 +12,7 @@ from every_architecture import MLP_AND_ATTENTION, config_classes
 from every_architecture import tiny_model as tiny
 from helpers_checkpoint import hashes, names, same_bytes, stored, tiny_tokenizer
 from helpers_streaming import (
+    CANNOT,
     GROUPED,
     RECIPES,
     SMALL_SHARDS,
@@ -267,15 +268,6 @@ def test_parameters_outside_of_their_modules_children(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     streams_as_in_memory(name, tmp_path, monkeypatch)
-
-
-CANNOT = {
-    **dict.fromkeys(("emu3", "mllama"), "saved as their text part, which has no Auto class"),
-    **dict.fromkeys(("cohere_compass_text", "dots3_note", "dbrx"), "no tiny config"),
-    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), "no tiny config"),
-    **dict.fromkeys(("musicgen", "musicgen_melody"), "no tiny config"),
-    "gemma3n": "needs timm",
-}
 
 
 @pytest.mark.slow

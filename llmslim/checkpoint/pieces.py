@@ -38,6 +38,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from llmslim.errors import SlimError
 
+from .freed import give_back
 from .layout import TORCH_TYPES
 from .load import check_size, dtype_of_weights, loses_values, refuse_absent
 from .quiet import quiet
@@ -82,6 +83,7 @@ class Pieces:
         if source.path is None or source.gguf_file is not None or source.is_kphi3:
             raise NotInPiecesError("its files are of a kind of their own")
         self.source = source
+        self._tables: dict[str, Tensor] = {}
         self._where = {key: path for path in weight_files(source.path) for key in read_header(path)}
         entries = read_weights(source.path)
         check_size(source, entries, trust_remote_code)
@@ -122,11 +124,34 @@ class Pieces:
             }
             tensors = {key: opened[self._where[key]].get_tensor(key) for key in piece.stored}
             self._put(tensors, self._config)
+        self._put_tables()
 
     def release(self, piece: Piece) -> None:
         """Take a piece's weights away again, those of blocks that it got in between as well."""
         for home in piece.homes:
             self.model.get_submodule(home).to("meta")
+        give_back()
+
+    def make_tables(self) -> None:
+        """Work out what no file holds (rotary frequencies, masks), so that loaded pieces can run.
+
+        Raises:
+            NotInPiecesError: if that takes the model's weights.
+        """
+        unstored = dict(self.model.named_non_persistent_buffers())
+        self._tables = {k: torch.empty_like(b, device="cpu") for k, b in unstored.items()}
+        self._put_tables()
+        for tensor in self.model.state_dict(keep_vars=True).values():
+            tensor._is_hf_initialized = True  # as from_pretrained marks what it has loaded
+        try:
+            self.model.initialize_weights()
+        except Exception as error:  # each architecture has its own way
+            raise NotInPiecesError(first_line(error)) from error
+
+    def _put_tables(self) -> None:
+        for name, table in self._tables.items():
+            module, _, leaf = name.rpartition(".")
+            self.model.get_submodule(module)._buffers[leaf] = table
 
     def tensors(self, piece: Piece) -> Iterator[tuple[str, Tensor]]:
         """Yield the names and tensors of a piece, as the model has them now."""

@@ -7,8 +7,40 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from llmslim import surgery
-from llmslim.data import Windows
+from llmslim.checkpoint import NotInPiecesError
+from llmslim.data import Windows, calibration_windows
 from llmslim.recipe import Calibration, Recipe
+
+from .job import Job
+
+
+def check_text(job: Job, model: PreTrainedModel) -> None:
+    """Refuse, for loading in pieces, calibration that runs the whole dense model.
+
+    Args:
+        job: a conversion that fits to text.
+        model: on any device.
+
+    Raises:
+        NotInPiecesError: if it does.
+    """
+    if job.recipe.has_auto:
+        raise NotInPiecesError("sharing out a budget measures the whole model")
+    spec = calibration_spec(job.recipe, model, job.calibration, job.calibration_tokens)
+    if spec.data == "self":
+        raise NotInPiecesError("the calibration text is sampled from the whole model")
+
+
+def read_text(job: Job, tokenizer: Any, model: PreTrainedModel) -> Windows:
+    """Return the windows of text that a conversion fits to.
+
+    Args:
+        job: the conversion.
+        tokenizer: the model's.
+        model: in memory, if the text is to be sampled from it.
+    """
+    spec = calibration_spec(job.recipe, model, job.calibration, job.calibration_tokens)
+    return calibration_windows(spec, tokenizer, model, progress=job.tell)
 
 
 def token_ids(windows: Windows | None) -> surgery.Calibration | None:

@@ -18,9 +18,11 @@ from llmslim.errors import CheckpointError, RecipeError
 from llmslim.recipe import Recipe
 from llmslim.surgery import Progress, quietly
 
+from .calibrate import check_text
 from .in_memory import convert_in_memory
 from .job import Conversion, Job, RecipeLike
 from .journal import key_of
+from .layered import check_layers
 from .streamed import convert_streamed
 from .work import Work
 
@@ -46,8 +48,8 @@ def convert(
 
     A folder of safetensors is converted piece by piece: the largest decoder layer has to fit into
     the memory, not the model. What is done is kept in `.<name of out>.partial` until all is, so
-    that an interrupted conversion can go on. GGUF files, models whose code comes with them, and
-    fits to calibration text are converted in memory.
+    that an interrupted conversion can go on. GGUF files, models whose code comes with them, fits to
+    text that the model itself writes, and `structure: auto` are converted in memory.
 
     Args:
         model: a hub id, a folder, a GGUF file, or a folder with a published kphi-3 checkpoint.
@@ -118,22 +120,23 @@ def convert(
         # Everything that can be wrong with the recipe is found before gigabytes are read.
         empty = empty_model(source.config, source.given, trust_remote_code=trust_remote_code)
         made = surgery.plan(empty, chosen, model_name=source.name, init=init)
-        if made.needs_calibration:
-            reason = "a fit to calibration text"
-        elif source.gguf_file is not None:
+        if source.gguf_file is not None:
             reason = "a GGUF file"
         elif any(site.also for site in made.sites):
             reason = "a model whose layers share weights"
+    notes: tuple[str, ...] = ()
     if reason is None:
         try:
+            if made.needs_calibration:
+                check_text(job, empty)
             pieces = Pieces(source, dtype=dtype, trust_remote_code=trust_remote_code)
+            if made.needs_calibration:
+                check_layers(pieces)
         except NotInPiecesError as error:
             reason = f"a model that cannot be loaded in pieces ({error})"
-            notes: tuple[str, ...] = (f"Converted in memory, as a whole: {error}.",)
+            notes = (f"Converted in memory, as a whole: {error}.",)
         else:
             return convert_streamed(job, pieces, work)
-    else:
-        notes = ()
     if resume:
         raise CheckpointError(
             f"{target}: nothing to resume; {reason} is converted in memory and begins anew each "

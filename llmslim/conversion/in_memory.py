@@ -1,4 +1,4 @@
-"""Convert a model that is loaded as a whole: GGUF, fits to calibration text, remote code."""
+"""Convert a model that is loaded as a whole: GGUF, text of the model's own, remote code."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from llmslim.checkpoint import (
     load_tokenizer,
     write_checkpoint,
 )
-from llmslim.data import calibration_windows
 from llmslim.modeling.modeling_llmslim import SlimModelMixin
 from llmslim.recipe import recipe_yaml
 from llmslim.reporting.card import model_card
 
-from .calibrate import calibration_spec, token_ids
+from .calibrate import read_text, token_ids
 from .job import Conversion, Job
 
 
@@ -35,10 +34,7 @@ def convert_in_memory(job: Job, notes: tuple[str, ...] = ()) -> Conversion:
     nonfinite = check_finite(weights, source.given, allow_nonfinite=job.allow_nonfinite)
     made = surgery.plan(loaded, chosen, model_name=source.name, init=job.init)
     tokenizer = load_tokenizer(source)
-    windows = None
-    if made.needs_calibration:
-        spec = calibration_spec(chosen, loaded, job.calibration, job.calibration_tokens)
-        windows = calibration_windows(spec, tokenizer, loaded, progress=tell)
+    windows = read_text(job, tokenizer, loaded) if made.needs_calibration else None
     ids = token_ids(windows)
     if ids is not None and chosen.has_auto:
         chosen = surgery.allocate(loaded, chosen, ids, init=job.init, progress=tell)

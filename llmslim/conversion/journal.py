@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,6 +23,7 @@ import transformers
 
 from llmslim._version import __version__
 from llmslim.checkpoint import input_files
+from llmslim.data import Windows
 from llmslim.errors import CheckpointError
 from llmslim.recipe import recipe_yaml
 
@@ -45,6 +46,12 @@ class Done:
     """Of its blocks, by name."""
     nonfinite: list[str]
     """Its tensors that hold NaN or infinities."""
+    notes: list[str] = field(default_factory=list)
+    """What its fit to calibration text has to say."""
+    unseen: list[str] = field(default_factory=list)
+    """Its blocks that the text never reached."""
+    streams: str = ""
+    """SHA-256 of the hidden states after it, where it was fitted to text."""
 
     @classmethod
     def read(cls, data: Any) -> Done | None:
@@ -55,7 +62,10 @@ class Done:
                 isinstance(done.piece, str)
                 and all(type(v) is str and len(v) == 64 for v in done.digests.values())
                 and all(v is None or type(v) is float for v in done.errors.values())
-                and all(type(v) is str and v.isprintable() for v in done.nonfinite)
+                and all(
+                    type(v) is str and v.isprintable()
+                    for v in (*done.nonfinite, *done.notes, *done.unseen, done.streams)
+                )
             )
         except (TypeError, AttributeError):
             return None
@@ -120,10 +130,14 @@ class Journal:
         """Return whether all was written, and what remained was to put it in its place.
 
         Args:
-            key: what the result depends on now; another one is not finished.
+            key: what the result depends on now, in parts at least; where one differs, that is
+                not finished.
         """
         lines, _ = self._read()
-        return bool(lines) and lines[-1] == {"finished": True} and lines[0].get("key") == key
+        if not lines or lines[-1] != {"finished": True}:
+            return False
+        begun = lines[0].get("key")
+        return isinstance(begun, dict) and key.items() <= begun.items()
 
     def add(self, done: Done) -> None:
         """Note a piece whose tensors are on the disk."""
@@ -168,7 +182,7 @@ class Journal:
         return lines, end
 
 
-def key_of(job: Job) -> dict[str, str]:
+def key_of(job: Job, text: Windows | None = None) -> dict[str, str]:
     """Return what the result of a conversion depends on, part by part.
 
     A file of weights goes by its size, the time of its last change and its header; a small file by
@@ -176,6 +190,7 @@ def key_of(job: Job) -> dict[str, str]:
 
     Args:
         job: the conversion.
+        text: what it fits to, once that is read.
     """
     assert job.source.path is not None
     key = {
@@ -185,6 +200,8 @@ def key_of(job: Job) -> dict[str, str]:
         "--dtype": str(job.dtype),
         "--seed": str(job.seed),
         "--max-shard-size": str(job.max_shard_size),
+        "--calibration": str(job.calibration),
+        "--calibration-tokens": str(job.calibration_tokens),
         "version of llmslim": __version__,
     }
     for library in (torch, transformers, safetensors):
@@ -199,6 +216,11 @@ def key_of(job: Job) -> dict[str, str]:
         if path.suffix == ".safetensors":
             parts.append(str(about.st_mtime_ns))
         key[f"the file {path.name}"] = " ".join(parts)
+    if text is not None:
+        digest = hashlib.sha256()
+        for ids in (text.ids, text.held_out):
+            digest.update(f"{tuple(ids.shape)}".encode() + ids.contiguous().numpy().tobytes())
+        key["the calibration text"] = digest.hexdigest()
     return key
 
 

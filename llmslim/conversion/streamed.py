@@ -7,17 +7,20 @@ read back and held against what was handed over, the headers against the model t
 describes, and only then is the folder renamed.
 
 What it costs: beside the piece at hand, the one that is being written stays in memory.
+
+Where blocks are fitted to calibration text, decoder layers come first, see `layered`.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from llmslim import surgery
 from llmslim.checkpoint import (
@@ -40,13 +43,16 @@ from llmslim.checkpoint import (
     write_companions,
     write_manifest,
 )
-from llmslim.errors import CheckpointError
+from llmslim.data import Windows
 from llmslim.recipe import recipe_yaml
 from llmslim.reporting.card import model_card
-from llmslim.surgery import Plan, Report
+from llmslim.surgery import Fitted, Plan, Report
+from llmslim.surgery.sites import find_layers
 
+from .calibrate import read_text
 from .job import Conversion, Job
 from .journal import Done, Journal, key_of
+from .layered import LayersOnDisk, most_bytes
 from .outcome import Outcome, is_dropped
 from .work import Work
 
@@ -64,19 +70,24 @@ def convert_streamed(job: Job, pieces: Pieces, work: Work) -> Conversion:
     """
     plan = surgery.plan(pieces.model, job.recipe, model_name=job.source.name, init=job.init)
     outcome = Outcome(pieces, plan, job.max_shard_size)
-    key = key_of(job)
-    _check_space(job, outcome, work)
+    tokenizer = load_tokenizer(job.source)
+    text = read_text(job, tokenizer, pieces.model) if plan.needs_calibration else None
+    key = key_of(job, text)
+    sizes, streams = outcome.layout.sizes, 0
+    if text is not None:
+        hidden = outcome.model.config.get_text_config().hidden_size
+        streams = most_bytes(text.ids.numel() + text.held_out.numel(), hidden)
+    work.check_space(sizes, streams, resume=job.resume)
     with (
-        _one_core_left(),
+        _one_core_left() if text is None else nullcontext(),
         work.begun(key, resume=job.resume) as journal,
         FileHashes() as hashes,
     ):
-        conversion = _Streamed(job, pieces, plan, outcome, work.checkpoint, journal, hashes)
-        conversion.write_weights()
-        report = conversion.finish()
+        conversion = _Streamed(job, pieces, plan, outcome, work, journal, hashes)
+        conversion.write_weights(text)
+        report = conversion.finish(tokenizer, () if text is None else text.notes)
         work.publish(journal)
-    steps = len(plan.sites)
-    job.tell(steps + 1, steps + 1, "done")
+    job.tell(conversion.total + 1, conversion.total + 1, "done")
     return Conversion(job.target, report)
 
 
@@ -87,17 +98,24 @@ class _Streamed:
         pieces: Pieces,
         plan: Plan,
         outcome: Outcome,
-        folder: Path,
+        work: Work,
         journal: Journal,
         hashes: FileHashes,
     ) -> None:
         self.job, self.pieces, self.plan, self.outcome = job, pieces, plan, outcome
-        self.folder, self.journal, self.hashes = folder, journal, hashes
-        self.tokenizer = load_tokenizer(job.source)
-        self.steps, self.total = 0, len(plan.sites)
+        self.work, self.folder = work, work.checkpoint
+        self.journal, self.hashes = journal, hashes
+        narrowed = [mlp.mlp.down for mlp in plan.mlps if mlp.fitted]
+        self.planned = [*(site.name for site in plan.sites), *narrowed]
+        self.steps, self.total = 0, len(self.planned)
+        self.seed_of = partial(surgery.seed_of, seed=job.seed)
 
-    def write_weights(self) -> None:
-        """Bring every piece that is not done yet to the disk."""
+    def write_weights(self, text: Windows | None) -> None:
+        """Bring every piece that is not done yet to the disk.
+
+        Args:
+            text: what blocks in decoder layers are fitted to, if they are.
+        """
         layout, done = self.outcome.layout, self.journal.done
         for path in self.folder.iterdir():  # of another run: only weights are of use
             if path.is_dir() and not path.is_symlink():
@@ -112,32 +130,45 @@ class _Streamed:
             self.journal.add(replace(about.pop(piece), digests=digests))
 
         with TensorFiles(self.folder, layout, written) as files:
+
+            def put(piece: Piece, entry: Done) -> None:
+                about[piece.name] = entry
+                files.put(piece.name, self._tensors(piece))
+
+            if text is not None:
+                self._fit(text, put)
+                files.wait()
+            self._count_done()
             for piece in self.pieces.all:
                 for path in self.pieces.files(piece):
                     self.hashes.start(path)
-                sites = [site for site in self.plan.sites if self._is_in(site.name, piece)]
                 if piece.name in done:
-                    self.steps += len(sites)
                     continue
                 self.pieces.load(piece)
                 nonfinite = nonfinite_tensors(self.pieces.tensors(piece))
                 if nonfinite and not self.job.allow_nonfinite:
-                    self._refuse_nonfinite(piece, nonfinite)
-                errors = self._rewrite(piece, nonfinite)
-                about[piece.name] = Done(piece.name, {}, errors, nonfinite)
-                files.put(piece.name, self._tensors(piece))
+                    self.pieces.release(piece)
+                    rest = self.pieces.all[self.pieces.all.index(piece) + 1 :]
+                    self._told({piece.name: nonfinite, **self._look_through(rest)})
+                put(piece, Done(piece.name, {}, self._rewrite(piece, nonfinite), nonfinite))
                 self.pieces.release(piece)
             files.wait()
 
-    def finish(self) -> Report:
+    def finish(
+        self, tokenizer: PreTrainedTokenizerBase | None, notes: Iterable[str] = ()
+    ) -> Report:
         """Write what belongs beside the weights, read everything back, and return the report.
+
+        Args:
+            tokenizer: the model's.
+            notes: more sentences for the report.
 
         Raises:
             CheckpointError: if a tensor was not made, or something reads back differently.
         """
         job, outcome, folder = self.job, self.outcome, self.folder
         job.tell(self.total, self.total + 1, "writing and reading back")
-        report = self._report()
+        report = self._report(notes)
         digests = {n: d for done in self.journal.done.values() for n, d in done.digests.items()}
         known = read_back(folder, outcome.layout, digests)
         self._write_config()
@@ -150,7 +181,7 @@ class _Streamed:
         )
         write_companions(
             folder,
-            tokenizer=self.tokenizer,
+            tokenizer=tokenizer,
             report=report.to_dict(),
             recipe_text=recipe_text,
             model_card=card,
@@ -159,22 +190,73 @@ class _Streamed:
         write_manifest(folder, source=job.source, known=known)
         flush_all(folder)
         check_loads(folder, outcome.tensors, type(outcome.model).__name__)
-        if self.tokenizer is not None:
-            check_tokenizer(self.tokenizer, folder)
+        if tokenizer is not None:
+            check_tokenizer(tokenizer, folder)
         return report
 
-    def _refuse_nonfinite(self, piece: Piece, found: list[str]) -> None:
-        """Look through what is left of the model, and name all weights that are not finite.
+    def _fit(self, text: Windows, put: Callable[[Piece, Done], None]) -> None:
+        """Fit the decoder layers that are not done, in their order.
+
+        Args:
+            text: what they are fitted to.
+            put: takes up each.
+        """
+        done, layers = self.journal.done, find_layers(self.pieces.model)
+        inside = [name for name in self.planned if layers.index_of(name) is not None]
+        if all(self.pieces.piece_of(name).name in done for name in inside):
+            return
+
+        def finished(piece: Piece, fitted: Fitted, streams: str) -> None:
+            about = (fitted.errors, nonfinite[piece.name], fitted.notes, fitted.unseen, streams)
+            put(piece, Done(piece.name, {}, *about))
+
+        visits = LayersOnDisk(self.pieces, self.plan, self.work.streams, done, finished)
+        # A fit takes hours: what is wrong with the weights is found before it.
+        nonfinite = self._look_through(p for p in self.pieces.all if p.name not in done)
+        self._told(nonfinite)
+        nonfinite |= {name: entry.nonfinite for name, entry in done.items()}
+        self._count_done()
+        with blamed_on(self._told(nonfinite, allowed=True)):
+            surgery.fit_sequentially(
+                self.pieces.model,
+                self.plan,
+                text.ids,
+                text.held_out,
+                seed_of=self.seed_of,
+                progress=self._tell,
+                visits=visits,
+            )
+
+    def _look_through(self, pieces: Iterable[Piece]) -> dict[str, list[str]]:
+        """Return the tensors of each piece that hold NaN or infinities."""
+        found = {}
+        for piece in pieces:
+            self.pieces.load(piece)
+            found[piece.name] = nonfinite_tensors(self.pieces.tensors(piece))
+            self.pieces.release(piece)
+        return found
+
+    def _told(self, found: Mapping[str, list[str]], *, allowed: bool = False) -> tuple[str, ...]:
+        """Say which tensors hold NaN or infinities.
+
+        Args:
+            found: those of each piece.
+            allowed: whether they were allowed already.
 
         Raises:
-            CheckpointError: always.
+            CheckpointError: if there are any and they are not allowed.
         """
-        self.pieces.release(piece)
-        for later in self.pieces.all[self.pieces.all.index(piece) + 1 :]:
-            self.pieces.load(later)
-            found = found + nonfinite_tensors(self.pieces.tensors(later))
-            self.pieces.release(later)
-        told_of_nonfinite(found, self.job.source.given)
+        names = [name for piece in self.pieces.all for name in found.get(piece.name, ())]
+        allowed = allowed or self.job.allow_nonfinite
+        return told_of_nonfinite(names, self.job.source.given, allow_nonfinite=allowed)
+
+    def _tell(self, what: str) -> None:
+        self.steps += 1
+        self.job.tell(self.steps, self.total + 1, what)
+
+    def _count_done(self) -> None:
+        done = self.journal.done
+        self.steps = sum(self.pieces.piece_of(name).name in done for name in self.planned)
 
     @torch.no_grad()
     def _rewrite(self, piece: Piece, nonfinite: list[str]) -> dict[str, float | None]:
@@ -183,16 +265,14 @@ class _Streamed:
         errors: dict[str, float | None] = {}
         if is_dropped(piece.name, self.plan):
             return errors
-        told = told_of_nonfinite(nonfinite, self.job.source.given, allow_nonfinite=True)
-        with blamed_on(told):
+        with blamed_on(self._told({piece.name: nonfinite})):
             for mlp in self.plan.mlps:
                 if self._is_in(mlp.mlp.down, piece):
                     surgery.resize_mlp(model, mlp.mlp, mlp.width)
             for site in self.plan.sites:
                 if self._is_in(site.name, piece):
-                    errors[site.name] = surgery.fill_site(model, site, self.job.seed)
-                    self.steps += 1
-                    self.job.tell(self.steps, self.total + 1, site.name)
+                    errors[site.name] = surgery.fill_site(model, site, self.seed_of)
+                    self._tell(site.name)
         return errors
 
     def _is_in(self, name: str, piece: Piece) -> bool:
@@ -205,12 +285,14 @@ class _Streamed:
         made = {self.plan.new_name(name): tensor for name, tensor in self.pieces.tensors(piece)}
         return self.outcome.as_stored(made)
 
-    def _report(self) -> Report:
-        done = [self.journal.done[piece.name] for piece in self.pieces.all]
-        errors = {name: error for each in done for name, error in each.errors.items()}
-        found = [name for each in done for name in each.nonfinite]
-        notes = told_of_nonfinite(found, self.job.source.given, allow_nonfinite=True)
-        return surgery.filled_in(self.plan, errors, (*self.plan.notes, *notes))
+    def _report(self, notes: Iterable[str]) -> Report:
+        fitted, nonfinite = Fitted(), {}
+        for piece in self.pieces.all:
+            done = self.journal.done[piece.name]
+            fitted.add(Fitted(done.errors, notes=done.notes, unseen=done.unseen))
+            nonfinite[piece.name] = done.nonfinite
+        said = (*self.plan.notes, *fitted.told, *self._told(nonfinite, allowed=True), *notes)
+        return surgery.filled_in(self.plan, fitted.errors, said)
 
     def _write_config(self) -> None:
         """Let transformers write config, generation config and code; the weights are there."""
@@ -240,23 +322,3 @@ def _one_core_left() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _check_space(job: Job, outcome: Outcome, work: Work) -> None:
-    """Refuse to begin what the disk has no space for.
-
-    Raises:
-        CheckpointError: if less is free than the weights take.
-    """
-    parent = next(folder for folder in work.path.parents if folder.exists())
-    needed, there = sum(outcome.layout.sizes.values()), 0
-    if job.resume and work.checkpoint.is_dir():
-        files = [work.checkpoint / name for name in outcome.layout.sizes]
-        # What is not written yet takes no blocks.
-        there = sum(512 * getattr(f.stat(), "st_blocks", 0) for f in files if f.is_file())
-    free = shutil.disk_usage(parent).free
-    if needed - there > free:
-        raise CheckpointError(
-            f"{job.target}: no space left for it; its weights take {needed:,} bytes and {free:,} "
-            "are free. Free some space or choose another disk."
-        )

@@ -4,6 +4,7 @@
         lock             held by the process that works here
         journal.jsonl    what was begun, and a line for every piece that is done
         checkpoint/      the files as they will be
+        streams/         hidden states between decoder layers, for fits to calibration text
         old/             what OUT was, for the moment of replacing it
 
 It stands beside the checkpoint that is to be written, and goes when that one is whole. An error
@@ -46,6 +47,7 @@ class Work:
         self.target = target.resolve()  # a link to a folder stays a link
         self.path = self.target.with_name(f".{self.target.name}.partial")
         self.checkpoint = self.path / "checkpoint"
+        self.streams = self.path / "streams"
         self._old = self.path / "old"
 
     @property
@@ -62,7 +64,10 @@ class Work:
         """
         if not self.exists:
             return
-        known = {_LOCK, _JOURNAL, _CONFIG, self.checkpoint.name, self._old.name}
+        known = {
+            *(_LOCK, _JOURNAL, _CONFIG),
+            *(self.checkpoint.name, self.streams.name, self._old.name),
+        }
         if self.path.is_symlink() or not self.path.is_dir() or set(os.listdir(self.path)) - known:  # noqa: PTH208
             raise CheckpointError(
                 f"{self.path}: not an unfinished conversion; it is where one would be kept. "
@@ -77,6 +82,31 @@ class Work:
             raise CheckpointError(
                 f"{self.path}: an unfinished conversion is here. Go on with it (--resume), or "
                 "throw it away and begin anew (--overwrite)."
+            )
+
+    def check_space(self, sizes: Mapping[str, int], more: int, *, resume: bool) -> None:
+        """Refuse to begin what the disk has no space for.
+
+        Args:
+            sizes: bytes of each file of weights, by name.
+            more: bytes of what is beside them while the work goes on.
+            resume: count what is there already.
+
+        Raises:
+            CheckpointError: if less is free than is needed.
+        """
+        parent = next(folder for folder in self.path.parents if folder.exists())
+        needed, there = sum(sizes.values()), 0
+        if resume and self.checkpoint.is_dir():
+            files = [self.checkpoint / name for name in sizes]
+            # What is not written yet takes no blocks.
+            there = sum(512 * getattr(f.stat(), "st_blocks", 0) for f in files if f.is_file())
+        free = shutil.disk_usage(parent).free
+        if needed - there + more > free:
+            beside = f", hidden states beside them {more:,}," if more else ""
+            raise CheckpointError(
+                f"{self.given}: no space left for it; its weights take {needed:,} bytes{beside} "
+                f"and {free:,} are free. Free some space or choose another disk."
             )
 
     def published(self, key: Mapping[str, str]) -> Report | None:
@@ -122,6 +152,7 @@ class Work:
                     journal.resume(key)
                 else:
                     shutil.rmtree(self.checkpoint, ignore_errors=True)
+                    shutil.rmtree(self.streams, ignore_errors=True)
                     journal.begin(key)
                 self.checkpoint.mkdir(exist_ok=True)
                 with self._cleared_up(journal):

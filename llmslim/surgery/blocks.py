@@ -2,17 +2,49 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from llmslim.errors import SlimError
 from llmslim.init import Method, Target, initialise, method_named
 from llmslim.modeling.experts import Experts
 from llmslim.modeling.modeling_llmslim import set_module, site_weight
 from llmslim.modeling.structured import StructuredLinear, build
 from llmslim.surgery.plan import SitePlan
+from llmslim.surgery.sites import dense_weight
+
+
+def seed_of(name: str, seed: int) -> int:
+    """Return a site's own seed: results do not depend on what else is replaced."""
+    return seed * 0x1_0000_0001 ^ zlib.crc32(name.encode())
+
+
+def fill_site(model: Any, site: SitePlan, seed_of: Callable[[str], int]) -> float | None:
+    """Put one block, made from the dense weight alone, in place.
+
+    Args:
+        model: holds the dense map; the rest of it may be on the meta device.
+        site: what takes its place.
+        seed_of: the seed of a site, by its name.
+
+    Returns:
+        The block's error, see `initialise`.
+
+    Raises:
+        SlimError: if the model has no such map.
+    """
+    if site.is_experts:
+        return put_experts(model, site, seed_of)
+    old = _dense_at(model, site.name)
+    bias = None if old.bias is None else old.bias.data
+    weight = dense_weight(old)
+    if method_named(site.init).fits:  # the others do not look at it: spare the copy
+        weight = weight.float()
+    return put_block(model, site, old, Target(weight, bias, seed_of(site.name)))
 
 
 def put_block(model: nn.Module, site: SitePlan, old: Any, target: Target) -> float | None:
@@ -106,3 +138,10 @@ def fill_expert(experts: Experts, expert: int, target: Target, method: Method) -
     error = initialise(block, target, method)
     experts.store(expert, block)
     return error
+
+
+def _dense_at(model: nn.Module, name: str) -> Any:
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise SlimError(f"{name}: not in this model; the plan was made for another one.") from error

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from llmslim.errors import DataError, SlimError
-from llmslim.init import Target, method_named
+from llmslim.errors import DataError
 from llmslim.modeling.modeling_llmslim import become_slim
-from llmslim.surgery.blocks import put_block, put_experts
+from llmslim.surgery.blocks import fill_site, seed_of
 from llmslim.surgery.depth import apply_changes, drop_layers
-from llmslim.surgery.plan import Plan, SitePlan
+from llmslim.surgery.plan import Plan
 from llmslim.surgery.report import Report
 from llmslim.surgery.sequential import fit_sequentially
-from llmslim.surgery.sites import dense_weight
 from llmslim.surgery.width import resize_mlp
 
 Progress = Callable[[int, int, str], None]
@@ -75,6 +73,7 @@ def rewrite(
     total, done = len(plan.sites) + sum(mlp.fitted for mlp in plan.mlps), 0
     errors: dict[str, float | None] = {}
     notes = list(plan.notes)
+    seed_with = partial(seed_of, seed=seed)
 
     def finished(what: str) -> None:
         nonlocal done
@@ -90,47 +89,19 @@ def rewrite(
             plan,
             calibration.windows,
             calibration.held_out,
-            seed_of=lambda name: seed_of(name, seed),
+            seed_of=seed_with,
             progress=finished,
         )
         errors |= fitted.errors
-        notes += fitted.notes
+        notes += fitted.told
         rest = [site for site in plan.sites if site.name not in fitted.sites]
-        unseen = [site.name for site in rest if method_named(site.init).needs_gram]
-        if unseen:
-            notes.append(f"{_listed(unseen)}: never called on the calibration text; init: project.")
-        rest = [replace(s, init="project") if s.name in unseen else s for s in rest]
     else:
         rest = list(plan.sites)
     for site in rest:
-        errors[site.name] = fill_site(model, site, seed)
+        errors[site.name] = fill_site(model, site, seed_with)
         finished(site.name)
     settle(model, plan)
     return filled_in(plan, errors, notes)
-
-
-def fill_site(model: Any, site: SitePlan, seed: int) -> float | None:
-    """Put one block, made from the dense weight alone, in place.
-
-    Args:
-        model: holds the dense map; the rest of it may be on the meta device.
-        site: what takes its place.
-        seed: of the whole run.
-
-    Returns:
-        The block's error, see `initialise`.
-
-    Raises:
-        SlimError: if the model has no such map.
-    """
-    if site.is_experts:
-        return put_experts(model, site, lambda name: seed_of(name, seed))
-    old = _dense_at(model, site.name)
-    bias = None if old.bias is None else old.bias.data
-    weight = dense_weight(old)
-    if method_named(site.init).fits:  # the others do not look at it: spare the copy
-        weight = weight.float()
-    return put_block(model, site, old, Target(weight, bias, seed_of(site.name, seed)))
 
 
 def settle(model: Any, plan: Plan) -> None:
@@ -153,22 +124,6 @@ def filled_in(plan: Plan, errors: Mapping[str, float | None], notes: Iterable[st
     """Return the ledger of a plan that was carried out, with the errors of its blocks."""
     rows = [replace(row, init_error=errors.get(row.name)) for row in plan.rows]
     return replace(plan.report(), rows=tuple(rows), problems=tuple(notes))
-
-
-def seed_of(name: str, seed: int) -> int:
-    """Return a site's own seed: results do not depend on what else is replaced."""
-    return seed * 0x1_0000_0001 ^ zlib.crc32(name.encode())
-
-
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-
-
-def _dense_at(model: nn.Module, name: str) -> Any:
-    try:
-        return model.get_submodule(name)
-    except AttributeError as error:
-        raise SlimError(f"{name}: not in this model; the plan was made for another one.") from error
 
 
 def _existing_sites(model: Any, plan: Plan) -> dict[str, dict[str, Any]]:

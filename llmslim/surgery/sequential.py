@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from llmslim.init import GramAccumulator, Target, damping, learn_outputs, method_named
 from llmslim.modeling.modeling_llmslim import other_names, set_module
-from llmslim.surgery.blocks import put_block, put_experts
+from llmslim.surgery.blocks import fill_site, put_block, put_experts
 from llmslim.surgery.correction import corrected_weight
 from llmslim.surgery.expert_fits import Seen, experts_error, fit_experts, watching
 from llmslim.surgery.moments import Moments
@@ -46,21 +46,11 @@ from llmslim.surgery.sites import (
     out_features_of,
 )
 from llmslim.surgery.streams import Calls, fast_type, importance, record_calls, run_layer
+from llmslim.surgery.visits import Fitted, Streams, Visits
 from llmslim.surgery.width import keep_neurons
 
 _ADDITIVE = 1e-2
 """Largest relative difference at which a projection still counts as added to the stream."""
-
-
-@dataclass
-class Fitted:
-    """What a sequential fit did."""
-
-    errors: dict[str, float] = field(default_factory=dict)
-    """Relative squared error of each site's output on held-out tokens, by name."""
-    sites: set[str] = field(default_factory=set)
-    """Names of the sites that were replaced."""
-    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -84,6 +74,7 @@ def fit_sequentially(
     *,
     seed_of: Callable[[str], int],
     progress: Callable[[str], None],
+    visits: Visits | None = None,
 ) -> Fitted:
     """Put a plan's blocks in place and fit them, in place.
 
@@ -94,11 +85,13 @@ def fit_sequentially(
         held_out: token ids to measure errors on, (M, L).
         seed_of: seed for a site's method.
         progress: told the name of every site once it is done.
+        visits: makes layers real and takes them away again; by default they are in memory.
     """
     was_training = model.training
     model.eval()
+    kept = visits or Visits()
     try:
-        return _Sequential(model, plan, windows, held_out, seed_of, progress).run()
+        return _Sequential(model, plan, windows, held_out, seed_of, progress, kept).run()
     finally:
         model.train(was_training)
 
@@ -112,21 +105,23 @@ class _Sequential:
         held_out: Tensor,
         seed_of: Callable[[str], int],
         progress: Callable[[str], None],
+        visits: Visits,
     ) -> None:
-        self.model, self.plan = model, plan
+        self.model, self.plan, self.visits = model, plan, visits
         self.seed_of, self.progress = seed_of, progress
         self.layers = find_layers(model)
         self.stack: Any = model.get_submodule(self.layers.path)
         self.sites = {site.name: site for site in plan.sites}
         self.mlps = find_mlps(model, self.layers)
         self.narrow = {mlp.mlp.name: mlp for mlp in plan.mlps if mlp.fitted}
-        # One window a batch: every batch has one shape, whatever the number of windows.
-        batches = [window[None].to(model.device) for window in torch.cat((windows, held_out))]
         self.fitting = len(windows)
         self.spec = plan.recipe.refine
         self.autocast = fast_type()
-        calls: Calls = record_calls(model, list(self.stack), batches)
-        self.dense, self.slim = calls.hidden, list(calls.hidden)
+        with visits.beginning():
+            # One window a batch: every batch has one shape, whatever the number of windows.
+            batches = [window[None].to(model.device) for window in torch.cat((windows, held_out))]
+            calls: Calls = record_calls(model, list(self.stack), batches)
+        self.first, (self.dense, self.slim) = visits.go_on(Streams(calls.hidden, calls.hidden))
         self.extras = calls.extras
         self.result = Fitted()
         self.targets: dict[str, Tensor] = {}
@@ -137,23 +132,41 @@ class _Sequential:
         """Dense maps that later layers share with finished ones, by the names they have there."""
 
     def run(self) -> Fitted:
+        whole = Fitted()
         prefixes = [f"{self.layers.path}.{index}." for index in range(len(self.stack))]
         planned = [*self.sites, *(mlp.mlp.down for mlp in self.narrow.values())]
         to_fit = [any(name.startswith(prefix) for name in planned) for prefix in prefixes]
+        keep = self.plan.keep_layers
+        gone = [keep is not None and index not in keep for index in range(len(self.stack))]
+        changed = [to_fit[index] or gone[index] for index in range(len(self.stack))]
         last = max((index for index, wanted in enumerate(to_fit) if wanted), default=-1)
-        same = True  # until something changes, both streams are one
-        for index, layer in enumerate(self.stack[: last + 1]):
-            gone = self.plan.keep_layers is not None and index not in self.plan.keep_layers
-            if same and not gone and not to_fit[index]:
-                self.dense = [self._run(layer, x, index)[0] for x in self.dense]
-                self.slim = list(self.dense)
+        for index in range(self.first, last + 1):
+            self.result = Fitted()
+            layer = self.stack[index]
+            with self.visits.layer(index):
+                if gone[index] or not any(changed[: index + 1]):
+                    self.dense = [self._run(layer, x, index)[0] for x in self.dense]
+                    if not gone[index]:  # until something changes, both streams are one
+                        self.slim = self.dense
+                else:
+                    self._fit_layer(index, layer)
+                    self._fill_unseen(prefixes[index])
+                after = Streams(self.dense, self.slim)
+                self.dense, self.slim = self.visits.finished(index, self.result, after)
+            whole.add(self.result)
+        return whole
+
+    def _fill_unseen(self, prefix: str) -> None:
+        """Fill what the calibration text never reached from its weights alone."""
+        for name, site in self.sites.items():
+            if not name.startswith(prefix) or name in self.result.sites:
                 continue
-            same = False
-            if gone:
-                self.dense = [self._run(layer, x, index)[0] for x in self.dense]
-            else:
-                self._fit_layer(index, layer)
-        return self.result
+            if method_named(site.init).needs_gram:
+                self.result.unseen.append(name)
+                site = replace(site, init="project")
+            self.result.errors[name] = fill_site(self.model, site, self.seed_of)
+            self.result.sites.add(name)
+            self.progress(name)
 
     def _fit_layer(self, index: int, layer: nn.Module) -> None:
         prefix = f"{self.layers.path}.{index}."

@@ -1,0 +1,180 @@
+"""Fit to calibration text with one decoder layer in memory at a time.
+
+The walk (`surgery.fit_sequentially`) is the one that fits a model in memory; here each layer is
+brought in from the files with its dense weights, and the finished one is handed over to be written.
+
+After each layer both streams of hidden states go to a file of the working folder, and are used from
+there, memory-mapped. So an interrupted conversion goes on at once: nothing runs twice. The files of
+the last two layers stay; the journal has the digest of each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llmslim import surgery
+from llmslim.checkpoint import NotInPiecesError, Piece, Pieces
+from llmslim.surgery import Fitted, Plan, Streams, Visits
+from llmslim.surgery.sites import Layers, find_layers
+
+from .journal import Done
+
+_ALIGNED = 64
+"""What the address of a window is a multiple of, as a new tensor's is: sums depend on it."""
+
+Finished = Callable[[Piece, Fitted, str], None]
+"""Told of a finished layer, what its fit did, and the digest of the streams after it."""
+
+
+class LayersOnDisk(Visits):
+    """Visits to a model on the meta device, whose layers come from its files.
+
+    Args:
+        pieces: the model.
+        plan: what is done to it.
+        streams: folder for hidden states.
+        done: pieces that are finished; those that must be fitted anew are taken out.
+        finished: takes up each layer; once it returns, the layer before it is on the disk.
+    """
+
+    def __init__(
+        self, pieces: Pieces, plan: Plan, streams: Path, done: dict[str, Done], finished: Finished
+    ) -> None:
+        self._pieces, self._plan, self._finished = pieces, plan, finished
+        self._layers = find_layers(pieces.model)
+        self._files = _StreamFiles(streams)
+        self._first = self._first_to_fit(done)
+
+    @contextmanager
+    def beginning(self) -> Iterator[None]:
+        """Lend what runs before the decoder layers, and the first of these."""
+        lent = [p for p in self._pieces.all if self._layers.index_of(p.name) in (None, 0)]
+        for piece in lent:
+            self._pieces.load(piece)
+        yield
+        for piece in lent:
+            self._pieces.release(piece)
+
+    def go_on(self, streams: Streams) -> tuple[int, Streams]:
+        """Return the first layer that is not finished, and the streams before it."""
+        if self._first:
+            streams = self._files.read(self._first - 1, streams.dense)
+        return self._first, streams
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[None]:
+        """Lend a decoder layer with its dense weights."""
+        piece = self._piece(index)
+        self._pieces.load(piece)
+        for mlp in self._plan.mlps:
+            if not mlp.fitted and self._pieces.piece_of(mlp.mlp.down) is piece:
+                surgery.resize_mlp(self._pieces.model, mlp.mlp, mlp.width)
+        yield
+        self._pieces.release(piece)
+
+    def finished(self, index: int, fitted: Fitted, streams: Streams) -> Streams:
+        """Write the streams after a layer, and hand the layer over."""
+        digest = self._files.write(index, streams)
+        self._finished(self._piece(index), fitted, digest)
+        self._files.remove(index - 2)  # the layer after that one is on the disk
+        return self._files.read(index, streams.dense)
+
+    def _piece(self, index: int) -> Piece:
+        return self._pieces.piece_of(f"{self._layers.path}.{index}")
+
+    def _first_to_fit(self, done: dict[str, Done]) -> int:
+        """Return how many layers are done whose fit can be gone on from."""
+        names = [self._piece(index).name for index in range(self._layers.count)]
+        first = next((n for n, name in enumerate(names) if name not in done), len(names))
+        while first and not self._files.holds(first - 1, done[names[first - 1]].streams):
+            first -= 1
+        for name in names[first:]:
+            done.pop(name, None)
+        return first
+
+
+def check_layers(pieces: Pieces) -> None:
+    """Refuse a model whose decoder layers cannot be brought in, and run, one by one.
+
+    Raises:
+        NotInPiecesError: if they share weights with each other, or with something outside.
+    """
+    layers: Layers = find_layers(pieces.model)
+    for index in range(layers.count):
+        name = f"{layers.path}.{index}"
+        if pieces.piece_of(name).homes != (name,):
+            raise NotInPiecesError(f"{name} cannot be loaded by itself")
+    pieces.make_tables()
+
+
+def most_bytes(tokens: int, hidden_size: int) -> int:
+    """Return the space on the disk that streams take at most.
+
+    Args:
+        tokens: of calibration text.
+        hidden_size: numbers of a token.
+    """
+    return 3 * 2 * 4 * tokens * hidden_size
+
+
+class _StreamFiles:
+    """Hidden states after decoder layers, a file for each.
+
+    Args:
+        folder: where they are; made where it is not there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(exist_ok=True)
+
+    def write(self, index: int, streams: Streams) -> str:
+        """Bring streams to the disk; return their SHA-256."""
+        self.remove(index)
+        digest = hashlib.sha256()
+        with self._path(index).open("xb") as file:
+            for window in (*streams.dense, *streams.slim):
+                data = window.contiguous().numpy().tobytes()
+                data += bytes(-len(data) % _ALIGNED)
+                file.write(data)
+                digest.update(data)
+            file.flush()
+            os.fsync(file.fileno())
+        return digest.hexdigest()
+
+    def read(self, index: int, like: Sequence[Tensor]) -> Streams:
+        """Return streams, memory-mapped.
+
+        Args:
+            index: of the layer they come out of.
+            like: windows of their shape, as many as each has.
+        """
+        values = like[0].numel()
+        room = values + -values % (_ALIGNED // 4)
+        flat = torch.from_file(
+            str(self._path(index)), size=2 * len(like) * room, dtype=torch.float32
+        )
+        windows = [part[:values].view(like[0].shape) for part in flat.split(room)]
+        return Streams(windows[: len(like)], windows[len(like) :])
+
+    def holds(self, index: int, digest: str) -> bool:
+        """Return whether streams are there as they were written."""
+        try:
+            with self._path(index).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest() == digest
+        except OSError:
+            return False
+
+    def remove(self, index: int) -> None:
+        """Remove streams, if they are there."""
+        self._path(index).unlink(missing_ok=True)
+
+    def _path(self, index: int) -> Path:
+        return self._folder / f"after-{index}"

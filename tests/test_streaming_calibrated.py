@@ -1,0 +1,363 @@
+"""Fits to calibration text layer by layer from the disk: the bytes are those made in memory."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from every_architecture import config_classes
+from every_architecture import tiny_model as tiny
+from helpers_checkpoint import hashes, names, tiny_tokenizer
+from helpers_streaming import CANNOT, contents, in_memory, stored_model
+from safetensors.torch import load_file, save_file
+
+from llmslim import api
+from llmslim.checkpoint import NotInPiecesError, Pieces, load_model, open_source
+from llmslim.checkpoint import tensor_files as writing
+from llmslim.conversion.layered import LayersOnDisk, check_layers
+from llmslim.conversion.work import Work
+from llmslim.errors import CheckpointError
+from llmslim.surgery.sites import find_layers
+
+MLP = ["*.mlp.*", "*.experts.*"]
+LOW_RANK = {"match": MLP, "structure": "low_rank", "keep_ratio": 0.5}
+GROUPED = {"match": MLP, "structure": "grouped_pointwise", "groups": 4}
+LEARNED = {"match": "*.mlp.*", "structure": "grouped_pointwise", "groups": 4}
+LEARNED["channel_order"] = "learned"
+CALIBRATION = {"data": "text.txt", "tokens": 256, "sequence_length": 32}
+RECIPES: dict[str, dict[str, Any]] = {
+    "low_rank": {"replace": [LOW_RANK]},
+    "grouped": {"replace": [GROUPED]},
+    "learned": {"replace": [LEARNED]},
+    "width": {"replace": [{"match": "*.mlp.*", "structure": "width", "keep_ratio": 0.5}]},
+    "depth": {"depth": {"keep_layers": [0, 3, 2]}, "replace": [LOW_RANK]},
+    "refine": {"refine": {"steps": 4}, "replace": [LOW_RANK]},
+    "wider": {
+        "width": {"intermediate_size": 192},
+        "replace": [{"match": "*.1.*.q_proj", "structure": "low_rank", "rank": 3}],
+    },
+    "some": {
+        "replace": [
+            {"match": "*.1.*_proj", "structure": "low_rank", "rank": 3},
+            {"match": ["*.2.mlp.*", "lm_head"], "structure": "low_rank", "rank": 4,
+             "init": "project"},
+        ]
+    },
+}  # fmt: skip
+
+
+def recipe(name: str) -> dict[str, Any]:
+    """Return a recipe that fits to text in the working directory."""
+    return {"name": name, "init": "least_squares", "calibration": CALIBRATION, **RECIPES[name]}
+
+
+@pytest.fixture(autouse=True)
+def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put a text into the working directory, which is empty but for it."""
+    monkeypatch.chdir(tmp_path)
+    words = random.Random(0).choices(["one", "two", "or three", "trees;", "so", "it"], k=2000)
+    Path("text.txt").write_text(" ".join(words))
+
+
+def model_folder(architecture: str = "llama", dtype: str = "float32", **changes: Any) -> Path:
+    folder = stored_model(Path("m"), architecture, **changes)
+    tiny_tokenizer().save_pretrained(folder)
+    if dtype != "float32":
+        tensors = load_file(folder / "model.safetensors")
+        tensors = {key: tensor.to(getattr(torch, dtype)) for key, tensor in tensors.items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name", "options"),
+    [
+        ("llama", "low_rank", {}),
+        ("llama", "learned", {"dtype": "bfloat16"}),
+        ("llama", "width", {}),
+        ("llama", "depth", {}),
+        ("llama", "wider", {}),
+        ("llama", "some", {"tie_word_embeddings": False}),
+        ("phi3", "grouped", {"dtype": "bfloat16"}),
+        ("phi3", "width", {}),
+        ("phi3", "depth", {}),
+        ("gpt2", "low_rank", {}),
+        ("gpt2", "width", {}),
+        ("mixtral", "low_rank", {}),
+        ("mixtral", "depth", {}),
+        ("gemma", "learned", {"tie_word_embeddings": True}),
+        ("gemma", "depth", {"tie_word_embeddings": True, "dtype": "bfloat16"}),
+        ("bloom", "grouped", {}),
+        ("mistral", "refine", {"dtype": "bfloat16"}),
+    ],
+)
+def test_the_same_bytes_as_in_memory(
+    architecture: str, name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_folder(architecture, **options)
+    asked: Any = {"max_shard_size": "60KB"}
+    streamed = api.convert(model, recipe(name), "a", **asked)
+    whole = in_memory(monkeypatch, model, recipe(name), "b", **asked)
+    assert contents(streamed.path) == contents(whole.path)
+    assert streamed.report.rows == whole.report.rows
+    assert (*streamed.report.problems, whole.report.problems[-1]) == whole.report.problems
+    assert any(row.init_error for row in streamed.report.rows)
+    assert names(Path()) == ["a", "b", "m", "text.txt"]
+
+
+class Cut(BaseException):
+    """A kill, as far as one process can do it to itself: nothing may tidy up after it."""
+
+
+def cut_after(patch: pytest.MonkeyPatch, pieces: int) -> None:
+    """Fail while the piece after so many is handed over."""
+    real, seen = writing.TensorFiles.put, 0
+
+    def put(self: Any, *args: Any) -> None:
+        nonlocal seen
+        seen += 1
+        if seen > pieces:
+            self.wait()
+            raise Cut
+        real(self, *args)
+
+    patch.setattr(writing.TensorFiles, "put", put)
+
+
+def begun(monkeypatch: pytest.MonkeyPatch, model: Path, name: str, pieces: int) -> Path:
+    """Leave an unfinished conversion to `out`; return its folder."""
+    with monkeypatch.context() as patch:
+        cut_after(patch, pieces)
+        with pytest.raises(Cut):
+            api.convert(model, recipe(name), "out")
+    return Work(Path("out")).path
+
+
+def resumed(model: Path, name: str, **options: Any) -> list[tuple[int, str]]:
+    """Go on with it; return the sites in decoder layers that it told of."""
+    told: list[tuple[int, str]] = []
+    options["progress"] = lambda done, _, what: told.append((done, what))
+    api.convert(model, recipe(name), "out", resume=True, **options)
+    return [step for step in told if "layers" in step[1]]
+
+
+@pytest.mark.parametrize(
+    ("name", "pieces"), [*(("depth", pieces) for pieces in range(6)), ("some", 2), ("width", 3)]
+)
+def test_resumed_ends_in_the_same_bytes(
+    name: str, pieces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_folder(tie_word_embeddings=False)
+    undisturbed = hashes(api.convert(model, recipe(name), "a").path)
+    begun(monkeypatch, model, name, pieces)
+    fitted = resumed(model, name)
+    assert hashes(Path("out")) == undisturbed
+    assert names(Path()) == ["a", "m", "out", "text.txt"]
+    finished = tuple(f"model.layers.{index}." for index in range(pieces))
+    assert not any(what.startswith(finished) for _, what in fitted)
+    assert [done for done, _ in fitted] == sorted({done for done, _ in fitted})
+    assert bool(fitted) == (pieces < 4)
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_hidden_states_that_were_changed_are_not_gone_on_from(
+    kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_folder()
+    undisturbed = hashes(api.convert(model, recipe("low_rank"), "a").path)
+    streams = begun(monkeypatch, model, "low_rank", 3) / "streams"
+    for path in sorted(streams.iterdir())[kept:]:
+        data = bytearray(path.read_bytes())
+        data[100] ^= 1
+        path.write_bytes(data)
+    fitted = resumed(model, "low_rank")
+    assert fitted[0][1].startswith(f"model.layers.{2 if kept else 0}.")
+    assert hashes(Path("out")) == undisturbed
+
+
+def test_another_text_is_not_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_folder()
+    work = begun(monkeypatch, model, "low_rank", 1)
+    before = hashes(work)
+    text = Path("text.txt").read_text()
+    Path("text.txt").write_text(text[::-1])
+    with pytest.raises(CheckpointError, match="the calibration text has changed"):
+        resumed(model, "low_rank")
+    Path("text.txt").write_text(text)
+    with pytest.raises(CheckpointError, match="--calibration-tokens was None and is 128"):
+        resumed(model, "low_rank", calibration_tokens=128)
+    assert hashes(work) == before
+
+
+def test_one_layer_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_folder()
+    lent: list[list[str]] = []
+    real = LayersOnDisk.layer
+
+    def alive(pieces: Pieces) -> list[str]:
+        return [name for name, tensor in pieces.model.state_dict().items() if not tensor.is_meta]
+
+    @contextmanager
+    def layer(self: LayersOnDisk, index: int) -> Any:
+        assert alive(self._pieces) == []
+        with real(self, index):
+            lent.append(alive(self._pieces))
+            yield
+
+    monkeypatch.setattr(LayersOnDisk, "layer", layer)
+    api.convert(model, recipe("depth"), "out")
+    assert len(lent) == 4  # the layer that is dropped is run, too
+    for index, there in enumerate(lent):
+        assert there
+        assert all(name.startswith(f"model.layers.{index}.") for name in there)
+
+
+def test_layers_after_the_last_block_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_folder()
+    lent: list[int] = []
+    real = LayersOnDisk.layer
+    monkeypatch.setattr(
+        LayersOnDisk, "layer", lambda self, index: (lent.append(index), real(self, index))[1]
+    )
+    api.convert(model, recipe("some"), "out")
+    assert lent == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"calibration": {**CALIBRATION, "data": "self"}}, "calibration text is sampled from"),
+        (
+            {"budget": 0.6, "replace": [{"match": MLP, "structure": "auto"}]},
+            "a budget measures the whole model",
+        ),
+    ],
+)
+def test_what_needs_the_whole_model_says_so(changes: dict[str, Any], told: str) -> None:
+    model = model_folder()
+    asked = (model, {**recipe("low_rank"), **changes})
+    with pytest.raises(CheckpointError, match=f"nothing to resume; .*{told}"):
+        api.convert(*asked, "out", resume=True)
+    done = api.convert(*asked, "out")
+    (note,) = [note for note in done.report.problems if "in memory" in note]
+    assert told in note
+
+
+def test_weights_that_are_not_finite_are_found_before_any_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = model_folder()
+    tensors = load_file(model / "model.safetensors")
+    for name in ("model.layers.3.mlp.up_proj.weight", "model.norm.weight"):
+        tensors[name].view(-1)[5] = float("nan")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    told: list[str] = []
+    asked: Any = (model, recipe("some"))
+    with pytest.raises(CheckpointError, match="2 tensors hold NaN"):
+        api.convert(*asked, "out", progress=lambda done, total, what: told.append(what))
+    assert not any("layers" in what for what in told)
+    assert names(Path()) == ["m", "text.txt"]
+    streamed = api.convert(*asked, "a", allow_nonfinite=True)
+    whole = in_memory(monkeypatch, *asked, "b", allow_nonfinite=True)
+    assert contents(streamed.path) == contents(whole.path)
+    assert any("2 tensors hold NaN" in note for note in streamed.report.problems)
+    assert streamed.report.problems == whole.report.problems[:-1]
+
+
+def test_a_disk_without_space_for_hidden_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_folder()
+    monkeypatch.setattr(
+        "llmslim.conversion.work.shutil.disk_usage", lambda path: type("", (), {"free": 400_000})
+    )
+    api.convert(model, {"name": "p", "replace": RECIPES["low_rank"]["replace"]}, "out")
+    with pytest.raises(CheckpointError, match=r"hidden states beside them 294,912, and 400,000"):
+        api.convert(model, recipe("low_rank"), "new")
+
+
+TABLES = ["llama", "gptj", "gpt_neo", "falcon_h1", "codegen", "bloom", "gemma3_text"]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_that_no_file_holds_are_those_of_the_whole_model(name: str) -> None:
+    tiny(config_classes()[name]).save_pretrained("m")
+    source = open_source("m")
+    pieces, whole = Pieces(source), load_model(source)
+    pieces.make_tables()
+    for piece in pieces.all:
+        pieces.load(piece)
+        pieces.release(piece)
+        pieces.load(piece)
+    tables = dict(pieces.model.named_non_persistent_buffers())
+    wanted = dict(whole.named_non_persistent_buffers())
+    assert tables.keys() == wanted.keys()
+    for key, table in tables.items():
+        assert torch.equal(table, wanted[key])
+    for (key, ours), theirs in zip(
+        pieces.model.state_dict().items(), whole.state_dict().values(), strict=True
+    ):
+        assert torch.equal(ours, theirs), key
+
+
+def test_layers_that_share_weights_are_fitted_in_memory() -> None:
+    model = Pieces(open_source(model_folder()))
+    joined = model.all[1]._replace(homes=("model.layers.0", "model.layers.1"))
+    model._pieces |= dict.fromkeys(joined.homes, joined)
+    with pytest.raises(NotInPiecesError, match=r"layers\.0 cannot be loaded by itself"):
+        check_layers(model)
+
+
+UNFIT = {
+    **dict.fromkeys(("blt", "hrm_text", "longcat_flash"), "no list of decoder layers"),
+    **dict.fromkeys(("bamba", "cpmant", "glm_moe_dsa", "hy_v4", "rwkv"), "layers return more"),
+    **dict.fromkeys(("xlstm", "zaya", "openai-gpt", "reformer"), "layers return more"),
+    **dict.fromkeys(("deepseek_v4", "prophetnet", "xlm", "git"), "layers are called otherwise"),
+    **dict.fromkeys(("xlnet", "xmod"), "windows, or a type, that it does not take"),
+}
+"""What cannot be fitted to text in memory either."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(config_classes().keys() - CANNOT.keys() - UNFIT.keys()))
+def test_every_architecture(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = tiny(config_classes()[name])
+    dense.save_pretrained("m")
+    tiny_tokenizer().save_pretrained("m")
+    rule = {"match": f"{find_layers(dense).path}.*", "structure": "low_rank", "keep_ratio": 0.5}
+    calibration = {"data": "text.txt", "tokens": 96, "sequence_length": 16}
+    asked: Any = {"init": "least_squares", "calibration": calibration, "replace": [rule]}
+    streamed = api.convert("m", {"name": "r", **asked}, "a")
+    whole = in_memory(monkeypatch, "m", {"name": "r", **asked}, "b")
+    assert contents(streamed.path) == contents(whole.path)
+    assert not any("in memory" in note for note in streamed.report.problems)
+
+
+@pytest.mark.slow
+def test_killed_at_thirty_random_moments() -> None:
+    model = model_folder()
+    undisturbed = hashes(api.convert(model, recipe("low_rank"), "a").path)
+    start = time.perf_counter()
+    api.convert(model, recipe("low_rank"), "b")
+    longest = 1.2 * (time.perf_counter() - start)
+    for seed in range(30):
+        child = os.fork()
+        if child == 0:
+            try:
+                api.convert(model, recipe("low_rank"), "out", resume=True, overwrite=True)
+            finally:
+                os._exit(0)
+        time.sleep(random.Random(seed).uniform(0, longest))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        if Path("out").exists():
+            assert hashes(Path("out")) == undisturbed
+        if seed % 3 == 2:
+            api.convert(model, recipe("low_rank"), "out", resume=True, overwrite=True)
+            assert hashes(Path("out")) == undisturbed
+            assert not Work(Path("out")).exists
