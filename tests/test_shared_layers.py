@@ -32,14 +32,14 @@ def in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmslim.surgery.sequential.fast_type", lambda: None)
 
 
-def calibration() -> Calibration:
-    ids = torch.randint(3, 90, (12, 12), generator=torch.Generator().manual_seed(0))
-    return Calibration(ids[:9], ids[9:])
+def calibration(windows: int = 9) -> Calibration:
+    ids = torch.randint(3, 90, (windows + 3, 12), generator=torch.Generator().manual_seed(0))
+    return Calibration(ids[:windows], ids[windows:])
 
 
-def rewrite(model: Any, *rules: dict[str, Any]) -> surgery.Report:
+def rewrite(model: Any, *rules: dict[str, Any], windows: int = 9) -> surgery.Report:
     recipe = Recipe.of({"init": "least_squares", "replace": list(rules)})
-    return surgery.rewrite(model, surgery.plan(model, recipe), calibration=calibration())
+    return surgery.rewrite(model, surgery.plan(model, recipe), calibration=calibration(windows))
 
 
 @torch.no_grad()
@@ -152,3 +152,31 @@ def test_a_shared_mlp_is_narrowed_once(init: str) -> None:
     assert second.down_proj is first.down_proj
     assert report.totals.params_after == sum(p.numel() for p in model.parameters())
     assert logits(model).isfinite().all()
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "olmo2"])
+def test_an_mlp_whose_output_is_normalised_keeps_that_output(model_type: str) -> None:
+    """Truth: the down projection's outputs on held-out windows, dense, slim, and merely cut."""
+    widths = {"match": "*.layers.0.mlp.*", "structure": "width", "keep_ratio": 0.5}
+    found: dict[str, Tensor] = {}
+
+    def output(model: Any, name: str) -> None:
+        hook = model.model.layers[0].mlp.down_proj.register_forward_hook(
+            lambda _m, _a, y: found.update({name: y.detach()})
+        )
+        model(input_ids=calibration(90).held_out)
+        hook.remove()
+
+    model = tiny_model(CLASSES[model_type])
+    output(model, "dense")
+    report = rewrite(model, widths, windows=90)
+    output(model, "fitted")
+    cut = tiny_model(CLASSES[model_type])
+    made = surgery.plan(cut, Recipe.of({"init": "project", "replace": [widths]}))
+    surgery.rewrite(cut, made)
+    output(cut, "cut")
+    power = found["dense"].square().sum()
+    errors = {name: float((y - found["dense"]).square().sum() / power) for name, y in found.items()}
+    assert errors["fitted"] < errors["cut"]
+    (row,) = [row for row in report.rows if row.name.endswith("layers.0.mlp.down_proj")]
+    assert row.init_error == pytest.approx(errors["fitted"], rel=1e-3)

@@ -306,16 +306,25 @@ class _Sequential:
         mlp = plan.mlp
         name = mlp.down.removeprefix(prefix)
         down = layer.get_submodule(name)
-        statistics = self._writer_statistics(index, layer, dense, name)
+        # Not where its output is normalised first, as in Gemma 2.
+        writes = self._adds_to_stream(index, layer, down)
+        if writes:
+            statistics, through = self._writer_statistics(index, layer, dense, name), None
+        else:
+            statistics = self._inner_statistics(index, layer, dense, name)
+            through = dense_weight(down).float()
         self._tell_of_skipped(mlp.down, statistics.fit)
-        weight_OM = corrected_weight(statistics, dense_weight(down))
+        weight_OM = corrected_weight(statistics, dense_weight(down), through)
         chosen = eliminate(weight_OM, statistics.fit.gram_II, [plan.width])[plan.width]
         kept = chosen.kept_K
         keep_neurons(self.model, mlp, kept, chosen.weight_OK)
         whole = chosen.whole(weight_OM.shape[1])
-        narrowed = layer.get_submodule(name)
-        self.ahead.add = lambda x: narrowed(x[..., kept])
-        self.result.errors[mlp.down] = _error(whole, statistics.held_out)
+        if writes:
+            narrowed = layer.get_submodule(name)
+            self.ahead.add = lambda x: narrowed(x[..., kept])
+        elif through is not None and self.spec is not None:
+            self.targets[mlp.down] = through
+        self.result.errors[mlp.down] = _error(whole, statistics.held_out, through)
         self.progress(mlp.down)
 
     def _fit_experts(self, index: int, layer: nn.Module, dense: nn.Module, site: SitePlan) -> None:
