@@ -24,23 +24,21 @@ def in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmslim.surgery.sequential.fast_type", lambda: None)
 
 
-def pairs(count: int, seed: int, truth: nn.Module) -> list[Any]:
-    generator = torch.Generator().manual_seed(seed)
-    found = []
-    for _ in range(count):
-        x = torch.randn(1, 64, 8, generator=generator)
-        found.append((x, truth(x).detach(), torch.ones(1, 64, 1)))
-    return found
+INPUTS = torch.randn(20, 1, 64, 8, generator=torch.Generator().manual_seed(1))
+
+
+def windows(numbers: range, truth: nn.Module) -> list[Any]:
+    return [(n, truth(INPUTS[n]).detach(), torch.ones(1, 64, 1)) for n in numbers]
 
 
 def test_descent_finds_a_linear_map() -> None:
     torch.manual_seed(0)
     truth, layer = nn.Linear(8, 8), nn.Linear(8, 8)
     before, after = refine_layer(
-        layer,
+        lambda window: layer(INPUTS[window]),
         list(layer.parameters()),
-        pairs(16, 1, truth),
-        pairs(4, 2, truth),
+        windows(range(16), truth),
+        windows(range(16, 20), truth),
         Refine(steps=400, lr=0.05),
     )
     assert after < 1e-3 * before
@@ -56,7 +54,11 @@ def test_steps_that_lead_nowhere_are_taken_back() -> None:
         layer.weight.add_(1e-4)
     weight = layer.weight.detach().clone()
     before, after = refine_layer(
-        layer, [layer.weight], pairs(4, 1, truth), pairs(2, 2, truth), Refine(steps=5, lr=10.0)
+        lambda window: layer(INPUTS[window]),
+        [layer.weight],
+        windows(range(4), truth),
+        windows(range(4, 6), truth),
+        Refine(steps=5, lr=10.0),
     )
     assert after == before
     assert torch.equal(layer.weight, weight)

@@ -301,6 +301,21 @@ def test_in_bfloat16_full_rank_is_near(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < distance(model, dense) < 0.05
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "opt"])
+def test_layer_norms_in_bfloat16_take_the_float32_stream(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmslim.surgery.sequential.fast_type", lambda: torch.bfloat16)
+    dense = tiny_model(architecture)
+    apart = {}
+    for init in ("project", "least_squares"):
+        model = tiny_model(architecture).bfloat16()
+        rule = {"match": MLP, "structure": "low_rank", "keep_ratio": 0.5}
+        llmslim.slim(model, {"init": init, "replace": [rule]}, calibration=WINDOWS)
+        apart[init] = distance(model.float(), dense)
+    assert apart["least_squares"] < apart["project"]
+
+
 def test_convert_reads_calibration_text(tmp_path: Path) -> None:
     """The whole way: a folder with a tokenizer, a text file, a checkpoint with held-out errors."""
     tokenizer = tiny_tokenizer()

@@ -126,11 +126,11 @@ def test_the_dense_stream_stays_dense_where_a_shared_block_is_slim(
     assert any("layers.3.shared" in row.name for row in report.rows if row.action == "tied")
     (walk,) = walks
     ids = torch.cat((text.windows, text.held_out))
-    for ours, truth in ((walk.dense, dense), (walk.slim, model)):
+    for ours, truth in ((walk.streams.dense, dense), (walk.streams.slim, model)):
         for window, expected in zip(ours, outputs(truth, 3, ids), strict=True):
             torch.testing.assert_close(window, expected, rtol=1e-3, atol=1e-3)
-    apart = torch.cat(walk.dense) - torch.cat(walk.slim)
-    assert apart.norm() > 5e-3 * torch.cat(walk.dense).norm()
+    apart = torch.cat(walk.streams.dense) - torch.cat(walk.streams.slim)
+    assert apart.norm() > 5e-3 * torch.cat(walk.streams.dense).norm()
 
 
 def test_neurons_of_a_shared_mlp_move_in_every_layer_that_has_it() -> None:

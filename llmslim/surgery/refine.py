@@ -24,15 +24,15 @@ _CHECKS = 4
 """How often the held-out error is looked at."""
 _WARM_UP = 0.1
 
-Pair = tuple[Tensor, Tensor, Tensor]
-"""A window's input (1, L, D), the output wanted, and a factor for each token."""
+Window = tuple[int, Tensor, Tensor]
+"""A window's number, the output wanted (1, L, D), and a factor for each token."""
 
 
 def refine_layer(
-    run: Callable[[Tensor], Tensor],
+    run: Callable[[int], Tensor],
     parameters: Sequence[nn.Parameter],
-    windows: Sequence[Pair],
-    held_out: Sequence[Pair],
+    windows: Sequence[Window],
+    held_out: Sequence[Window],
     spec: Refine,
     *,
     seed: int = 0,
@@ -40,7 +40,7 @@ def refine_layer(
     """Descend on a layer's squared output error, in place.
 
     Args:
-        run: the layer, from its input to its output; float32.
+        run: the layer, from a window's number to its output; float32.
         parameters: what moves.
         windows: to fit on.
         held_out: to choose on.
@@ -51,13 +51,13 @@ def refine_layer(
         The squared error on held-out tokens before and after; never more after.
     """
 
-    def error(pair: Pair) -> Tensor:
-        x, wanted, factor = pair
-        return ((run(x) - wanted) * factor).square().sum()
+    def error(window: Window) -> Tensor:
+        number, wanted, factor = window
+        return ((run(number) - wanted) * factor).square().sum()
 
     def on_held_out() -> float:
         with torch.no_grad():
-            return sum(float(error(pair)) for pair in held_out)
+            return sum(float(error(window)) for window in held_out)
 
     before = best = on_held_out()
     kept = [p.detach().clone() for p in parameters]
@@ -69,7 +69,7 @@ def refine_layer(
             [{"params": [p], "unit": _rms(p)} for p in parameters], betas=(0.9, 0.95), eps=1e-12
         )
         order = _endless(len(windows), seed)
-        each = max(1, STEP_TOKENS // windows[0][0].shape[1])
+        each = max(1, STEP_TOKENS // windows[0][1].shape[1])
         with torch.enable_grad():
             for step in range(spec.steps):
                 for group in optimizer.param_groups:

@@ -172,6 +172,12 @@ def _zeros_of(module: nn.Module) -> Callable[..., Tensor]:
     return lambda x, *_args, **_kwargs: x.new_zeros(*x.shape[:-1], out_features)
 
 
+def _in_own_type(norm: nn.LayerNorm, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Hand a norm its input in its weights' type: torch refuses any other under autocast."""
+    weight = norm.weight
+    return args if weight is None else (args[0].to(weight.dtype), *args[1:])
+
+
 def run_layer(
     layer: nn.Module,
     hidden: Tensor,
@@ -208,6 +214,9 @@ def run_layer(
         return hook
 
     handles = [module.register_forward_pre_hook(look(name)) for name, module in wanted.items()]
+    if autocast is not None:
+        norms = (module for module in layer.modules() if isinstance(module, nn.LayerNorm))
+        handles += [norm.register_forward_pre_hook(_in_own_type) for norm in norms]
     dtype = next(layer.parameters()).dtype
     output: Any = None
     try:

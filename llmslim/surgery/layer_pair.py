@@ -1,0 +1,166 @@
+"""One decoder layer between two streams: what its projections are given, and what they should give.
+
+The dense copy of the layer reads the dense stream, the layer itself, as far as it is slim, the slim
+one. Everything that a fit of the layer looks at is gathered here, in passes over the windows.
+
+Shapes: N = 1 window of L tokens, D = hidden size, I = in_features, O = out_features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmslim.surgery.moments import Moments
+from llmslim.surgery.sites import out_features_of
+from llmslim.surgery.streams import Extra, importance, run_layer
+from llmslim.surgery.visits import Streams
+
+_ADDITIVE = 1e-2
+"""Largest relative difference at which a projection still counts as added to the stream."""
+
+
+@dataclass
+class Ahead:
+    """What the last step of a layer has worked out already of the streams after it."""
+
+    dense: list[Tensor] = field(default_factory=list)
+    """The dense stream after the layer."""
+    parts: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """The slim stream without the last projection, and that projection's input."""
+    add: Callable[[Tensor], Tensor] | None = None
+    """The last projection, as it is now."""
+
+
+class LayerPair:
+    """A decoder layer as it was and as it is, each with its stream.
+
+    Args:
+        dense: a copy that stays dense.
+        slim: the model's own layer; whatever is put in place in it is seen at once.
+        streams: hidden states before the layer.
+        extras: the layer's other arguments, for each window.
+        fitting: how many of the windows are to fit on; the rest is held out.
+        autocast: type of its products; None for its own.
+    """
+
+    def __init__(
+        self,
+        dense: nn.Module,
+        slim: nn.Module,
+        streams: Streams,
+        extras: Sequence[Extra],
+        fitting: int,
+        autocast: torch.dtype | None,
+    ) -> None:
+        self.dense, self.slim, self.streams = dense, slim, streams
+        self.fitting = fitting
+        self._extras, self._autocast = extras, autocast
+        self.ahead = Ahead()
+
+    def run(self, layer: nn.Module, window: int, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
+        """Run either layer on a window of its stream; arguments and results of `run_layer`."""
+        x = (self.streams.dense if layer is self.dense else self.streams.slim)[window]
+        return run_layer(layer, x, self._extras[window], autocast=self._autocast, **kwargs)
+
+    def outputs(self, layer: nn.Module) -> list[Tensor]:
+        """Return what either layer makes of its stream."""
+        return [self.run(layer, window)[0] for window in range(len(self.streams.slim))]
+
+    def after(self) -> Streams:
+        """Return both streams after the layer."""
+        ahead = self.ahead
+        dense = ahead.dense or self.outputs(self.dense)
+        if ahead.add is None or not ahead.parts:
+            return Streams(dense, self.outputs(self.slim))
+        device, fast = dense[0].device.type, self._autocast is not None
+        with torch.autocast(device, self._autocast, enabled=fast):
+            return Streams(dense, [before + ahead.add(x).float() for before, x in ahead.parts])
+
+    def run_slim(self, *, fit: bool) -> None:
+        """Run the slim layer over the windows to fit on, or those held out, for who is watching."""
+        both = range(len(self.streams.slim))
+        for window in both[: self.fitting] if fit else both[self.fitting :]:
+            self.run(self.slim, window)
+
+    def inputs(self, modules: dict[str, nn.Module]) -> dict[str, Tensor]:
+        """Return what modules of the slim layer are given in the first window, as they run."""
+        return self.run(self.slim, 0, inputs_of=modules)[1]
+
+    def adds_to_stream(self, site: nn.Module) -> bool:
+        """Return whether the slim layer adds a projection's output to the stream as it is."""
+        if out_features_of(site) != self.streams.slim[0].shape[-1]:
+            return False
+        whole, inputs = self.run(self.slim, 0, inputs_of={"site": site})
+        without, _ = self.run(self.slim, 0, zeroed=[site])
+        added = site(inputs["site"].to(next(site.parameters()).dtype)).float()
+        return bool((whole - without - added).norm() < _ADDITIVE * added.norm())
+
+    def inner_moments(self, name: str, *, fit: bool = True) -> Moments:
+        """Return moments of a projection's slim inputs against its dense inputs.
+
+        Args:
+            name: of the projection in the layer.
+            fit: take the windows to fit on, too.
+        """
+
+        def pairs() -> Iterator[tuple[int, Tensor, Tensor, None]]:
+            for window in self._windows(fit=fit):
+                x, y = (self._input(layer, window, name) for layer in (self.slim, self.dense))
+                yield window, x, y, None
+
+        return self._gather(pairs())
+
+    def writer_moments(self, name: str, later: Sequence[str], *, fit: bool = True) -> Moments:
+        """Return moments of a writing projection's slim inputs against what it should add.
+
+        Args:
+            name: of the projection in the layer.
+            later: writers that run after it and are fitted in their turn; they add nothing yet.
+            fit: take the windows to fit on, too.
+        """
+        writer = self.slim.get_submodule(name)
+        bias: Any = getattr(writer, "bias", None)
+        later_dense = [self.dense.get_submodule(other) for other in later]
+        later_slim = [self.slim.get_submodule(other) for other in later]
+
+        def pairs() -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+            for window in self._windows(fit=fit):
+                after, _ = self.run(self.dense, window, zeroed=later_dense)
+                before, seen = self.run(
+                    self.slim, window, inputs_of={"x": writer}, zeroed=[writer, *later_slim]
+                )
+                if fit and not later:
+                    # Nothing after this projection changes: both streams are nearly there.
+                    self.ahead.dense.append(after)
+                    self.ahead.parts.append((before, seen["x"]))
+                # The block keeps the bias, so it is no part of what the weight has to reach.
+                target = after - before if bias is None else after - before - bias.float()
+                yield window, seen["x"], target, importance(after)
+
+        return self._gather(pairs())
+
+    def _windows(self, *, fit: bool) -> range:
+        """Return the windows to look at, the ones to fit on (if wanted) first."""
+        return range(0 if fit else self.fitting, len(self.streams.slim))
+
+    def _input(self, layer: nn.Module, window: int, name: str) -> Tensor:
+        site = {"x": layer.get_submodule(name)}
+        return self.run(layer, window, inputs_of=site, stop_after_inputs=True)[1]["x"]
+
+    def _gather(self, pairs: Iterator[tuple[int, Tensor, Tensor, Tensor | None]]) -> Moments:
+        moments: Moments | None = None
+        for window, x, y, weight in pairs:
+            if moments is None:
+                moments = Moments.of(x.shape[-1], y.shape[-1], device=x.device)
+            into = moments.fit if window < self.fitting else moments.held_out
+            x, y = x.float(), y.float()
+            if weight is not None:
+                x, y = x * weight, y * weight
+            into.update(x, y)
+        assert moments is not None
+        return moments
