@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from llmslim import surgery
 from llmslim.checkpoint import NotInPiecesError, Piece, Pieces
@@ -65,7 +64,7 @@ class LayersOnDisk(Visits):
     def go_on(self, streams: Streams) -> tuple[int, Streams]:
         """Return the first layer that is not finished, and the streams before it."""
         if self._first:
-            streams = self._files.read(self._first - 1, streams.dense)
+            streams = self._files.read(self._first - 1, streams.dense[0].shape)
         return self._first, streams
 
     @contextmanager
@@ -84,7 +83,7 @@ class LayersOnDisk(Visits):
         digest = self._files.write(index, streams)
         self._finished(self._piece(index), fitted, digest)
         self._files.remove(index - 2)  # the layer after that one is on the disk
-        return self._files.read(index, streams.dense)
+        return self._files.read(index, streams.dense[0].shape)
 
     def _piece(self, index: int) -> Piece:
         return self._pieces.piece_of(f"{self._layers.path}.{index}")
@@ -149,20 +148,19 @@ class _StreamFiles:
             os.fsync(file.fileno())
         return digest.hexdigest()
 
-    def read(self, index: int, like: Sequence[Tensor]) -> Streams:
+    def read(self, index: int, shape: torch.Size) -> Streams:
         """Return streams, memory-mapped.
 
         Args:
             index: of the layer they come out of.
-            like: windows of their shape, as many as each has.
+            shape: of a window.
         """
-        values = like[0].numel()
+        values, path = shape.numel(), self._path(index)
         room = values + -values % (_ALIGNED // 4)
-        flat = torch.from_file(
-            str(self._path(index)), size=2 * len(like) * room, dtype=torch.float32
-        )
-        windows = [part[:values].view(like[0].shape) for part in flat.split(room)]
-        return Streams(windows[: len(like)], windows[len(like) :])
+        flat = torch.from_file(str(path), size=path.stat().st_size // 4, dtype=torch.float32)
+        windows = [part[:values].view(shape) for part in flat.split(room)]
+        half = len(windows) // 2
+        return Streams(windows[:half], windows[half:])
 
     def holds(self, index: int, digest: str) -> bool:
         """Return whether streams are there as they were written."""

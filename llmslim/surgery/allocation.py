@@ -291,12 +291,18 @@ class _Measurement:
         per_neuron = sum(self._dense(name).numel() for name in unit.sites) // neurons
         widths = {share: max(1, int(neurons * share)) for share in self._shares()}
         narrowed = eliminate(weight_OM, gram_MM, widths.values())
+        # E‖(W - B) a‖², multiplied out: what is the same for every size is worked out once.
+        dense_OM = weight_OM.double()
+        cross_OM = dense_OM @ held_MM
+        power = float((cross_OM * dense_OM).sum())
         fits = _Fits(WIDTH)
         for share, width in widths.items():
-            whole_OM = narrowed[width].whole(neurons)
-            fits.errors[share] = output_power(whole_OM - weight_OM, held_MM)
+            kept_K, weight_OK = narrowed[width]
+            explained = 2 * float((cross_OM[:, kept_K] * weight_OK).sum())
+            explained -= output_power(weight_OK, held_MM[kept_K][:, kept_K])
+            fits.errors[share] = max(0.0, power - explained)
             fits.weights[share] = per_neuron * width
-            fits.probe = fits.probe or {unit.name: whole_OM}
+            fits.probe = fits.probe or {unit.name: narrowed[width].whole(neurons)}
         return fits
 
     def _low_rank(self, unit: _Unit, moments: Moments) -> _Fits:

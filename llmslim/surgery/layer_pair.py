@@ -79,7 +79,8 @@ class LayerPair:
             return Streams(dense, self.outputs(self.slim))
         device, fast = dense[0].device.type, self._autocast is not None
         with torch.autocast(device, self._autocast, enabled=fast):
-            return Streams(dense, [before + ahead.add(x).float() for before, x in ahead.parts])
+            # In place: what stood ready is of no further use.
+            return Streams(dense, [before.add_(ahead.add(x)) for before, x in ahead.parts])
 
     def run_slim(self, *, fit: bool) -> None:
         """Run the slim layer over the windows to fit on, or those held out, for who is watching."""

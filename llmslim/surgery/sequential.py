@@ -38,6 +38,7 @@ from llmslim.surgery.moments import Moments
 from llmslim.surgery.neurons import eliminate
 from llmslim.surgery.plan import MlpPlan, Plan, SitePlan
 from llmslim.surgery.refine import Window, refine_layer
+from llmslim.surgery.scrambled import early_layers, scrambled
 from llmslim.surgery.sites import (
     Mlp,
     dense_weight,
@@ -99,15 +100,22 @@ class _Sequential:
         self.sites = {site.name: site for site in plan.sites}
         self.mlps = find_mlps(model, self.layers)
         self.narrow = {mlp.mlp.name: mlp for mlp in plan.mlps if mlp.fitted}
-        self.fitting = len(windows)
         self.spec = plan.recipe.refine
         self.autocast = fast_type()
+        self.early = early_layers(len(self.stack))
+        more = windows[:0]
+        if any(self._planned(index) for index in range(self.early)):
+            more = scrambled(windows, model.config, seed_of("scrambled"))
+        self.scrambled, self.fitting = len(more), len(more) + len(windows)
         with visits.beginning():
             # One window a batch: every batch has one shape, whatever the number of windows.
-            batches = [window[None].to(model.device) for window in torch.cat((windows, held_out))]
+            every = torch.cat((more, windows, held_out))
+            batches = [window[None].to(model.device) for window in every]
             calls = record_calls(model, list(self.stack), batches)
-        self.first, self.streams = visits.go_on(Streams(calls.hidden, calls.hidden))
         self.extras = calls.extras
+        self.first, self.streams = visits.go_on(Streams(calls.hidden, calls.hidden))
+        if self.first >= self.early:
+            self._leave_scrambled()
         self.result = Fitted()
         self.targets: dict[str, Tensor] = {}
         """Dense weights of the layer's fitted projections, where they are needed once more."""
@@ -117,9 +125,7 @@ class _Sequential:
 
     def run(self) -> Fitted:
         whole = Fitted()
-        prefixes = [f"{self.layers.path}.{index}." for index in range(len(self.stack))]
-        planned = [*self.sites, *(mlp.mlp.down for mlp in self.narrow.values())]
-        to_fit = [any(name.startswith(prefix) for name in planned) for prefix in prefixes]
+        to_fit = [self._planned(index) for index in range(len(self.stack))]
         keep = self.plan.keep_layers
         gone = [keep is not None and index not in keep for index in range(len(self.stack))]
         changed = [to_fit[index] or gone[index] for index in range(len(self.stack))]
@@ -136,10 +142,26 @@ class _Sequential:
                     after = Streams(both, both)
                 else:
                     after = self._fit_layer(index, layer)
-                    self._fill_unseen(prefixes[index])
+                    self._fill_unseen(self._prefix(index))
+                if index + 1 == self.early:
+                    self._leave_scrambled()
+                    after = Streams(*(stream[self.scrambled :] for stream in after))
                 self.streams = self.visits.finished(index, self.result, after)
             whole.add(self.result)
         return whole
+
+    def _prefix(self, index: int) -> str:
+        return f"{self.layers.path}.{index}."
+
+    def _planned(self, index: int) -> bool:
+        """Return whether anything is to be fitted in a layer."""
+        planned = [*self.sites, *(mlp.mlp.down for mlp in self.narrow.values())]
+        return any(name.startswith(self._prefix(index)) for name in planned)
+
+    def _leave_scrambled(self) -> None:
+        """Go on without the scrambled windows, which only the first layers are fitted to."""
+        self.extras = [known[self.scrambled :] for known in self.extras]
+        self.fitting -= self.scrambled
 
     def _fill_unseen(self, prefix: str) -> None:
         """Fill what the calibration text never reached from its weights alone."""
@@ -159,7 +181,7 @@ class _Sequential:
 
     def _fit_layer(self, index: int, layer: nn.Module) -> Streams:
         """Fit what is planned in a layer; return the streams after it."""
-        prefix = f"{self.layers.path}.{index}."
+        prefix = self._prefix(index)
         pair = self._pair(index, self._dense_copy(layer, prefix), layer)
         for step in self._steps(pair, prefix):
             pair.ahead = Ahead()  # what an earlier step left ready is out of date
