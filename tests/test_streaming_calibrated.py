@@ -277,7 +277,7 @@ def test_a_disk_without_space_for_hidden_states(monkeypatch: pytest.MonkeyPatch)
         "llmslim.conversion.work.shutil.disk_usage", lambda path: type("", (), {"free": 400_000})
     )
     api.convert(model, {"name": "p", "replace": RECIPES["low_rank"]["replace"]}, "out")
-    with pytest.raises(CheckpointError, match=r"hidden states beside them 294,912, and 400,000"):
+    with pytest.raises(CheckpointError, match=r"hidden states beside them 552,960, and 400,000"):
         api.convert(model, recipe("low_rank"), "new")
 
 

@@ -76,7 +76,9 @@ def convert_streamed(job: Job, pieces: Pieces, work: Work) -> Conversion:
     sizes, streams = outcome.layout.sizes, 0
     if text is not None:
         hidden = outcome.model.config.get_text_config().hidden_size
-        streams = most_bytes(text.ids.numel() + text.held_out.numel(), hidden)
+        fitting = text.ids.numel()
+        tokens = fitting + surgery.scrambled_tokens(fitting) + text.held_out.numel()
+        streams = most_bytes(tokens, hidden)
     work.check_space(sizes, streams, resume=job.resume)
     with (
         _one_core_left() if text is None else nullcontext(),

@@ -18,6 +18,7 @@ from .rewrite import filled_in as filled_in
 from .rewrite import quietly as quietly
 from .rewrite import rewrite as rewrite
 from .rewrite import settle as settle
+from .scrambled import scrambled_tokens as scrambled_tokens
 from .sequential import fit_sequentially as fit_sequentially
 from .visits import Fitted as Fitted
 from .visits import Streams as Streams

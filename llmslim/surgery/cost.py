@@ -19,6 +19,7 @@ from llmslim.surgery.allocation import FIT_TOKENS, PROBE_TOKENS
 from llmslim.surgery.plan import Plan
 from llmslim.surgery.refine import STEP_TOKENS
 from llmslim.surgery.rules import WIDTH
+from llmslim.surgery.scrambled import EARLY, scrambled_tokens
 
 _HELD_OUT = 17 / 16
 """Tokens in all for each token to fit on."""
@@ -54,7 +55,8 @@ def fitting_cost(plan: Plan) -> Cost | None:
     # The dense and the slim stream, and once more up to projections inside the layer.
     passes = 3 if any(row.structure != WIDTH for row in fitted) else 2
     moments = sum(2 * (i * i + i * o + o * o) for i, o in sizes)
-    flops = tokens * (passes * layer_flops + moments)
+    scrambled = scrambled_tokens(spec.tokens)
+    flops = int(tokens + EARLY * scrambled) * (passes * layer_flops + moments)
     if plan.recipe.has_auto:
         flops += FIT_TOKENS * (layer_flops + sum(2 * i * i for i, _ in sizes))
         flops += len(fitted) * PROBE_TOKENS * (model_flops - layer_flops // 2)
@@ -64,7 +66,7 @@ def fitting_cost(plan: Plan) -> Cost | None:
     if spec.data == "self":
         flops += _SAMPLING * tokens * model_flops
     largest = max((8 * (i * i + i * o + o * o) for i, o in sizes), default=0)
-    streams = 4 * 4 * tokens * hidden  # both, before and after the layer, float32
+    streams = 4 * 4 * (tokens + scrambled) * hidden  # both, before and after the layer, float32
     layer_bytes = 2 * 4 * (layer_flops // 2) // layers
     probes = 2 * PROBE_TOKENS * config.vocab_size if plan.recipe.has_auto else 0
     return Cost(spec.tokens, streams + 6 * largest + layer_bytes + probes, flops)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 TOKENS = 16_384
 """Tokens of scrambled copies, at most."""
-_EARLY = 0.1
+EARLY = 0.1
 """Share of the decoder layers that see them."""
 _DRAWN = 0.5
 """Share of their tokens that are drawn."""
@@ -28,7 +28,12 @@ _SPECIAL = ("_token_id", "_token_ids", "_token_index")
 
 def early_layers(count: int) -> int:
     """Return how many of a model's decoder layers are fitted to scrambled windows, too."""
-    return max(1, round(_EARLY * count))
+    return max(1, round(EARLY * count))
+
+
+def scrambled_tokens(tokens: int) -> int:
+    """Return how many tokens the scrambled copies of so many have, at the most."""
+    return min(TOKENS, tokens)
 
 
 def scrambled(windows: Tensor, config: Any, seed: int) -> Tensor:
