@@ -11,16 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from every_architecture import (
     MLP_AND_ATTENTION,
+    NOT_FITTED,
     config_classes,
     coverage,
+    fit_to_text,
     logits,
     round_trip,
     tiny_model,
+    walk,
 )
 
 from llmslim import surgery
+from llmslim.errors import TargetError
+from llmslim.recipe import Recipe
 from llmslim.surgery.plan import model_on_meta
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what other people's models warn of
@@ -121,6 +127,47 @@ def test_what_cannot_be_built_is_known() -> None:
 )
 def test_slim_save_load_generate(name: str) -> None:
     round_trip(tiny_model(CLASSES[name]))
+
+
+ODD_LAYERS = {
+    "bamba",  # attention weights beside the hidden states, to nobody
+    "deepseek_v4",  # several residual streams
+    "longcat_flash",  # two attentions in a layer, which is what the config counts
+    "openai-gpt",  # a list
+    "prophetnet",  # projections that see a third of the stream
+    "rwkv",  # a state that is None without a cache
+    "xlnet",  # tokens first
+    "xmod",  # types that autocast leaves unlike
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if odd else pytest.mark.slow)
+        for name in sorted(TINY)
+        for odd in [name in ODD_LAYERS or name in NOT_FITTED]
+    ],
+)
+def test_fit_to_text(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As on machines that are fast at it: not every architecture's code expects two types.
+    monkeypatch.setattr("llmslim.surgery.sequential.fast_type", lambda: torch.bfloat16)
+    model = tiny_model(CLASSES[name])
+    if name in NOT_FITTED:
+        for way in (walk, fit_to_text):
+            with pytest.raises(TargetError, match=f"{type(model).__name__}: {NOT_FITTED[name]}"):
+                way(model)
+    else:
+        walk(model)
+        fit_to_text(model)
+
+
+def test_a_config_that_counts_no_decoder_layers_cannot_tell_of_fewer() -> None:
+    model = tiny_model(CLASSES["longcat_flash"])
+    assert model.config.num_hidden_layers == 2 * len(model.model.layers)
+    recipe = Recipe.of({"name": "d", "depth": {"keep_layers": [0]}})
+    with pytest.raises(TargetError, match="num_hidden_layers is 4 where there are 2 decoder"):
+        surgery.plan(model, recipe)
 
 
 @pytest.mark.slow

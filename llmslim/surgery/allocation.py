@@ -59,6 +59,7 @@ from llmslim.surgery.streams import (
     record_calls,
     run_from,
     run_layer,
+    type_taken,
 )
 
 _STEPS = 16
@@ -224,9 +225,9 @@ class _Measurement:
         length = calibration.windows.shape[1]
         fit = calibration.windows[: max(1, FIT_TOKENS // length)]
         self.fitting = len(fit)
-        self.autocast = fast_type()
         ids = [window[None].to(model.device) for window in torch.cat((fit, calibration.held_out))]
         calls: Calls = record_calls(model, list(self.stack), ids)
+        self.autocast = type_taken(self.stack[0], calls, fast_type())
         self.stream, self.extras = calls.hidden, calls.extras
         self.probe_ids = ids[self.fitting :][: max(1, PROBE_TOKENS // length)]
         self.dense_logits = [self._logits(0, n).cpu() for n in range(len(self.probe_ids))]

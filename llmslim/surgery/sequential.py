@@ -45,7 +45,7 @@ from llmslim.surgery.sites import (
     find_mlps,
     find_sites,
 )
-from llmslim.surgery.streams import fast_type, importance, record_calls
+from llmslim.surgery.streams import fast_type, importance, record_calls, type_taken
 from llmslim.surgery.visits import Fitted, Streams, Visits
 from llmslim.surgery.width import keep_neurons
 
@@ -101,11 +101,11 @@ class _Sequential:
         self.narrow = {mlp.mlp.name: mlp for mlp in plan.mlps if mlp.fitted}
         self.fitting = len(windows)
         self.spec = plan.recipe.refine
-        self.autocast = fast_type()
         with visits.beginning():
             # One window a batch: every batch has one shape, whatever the number of windows.
             batches = [window[None].to(model.device) for window in torch.cat((windows, held_out))]
             calls = record_calls(model, list(self.stack), batches)
+            self.autocast = type_taken(self.stack[0], calls, fast_type())
         self.first, self.streams = visits.go_on(Streams(calls.hidden, calls.hidden))
         self.extras = calls.extras
         self.result = Fitted()

@@ -156,19 +156,25 @@ def find_layers(model: Any) -> Layers:
     Raises:
         TargetError: if no module list is as long as the config says.
     """
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    config = model.config.get_text_config()
+    # Longcat's num_hidden_layers counts attentions, of which each of its layers has two.
+    counts = [getattr(config, field, None) for field in ("num_hidden_layers", "num_layers")]
     # An image encoder may have as many layers as the text decoder, and come first.
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     inside = set() if decoder is None else {id(module) for module in decoder.modules()}
     stacks = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
+        if isinstance(module, nn.ModuleList) and len(module) in counts
     ]
-    for name, module in sorted(stacks, key=lambda found: id(found[1]) not in inside):
+
+    def rank(found: tuple[str, nn.ModuleList]) -> tuple[int, bool]:
+        return counts.index(len(found[1])), id(found[1]) not in inside
+
+    for name, module in sorted(stacks, key=rank):
         return Layers(name, len(module))
     raise TargetError(
-        f"{type(model).__name__}: no module list of {count} decoder layers; depth and width "
+        f"{type(model).__name__}: no module list of {counts[0]} decoder layers; depth and width "
         "need one."
     )
 
