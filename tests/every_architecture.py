@@ -18,8 +18,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llmslim import surgery
 from llmslim.recipe import Recipe
-from llmslim.surgery.sites import find_layers
+from llmslim.surgery.sites import Mlp, find_layers, find_mlps
 from llmslim.surgery.streams import record_calls, run_layer
+from llmslim.surgery.width import resize_mlp
 
 MLP_AND_ATTENTION = Recipe.of(
     {
@@ -331,3 +332,17 @@ def walk(model: Any) -> None:
         for layer, extras in zip(stack, calls.extras, strict=True):
             hidden = run_layer(layer, hidden, extras[n])[0]
         torch.testing.assert_close(hidden, end if isinstance(end, torch.Tensor) else end[0])
+
+
+def widen(model: Any) -> list[Mlp]:
+    """Double every MLP that is found; the model must compute what it did. Return them.
+
+    Raises:
+        AssertionError: if it does not: something beside their projections has to do with neurons.
+    """
+    dense = logits(model)
+    found = find_mlps(model, find_layers(model))
+    for mlp in found:
+        resize_mlp(model, mlp, 2 * mlp.width)
+    torch.testing.assert_close(logits(model), dense, rtol=1e-3, atol=1e-4)
+    return found

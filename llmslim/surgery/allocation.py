@@ -277,9 +277,11 @@ class _Measurement:
                 if known is None:
                     known = moments.get(name) or Moments.of(seen.shape[-1], device=seen.device)
                     side = known.fit if batch < self.fitting else known.held_out
-                    x_NLI = seen.float()
-                    # As in the fit that follows: what an MLP adds counts for what the stream is.
-                    side.update(x_NLI * importance(output) if name in weighted else x_NLI)
+                    x_NLI, counts = seen.float(), importance(output)
+                    # As in the fit that follows: what an MLP adds counts for what the stream is,
+                    # unless that is several side by side.
+                    whole = name in weighted and counts.shape[:-1] == x_NLI.shape[:-1]
+                    side.update(x_NLI * counts if whole else x_NLI)
                     counted[seen.data_ptr()] = known
                 moments[name] = known
         return moments, after
