@@ -246,3 +246,7 @@ def test_the_document_is_up_to_date() -> None:
         assert shown[name][3] == f"{share:.1%}".replace("%", " %")
         assert shown[name][5].startswith("yes")
     assert {name for name, row in shown.items() if not row[5].startswith("yes")} == NOT_TINY
+    fits = {name: row[6].rstrip(" |") for name, row in shown.items() if name not in NOT_TINY}
+    assert {name: told for name, told in fits.items() if told != "yes"} == {
+        name: f"no: {why}" for name, why in NOT_FITTED.items()
+    }
