@@ -3,8 +3,8 @@
     python benchmarks/architectures.py > docs/architectures.md
 
 Each architecture of transformers' causal-LM mapping is planned at its default size without memory,
-then a tiny random model of it is slimmed, saved, loaded and asked for text
-(tests/every_architecture.py). Two minutes on two cores; nothing is downloaded.
+then a tiny random model of it is slimmed, saved, loaded and asked for text, and another one fitted
+to token ids (tests/every_architecture.py). Four minutes on one core; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ from every_architecture import (
     MLP_AND_ATTENTION,
     config_classes,
     coverage,
+    fit_to_text,
     logits,
     round_trip,
     tiny_model,
+    walk,
 )
 from transformers import AutoModelForCausalLM
 
-from llmslim import surgery
+from llmslim import SlimError, surgery
 from llmslim.surgery.plan import model_on_meta
 
 _SHOWN = 0.0005
@@ -46,14 +48,17 @@ What a recipe that names the usual MLPs and attention (`MLP_AND_ATTENTION` in
 *Covered* is the share of the parameters that are in replaced maps, token and position embeddings
 and the output head left out, at the architecture's default size. *Stays* is the rest, where it is
 {shown} or more. *Round trip*: a tiny random model was slimmed, saved, loaded with the same
-logits, and wrote text.
+logits, and wrote text. *Fit to text*: whether a tiny one could be fitted to token ids
+(`init: least_squares`, `structure: auto`), or why not; `init: project` needs no text and does
+for all. Any model whose last layers read keys and values of earlier ones
+(`num_kv_shared_layers`, as in Gemma 3n) cannot be, either.
 
 {total} architectures; {planned} can be built from their default config, {covered} of them are
-covered to 90 % or more; {trips} round trips. Made by
+covered to 90 % or more; {trips} round trips, {fits} fits. Made by
 `python benchmarks/architectures.py > docs/architectures.md`.
 
-| Type | Class | Parameters | Covered | Stays | Round trip |
-|---|---|---:|---:|---|---|
+| Type | Class | Parameters | Covered | Stays | Round trip | Fit to text |
+|---|---|---:|---:|---|---|---|
 """
 
 
@@ -63,7 +68,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    rows, planned, covered, trips = [], 0, 0, 0
+    rows, planned, covered, trips, fits = [], 0, 0, 0, 0
     for name, cls in sorted(config_classes().items()):
         try:
             model: Any = model_on_meta(cls())
@@ -82,7 +87,9 @@ def main() -> None:
             )
         kind, trip = _trip(name, cls)
         trips += trip == "yes"
-        rows.append(f"| `{name}` | {kind} | {size} | {share} | {stays} | {trip} |")
+        fit = "" if trip.startswith("not tried") else _fit(cls)
+        fits += fit == "yes"
+        rows.append(f"| `{name}` | {kind} | {size} | {share} | {stays} | {trip} | {fit} |")
     head = HEAD.format(
         version=version("transformers"),
         shown="0.05 %",
@@ -90,6 +97,7 @@ def main() -> None:
         planned=planned,
         covered=covered,
         trips=trips,
+        fits=fits,
     )
     print(head + "\n".join(rows))
 
@@ -109,6 +117,19 @@ def _trip(name: str, cls: Any) -> tuple[str, str]:
         except Exception as error:
             return kind, f"no: {type(error).__name__}"
     return kind, "yes"
+
+
+def _fit(cls: Any) -> str:
+    """Return whether a tiny model could be fitted to text, or why not."""
+    with redirect_stdout(sys.stderr):
+        try:
+            walk(tiny_model(cls))
+            fit_to_text(tiny_model(cls))
+        except SlimError as error:
+            return "no: " + error.problems[0].partition(": ")[2].partition(";")[0]
+        except Exception as error:
+            return f"no: {type(error).__name__}"
+    return "yes"
 
 
 def _short(count: int) -> str:

@@ -15,7 +15,7 @@ from helpers_checkpoint import tiny_tokenizer
 from pyarrow import parquet
 from tiny import ARCHITECTURES, logits, tiny_model
 
-from llmslim.data import calibration_windows, read_texts, sampling
+from llmslim.data import calibration_windows, longest_input, read_texts, sampling
 from llmslim.errors import DataError
 from llmslim.recipe.schema import Calibration
 
@@ -359,6 +359,14 @@ def test_windows_longer_than_the_model_reads_are_an_error(tmp_path, architecture
     said = rf"sequence_length: {longest + 1}; the model reads at most {longest} tokens"
     with pytest.raises(DataError, match=said):
         calibration_windows(spec("self", sequence_length=longest + 1), None, model)
+
+
+def test_a_model_may_set_no_limit():
+    assert longest_input(tiny_model("llama")) == 2048
+    model = tiny_model("llama")
+    for no_limit in (0, -1):
+        model.config.max_position_embeddings = no_limit
+        assert longest_input(model) is None
 
 
 def test_what_cannot_be_done_is_said(tmp_path):

@@ -11,17 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from every_architecture import (
     MLP_AND_ATTENTION,
+    NOT_FITTED,
     config_classes,
     coverage,
+    fit_to_text,
     logits,
     round_trip,
     tiny_model,
+    walk,
+    widen,
 )
 
 from llmslim import surgery
+from llmslim.errors import SizeError, TargetError
+from llmslim.recipe import Recipe
 from llmslim.surgery.plan import model_on_meta
+from llmslim.surgery.sites import find_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what other people's models warn of
 ROOT = Path(__file__).parents[1]
@@ -123,6 +131,99 @@ def test_slim_save_load_generate(name: str) -> None:
     round_trip(tiny_model(CLASSES[name]))
 
 
+ODD_LAYERS = {
+    "bamba",  # attention weights beside the hidden states, to nobody
+    "deepseek_v4",  # several residual streams
+    "longcat_flash",  # two attentions in a layer, which is what the config counts
+    "openai-gpt",  # a list
+    "prophetnet",  # projections that see a third of the stream
+    "rwkv",  # a state that is None without a cache
+    "xlnet",  # tokens first
+    "xmod",  # types that autocast leaves unlike
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if odd else pytest.mark.slow)
+        for name in sorted(TINY)
+        for odd in [name in ODD_LAYERS or name in NOT_FITTED]
+    ],
+)
+def test_fit_to_text(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As on machines that are fast at it: not every architecture's code expects two types.
+    monkeypatch.setattr("llmslim.surgery.sequential.fast_type", lambda: torch.bfloat16)
+    model = tiny_model(CLASSES[name])
+    if name in NOT_FITTED:
+        for way in (walk, fit_to_text):
+            with pytest.raises(TargetError, match=f"{type(model).__name__}: {NOT_FITTED[name]}"):
+                way(model)
+    else:
+        walk(model)
+        fit_to_text(model)
+
+
+LIKE_AN_MLP = {
+    "bert": 0,  # attention whose sizes are all equal; its MLPs are spread over modules
+    "bitnet": 0,  # a norm among the neurons
+    "deepseek_v32": 4,  # what chooses tokens has the sizes of one
+    "falcon_mamba": 0,
+    "gemma4_text": 6,  # inputs for each layer
+    "mamba": 0,
+    "recurrent_gemma": 3,  # a recurrence, and an MLP whose name sounds like one
+    "seed_oss": 2,  # the same
+    "zamba": 1,  # in several layers; a recurrence in all
+    "zamba2": 0,  # adapters of its own in each layer that shares it
+}
+"""Architectures where something else has an MLP's sizes, and how many MLPs they have."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in LIKE_AN_MLP else pytest.mark.slow)
+        for name in sorted(set(TINY) - {"hrm_text"})
+    ],
+)
+def test_the_neurons_of_an_mlp_can_be_repeated(name: str) -> None:
+    found = widen(tiny_model(CLASSES[name]))
+    assert len(found) == LIKE_AN_MLP.get(name, len(found))
+
+
+@pytest.mark.parametrize("name", ["mamba", "zamba2"])
+def test_a_width_is_for_mlps(name: str) -> None:
+    model = tiny_model(CLASSES[name])
+    section = Recipe.of({"name": "w", "width": {"intermediate_size": 32}})
+    with pytest.raises(TargetError, match=f"no MLP found in {type(model).__name__}"):
+        surgery.plan(model, section)
+    inside = "*.mixer.*" if name == "mamba" else "*.feed_forward.*"
+    rule = {"match": inside, "structure": "width", "keep_ratio": 0.5}
+    with pytest.raises(SizeError, match="structure width is for the projections of an MLP"):
+        surgery.plan(model, Recipe.of({"name": "w", "replace": [rule]}))
+
+
+@pytest.mark.parametrize("name", ["deepseek_v4", "mamba", "zamba2"])
+def test_a_budget_is_shared_out_where_layers_are_unusual(name: str) -> None:
+    model = tiny_model(CLASSES[name])
+    windows = torch.randint(3, 90, (6, 16), generator=torch.Generator().manual_seed(2))
+    text = surgery.Calibration(windows[:4], windows[4:])
+    rule = {"match": f"{find_layers(model).path}.*", "structure": "auto"}
+    recipe = Recipe.of({"name": "a", "budget": 0.6, "replace": [rule]})
+    chosen = surgery.allocate(model, recipe, text)
+    structures = {each.structure for each in chosen.replace}
+    assert ("width" in structures) == (name == "deepseek_v4")
+    assert "pivoted_low_rank" in structures
+
+
+def test_a_config_that_counts_no_decoder_layers_cannot_tell_of_fewer() -> None:
+    model = tiny_model(CLASSES["longcat_flash"])
+    assert model.config.num_hidden_layers == 2 * len(model.model.layers)
+    recipe = Recipe.of({"name": "d", "depth": {"keep_layers": [0]}})
+    with pytest.raises(TargetError, match="num_hidden_layers is 4 where there are 2 decoder"):
+        surgery.plan(model, recipe)
+
+
 @pytest.mark.slow
 def test_what_has_no_tiny_model_is_known() -> None:
     failed = set()
@@ -145,3 +246,7 @@ def test_the_document_is_up_to_date() -> None:
         assert shown[name][3] == f"{share:.1%}".replace("%", " %")
         assert shown[name][5].startswith("yes")
     assert {name for name, row in shown.items() if not row[5].startswith("yes")} == NOT_TINY
+    fits = {name: row[6].rstrip(" |") for name, row in shown.items() if name not in NOT_TINY}
+    assert {name: told for name, told in fits.items() if told != "yes"} == {
+        name: f"no: {why}" for name, why in NOT_FITTED.items()
+    }

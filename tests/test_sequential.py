@@ -11,7 +11,7 @@ from helpers_checkpoint import tiny_tokenizer
 from tiny import ARCHITECTURES, logits, tiny_model, tokens
 
 import llmslim
-from llmslim import DataError, SlimError, surgery
+from llmslim import DataError, SlimError, TargetError, surgery
 from llmslim.data import Windows
 from llmslim.init import damping
 from llmslim.surgery.neurons import eliminate
@@ -97,6 +97,52 @@ def test_layers_run_alone_are_the_model(architecture: str) -> None:
             hidden, _ = run_layer(layer, hidden, extras[window])
         assert torch.allclose(hidden, expected, atol=1e-5)
     assert torch.equal(logits(model, batches[0]), logits(tiny_model(architecture), batches[0]))
+
+
+def refusal(model: Any) -> str:
+    """Return what is said where a model's layers cannot be run one by one."""
+    layers = list(model.get_submodule(find_layers(model).path))
+    with pytest.raises(TargetError) as told:
+        record_calls(model, layers, [ids[None] for ids in tokens(2, 12)])
+    (problem,) = told.value.problems
+    assert problem.startswith(f"{type(model).__name__}: ")
+    assert problem.endswith("Use init: project, and no structure auto.")
+    # The model is as it was.
+    assert not any("forward" in vars(layer) or layer._forward_hooks for layer in layers)
+    return problem
+
+
+def test_layers_that_run_twice_are_refused() -> None:
+    model = tiny_model("llama")
+    first, second = model.model.layers[:2]
+
+    def once_more(_module: Any, args: Any, kwargs: Any) -> None:
+        first(*args, **kwargs)
+
+    second.register_forward_pre_hook(once_more, with_kwargs=True)
+    assert "do not run once each, in the order of their list" in refusal(model)
+
+
+def test_what_happens_between_layers_is_refused() -> None:
+    model = tiny_model("llama")
+    model.model.layers[2].register_forward_pre_hook(lambda _m, args: (args[0] / 2, *args[1:]))
+    assert "more than its list of layers works on" in refusal(model)
+
+
+def test_layers_that_read_keys_and_values_of_others_are_refused() -> None:
+    model = tiny_model("llama")
+    model.config.num_kv_shared_layers = 2
+    assert "read keys and values of earlier ones" in refusal(model)
+
+
+def test_code_that_stumbles_over_stand_ins_is_named() -> None:
+    model = tiny_model("llama")
+
+    def two(_module: Any, _args: Any, output: torch.Tensor) -> Any:
+        return {"hidden": output}["states"]
+
+    model.model.embed_tokens.register_forward_hook(two)
+    assert "its layers cannot be run one by one (KeyError: 'states')" in refusal(model)
 
 
 def test_width_by_ratio_is_a_plain_model() -> None:

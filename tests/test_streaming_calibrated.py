@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from every_architecture import config_classes
+from every_architecture import NOT_FITTED, config_classes
 from every_architecture import tiny_model as tiny
 from helpers_checkpoint import hashes, names, tiny_tokenizer
 from helpers_streaming import CANNOT, contents, in_memory, stored_model
@@ -313,18 +313,11 @@ def test_layers_that_share_weights_are_fitted_in_memory() -> None:
         check_layers(model)
 
 
-UNFIT = {
-    **dict.fromkeys(("blt", "hrm_text", "longcat_flash"), "no list of decoder layers"),
-    **dict.fromkeys(("bamba", "cpmant", "glm_moe_dsa", "hy_v4", "rwkv"), "layers return more"),
-    **dict.fromkeys(("xlstm", "zaya", "openai-gpt", "reformer"), "layers return more"),
-    **dict.fromkeys(("deepseek_v4", "prophetnet", "xlm", "git"), "layers are called otherwise"),
-    **dict.fromkeys(("xlnet", "xmod"), "windows, or a type, that it does not take"),
-}
-"""What cannot be fitted to text in memory either."""
+FITTED = sorted(config_classes().keys() - CANNOT.keys() - NOT_FITTED.keys() - {"blt"})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(config_classes().keys() - CANNOT.keys() - UNFIT.keys()))
+@pytest.mark.parametrize("name", FITTED)
 def test_every_architecture(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     dense = tiny(config_classes()[name])
     dense.save_pretrained("m")

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from llmslim import surgery
 from llmslim.checkpoint import NotInPiecesError
-from llmslim.data import Windows, calibration_windows
+from llmslim.data import Windows, calibration_windows, longest_input
 from llmslim.recipe import Calibration, Recipe
 
 from .job import Job
@@ -62,8 +62,8 @@ def calibration_spec(
     given = recipe.calibration or Calibration()
     if "sequence_length" not in given.model_fields_set:
         # Windows as long as the model reads, where that is less than the usual length.
-        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         usual = given.sequence_length
-        given = given.model_copy(update={"sequence_length": min(usual, longest or usual)})
+        length = min(usual, longest_input(model) or usual)
+        given = given.model_copy(update={"sequence_length": length})
     changes: dict[str, Any] = {"data": data, "tokens": tokens}
     return given.model_copy(update={k: v for k, v in changes.items() if v is not None})

@@ -33,7 +33,15 @@ from jinja2 import TemplateError
 from llmslim.errors import DataError
 
 from .columns import Message
-from .sampling import Progress, cache_folder, draw, fingerprint, for_sampling, opening_prompts
+from .sampling import (
+    Progress,
+    cache_folder,
+    draw,
+    fingerprint,
+    for_sampling,
+    longest_input,
+    opening_prompts,
+)
 
 _LONGEST = 256  # tokens of one conversation; the cost of a token grows with those before it
 _LONGEST_QUESTION = 96
@@ -255,8 +263,7 @@ def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
 
 
 def _longest(model: Any) -> int:
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(_LONGEST, longest or _LONGEST)
+    return min(_LONGEST, longest_input(model) or _LONGEST)
 
 
 def _key_value_bytes(model: Any) -> int:

@@ -65,6 +65,12 @@ def leading_token(tokenizer: Any) -> int | None:
     return bos if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
 
 
+def longest_input(model: Any) -> int | None:
+    """Return how many tokens a model reads at most, None where its config sets no limit."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return longest if longest and longest > 0 else None  # XLNet has -1
+
+
 def sampled_windows(
     model: Any,
     tokenizer: Any,

@@ -28,7 +28,7 @@ from llmslim.errors import DataError
 from llmslim.recipe.schema import Calibration
 
 from .columns import Document
-from .sampling import leading_token, sampled_windows
+from .sampling import leading_token, longest_input, sampled_windows
 from .text import read_texts
 
 _POOL = 4
@@ -107,7 +107,7 @@ def _check_length(length: int, model: Any) -> None:
         )
     if model is None:
         return
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = longest_input(model)
     if longest is not None and length > longest:
         raise DataError(
             f"calibration.sequence_length: {length}; the model reads at most {longest} tokens "

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from llmslim.data import longest_input
+
 PROMPTS = (
     "What is the capital of France?",
     "Give three tips for staying healthy.",
@@ -42,7 +44,7 @@ def _answer(model: Any, tokenizer: Any, prompt: str) -> str:
     else:
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     length = inputs["input_ids"].shape[-1]
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = longest_input(model)
     room = _LENGTH if longest is None else min(_LENGTH, longest - length)
     if length == 0 or room < 1:
         return ""

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from llmslim.checkpoint import Source, load_model, load_tokenizer, open_source, quiet
-from llmslim.data import healing_text
+from llmslim.data import healing_text, longest_input
 from llmslim.errors import HealingError
 from llmslim.healing.processes import processes
 from llmslim.healing.slim_folder import SlimFolder, read_slim_folder
@@ -189,8 +189,8 @@ def _set_attention(model: Any, wanted: str) -> None:
 
 def _rows(ready: Ready, teacher: Any, progress: Progress) -> Any:
     """Read the text; one process first, which fills the cache for the others."""
-    longest = getattr(ready.model.config.get_text_config(), "max_position_embeddings", None)
-    length = min(ready.spec.context_length, longest or ready.spec.context_length)
+    usual = ready.spec.context_length
+    length = min(usual, longest_input(ready.model) or usual)
     with processes().main_process_first():
         return healing_text(
             ready.spec, ready.tokenizer, teacher=teacher, context_length=length, progress=progress

@@ -168,16 +168,19 @@ def stable_cholesky(gram_II: Tensor, relative: float = DAMPING) -> tuple[Tensor,
     Returns:
         The lower factor of H + diag(λ), (I, I), and λ, (I,); float64.
     """
+    # In place where it can be: at the widths of a large MLP, each copy is gigabytes.
     gram_II = torch.nan_to_num(gram_II.double(), posinf=0.0, neginf=0.0)
-    gram_II = (gram_II + gram_II.t()) / 2
+    gram_II = (gram_II + gram_II.t()).div_(2)
     for attempt in range(_TRIES):
         lambda_I = damping(gram_II, relative * 10**attempt)
-        damped_II = gram_II + lambda_I.diag()
+        damped_I = gram_II.diagonal() + lambda_I
         # To a unit diagonal first: channels may differ by many orders of magnitude.
-        scale_I = damped_II.diagonal().clamp_min(_TINY).rsqrt()
-        factor_II, info = torch.linalg.cholesky_ex(damped_II * scale_I[:, None] * scale_I)
-        if info == 0 and factor_II.isfinite().all():
-            return factor_II / scale_I[:, None], lambda_I
+        scale_I = damped_I.clamp_min(_TINY).rsqrt()
+        scaled_II = (gram_II * scale_I[:, None]).mul_(scale_I)
+        scaled_II.diagonal().copy_(damped_I * scale_I * scale_I)
+        factor_II, info = torch.linalg.cholesky_ex(scaled_II)
+        if info == 0 and factor_II.sum().isfinite():
+            return factor_II.div_(scale_I[:, None]), lambda_I
     lambda_I = gram_II.abs().sum(1) + 1.0  # dominant, so always positive definite
     return torch.linalg.cholesky(gram_II + lambda_I.diag()), lambda_I
 
@@ -197,8 +200,9 @@ def equivalent_target(
         relative: see `damping`.
     """
     factor_II, lambda_I = stable_cholesky(gram_II, relative)
-    cross_OI = torch.nan_to_num(cross_OI.double(), posinf=0.0, neginf=0.0)
-    return torch.cholesky_solve((cross_OI + weight_OI.double() * lambda_I).t(), factor_II).t()
+    wanted_OI = torch.nan_to_num(cross_OI.double(), posinf=0.0, neginf=0.0)
+    wanted_OI.add_(weight_OI.double() * lambda_I)
+    return torch.cholesky_solve(wanted_OI.t(), factor_II).t()
 
 
 def output_power(weight_OI: Tensor, gram_II: Tensor) -> float:

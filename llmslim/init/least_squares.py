@@ -60,7 +60,9 @@ def fit(block: StructuredLinear, target: Target) -> None:
         )
     # float64 on the CPU wherever the block is: GPUs are slow at it, or have none.
     factor_II, _ = stable_cholesky(target.gram_II.cpu())
-    fit_to_gram(block, target.weight_OI.double().cpu(), factor_II @ factor_II.t(), target.seed)
+    gram_II = factor_II @ factor_II.t()
+    del factor_II  # a structure that needs it makes one of its own, of its part of the matrix
+    fit_to_gram(block, target.weight_OI.double().cpu(), gram_II, target.seed)
 
 
 @singledispatch

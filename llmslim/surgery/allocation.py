@@ -59,6 +59,7 @@ from llmslim.surgery.streams import (
     record_calls,
     run_from,
     run_layer,
+    type_taken,
 )
 
 _STEPS = 16
@@ -224,9 +225,9 @@ class _Measurement:
         length = calibration.windows.shape[1]
         fit = calibration.windows[: max(1, FIT_TOKENS // length)]
         self.fitting = len(fit)
-        self.autocast = fast_type()
         ids = [window[None].to(model.device) for window in torch.cat((fit, calibration.held_out))]
         calls: Calls = record_calls(model, list(self.stack), ids)
+        self.autocast = type_taken(self.stack[0], calls, fast_type())
         self.stream, self.extras = calls.hidden, calls.extras
         self.probe_ids = ids[self.fitting :][: max(1, PROBE_TOKENS // length)]
         self.dense_logits = [self._logits(0, n).cpu() for n in range(len(self.probe_ids))]
@@ -276,9 +277,11 @@ class _Measurement:
                 if known is None:
                     known = moments.get(name) or Moments.of(seen.shape[-1], device=seen.device)
                     side = known.fit if batch < self.fitting else known.held_out
-                    x_NLI = seen.float()
-                    # As in the fit that follows: what an MLP adds counts for what the stream is.
-                    side.update(x_NLI * importance(output) if name in weighted else x_NLI)
+                    x_NLI, counts = seen.float(), importance(output)
+                    # As in the fit that follows: what an MLP adds counts for what the stream is,
+                    # unless that is several side by side.
+                    whole = name in weighted and counts.shape[:-1] == x_NLI.shape[:-1]
+                    side.update(x_NLI * counts if whole else x_NLI)
                     counted[seen.data_ptr()] = known
                 moments[name] = known
         return moments, after

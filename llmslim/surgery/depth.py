@@ -73,7 +73,15 @@ def depth_changes(config: Any, keep: tuple[int, ...], count: int) -> dict[str, A
 
     Every list with one entry per layer is cut, whatever its name: `layer_types`,
     `no_rope_layers`, per-layer sizes. Lists of token ids are no such list, even if as long.
+
+    Raises:
+        TargetError: if the config counts something else than decoder layers.
     """
+    if config.num_hidden_layers != count:
+        raise TargetError(
+            f"depth: num_hidden_layers is {config.num_hidden_layers} where there are {count} "
+            "decoder layers, so the config cannot tell of fewer. Leave `depth` out."
+        )
     changes: dict[str, Any] = {"num_hidden_layers": len(keep)}
     for key, value in config.to_dict().items():
         per_layer = isinstance(value, list) and len(value) == count

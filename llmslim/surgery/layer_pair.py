@@ -99,6 +99,8 @@ class LayerPair:
         whole, inputs = self.run(self.slim, 0, inputs_of={"site": site})
         without, _ = self.run(self.slim, 0, zeroed=[site])
         added = site(inputs["site"].to(next(site.parameters()).dtype)).float()
+        if added.shape != whole.shape:  # one of several streams side by side, say
+            return False
         return bool((whole - without - added).norm() < _ADDITIVE * added.norm())
 
     def inner_moments(self, name: str, *, fit: bool = True) -> Moments:

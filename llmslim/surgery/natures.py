@@ -25,12 +25,13 @@ from transformers import PreTrainedModel
 
 _LOADS = ("LOAD_ATTR", "LOAD_METHOD")
 
+_RECURRENCE = r"mamba|ssm|lru|rwkv|delta|recurrent|forgetgate|mixer"
 _BY_CLASS = (
     (r"router|topk|moegate|moestatics", "a router: it chooses the experts"),
     (r"norm", "a norm"),
     (r"embedding", "an embedding"),
     (r"expert", "biases of the experts"),
-    (r"mamba|ssm|lru|rwkv|delta|recurrent|forgetgate|mixer", "parameters of a recurrence"),
+    (_RECURRENCE, "parameters of a recurrence"),
     (r"hyper", "mixes the residual streams"),
 )
 """Patterns of class names, lower case, and what such a module's own parameters are."""
@@ -69,6 +70,14 @@ def nature(module: nn.Module, parameters: dict[str, nn.Parameter]) -> str:
     if all(max(p.shape, default=1) == p.numel() for p in parameters.values()):
         return "scales or biases"
     return f"{name} multiplies with it in a way of its own"
+
+
+def mixes_tokens(module: nn.Module) -> bool:
+    """Return whether a module is attention, or what chooses its tokens, or a recurrence."""
+    name = type(module).__name__.lower()
+    if "mlp" in name:  # of a model whose name sounds like one: RecurrentGemmaMlp, SeedOssMLP
+        return False
+    return re.search(rf"attention|attn|indexer|{_RECURRENCE}", name) is not None
 
 
 def is_dense_map(cls: Any) -> bool:

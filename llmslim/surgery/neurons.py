@@ -58,8 +58,7 @@ def eliminate(target_OM: Tensor, gram_MM: Tensor, widths: Iterable[int]) -> dict
     Returns:
         The answer to each width.
     """
-    factor_MM, _ = stable_cholesky(gram_MM)
-    inverse_AA = torch.cholesky_inverse(factor_MM)
+    inverse_AA = torch.cholesky_inverse(stable_cholesky(gram_MM)[0])
     weight_OA = target_OM.double().clone()
     alive_A = torch.ones(weight_OA.shape[1], dtype=torch.bool, device=weight_OA.device)
     name_A = torch.arange(len(alive_A), device=weight_OA.device)

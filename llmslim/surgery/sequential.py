@@ -46,7 +46,7 @@ from llmslim.surgery.sites import (
     find_mlps,
     find_sites,
 )
-from llmslim.surgery.streams import fast_type, importance, record_calls
+from llmslim.surgery.streams import fast_type, importance, record_calls, type_taken
 from llmslim.surgery.visits import Fitted, Streams, Visits
 from llmslim.surgery.width import keep_neurons
 
@@ -101,7 +101,6 @@ class _Sequential:
         self.mlps = find_mlps(model, self.layers)
         self.narrow = {mlp.mlp.name: mlp for mlp in plan.mlps if mlp.fitted}
         self.spec = plan.recipe.refine
-        self.autocast = fast_type()
         self.early = early_layers(len(self.stack))
         more = windows[:0]
         if any(self._planned(index) for index in range(self.early)):
@@ -112,6 +111,7 @@ class _Sequential:
             every = torch.cat((more, windows, held_out))
             batches = [window[None].to(model.device) for window in every]
             calls = record_calls(model, list(self.stack), batches)
+            self.autocast = type_taken(self.stack[0], calls, fast_type())
         self.extras = calls.extras
         self.first, self.streams = visits.go_on(Streams(calls.hidden, calls.hidden))
         if self.first >= self.early:

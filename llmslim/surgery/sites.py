@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from llmslim.errors import TargetError
-from llmslim.surgery.natures import is_dense_map, obstacle
+from llmslim.surgery.natures import is_dense_map, mixes_tokens, obstacle
 
 
 @dataclass(frozen=True)
@@ -156,25 +156,35 @@ def find_layers(model: Any) -> Layers:
     Raises:
         TargetError: if no module list is as long as the config says.
     """
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    config = model.config.get_text_config()
+    # Longcat's num_hidden_layers counts attentions, of which each of its layers has two.
+    counts = [getattr(config, field, None) for field in ("num_hidden_layers", "num_layers")]
     # An image encoder may have as many layers as the text decoder, and come first.
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     inside = set() if decoder is None else {id(module) for module in decoder.modules()}
     stacks = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
+        if isinstance(module, nn.ModuleList) and len(module) in counts
     ]
-    for name, module in sorted(stacks, key=lambda found: id(found[1]) not in inside):
+
+    def rank(found: tuple[str, nn.ModuleList]) -> tuple[int, bool]:
+        return counts.index(len(found[1])), id(found[1]) not in inside
+
+    for name, module in sorted(stacks, key=rank):
         return Layers(name, len(module))
     raise TargetError(
-        f"{type(model).__name__}: no module list of {count} decoder layers; depth and width "
+        f"{type(model).__name__}: no module list of {counts[0]} decoder layers; depth and width "
         "need one."
     )
 
 
 def find_mlps(model: Any, layers: Layers) -> list[Mlp]:
     """Return the MLP of every decoder layer that has one, found by its sizes.
+
+    Of several that a layer seems to have, the widest are: what is narrower beside them, such as
+    Gemma 3n's inputs for each layer, only has the sizes of one. Neurons that something else has
+    parameters for (an inner norm, the adapters of Zamba 2) cannot come and go: theirs are none.
 
     Args:
         model: a causal language model.
@@ -185,15 +195,22 @@ def find_mlps(model: Any, layers: Layers) -> list[Mlp]:
     for site in find_sites(model).values():
         if layers.index_of(site.name) is not None:
             by_parent[site.name.rpartition(".")[0]].append(site)
-    found = (_as_mlp(parent, sites, hidden) for parent, sites in by_parent.items())
-    return [mlp for mlp in found if mlp]
+    by_layer: dict[int | None, list[Mlp]] = defaultdict(list)
+    for parent, sites in by_parent.items():
+        mlp = None if mixes_tokens(model.get_submodule(parent)) else _as_mlp(parent, sites, hidden)
+        if mlp is not None:
+            by_layer[layers.index_of(parent)].append(mlp)
+    widest = [
+        mlp
+        for mlps in by_layer.values()
+        for mlp in mlps
+        if mlp.width == max(other.width for other in mlps)
+    ]
+    return [mlp for mlp in widest if _owns_neurons(model, layers, mlp)]
 
 
 def _as_mlp(parent: str, sites: list[Site], hidden: int) -> Mlp | None:
     """Return sites of one parent as an MLP, None where their sizes do not make one."""
-    # Attention with equal sizes everywhere would pass for an MLP by its shapes alone.
-    if "attn" in parent.rpartition(".")[2] or "attention" in parent.rpartition(".")[2]:
-        return None
     # Most declare the projection that reads the neurons last; some between gate and up.
     for down in reversed(sites):
         up = [site for site in sites if site is not down]
@@ -209,3 +226,15 @@ def _as_mlp(parent: str, sites: list[Site], hidden: int) -> Mlp | None:
                 fused=sizes == [2 * width],
             )
     return None
+
+
+def _owns_neurons(model: nn.Module, layers: Layers, mlp: Mlp) -> bool:
+    """Return whether nothing beside an MLP's projections has parameters for each neuron."""
+    if mlp.name.rpartition(".")[0] == layers.path:
+        return True  # the projections stand in the decoder layer itself, among attention
+    widths = {mlp.width, 2 * mlp.width} if mlp.fused else {mlp.width}
+    return not any(
+        f"{mlp.name}.{name}".rpartition(".")[0] not in (*mlp.up, mlp.down)
+        and widths.intersection(parameter.shape)
+        for name, parameter in model.get_submodule(mlp.name).named_parameters()
+    )

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmslim.errors import TargetError
 from llmslim.surgery.sites import out_features_of
 
 
@@ -59,40 +60,124 @@ class Calls:
 
 
 @torch.no_grad()
-def record_calls(model: nn.Module, layers: Sequence[nn.Module], batches: list[Tensor]) -> Calls:
-    """Return what each decoder layer is called with, without running any.
+def record_calls(model: Any, layers: Sequence[nn.Module], batches: list[Tensor]) -> Calls:
+    """Return what each decoder layer is called with; of the layers, only the first is run.
 
     Args:
         model: a causal language model; its head is not reached.
         layers: its decoder layers, in order.
         batches: token ids, (N, L), all of one shape.
-    """
-    calls = Calls(extras=[[] for _ in layers])
 
-    def stand_in(index: int) -> Callable[..., Any]:
+    Raises:
+        TargetError: if the layers do not run one after the other on hidden states alone.
+        OutOfMemoryError: as torch raises it.
+    """
+    try:
+        return _Recording(model, layers, batches[0]).of(batches)
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the model
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        why = f"its layers cannot be run one by one ({type(error).__name__}: {error})"
+        raise TargetError(_unfit(model, why)) from error
+
+
+def _unfit(model: nn.Module, why: str) -> str:
+    return (
+        f"{type(model).__name__}: {why}; a fit to text runs one decoder layer at a time on hidden "
+        "states alone. Use init: project, and no structure auto."
+    )
+
+
+class _Recording:
+    """Stand-ins for decoder layers that note what they are called with.
+
+    Args:
+        model: a causal language model.
+        layers: its decoder layers, in order.
+        batch: token ids, to see what a layer returns.
+    """
+
+    def __init__(self, model: Any, layers: Sequence[nn.Module], batch: Tensor) -> None:
+        self._model, self._layers = model, layers
+        if getattr(model.config.get_text_config(), "num_kv_shared_layers", 0):
+            raise TargetError(_unfit(model, "its last layers read keys and values of earlier ones"))
+        self._form = _form(model, layers, batch)
+        self._calls = Calls(extras=[[] for _ in layers])
+        self._next = 0
+        """The layer whose turn it is."""
+        self._given: Tensor | None = None
+        """What the layer before it is taken to return."""
+
+    def of(self, batches: list[Tensor]) -> Calls:
+        """Run the model on batches; return what its layers are called with.
+
+        Raises:
+            TargetError: if they cannot be run one by one.
+        """
+        with ExitStack() as stack:
+            for index, layer in enumerate(self._layers):
+                stack.enter_context(_replaced_forward(layer, self._stand_in(index)))
+            for batch in batches:
+                self._next = 0
+                with suppress(_Stop):
+                    self._model(input_ids=batch, use_cache=False)
+                if self._next < len(self._layers):
+                    raise TargetError(self._out_of_turn())
+        return self._calls
+
+    def _stand_in(self, index: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden = args[0] if args else kwargs.pop("hidden_states")
-            if index == 0:
-                calls.hidden.append(hidden.detach().float())
             # A cache would grow with every run.
             kept = {key: value for key, value in kwargs.items() if "past_key_value" not in key}
-            extra, known = (args[1:], kept), calls.extras[index]
+            self._check(index, hidden, (*args[1:], *kept.values()))
+            if index == 0:
+                self._calls.hidden.append(hidden.detach().float())
+            extra, known = (args[1:], kept), self._calls.extras[index]
             known.append(_kept_once(extra, known[0]) if known else extra)
-            if index == len(layers) - 1:
+            self._given, self._next = hidden, index + 1
+            if self._next == len(self._layers):
                 raise _Stop
-            # Layers return the hidden states alone or first of several, as they did before.
-            return hidden if returns_tensor else (hidden,)
+            return self._form.holding(hidden)
 
         return forward
 
-    returns_tensor = _returns_tensor(model, layers, batches[0])
-    with ExitStack() as stack:
-        for index, layer in enumerate(layers):
-            stack.enter_context(_replaced_forward(layer, stand_in(index)))
-        for batch in batches:
-            with suppress(_Stop):
-                model(input_ids=batch, use_cache=False)
-    return calls
+    def _check(self, index: int, hidden: Tensor, others: Sequence[Any]) -> None:
+        """Refuse what a layer is given if the layers before it have more to do with it.
+
+        Raises:
+            TargetError: if they have.
+        """
+        if index != self._next:
+            raise TargetError(self._out_of_turn())
+        before = self._given
+        if index and before is not None and not torch.equal(hidden, before):
+            raise TargetError(
+                _unfit(self._model, "more than its list of layers works on the hidden states")
+            )
+        # Empty ones, None among them, may be met anywhere.
+        states = [s for s in self._form.rest if isinstance(s, Tensor) or s]
+        if any(other is state for state in states for other in others):
+            raise TargetError(
+                _unfit(self._model, "its layers hand each other more than the hidden states")
+            )
+
+    def _out_of_turn(self) -> str:
+        return _unfit(self._model, "its layers do not run once each, in the order of their list")
+
+
+@dataclass
+class _Form:
+    """What a decoder layer returns: hidden states, alone or first of several."""
+
+    kind: type | None
+    """The class of what holds several; None for hidden states alone."""
+    rest: tuple[Any, ...] = ()
+    """The others, as the first layer gave them."""
+
+    def holding(self, hidden: Tensor) -> Any:
+        """Return hidden states as a layer would."""
+        return hidden if self.kind is None else self.kind((hidden, *self.rest))
 
 
 def _kept_once(value: Any, known: Any) -> Any:
@@ -107,8 +192,12 @@ def _kept_once(value: Any, known: Any) -> Any:
     return value
 
 
-def _returns_tensor(model: nn.Module, layers: Sequence[nn.Module], batch: Tensor) -> bool:
-    """Return whether a decoder layer gives a tensor rather than a tuple, by running the first."""
+def _form(model: nn.Module, layers: Sequence[nn.Module], batch: Tensor) -> _Form:
+    """Return the form of what decoder layers return, by running the first.
+
+    Raises:
+        TargetError: if it has none that could be handed on.
+    """
     seen: list[Any] = []
 
     def look(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -116,10 +205,19 @@ def _returns_tensor(model: nn.Module, layers: Sequence[nn.Module], batch: Tensor
         raise _Stop
 
     handle = layers[0].register_forward_hook(look)
-    with suppress(_Stop):
-        model(input_ids=batch[:1, :4], use_cache=False)
-    handle.remove()
-    return isinstance(seen[0], Tensor)
+    try:
+        with suppress(_Stop):
+            model(input_ids=batch[:1, :4], use_cache=False)
+    finally:
+        handle.remove()
+    if not seen:
+        raise TargetError(_unfit(model, "its layers are not called on text"))
+    output = seen[0]
+    if isinstance(output, Tensor):
+        return _Form(None)
+    if type(output) not in (tuple, list):
+        raise TargetError(_unfit(model, f"its layers return {type(output).__name__}"))
+    return _Form(type(output), tuple(output[1:]))
 
 
 @torch.no_grad()
@@ -146,7 +244,7 @@ def run_from(
         Logits, (N, L, V).
     """
     given = hidden if autocast is not None else hidden.to(next(model.parameters()).dtype)
-    answer = given if _returns_tensor(model, layers, ids) else (given,)
+    answer = _form(model, layers, ids).holding(given)
     with ExitStack() as stack:
         for layer in layers[:start]:
             stack.enter_context(_replaced_forward(layer, lambda *_args, **_kwargs: answer))
@@ -176,6 +274,22 @@ def _in_own_type(norm: nn.LayerNorm, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Hand a norm its input in its weights' type: torch refuses any other under autocast."""
     weight = norm.weight
     return args if weight is None else (args[0].to(weight.dtype), *args[1:])
+
+
+def type_taken(layer: nn.Module, calls: Calls, fast: torch.dtype | None) -> torch.dtype | None:
+    """Return a type for products if the code of a model's first layer takes it, else None.
+
+    Args:
+        layer: the model's first decoder layer.
+        calls: what the model hands to its layers.
+        fast: the type; None for the model's own.
+    """
+    try:
+        run_layer(layer, calls.hidden[0], calls.extras[0][0], autocast=fast)
+    except RuntimeError:
+        # X-MOD writes what its adapters give, in one type, into what has the other.
+        return None
+    return fast
 
 
 def run_layer(
@@ -232,6 +346,6 @@ def run_layer(
     finally:
         for handle in handles:
             handle.remove()
-    if isinstance(output, tuple):
+    if isinstance(output, tuple | list):
         output = output[0]
     return (None if output is None else output.float()), seen

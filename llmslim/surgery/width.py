@@ -49,7 +49,10 @@ def width_field(
         if not hasattr(text, real) or isinstance(getattr(text, real), list):
             continue
         apply_changes(text, {real: width})
-        model = build(trial)
+        try:
+            model = build(trial)
+        except ValueError:  # some models' text parts have no class of their own
+            return None
         mlps = find_mlps(model, find_layers(model))
         if mlps and all(mlp.width == width for mlp in mlps):
             return {real: width}

@@ -64,20 +64,20 @@ def plan_widths(
         wrong: takes up what is wrong with single rules.
 
     Raises:
-        TargetError: if the section `width` finds no MLP, or one that cannot be resized.
+        TargetError: if the section `width` finds no MLP.
     """
     plan = Widths()
     found = [mlp for mlp in find_mlps(model, layers) if stays(layers.index_of(mlp.name))]
     if recipe.width is not None and not found:
         raise TargetError(
             f"{recipe.where('width', 'intermediate_size')}: no MLP found in "
-            f"{type(model).__name__} whose sizes fit each other. Leave `width` out."
+            f"{type(model).__name__} whose sizes fit each other and whose neurons nothing else "
+            "depends on. Leave `width` out."
         )
     wanted = _wanted(found, recipe, init, wrong)
     plan.mlps = [each for each in wanted if each.width != each.mlp.width]
     for each in plan.mlps:
         mlp, hidden = each.mlp, sites[each.mlp.down].out_features
-        _check_alone(model, recipe, mlp)
         for up in mlp.up:
             plan.sizes[up] = (hidden, each.width * (2 if mlp.fused else 1))
         plan.sizes[mlp.down] = (each.width, hidden)
@@ -123,25 +123,6 @@ def _wanted(mlps: list[Mlp], recipe: Recipe, init: str | None, wrong: Wrong) -> 
             width = max(1, int(mlp.width * exact_ratio(share)))
             planned.append(MlpPlan(mlp, width, init_of(recipe, index, init)))
     return planned
-
-
-def _check_alone(model: nn.Module, recipe: Recipe, mlp: Mlp) -> None:
-    """Refuse an MLP with per-neuron parameters outside its projections (an inner norm).
-
-    Raises:
-        TargetError: if it has any.
-    """
-    known = {*mlp.up, mlp.down}
-    parent = model.get_submodule(mlp.name)
-    if len(list(parent.children())) > len(known) + 4:
-        return  # the projections stand directly in the decoder layer, among attention
-    for name, parameter in parent.named_parameters():
-        owner = f"{mlp.name}.{name}".rpartition(".")[0]
-        if owner not in known and mlp.width in parameter.shape:
-            raise TargetError(
-                f"{recipe.where('width', 'intermediate_size')}: {owner} has one parameter "
-                "for each neuron too, which cannot be resized. Leave `width` out."
-            )
 
 
 def _share_of_neurons(recipe: Recipe, rule: Rule) -> float | None:
