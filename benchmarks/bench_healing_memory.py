@@ -51,9 +51,7 @@ def measure(model: str, teacher: str | None, spec: Heal, length: int, steps: int
     before = resident()
     loaded = load_model(source, dtype="float32")
     dense = None if teacher is None else load_model(find(teacher), dtype="float32")
-    computed = healing_memory(
-        loaded, spec, length=length, accumulate=1, bf16=False, teacher=dense, fused=False
-    )
+    computed = healing_memory(loaded, spec, length=length, accumulate=1, bf16=False, teacher=dense)
     llmslim.heal(loaded, recipe=spec, data=text, teacher=dense)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"measured": peak - before, "computed": computed.peak, "process": before}

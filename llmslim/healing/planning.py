@@ -77,7 +77,6 @@ def plan_healing(ready: Ready) -> HealingPlan:
             accumulate=run.accumulate,
             bf16=bf16,
             teacher=ready.teacher,
-            fused=state.device.type == "cuda",
         )
     except Exception as error:  # in as many classes as there are models
         notes.append(f"How much memory it takes is not known here ({first_line(error)}).")
