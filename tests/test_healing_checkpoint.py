@@ -186,7 +186,8 @@ def test_a_model_in_memory_is_healed_in_place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = tiny_model()
     before = model.lm_head.weight.clone()
-    report = llmslim.heal(model, data=Text(Rows(4, 1), Rows(2, 2)), settings={"warmup": 0})
+    settings = {"train": "all", "warmup": 0}
+    report = llmslim.heal(model, data=Text(Rows(4, 1), Rows(2, 2)), settings=settings)
     assert report.path is None
     assert not torch.equal(model.lm_head.weight, before)
     assert list(tmp_path.iterdir()) == []

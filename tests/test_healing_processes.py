@@ -29,6 +29,7 @@ RECIPE = {
     "name": "third",
     "replace": [{"match": "*.mlp.*", "structure": "low_rank", "rank": 8}],
     "heal": {
+        "train": "all",
         "template": "report",
         "held_out": 3,
         "context_length": 48,
@@ -223,7 +224,7 @@ def test_other_ways_to_spread_a_model_are_refused(launched, spec, said):
 
 def test_what_is_not_spread_is_not_refused():
     check_sharding(SimpleNamespace(state=SimpleNamespace()), Heal(train="lora"))
-    check_sharding(accelerator(), Heal())
+    check_sharding(accelerator(), Heal(train="all"))
 
 
 def test_a_lent_model_is_empty_and_gets_its_weights_back():

@@ -304,7 +304,8 @@ def test_from_folder_to_folder_with_both_the_teacher_and_the_blend_leave_no_trac
     llmslim.convert(tmp_path / "dense", recipe, tmp_path / "slim")
     rows = [{"instruction": f"{n} {n}", "response": f"{n + 1}" * 3} for n in range(20)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = {"template": "report", "held_out": 2, "context_length": 48, "batch_size": 2}
+    settings = {"train": "all", "template": "report", "held_out": 2}
+    settings |= {"context_length": 48, "batch_size": 2}
     settings |= {"top_k": 64, "blend_share": 0.5, "learning_rate": 1e-2}
     live, once = (
         llmslim.heal(

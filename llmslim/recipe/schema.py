@@ -159,7 +159,7 @@ class Heal(Section):
     """Which tokens are learned."""
     held_out: Annotated[int, Field(ge=0)] | None = None
     """Rows kept for measuring; by default 5000 of `lamini`, of other data 5 % and at most 1000."""
-    train: Literal["blocks", "all", "lora"] = "all"
+    train: Literal["blocks", "all", "lora"] = "lora"
     """What is trained: what surgery changed, everything, or that and LoRA on what stayed dense."""
     lora_rank: Count = 16
     """Rank of the LoRA matrices; their scale is 2."""

@@ -66,7 +66,10 @@ _STEPS = 16
 """Sizes to choose from: this many, evenly spaced, the last one dense."""
 FIT_TOKENS = 16_384
 """Enough to rank candidates; the fit that follows uses all tokens."""
+JUDGED_TOKENS = 8_192
+"""That the candidates' errors are measured on, at most."""
 PROBE_TOKENS = 2_048
+"""Those of them on which predictions are compared."""
 _ROWS = 8
 
 
@@ -224,8 +227,12 @@ class _Measurement:
         self.stack: Any = model.get_submodule(find_layers(model).path)
         length = calibration.windows.shape[1]
         fit = calibration.windows[: max(1, FIT_TOKENS // length)]
+        # What the candidates are not fitted to comes from all over the text; what the fit that
+        # follows will hold out is one stretch of it, a few articles.
+        other = torch.cat((calibration.windows[len(fit) :], calibration.held_out))
+        judged = other[: max(1, JUDGED_TOKENS // length)]
         self.fitting = len(fit)
-        ids = [window[None].to(model.device) for window in torch.cat((fit, calibration.held_out))]
+        ids = [window[None].to(model.device) for window in torch.cat((fit, judged))]
         calls: Calls = record_calls(model, list(self.stack), ids)
         self.autocast = type_taken(self.stack[0], calls, fast_type())
         self.stream, self.extras = calls.hidden, calls.extras

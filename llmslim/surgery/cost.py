@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from llmslim.recipe import Calibration
-from llmslim.surgery.allocation import FIT_TOKENS, PROBE_TOKENS
+from llmslim.surgery.allocation import FIT_TOKENS, JUDGED_TOKENS, PROBE_TOKENS
 from llmslim.surgery.plan import Plan
 from llmslim.surgery.refine import STEP_TOKENS
 from llmslim.surgery.rules import WIDTH
@@ -58,7 +58,7 @@ def fitting_cost(plan: Plan) -> Cost | None:
     scrambled = scrambled_tokens(spec.tokens)
     flops = int(tokens + EARLY * scrambled) * (passes * layer_flops + moments)
     if plan.recipe.has_auto:
-        flops += FIT_TOKENS * (layer_flops + sum(2 * i * i for i, _ in sizes))
+        flops += (FIT_TOKENS + JUDGED_TOKENS) * (layer_flops + sum(2 * i * i for i, _ in sizes))
         flops += len(fitted) * PROBE_TOKENS * (model_flops - layer_flops // 2)
     if plan.recipe.refine is not None:
         # Forward and backward: three times a pass, and once more where it is looked at.
