@@ -7,7 +7,7 @@ projection that belongs to none.
 - Its candidates are fitted, and their error is measured on tokens the fit has not seen: an MLP
   with fewer neurons, a projection with a lower rank (pivoted), in sizes of a sixteenth.
 - What the unit means to the model is measured too: the candidate nearest to the budget is put in
-  place, and the divergence of the model's predictions from the dense ones is taken on held-out
+  place, and the divergence of the model's predictions from the dense ones is taken on such
   text. Other sizes are taken to cost in proportion to their errors.
 - A mixed-integer programme chooses one candidate for each unit, so that the sum of the costs is
   smallest within the budget. Layers that hurt most keep more.
