@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import llmslim
 from llmslim import DataError, SlimError, TargetError, surgery
 from llmslim.data import Windows
 from llmslim.init import damping
+from llmslim.surgery.layer_pair import LayerPair
 from llmslim.surgery.neurons import eliminate
 from llmslim.surgery.sites import dense_weight, find_layers, find_mlps
 from llmslim.surgery.streams import record_calls, run_layer
@@ -410,3 +413,33 @@ def test_neurons_are_renumbered_where_groups_choose_their_channels() -> None:
     errors = [r.init_error for r in report.rows if r.name.endswith(("gate_proj", "up_proj"))]
     assert len(errors) == 2
     assert max(errors) < 1e-6
+
+
+@pytest.mark.parametrize("structure", ["low_rank", "width"])
+def test_the_streams_of_a_layer_are_let_go_with_it(
+    structure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs: list[weakref.ref[LayerPair]] = []
+
+    class Watched(LayerPair):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            assert sum(pair() is not None for pair in pairs) <= 2  # of the layer before
+            pairs.append(weakref.ref(self))
+
+    monkeypatch.setattr("llmslim.surgery.sequential.LayerPair", Watched)
+    recipe = llmslim.Recipe.of(
+        {
+            "name": "r",
+            "init": "least_squares",
+            "replace": [{"match": "*.mlp.*", "structure": structure, "keep_ratio": 0.5}],
+        }
+    )
+    model = tiny_model(num_hidden_layers=8)
+    gc.disable()
+    try:
+        calibration = surgery.Calibration(tokens(6), tokens(2))
+        surgery.rewrite(model, surgery.plan(model, recipe), calibration=calibration)
+    finally:
+        gc.enable()
+    assert len(pairs) == 16

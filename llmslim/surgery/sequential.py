@@ -345,7 +345,8 @@ class _Sequential:
         if mlp is not None:
             self._reorder(mlp, pair, prefix, names, moments, group[0].spec["groups"])
         if writes:
-            pair.ahead.add = lambda x: pair.slim.get_submodule(names[0])(x)
+            layer = pair.slim  # not by way of the pair: a cycle would keep its streams alive
+            pair.ahead.add = lambda x: layer.get_submodule(names[0])(x)
         for site, name in zip(group, names, strict=True):
             module = pair.slim.get_submodule(name)
             weight_OI = dense_weight(module).float()
