@@ -15,7 +15,7 @@ from llmslim import surgery
 from llmslim.init import GramAccumulator
 from llmslim.modeling.experts import Experts
 from llmslim.recipe import Recipe
-from llmslim.surgery import Calibration, expert_fits
+from llmslim.surgery import Calibration, expert_fits, sequential
 from llmslim.surgery.expert_fits import Watched, fit_experts, watching
 from llmslim.surgery.sites import find_experts
 
@@ -173,6 +173,13 @@ def test_another_implementation_of_experts_fits_the_same() -> None:
 # ----------------------------------------------------------------------------- each expert
 
 
+@pytest.fixture
+def text_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fit the first layer to the calibration text and nothing else, so that its best is known."""
+    monkeypatch.setattr(sequential, "scrambled", lambda windows, *_args: windows[:0])
+
+
+@pytest.mark.usefixtures("text_alone")
 @pytest.mark.parametrize("name", LOOPS)
 def test_each_expert_is_the_best_for_its_tokens(name: str) -> None:
     """Truth: the singular value decomposition of the weight on the tokens, for each expert."""
@@ -214,6 +221,7 @@ def test_errors_are_those_of_held_out_tokens(name: str) -> None:
         assert rows[at].init_error == pytest.approx(float(lost / power), rel=1e-3)
 
 
+@pytest.mark.usefixtures("text_alone")
 def test_an_expert_without_tokens_is_fitted_to_those_of_the_others() -> None:
     text, dense = calibration(), tiny_model(CLASSES["gpt_oss"])
     dense.model.layers[0].mlp.router.bias.data[2] = -1e4  # never chosen
