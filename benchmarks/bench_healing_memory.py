@@ -111,6 +111,7 @@ def main(
         rows, checkpointing, taught = json.loads(one)
         spec = Heal(
             data=data,
+            train="all",
             micro_batch=rows,
             gradient_checkpointing=checkpointing,
             precision="fp32",

@@ -165,6 +165,7 @@ def main(
     tokenizer = read_tokenizer(source)
     spec = Heal(
         data=data,
+        train="all",
         batch_size=batch,
         micro_batch=batch,
         learning_rate=1e-5,
