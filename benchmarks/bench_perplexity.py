@@ -62,7 +62,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "auto": {"structure": "auto"},
     "auto, refined": {"structure": "auto"},
 }
-REFINE = {"steps": 32}
+REFINE = {"steps": 64}
 
 
 class Job(NamedTuple):

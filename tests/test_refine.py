@@ -12,6 +12,7 @@ from torch import nn
 import llmslim
 from llmslim.data import Windows
 from llmslim.recipe import Refine
+from llmslim.surgery.layer_pair import LayerPair
 from llmslim.surgery.refine import refine_layer
 
 WINDOWS = Windows(tokens(16, 64), "random tokens", tokens(8, 64, seed=5))
@@ -101,3 +102,47 @@ def test_bfloat16_weights_are_refined_in_float32() -> None:
         errors.append(sum(r.init_error for r in report.rows if r.init_error is not None))
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "rule", "end"),
+    [
+        ("llama", RULE, "mlp"),
+        ("phi3", RULE, "mlp"),
+        ("gpt_neox", RULE, "mlp"),  # beside the attention
+        ("llama", RULE | {"match": "*.down_proj", "structure": "low_rank"}, "mlp.down_proj"),
+        ("llama", RULE | {"match": "*.up_proj", "structure": "low_rank"}, "mlp"),
+        ("llama", RULE | {"match": "*_proj", "structure": "low_rank"}, None),  # attention, too
+        ("opt", RULE | {"match": "*.fc*"}, None),  # no module holds the MLP alone
+        ("bloom", RULE, None),  # the MLP is given the stream, too, and adds to it
+    ],
+)
+def test_running_the_end_of_a_layer_is_running_the_layer(
+    monkeypatch: pytest.MonkeyPatch, architecture: str, rule: dict[str, Any], end: str | None
+) -> None:
+    """Truth: the same descent with every step through the whole layer."""
+    recipe = {"init": "least_squares", "refine": {"steps": 8}, "replace": [rule]}
+    ends: list[Any] = []
+    tail = LayerPair.tail
+
+    def noted(pair: LayerPair, names: Any) -> Any:
+        found = tail(pair, names)
+        modules = {module: name for name, module in pair.slim.named_modules()}
+        ends.append(found and modules[found.module])
+        return found
+
+    monkeypatch.setattr(LayerPair, "tail", noted)
+    model = tiny_model(architecture, num_hidden_layers=2)
+    report = llmslim.slim(model, recipe, calibration=WINDOWS)
+    assert ends == [end, end]
+    monkeypatch.setattr(LayerPair, "tail", lambda _pair, _names: None)
+    whole = tiny_model(architecture, num_hidden_layers=2)
+    truth = llmslim.slim(whole, recipe, calibration=WINDOWS)
+    expected = whole.state_dict()
+    for name, weights in model.state_dict().items():
+        torch.testing.assert_close(weights, expected[name], rtol=1e-3, atol=1e-4)
+    errors = [row.init_error for row in report.rows if row.init_error is not None]
+    assert errors
+    assert errors == pytest.approx(
+        [e for r in truth.rows if (e := r.init_error) is not None], rel=1e-2
+    )

@@ -118,7 +118,7 @@ class Refine(Section):
 
     steps: Count = 64
     """Steps of the optimiser for each decoder layer."""
-    lr: Annotated[float, Field(gt=0)] = 1e-2
+    lr: Annotated[float, Field(gt=0)] = 3e-2
     """Peak step, in units of each parameter's root mean square: one value serves every model."""
 
 

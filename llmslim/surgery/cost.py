@@ -61,8 +61,9 @@ def fitting_cost(plan: Plan) -> Cost | None:
         flops += (FIT_TOKENS + JUDGED_TOKENS) * (layer_flops + sum(2 * i * i for i, _ in sizes))
         flops += len(fitted) * PROBE_TOKENS * (model_flops - layer_flops // 2)
     if plan.recipe.refine is not None:
-        # Forward and backward: three times a pass, and once more where it is looked at.
-        flops += 4 * plan.recipe.refine.steps * STEP_TOKENS * layer_flops
+        # Forward and backward: three times a pass of what moves, and as much as one in checks.
+        per_token = sum(row.flops_per_token_after for row in rows if row.action == "replaced")
+        flops += 4 * plan.recipe.refine.steps * STEP_TOKENS * per_token
     if spec.data == "self":
         flops += _SAMPLING * tokens * model_flops
     largest = max((8 * (i * i + i * o + o * o) for i, o in sizes), default=0)

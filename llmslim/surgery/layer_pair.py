@@ -36,6 +36,15 @@ class Ahead:
     """The last projection, as it is now."""
 
 
+@dataclass
+class Tail:
+    """The end of a layer: a module whose output is added to the stream as it is."""
+
+    module: nn.Module
+    parts: list[tuple[Tensor, Tensor]]
+    """The slim stream without what the module adds, and the module's input, for each window."""
+
+
 class LayerPair:
     """A decoder layer as it was and as it is, each with its stream.
 
@@ -94,14 +103,46 @@ class LayerPair:
 
     def adds_to_stream(self, site: nn.Module) -> bool:
         """Return whether the slim layer adds a projection's output to the stream as it is."""
-        if out_features_of(site) != self.streams.slim[0].shape[-1]:
+        return out_features_of(site) == self.streams.slim[0].shape[-1] and self._adds(site)
+
+    def _adds(self, module: nn.Module) -> bool:
+        try:
+            whole, inputs = self.run(self.slim, 0, inputs_of={"x": module})
+            added: Any = self.added(module, inputs["x"])
+        except (IndexError, TypeError):  # it is given more than one tensor, or by name
             return False
-        whole, inputs = self.run(self.slim, 0, inputs_of={"site": site})
-        without, _ = self.run(self.slim, 0, zeroed=[site])
-        added = site(inputs["site"].to(next(site.parameters()).dtype)).float()
-        if added.shape != whole.shape:  # one of several streams side by side, say
+        # One of several streams side by side, say, or several results.
+        if not isinstance(added, Tensor) or added.shape != whole.shape:
             return False
+        without, _ = self.run(self.slim, 0, zeroed=[module])
         return bool((whole - without - added).norm() < _ADDITIVE * added.norm())
+
+    def added(self, module: nn.Module, x: Tensor) -> Any:
+        """Return what a module of the slim layer makes of an input; of a tensor, in float32."""
+        fast = self._autocast is not None
+        with torch.autocast(x.device.type, self._autocast, enabled=fast):
+            y = module(x if fast else x.to(next(module.parameters()).dtype))
+        return y.float() if isinstance(y, Tensor) else y
+
+    def tail(self, names: Sequence[str]) -> Tail | None:
+        """Return the smallest end of the slim layer that holds some projections, if it has one.
+
+        What comes before it does not change with them, so it is run once.
+
+        Args:
+            names: of the projections in the layer.
+        """
+        path = names[0]
+        while path:
+            module = self.slim.get_submodule(path)
+            if all(f"{name}.".startswith(f"{path}.") for name in names) and self._adds(module):
+                return Tail(module, [self._without(module, w) for w in self._windows(fit=True)])
+            path = path.rpartition(".")[0]
+        return None
+
+    def _without(self, module: nn.Module, window: int) -> tuple[Tensor, Tensor]:
+        before, seen = self.run(self.slim, window, inputs_of={"x": module}, zeroed=[module])
+        return before, seen["x"]
 
     def inner_moments(self, name: str, *, fit: bool = True) -> Moments:
         """Return moments of a projection's slim inputs against its dense inputs.

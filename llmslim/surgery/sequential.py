@@ -220,11 +220,22 @@ class _Sequential:
         if not names:
             return
         wanted = pair.ahead.dense or pair.outputs(pair.dense)
+        pair.ahead = Ahead(dense=wanted)
         windows: list[Window] = [(n, y, importance(y)) for n, y in enumerate(wanted)]
+        tail = pair.tail([name.removeprefix(prefix) for name in names])
+
+        def run(window: int) -> Tensor:
+            if tail is None:
+                output: Tensor = pair.run(pair.slim, window)[0]
+                return output
+            before, x = tail.parts[window]
+            after: Tensor = before + pair.added(tail.module, x)
+            return after
+
         dtype = next(pair.slim.parameters()).dtype
         pair.slim.float()  # small steps would be lost in bfloat16
         refine_layer(
-            lambda window: pair.run(pair.slim, window)[0],
+            run,
             [p for name in names for p in self.model.get_submodule(name).parameters()],
             windows[: self.fitting],
             windows[self.fitting :],
@@ -235,7 +246,9 @@ class _Sequential:
         for name in names:
             if name in self.result.errors:
                 self._measure_again(pair, prefix, name)
-        pair.ahead = Ahead(dense=wanted)
+        if tail is not None:
+            # The module itself, not by way of the pair: a cycle would keep its streams alive.
+            pair.ahead.parts, pair.ahead.add = tail.parts, tail.module
 
     def _measure_again(self, pair: LayerPair, prefix: str, full_name: str) -> None:
         site, name = self.sites.get(full_name), full_name.removeprefix(prefix)
@@ -345,7 +358,7 @@ class _Sequential:
         if mlp is not None:
             self._reorder(mlp, pair, prefix, names, moments, group[0].spec["groups"])
         if writes:
-            layer = pair.slim  # not by way of the pair: a cycle would keep its streams alive
+            layer = pair.slim  # not by way of the pair, see `_refine`
             pair.ahead.add = lambda x: layer.get_submodule(names[0])(x)
         for site, name in zip(group, names, strict=True):
             module = pair.slim.get_submodule(name)

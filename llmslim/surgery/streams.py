@@ -265,7 +265,12 @@ def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterato
 
 
 def _zeros_of(module: nn.Module) -> Callable[..., Tensor]:
-    """Return a forward pass that gives zeros without any product."""
+    """Return a forward pass that gives zeros without any product.
+
+    What is no projection is taken to give as many features as it is given.
+    """
+    if any(True for _ in module.children()):
+        return lambda x, *_args, **_kwargs: torch.zeros_like(x)
     out_features = out_features_of(module)
     return lambda x, *_args, **_kwargs: x.new_zeros(*x.shape[:-1], out_features)
 
