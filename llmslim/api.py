@@ -230,6 +230,7 @@ def heal(
             narrowed=ready.folder.narrowed(ready.model),
             teacher_layers=ready.folder.teacher_layers(),
             origin=ready.origin,
+            mixes=ready.mixes,
             progress=tell,
         )
     if target is None:

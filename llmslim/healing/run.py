@@ -18,10 +18,11 @@ from accelerate import PartialState
 from torch import Tensor
 
 from llmslim.checkpoint import quiet
-from llmslim.data import collate, collate_flat
+from llmslim.data import collate, collate_apart, collate_flat
 from llmslim.errors import HealingError
 from llmslim.healing.answers import PROMPTS, answers
 from llmslim.healing.blend import Blend
+from llmslim.healing.neighbours import takes_position_ids
 from llmslim.healing.order import Filled
 from llmslim.healing.phases import checked_phases, paired_layers, uses_layers
 from llmslim.healing.processes import is_sharded, processes
@@ -30,7 +31,6 @@ from llmslim.healing.sharding import give_back, lend
 from llmslim.healing.sizes import (
     Sizes,
     packing_notes,
-    takes_position_ids,
     training_arguments,
     uses_bf16,
 )
@@ -73,6 +73,7 @@ def heal_model(
     narrowed: Iterable[str] = (),
     teacher_layers: Sequence[int] | None = None,
     origin: str = "",
+    mixes: bool = False,
     progress: Progress | None = None,
 ) -> tuple[HealReport, Work]:
     """Train a model, in place.
@@ -91,6 +92,7 @@ def heal_model(
         narrowed: names of dense maps that surgery made narrower.
         teacher_layers: which of the teacher's layers each layer stands for; the same by default.
         origin: what the model was loaded from: a healing goes on only with the same.
+        mixes: whether samples in one row would see each other; each then gets a row of its own.
         progress: told of every step.
 
     Returns:
@@ -156,7 +158,7 @@ def heal_model(
                     spec.micro_batch * state.num_processes if state.num_processes > 1 else 1,
                 ),
                 eval_dataset=text.held_out if len(text.held_out) else None,
-                data_collator=numbered(_collator(model)),
+                data_collator=numbered(_collator(model, mixes=mixes)),
             )
             if spec.store_teacher:
                 ask_once(trainer, text.train, measured, state, tell)
@@ -218,7 +220,7 @@ def heal_model(
             *text.notes,
             *run.notes,
             *_process_notes(state),
-            *packing_notes(model),
+            *packing_notes(mixes=mixes),
             *_notes(start["loss"], loss_after, result, run),
         ),
     )
@@ -261,8 +263,10 @@ def _best_step(history: list[dict[str, Any]]) -> int:
     return int(min(measured, key=lambda line: line["held_out_loss"])["step"])
 
 
-def _collator(model: Any) -> Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]:
+def _collator(model: Any, *, mixes: bool) -> Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]:
     """Return what makes a batch of rows; FlashAttention wants one long row."""
+    if mixes:
+        return collate_apart
     return collate_flat if model.config._attn_implementation == "flash_attention_2" else collate
 
 
