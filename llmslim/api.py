@@ -27,6 +27,7 @@ from llmslim.checkpoint import (
 )
 from llmslim.conversion import Conversion, RecipeLike, calibration_spec, convert, token_ids
 from llmslim.data import Windows, calibration_windows
+from llmslim.errors import CheckpointError, UnfinishedError
 from llmslim.recipe import Heal, Recipe
 from llmslim.surgery import Plan, Progress, Report, quietly
 
@@ -197,6 +198,7 @@ def heal(
 
     Raises:
         HealingError: if the training cannot be done or cannot go on.
+        UnfinishedError: if the disk is full, or `out` cannot be written; what was trained is kept.
         SlimError: with what is wrong with model, recipe or data; `out` is then as it was.
     """
     from llmslim.conversion.healed import write_healed
@@ -237,7 +239,13 @@ def heal(
     report = replace(report, path=target)
     if state.is_main_process:
         tell(0, 0, "writing and reading back")
-        write_healed(ready, report, target, overwrite=overwrite)
+        try:
+            write_healed(ready, report, target, overwrite=overwrite)
+        except CheckpointError as error:
+            raise UnfinishedError(
+                f"{error} What was trained is kept in {folder}: resume (--resume), and it is "
+                "written again."
+            ) from error
         work.remove()
     state.wait_for_everyone()
     return report

@@ -204,6 +204,24 @@ def test_narrowed_mlps_are_known_from_the_report(folders, tmp_path):
     assert report.trained_parameters == 2 * 3 * 48 * 40
 
 
+def test_a_result_that_cannot_be_written_is_not_lost(folders, tmp_path, monkeypatch):
+    def full(*_args, **_options):
+        raise CheckpointError("out: no space left for it. Free some space.")
+
+    command = ["heal", folders / "slim", "-o", tmp_path / "out", "--data", folders / "rows.jsonl"]
+    command = [*map(str, command), "--tokens", "200"]
+    with monkeypatch.context() as patch:
+        patch.setattr("llmslim.conversion.healed.write_checkpoint", full)
+        failed = CliRunner().invoke(cli, command)
+    assert failed.exit_code == 75  # to be gone on with
+    assert "no space left for it. Free some space. What was trained is kept in" in failed.output
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out.healing"]
+    begun = (tmp_path / "out.healing" / "history.jsonl").read_text()
+    assert CliRunner().invoke(cli, [*command, "--resume"]).exit_code == 0
+    assert (tmp_path / "out" / "healing_history.jsonl").read_text() == begun
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_dense_model_can_be_healed_too(folders, tmp_path):
     llmslim.heal(
         folders / "dense",
