@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 
 import pytest
@@ -342,6 +343,14 @@ def test_convert_heals_what_it_made(folders, tmp_path, monkeypatch):
         hashes(tmp_path / name)["model.safetensors"] for name in ("slim", "slim-healed")
     )
     assert before != after
+    # As after a kill while it heals: what is converted is not converted again.
+    shutil.move(tmp_path / "slim-healed", tmp_path / "first")
+    converted = (tmp_path / "slim" / "model.safetensors").stat().st_mtime_ns
+    result = CliRunner().invoke(cli, list(map(str, [*arguments, "--resume"])))
+    assert result.exit_code == 0, result.output
+    assert "is converted already" in result.stderr
+    assert (tmp_path / "slim" / "model.safetensors").stat().st_mtime_ns == converted
+    assert hashes(tmp_path / "slim-healed")["model.safetensors"] == after
     told = json.loads((tmp_path / "slim-healed" / "llmslim_report.json").read_text())["healing"]
     assert told["objective"] == "logits"  # from the dense model, which it has at hand
     # What is in the way of the second step is told of before the first is done.
