@@ -170,6 +170,10 @@ MIXERS = {
 )
 def test_packed_samples_are_as_each_alone(name: str) -> None:
     model = tiny_model(CLASSES[name])
+    for module in model.modules():
+        # Which tokens of score 0 sparse attention takes depends on the length of the row.
+        if hasattr(module, "index_topk"):
+            module.index_topk = 64
     assert is_causal(model) == (name not in NOT_CAUSAL)
     if name not in NOT_CAUSAL:
         assert packed(model) < 1e-4
