@@ -3,7 +3,7 @@
     python benchmarks/bench_healing.py --data rows.parquet --slim FOLDER --teacher FOLDER
         [--tokens 100000] [--length 512] [--learning-rate 3e-4] [--train all --train blocks]
         [--objective logits --objective cross_entropy] [--layers-share 0 --layers-share 0.2]
-        [--loss-on answers] [--test TEXT] [--threads 1]
+        [--blend-share 0 --blend-share 0.3] [--loss-on answers] [--test TEXT] [--threads 1]
 
 Every row starts from the same slim checkpoint, sees the same text in the same order, and is judged
 on the same held-out text. The share of the gap is (before - after) / (before - dense) of the loss
@@ -37,6 +37,7 @@ import llmslim
 @click.option("--train", "trains", multiple=True, default=["all", "blocks", "lora"])
 @click.option("--objective", "objectives", multiple=True, default=["cross_entropy", "logits"])
 @click.option("--layers-share", "shares", multiple=True, type=float, default=[0.0, 0.2])
+@click.option("--blend-share", "blends", multiple=True, type=float, default=[0.0])
 @click.option("--loss-on", default="answers", show_default=True, help="As in a recipe.")
 @click.option("--test", help="Text to score afterwards: .txt, .gz, .parquet …")
 @click.option("--windows", "count", default=16, show_default=True, help="Windows of that text.")
@@ -52,6 +53,7 @@ def main(
     trains: tuple[str, ...],
     objectives: tuple[str, ...],
     shares: tuple[float, ...],
+    blends: tuple[float, ...],
     loss_on: str,
     test: str | None,
     count: int,
@@ -66,7 +68,8 @@ def main(
         scores = [number(_score(folder, ids_NL)) for folder in (teacher, slim)]
         click.echo(f"perplexity of {Path(test).name}: dense {scores[0]}, before {scores[1]}\n")
     rows = []
-    for objective, share, train in itertools.product(objectives, shares, trains):
+    runs = itertools.product(objectives, shares, blends, trains)
+    for objective, share, blend, train in runs:
         with tempfile.TemporaryDirectory() as folder:
             report = llmslim.heal(
                 slim,
@@ -78,6 +81,7 @@ def main(
                 settings={
                     "objective": objective,
                     "layers_share": share,
+                    "blend_share": blend,
                     "context_length": length,
                     "learning_rate": learning_rate,
                     "held_out": held_out,
@@ -90,7 +94,7 @@ def main(
         gap = report.gap_closed
         rows.append(
             [
-                report.objective,
+                report.objective + (f", blend {blend:g}" if blend else ""),
                 train,
                 f"{report.trained_parameters:,}",
                 f"{report.loss_before:.3f}",

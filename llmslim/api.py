@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -27,9 +27,8 @@ from llmslim.checkpoint import (
 )
 from llmslim.conversion import Conversion, RecipeLike, calibration_spec, convert, token_ids
 from llmslim.data import Windows, calibration_windows
-from llmslim.recipe import Heal, Recipe, recipe_yaml
-from llmslim.reporting.card import model_card
-from llmslim.reporting.healed import picture
+from llmslim.errors import CheckpointError, UnfinishedError
+from llmslim.recipe import Heal, Recipe
 from llmslim.surgery import Plan, Progress, Report, quietly
 
 if TYPE_CHECKING:  # with a Trainer behind it: only `heal` waits for that
@@ -199,8 +198,10 @@ def heal(
 
     Raises:
         HealingError: if the training cannot be done or cannot go on.
+        UnfinishedError: if the disk is full, or `out` cannot be written; what was trained is kept.
         SlimError: with what is wrong with model, recipe or data; `out` is then as it was.
     """
+    from llmslim.conversion.healed import write_healed
     from llmslim.healing import Place, heal_model, working_folder
     from llmslim.healing.processes import processes
 
@@ -230,6 +231,7 @@ def heal(
             narrowed=ready.folder.narrowed(ready.model),
             teacher_layers=ready.folder.teacher_layers(),
             origin=ready.origin,
+            mixes=ready.mixes,
             progress=tell,
         )
     if target is None:
@@ -237,7 +239,13 @@ def heal(
     report = replace(report, path=target)
     if state.is_main_process:
         tell(0, 0, "writing and reading back")
-        _write_healed(ready, report, overwrite)
+        try:
+            write_healed(ready, report, target, overwrite=overwrite)
+        except CheckpointError as error:
+            raise UnfinishedError(
+                f"{error} What was trained is kept in {folder}: resume (--resume), and it is "
+                "written again."
+            ) from error
         work.remove()
     state.wait_for_everyone()
     return report
@@ -324,41 +332,6 @@ def _ready_to_heal(
         check_target(target, overwrite)
     changes = {**(settings or {}), **{k: v for k, v in asked.items() if v is not None}}
     return target, prepare(model, changes=changes, **options)
-
-
-def _write_healed(ready: Ready, report: HealReport, overwrite: bool) -> None:
-    """Write a healed model with its ledger, its recipe and what was done to it."""
-    from llmslim.healing.prepare import without_paths
-    from llmslim.healing.work import history_text
-
-    model, folder, spec = ready.model, ready.folder, without_paths(ready.spec)
-    name = ready.source.name if ready.source else ""
-    recipe = folder.recipe or Recipe(name="heal", description="Trained as it was.")
-    as_it_is = Recipe(name=recipe.name)
-    ledger = folder.report or surgery.plan(model, as_it_is, model_name=name).report()
-    recipe_text = recipe_yaml(recipe.model_copy(update={"heal": spec}))
-    done = replace(report, settings=spec.model_dump(mode="json", exclude_none=True)).to_dict()
-    losses = picture(report.history)
-    files = {"healing_history.jsonl": history_text(report.history).encode()}
-    if losses is not None:
-        files["healing_losses.png"] = losses
-    write_checkpoint(
-        model,
-        cast(Path, report.path),
-        source=ready.source,
-        tokenizer=ready.tokenizer,
-        report={**(folder.report_data or ledger.to_dict()), "healing": done},
-        recipe_text=recipe_text,
-        model_card=model_card(
-            ledger,
-            recipe_text=recipe_text,
-            base_model=folder.base_model or "",
-            slim=model.config.model_type == "llmslim",
-            healing=done,
-        ),
-        files=files,
-        overwrite=overwrite,
-    )
 
 
 def export_dense(path: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:

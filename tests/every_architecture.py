@@ -7,8 +7,10 @@ docs/architectures.md.
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,8 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llmslim import surgery
+from llmslim.data import collate, collate_apart
+from llmslim.healing.neighbours import sees_neighbours, takes_position_ids
 from llmslim.recipe import Recipe
 from llmslim.surgery.sites import Mlp, find_layers, find_mlps
 from llmslim.surgery.streams import record_calls, run_layer
@@ -256,6 +260,59 @@ def logits(model: Any) -> torch.Tensor:
     ids = torch.randint(3, 90, (2, 10), generator=torch.Generator().manual_seed(1))
     found: torch.Tensor = model(input_ids=ids).logits
     return found
+
+
+def packed(model: Any) -> float:
+    """Pack samples as healing does; return how far what is said of them is from that of each alone.
+
+    In standard deviations of the logits; the largest difference.
+    """
+    rows = [_row([7, 9, 5], 24, seed=2), _row([10, 4], 24, seed=3)]
+    batch = (collate_apart if sees_neighbours(model) else collate)(rows)
+    labels_NL = batch.pop("labels")
+    if not takes_position_ids(model):
+        del batch["position_ids"]
+    with torch.no_grad():
+        logits_NLV = model(**batch, use_cache=False).logits
+        together_PV = logits_NLV[:, :-1][labels_NL[:, 1:] != -100]
+        alone_PV = torch.cat(
+            [model(ids_L[None], use_cache=False).logits[0, :-1] for ids_L in _samples(rows)]
+        )
+    return float((together_PV - alone_PV).abs().max() / alone_PV.std())
+
+
+def is_causal(model: Any) -> bool:
+    """Return whether what a model says of a token is the same whatever comes after it."""
+    ids_NL = torch.randint(3, 90, (1, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        long, short = (model(ids, use_cache=False).logits for ids in (ids_NL, ids_NL[:, :7]))
+    return float((long[:, :7] - short).abs().max() / short.std()) < 1e-4
+
+
+def _row(lengths: list[int], capacity: int, seed: int) -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    row = {
+        "input_ids": torch.zeros(capacity, dtype=torch.long),
+        "labels": torch.full((capacity,), -100),
+        "position_ids": torch.arange(capacity),
+    }
+    at = 0
+    for length in lengths:
+        here = slice(at, at + length)
+        row["input_ids"][here] = torch.randint(3, 90, (length,), generator=draw)
+        row["labels"][here] = row["input_ids"][here]
+        row["labels"][at] = -100
+        at += length
+        row["position_ids"][at:] = torch.arange(capacity - at)
+    return row
+
+
+def _samples(rows: list[dict[str, torch.Tensor]]) -> Iterator[torch.Tensor]:
+    for row in rows:
+        begins = [*(row["position_ids"] == 0).nonzero().flatten().tolist(), len(row["labels"])]
+        for begin, end in itertools.pairwise(begins):
+            if (row["labels"][begin:end] != -100).any():
+                yield row["input_ids"][begin:end]
 
 
 def round_trip(model: Any) -> None:

@@ -18,7 +18,9 @@ from every_architecture import (
     config_classes,
     coverage,
     fit_to_text,
+    is_causal,
     logits,
+    packed,
     round_trip,
     tiny_model,
     walk,
@@ -27,6 +29,7 @@ from every_architecture import (
 
 from llmslim import surgery
 from llmslim.errors import SizeError, TargetError
+from llmslim.healing.neighbours import sees_neighbours
 from llmslim.recipe import Recipe
 from llmslim.surgery.plan import model_on_meta
 from llmslim.surgery.sites import find_layers
@@ -141,6 +144,41 @@ ODD_LAYERS = {
     "xlnet",  # tokens first
     "xmod",  # types that autocast leaves unlike
 }
+
+
+NOT_CAUSAL = {
+    "bert", "bert-generation", "big_bird", "camembert", "cpmant", "data2vec-text", "electra",
+    "ernie", "megatron-bert", "prophetnet", "rembert", "roberta", "roberta-prelayernorm",
+    "roc_bert", "roformer", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod",
+}  # fmt: skip
+"""What reads ahead, unless a config says that it is a decoder: no model to be trained on text."""
+MIXERS = {
+    "falcon",  # makes its mask without the position ids that it takes
+    "jamba",  # a state goes from token to token
+    "mpt",  # takes no position ids
+    "qwen3_next",  # linear attention
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in MIXERS | {"llama"} else pytest.mark.slow)
+        for name in sorted(TINY)
+        if name != "reformer"  # works out no gradients in evaluation mode
+    ],
+)
+def test_packed_samples_are_as_each_alone(name: str) -> None:
+    model = tiny_model(CLASSES[name])
+    for module in model.modules():
+        # Which tokens of score 0 sparse attention takes depends on the length of the row.
+        if hasattr(module, "index_topk"):
+            module.index_topk = 64
+    assert is_causal(model) == (name not in NOT_CAUSAL)
+    if name not in NOT_CAUSAL:
+        assert packed(model) < 1e-4
+    if name in MIXERS:
+        assert sees_neighbours(model)
 
 
 @pytest.mark.parametrize(

@@ -295,10 +295,3 @@ def test_progress_tells_loss_and_speed(tmp_path):
     assert told[0][2] == "measuring the model as it is"
     assert "held-out" in told[-1][2]
     assert "tokens/s" in told[-1][2]
-
-
-def test_an_architecture_that_cannot_tell_samples_apart_says_so(tmp_path):
-    said = "samples packed into one row see each other"
-    for architecture, expected in (("bloom", True), ("llama", False)):
-        report = healed(slimmed(architecture), tmp_path / architecture, epochs=1)
-        assert any(said in note for note in report.notes) is expected

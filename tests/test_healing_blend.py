@@ -13,7 +13,7 @@ from llmslim import slim
 from llmslim.errors import HealingError
 from llmslim.healing.blend import Blend, blended, share_at
 from llmslim.healing.trained import changed_modules
-from llmslim.healing.trainer import should_stop
+from llmslim.healing.watch import should_stop
 from llmslim.recipe import Heal
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 
 import pytest
@@ -16,12 +17,13 @@ from transformers import AutoModelForCausalLM
 
 import llmslim
 from llmslim.cli.main import cli
+from llmslim.data import healing_text
 from llmslim.errors import CheckpointError, DataError, HealingError, RecipeError
 from llmslim.healing.answers import PROMPTS
 from llmslim.healing.prepare import heal_spec, without_paths
 from llmslim.healing.slim_folder import read_slim_folder
 from llmslim.recipe import Heal, HealSource, Recipe
-from llmslim.reporting.healed import section
+from llmslim.reporting.healed import picture, section
 
 RECIPE = {
     "name": "third",
@@ -121,15 +123,48 @@ def test_the_card_says_what_was_done_with_which_text(healed):
     assert "## Healing" in card
     assert f"| held-out loss after | {report.loss_after:.4f} |" in card
     assert "| licence of the text |" in card
+    assert "![Losses, step by step](healing_losses.png)" in card
     assert PROMPTS[0] in card
     assert "Nothing was trained" not in card
+
+
+def test_the_report_command_tells_of_the_healing(folders, healed):
+    path, report = healed
+    said = CliRunner().invoke(cli, ["report", str(path)]).output
+    assert f"held-out loss after {report.loss_after:.4f}" in " ".join(said.split())
+    assert f"user: {PROMPTS[0]}" in said
+    assert "## Healing" in CliRunner().invoke(cli, ["report", str(path), "-f", "md"]).output
+    unhealed = CliRunner().invoke(cli, ["report", str(folders / "slim")])
+    assert unhealed.exit_code == 0
+    assert "held-out" not in unhealed.output
+
+
+def test_the_padding_is_that_of_the_rows(folders, healed):
+    _, report = healed
+    spec = Heal(**{**RECIPE["heal"], "data": str(folders / "rows.jsonl")})
+    rows = healing_text(spec, tiny_tokenizer(), context_length=48).train
+    assert report.padding == pytest.approx(rows.padding)
+    assert 0 < report.padding < 1
+
+
+def test_the_picture_shows_where_it_began_and_where_the_dense_model_is(monkeypatch):
+    drawn = []
+    axes = pytest.importorskip("matplotlib.axes").Axes
+    for name in ("plot", "axhline"):
+        monkeypatch.setattr(axes, name, lambda _self, *what, **_: drawn.append(what))
+    history = [{"step": 1, "loss": 4.0, "objective": "logits"}, {"step": 1, "held_out_loss": 3.0}]
+    with pytest.warns(UserWarning, match="No artists with labels"):
+        picture(history, before=5.0, teacher=2.0)
+    assert drawn == [([1], [4.0]), ((0, 1), (5.0, 3.0)), (2.0,)]
 
 
 def test_a_card_cannot_be_broken_by_what_a_model_says():
     facts = dict.fromkeys(
         ("objective", "train", "source", "licence", "loss_before", "loss_after", "loss_teacher"),
     )
-    numbers = dict.fromkeys(("trained_parameters", "steps", "tokens", "tokens_per_second"), 1)
+    numbers = dict.fromkeys(
+        ("trained_parameters", "steps", "tokens", "tokens_per_second", "padding"), 1
+    )
     answer = {"prompt": "?", "before": "a | b\n# c <script> ![x](y)", "after": ""}
     text = section({**facts, **numbers, "gap_closed": None, "notes": [], "answers": [answer]})
     assert "- before: a \\| b # c \\<script\\> !\\[x\\](y)\n- after: (nothing)" in text
@@ -168,6 +203,24 @@ def test_narrowed_mlps_are_known_from_the_report(folders, tmp_path):
         settings=SETTINGS,
     )
     assert report.trained_parameters == 2 * 3 * 48 * 40
+
+
+def test_a_result_that_cannot_be_written_is_not_lost(folders, tmp_path, monkeypatch):
+    def full(*_args, **_options):
+        raise CheckpointError("out: no space left for it. Free some space.")
+
+    command = ["heal", folders / "slim", "-o", tmp_path / "out", "--data", folders / "rows.jsonl"]
+    command = [*map(str, command), "--tokens", "200"]
+    with monkeypatch.context() as patch:
+        patch.setattr("llmslim.conversion.healed.write_checkpoint", full)
+        failed = CliRunner().invoke(cli, command)
+    assert failed.exit_code == 75  # to be gone on with
+    assert "no space left for it. Free some space. What was trained is kept in" in failed.output
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out.healing"]
+    begun = (tmp_path / "out.healing" / "history.jsonl").read_text()
+    assert CliRunner().invoke(cli, [*command, "--resume"]).exit_code == 0
+    assert (tmp_path / "out" / "healing_history.jsonl").read_text() == begun
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_dense_model_can_be_healed_too(folders, tmp_path):
@@ -290,6 +343,14 @@ def test_convert_heals_what_it_made(folders, tmp_path, monkeypatch):
         hashes(tmp_path / name)["model.safetensors"] for name in ("slim", "slim-healed")
     )
     assert before != after
+    # As after a kill while it heals: what is converted is not converted again.
+    shutil.move(tmp_path / "slim-healed", tmp_path / "first")
+    converted = (tmp_path / "slim" / "model.safetensors").stat().st_mtime_ns
+    result = CliRunner().invoke(cli, list(map(str, [*arguments, "--resume"])))
+    assert result.exit_code == 0, result.output
+    assert "is converted already" in result.stderr
+    assert (tmp_path / "slim" / "model.safetensors").stat().st_mtime_ns == converted
+    assert hashes(tmp_path / "slim-healed")["model.safetensors"] == after
     told = json.loads((tmp_path / "slim-healed" / "llmslim_report.json").read_text())["healing"]
     assert told["objective"] == "logits"  # from the dense model, which it has at hand
     # What is in the way of the second step is told of before the first is done.

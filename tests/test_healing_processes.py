@@ -177,13 +177,13 @@ def test_two_processes_learn_what_one_does(folders, tmp_path, how, settings):
 def test_a_spread_model_goes_on_after_sigkill(folders, tmp_path):
     kill = """
 import os, signal
-from llmslim.healing import trainer
-end = trainer._Watch.on_step_end
+from llmslim.healing import watch
+end = watch.Watch.on_step_end
 def killed(self, args, state, control, **options):
     end(self, args, state, control, **options)
     if state.global_step == 8:
         os.kill(os.getpid(), signal.SIGKILL)
-trainer._Watch.on_step_end = killed
+watch.Watch.on_step_end = killed
 """
     alone(folders, tmp_path / "one", micro_batch=1, evaluate_every=3)
     options = {"micro_batch": 1, "evaluate_every": 3}

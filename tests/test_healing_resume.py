@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,18 @@ def progress(done, total, what):
 
 healed(slimmed(), __import__("pathlib").Path({folder!r}), teacher=tiny_model(seed=3),
        progress=progress, **{options!r})
+"""
+
+GOES_ON = """
+import sys
+sys.path.insert(0, {here!r})
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from helpers_healing import healed, slimmed
+from tiny import tiny_model
+
+healed(slimmed(), Path({folder!r}), teacher=tiny_model(seed=3), resume=True, **{options!r})
 """
 
 
@@ -69,6 +83,38 @@ def test_after_sigkill_all_losses_are_those_of_an_uninterrupted_run(tmp_path, un
     assert (report.loss_before, report.loss_after) == (whole.loss_before, whole.loss_after)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, whole_model.state_dict()[name]), name
+
+
+@pytest.mark.slow
+def test_kills_from_outside_at_random_moments_change_nothing(tmp_path, uninterrupted):
+    """In the middle of a step, of a save or of a line: whenever it happens to hit."""
+    seed = random.randrange(2**32)
+    draw = random.Random(seed)
+    folder = tmp_path / "w"
+    code = GOES_ON.format(here=str(HERE), folder=str(folder), options=OPTIONS)
+
+    def lines():
+        file = folder / "history.jsonl"
+        return file.read_bytes().count(b"\n") if file.exists() else 0
+
+    killed = 0
+    for _ in range(5):
+        run = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
+        enough = lines() + draw.randrange(1, 6)  # there are 12 steps and 4 measurements
+        while run.poll() is None and lines() < enough:
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.2))
+        run.kill()
+        _, said = run.communicate()
+        assert run.returncode in (0, -signal.SIGKILL), said.decode()
+        killed += run.returncode != 0
+    model, report = heal(folder, resume=True)
+    whole_model, whole = uninterrupted
+    assert killed, f"seed {seed}"
+    assert numbers(report) == numbers(whole), f"seed {seed}"
+    assert report.loss_after == whole.loss_after
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, whole_model.state_dict()[name]), f"{name}, seed {seed}"
 
 
 def test_a_checkpoint_cut_short_is_not_gone_on_from(tmp_path, uninterrupted):
@@ -166,7 +212,7 @@ def test_a_full_disk_is_a_healing_error(tmp_path, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(trainer, "save_file", full)
-    with pytest.raises(HealingError, match=r"w: no space left for the state .* \(--resume\)\."):
+    with pytest.raises(HealingError, match=r"w: no space left for the state .*; none was saved"):
         heal(tmp_path / "w")
     assert not (tmp_path / "w").exists()  # nothing was saved that one could go on with
 
@@ -190,6 +236,6 @@ healed(slimmed(), Path({str(tmp_path / "w")!r}), teacher=tiny_model(seed=3),
        progress=progress, **{OPTIONS!r})
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "HealingError" in run.stderr, run.stderr
+    assert "UnfinishedError" in run.stderr, run.stderr
     assert "no space left for the state of the training; the last whole one is kept" in run.stderr
     assert Work(tmp_path / "w").last_checkpoint() == tmp_path / "w" / "checkpoint-3"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,8 @@ import torch
 from tiny import tiny_model
 from torch.nn.functional import cross_entropy
 
-from llmslim.data import Rows, collate, collate_flat
-from llmslim.data.packing import IGNORED, Pieces, cut, pack
+from llmslim.data import Rows, collate, collate_apart, collate_flat
+from llmslim.data.packing import IGNORED, Pieces, cut, pack, pack_evenly
 from llmslim.data.tokens import Tokens
 
 
@@ -198,3 +199,41 @@ def test_flat_batches_have_no_padding():
     assert (flat["input_ids"] != 0).all()
     ids = [one for one, _ in samples_in({name: tensor[0] for name, tensor in flat.items()})]
     assert sorted(ids) == sorted(documents)
+
+
+# ------------------------------------------------------------- models that would mix samples
+
+
+@pytest.mark.parametrize("capacity", [1, 7, 64, 1000])
+def test_even_rows_are_no_larger_than_a_row_when_taken_apart(capacity):
+    draw = np.random.default_rng(capacity)
+    lengths = draw.integers(1, capacity + 1, 500)
+    row_of = pack_evenly(lengths, capacity)
+    rows = [lengths[row_of == row] for row in range(row_of.max() + 1)]
+    assert sum(map(len, rows)) == len(lengths)
+    assert all(0 < len(row) * row.max() <= capacity for row in rows)
+    # Whatever opened a row would not have fitted into the one before it.
+    assert all((len(a) + 1) * a.max() > capacity for a, _ in itertools.pairwise(rows))
+
+
+def test_rows_taken_apart_by_hand():
+    rows = rows_of([[5, 6, 7, 8], [9, ~3, 4]], 9)
+    apart = collate_apart([rows[0]])
+    assert {name: tensor.tolist() for name, tensor in apart.items()} == {
+        "input_ids": [[5, 6, 7, 8], [9, 3, 4, 0]],
+        "labels": [[-100, 6, 7, 8], [-100, -100, 4, -100]],
+        "position_ids": [[0, 1, 2, 3], [0, 1, 2, 3]],
+    }
+
+
+def test_rows_taken_apart_predict_the_same_tokens_in_the_same_order():
+    rows = rows_of(some_documents(40, 20), 32)
+    batch = [rows[index] for index in range(5)]
+    one, other = collate(batch)["labels"], collate_apart(batch)["labels"]
+    assert one[:, 1:][one[:, 1:] != -100].tolist() == other[:, 1:][other[:, 1:] != -100].tolist()
+
+
+def test_a_row_that_teaches_nothing_can_be_taken_apart():
+    row = rows_of([[5, 6, 7], [8, 9]], 9)[0]
+    silent = {**row, "labels": torch.full_like(row["labels"], IGNORED)}
+    assert collate_apart([silent])["labels"].shape == (1, 3)

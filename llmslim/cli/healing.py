@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,9 @@ def heal_and_show(model: str | Path, out: Path | None, **options: Any) -> None:
 
     settings().written = report.path
     if processes().is_main_process:
-        _show(report)
+        show_healing(report.to_dict())
+        path = str(report.path)
+        click.echo(_NEXT.format(path=path, quoted=shlex.quote(path)), nl=False)
 
 
 def plan_and_show(model: str | Path, out: Path | None, **options: Any) -> None:
@@ -73,15 +75,17 @@ def _print(lines: list[str]) -> None:
         out.print(wording.plain(line), soft_wrap=True)
 
 
-def _show(report: Any) -> None:
+def show_healing(done: Mapping[str, Any]) -> None:
+    """Print losses, notes and answers of a healing.
+
+    Args:
+        done: what `HealReport.to_dict` gives.
+    """
     from llmslim.reporting import healed
 
-    done = report.to_dict()
-    lines = _table(healed.facts(done), done["notes"])
+    lines = ["", "healing", *_table(healed.facts(done), done["notes"])]
     for answer in done["answers"]:
         lines += ["", f"user: {answer['prompt']}"]
         # One line each: answers break lines where they please.
         lines += [f"  {when}: {' '.join(answer[when].split())}" for when in ("before", "after")]
     _print(lines)
-    path = str(report.path)
-    click.echo(_NEXT.format(path=path, quoted=shlex.quote(path)), nl=False)

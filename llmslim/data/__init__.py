@@ -6,6 +6,7 @@ from .healing import HealingText as HealingText
 from .healing import healing_text as healing_text
 from .packing import Rows as Rows
 from .packing import collate as collate
+from .packing import collate_apart as collate_apart
 from .packing import collate_flat as collate_flat
 from .sampling import longest_input as longest_input
 from .text import read_texts as read_texts

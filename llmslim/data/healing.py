@@ -145,6 +145,7 @@ def healing_text(
     *,
     teacher: Any = None,
     context_length: int,
+    evenly: bool = False,
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> HealingText:
@@ -155,6 +156,8 @@ def healing_text(
         tokenizer: the model's.
         teacher: the dense model, which `self` samples from.
         context_length: tokens of one row.
+        evenly: whether the rows are for `collate_apart`, which a model needs that would let samples
+            in one row see each other.
         cache: folder for ids and sampled text, so that a second run, a resumed one or another
             process need not make them again; in the user's cache if not given.
         progress: called with what is done, what there is in all (as far as known), and a word on
@@ -197,7 +200,8 @@ def healing_text(
 
     def packed(source: Ints, document: Ints) -> Rows:
         pieces = cut(tokens, source, document, context_length)
-        return Rows(tokens, pieces, context_length, _pad_token(tokenizer), spec.seed)
+        pad = _pad_token(tokenizer)
+        return Rows(tokens, pieces, context_length, pad, spec.seed, evenly=evenly)
 
     train, held_out = packed(seen.source, seen.document), packed(aside, held)
     if not len(train):

@@ -10,6 +10,11 @@ only where there is neither an attention mask nor a key-value cache: a model mus
 `use_cache=False`. And with FlashAttention only in batches of one row, which is what `collate_flat`
 makes; it also drops the padding.
 
+Some architectures carry more than attention from token to token, or make their mask of something
+else: there samples in one row would see each other. `collate_apart` takes rows apart again and
+gives each sample a row of the batch. Rows for it are filled with samples of nearly equal length
+(`pack_evenly`), so that the batch is no larger than a row.
+
 A sample longer than a row is cut into pieces, each a sample of its own. No loss falls on the first
 token of a sample, since what is before it in the row is another one.
 
@@ -25,6 +30,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from .tokens import Tokens
@@ -64,15 +70,23 @@ class Rows(Dataset[dict[str, Tensor]]):
         context_length: tokens of one row.
         pad: the token that fills up a row.
         seed: of the order of the rows.
+        evenly: whether rows are for `collate_apart`.
     """
 
     def __init__(
-        self, sources: Sequence[Tokens], pieces: Pieces, context_length: int, pad: int, seed: int
+        self,
+        sources: Sequence[Tokens],
+        pieces: Pieces,
+        context_length: int,
+        pad: int,
+        seed: int,
+        *,
+        evenly: bool = False,
     ) -> None:
         self.context_length = context_length
         self._sources = tuple(sources)
         self._pad = pad
-        row_of = pack(pieces.length, context_length)
+        row_of = (pack_evenly if evenly else pack)(pieces.length, context_length)
         rows = int(row_of.max(initial=-1)) + 1
         shuffled = np.random.default_rng([seed, 1]).permutation(rows)
         row_of = shuffled[row_of]
@@ -158,6 +172,32 @@ def pack(lengths: Ints, capacity: int) -> Ints:
     return row_of
 
 
+def pack_evenly(lengths: Ints, capacity: int) -> Ints:
+    """Assign samples to rows, so that in each row number x longest is at most its capacity.
+
+    Args:
+        lengths: of each sample, in any order, none longer than a row.
+        capacity: tokens of one row.
+
+    Returns:
+        The number of each sample's row, from 0.
+
+    Example:
+        >>> pack_evenly(np.array([3, 7, 2, 5, 1]), 9).tolist()
+        [2, 0, 2, 1, 2]
+    """
+    row_of = np.empty(len(lengths), dtype=np.int64)
+    rows = 0
+    for start in range(0, len(lengths), _BUFFER):
+        longest_first = np.argsort(-lengths[start : start + _BUFFER], kind="stable") + start
+        at = 0
+        while at < len(longest_first):
+            together = longest_first[at : at + capacity // int(lengths[longest_first[at]])]
+            row_of[together] = rows
+            at, rows = at + len(together), rows + 1
+    return row_of
+
+
 def cut(tokens: Sequence[Tokens], source: Ints, document: Ints, capacity: int) -> Pieces:
     """Return documents as pieces that fit into a row; those without anything to learn are left out.
 
@@ -197,6 +237,26 @@ def collate_flat(batch: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     for name in batch[0]:
         flat[name] = torch.cat([row[name] for row in whole])[None]
     return flat
+
+
+def collate_apart(batch: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Give each sample a row of its own, as long as the longest, (samples, longest).
+
+    Samples come in the order of their rows. What has no label, as padding, is left out.
+    """
+    samples: list[dict[str, Tensor]] = []
+    for row in map(_without_padding, batch):
+        begins = (row["position_ids"] == 0).nonzero().flatten().tolist()
+        for begin, end in zip(begins, [*begins[1:], len(row["labels"])], strict=True):
+            samples.append({name: tensor[begin:end] for name, tensor in row.items()})
+    learned = [one for one in samples if (one["labels"] != IGNORED).any()] or samples[:1]
+    apart = {
+        name: pad_sequence([one[name] for one in learned], batch_first=True, padding_value=value)
+        for name, value in (("input_ids", 0), ("labels", IGNORED))
+    }
+    # Going on behind a sample's end: where positions restart, another sample would begin.
+    positions_L = torch.arange(apart["labels"].shape[1])
+    return {**apart, "position_ids": positions_L.expand_as(apart["labels"])}
 
 
 def _without_padding(row: dict[str, Tensor]) -> dict[str, Tensor]:

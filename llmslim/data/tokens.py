@@ -174,7 +174,7 @@ def _write(
         raise DataError(
             f"{path.parent}: tokens cannot be written there "
             f"({'no space left' if full else error.strerror or error}). "
-            "Free some space, or name another cache folder."
+            "Free some space, or set XDG_CACHE_HOME to a folder elsewhere."
         ) from error
     finally:
         partial.unlink(missing_ok=True)

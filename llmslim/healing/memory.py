@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llmslim.healing.neighbours import takes_position_ids
 from llmslim.healing.objectives._chunks import CHUNK_NUMBERS
-from llmslim.healing.sizes import takes_position_ids
 from llmslim.recipe import Heal
 from llmslim.surgery.sites import find_layers
 

@@ -67,7 +67,7 @@ def plan_healing(ready: Ready) -> HealingPlan:
     run = Sizes.of(spec, text, state.num_processes)
     trained = make_trainable(model, spec, ready.folder.narrowed(model))
     bf16 = uses_bf16(spec, state.device)
-    notes = [*text.notes, *run.notes, *packing_notes(model)]
+    notes = [*text.notes, *run.notes, *packing_notes(mixes=ready.mixes)]
     memory = None
     try:
         memory = healing_memory(

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from llmslim.checkpoint import Source, load_model, load_tokenizer, open_source, quiet
 from llmslim.data import healing_text, longest_input
 from llmslim.errors import HealingError
+from llmslim.healing.neighbours import sees_neighbours
 from llmslim.healing.processes import processes
 from llmslim.healing.slim_folder import SlimFolder, read_slim_folder
 from llmslim.recipe import Heal, HealSource, Recipe
@@ -33,6 +34,8 @@ class Ready:
     source: Source | None = None
     """The checkpoint; None for a model in memory."""
     folder: SlimFolder = field(default_factory=SlimFolder)
+    mixes: bool = False
+    """Whether samples in one row would see each other, in the model or in the teacher."""
 
     @property
     def origin(self) -> str:
@@ -134,6 +137,11 @@ def prepare(
     spec = ready.spec
     if not isinstance(teacher, PreTrainedModel):
         teacher = None if spec.teacher is None else _teacher(spec.teacher, ready.tokenizer)
+    # Asked before attention is chosen: some ways work on a GPU only.
+    mixes = any(sees_neighbours(one) for one in (ready.model, teacher) if one is not None)
+    if mixes:  # rows are taken apart one by one, so that none has to be as long as another
+        spec = spec.model_copy(update={"micro_batch": 1})
+    ready = replace(ready, spec=spec, teacher=teacher, mixes=mixes)
     _set_attention(ready.model, spec.attention)
     if teacher is not None:
         _set_attention(teacher, spec.attention)
@@ -143,8 +151,8 @@ def prepare(
                 f"{ready.origin or 'the model'}: has no tokenizer, so no text can be read. Put its "
                 "tokenizer files beside the weights, or give rows already made."
             )
-        rows = _rows(ready, teacher, progress)
-    return replace(ready, text=rows, teacher=teacher)
+        rows = _rows(ready, progress)
+    return replace(ready, text=rows)
 
 
 def _teacher(name: str, tokenizer: Any) -> Any:
@@ -187,11 +195,16 @@ def _set_attention(model: Any, wanted: str) -> None:
         ) from error
 
 
-def _rows(ready: Ready, teacher: Any, progress: Progress) -> Any:
+def _rows(ready: Ready, progress: Progress) -> Any:
     """Read the text; one process first, which fills the cache for the others."""
     usual = ready.spec.context_length
     length = min(usual, longest_input(ready.model) or usual)
     with processes().main_process_first():
         return healing_text(
-            ready.spec, ready.tokenizer, teacher=teacher, context_length=length, progress=progress
+            ready.spec,
+            ready.tokenizer,
+            teacher=ready.teacher,
+            context_length=length,
+            evenly=ready.mixes,
+            progress=progress,
         )

@@ -29,5 +29,13 @@ def is_sharded(state: PartialState) -> bool:
     return _asks_to_shard() and state.distributed_type != DistributedType.NO
 
 
+def process_notes(state: PartialState) -> list[str]:
+    """Return what is to be said of how many processes trained, and how."""
+    if state.num_processes == 1:
+        return []
+    how = "the model spread over them (FSDP)" if is_sharded(state) else "a whole model in each"
+    return [f"Trained by {state.num_processes} processes, {how}."]
+
+
 def _asks_to_shard() -> bool:
     return bool(parse_flag_from_env("ACCELERATE_USE_FSDP"))

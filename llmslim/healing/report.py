@@ -31,6 +31,8 @@ class HealReport:
     """Steps of the optimiser that the result stands on."""
     tokens: int
     """Tokens trained on, padding not counted."""
+    padding: float
+    """Share of padding in the packed rows, from 0 to 1."""
     tokens_per_second: float
     """While training; measuring and saving not counted."""
     trained_parameters: int

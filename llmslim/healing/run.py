@@ -6,8 +6,6 @@ after, where it goes on, and what happens when something goes wrong.
 
 from __future__ import annotations
 
-import errno
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,37 +16,29 @@ from accelerate import PartialState
 from torch import Tensor
 
 from llmslim.checkpoint import quiet
-from llmslim.data import collate, collate_flat
-from llmslim.errors import HealingError
+from llmslim.data import collate, collate_apart, collate_flat
 from llmslim.healing.answers import PROMPTS, answers
 from llmslim.healing.blend import Blend
+from llmslim.healing.neighbours import takes_position_ids
 from llmslim.healing.order import Filled
 from llmslim.healing.phases import checked_phases, paired_layers, uses_layers
-from llmslim.healing.processes import is_sharded, processes
+from llmslim.healing.processes import is_sharded, process_notes, processes
 from llmslim.healing.report import Answer, HealReport
 from llmslim.healing.sharding import give_back, lend
 from llmslim.healing.sizes import (
     Sizes,
     packing_notes,
-    takes_position_ids,
     training_arguments,
     uses_bf16,
 )
 from llmslim.healing.stored import Numbered, numbered
 from llmslim.healing.storing import ask_once, is_begun
-from llmslim.healing.trained import Trained, changed_modules, make_trainable
-from llmslim.healing.trainer import (
-    HealingTrainer,
-    Progress,
-    blended_steps,
-    held_out,
-    should_stop,
-)
-from llmslim.healing.work import FORMAT, Work
+from llmslim.healing.trained import changed_modules, keep_activations, make_trainable
+from llmslim.healing.trainer import HealingTrainer
+from llmslim.healing.watch import Progress, blended_steps, held_out, should_stop
+from llmslim.healing.work import FORMAT, Work, explain_full_disk
 from llmslim.recipe import Heal
 from llmslim.surgery import quietly
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -73,6 +63,7 @@ def heal_model(
     narrowed: Iterable[str] = (),
     teacher_layers: Sequence[int] | None = None,
     origin: str = "",
+    mixes: bool = False,
     progress: Progress | None = None,
 ) -> tuple[HealReport, Work]:
     """Train a model, in place.
@@ -91,6 +82,7 @@ def heal_model(
         narrowed: names of dense maps that surgery made narrower.
         teacher_layers: which of the teacher's layers each layer stands for; the same by default.
         origin: what the model was loaded from: a healing goes on only with the same.
+        mixes: whether samples in one row would see each other; each then gets a row of its own.
         progress: told of every step.
 
     Returns:
@@ -127,7 +119,7 @@ def heal_model(
     layers = paired_layers(model, teacher, teacher_layers) if uses_layers(phases) else ()
     with quiet():
         trained = make_trainable(model, spec, narrowed)
-        _keep_activations(model, keep=not spec.gradient_checkpointing)
+        keep_activations(model, keep=not spec.gradient_checkpointing)
         try:
             measured = _open(work, place, settings, state)
             if spec.blend_share:
@@ -156,7 +148,7 @@ def heal_model(
                     spec.micro_batch * state.num_processes if state.num_processes > 1 else 1,
                 ),
                 eval_dataset=text.held_out if len(text.held_out) else None,
-                data_collator=numbered(_collator(model)),
+                data_collator=numbered(_collator(model, mixes=mixes)),
             )
             if spec.store_teacher:
                 ask_once(trainer, text.train, measured, state, tell)
@@ -183,16 +175,16 @@ def heal_model(
                 give_back(trained.model, given)
                 trained.model = given
         except Exception as error:
-            nothing = work.exists and work.last_checkpoint() is None and not is_begun(work.path)
-            if state.is_main_process and nothing:
+            kept = work.last_checkpoint() is not None or is_begun(work.path)
+            if state.is_main_process and work.exists and not kept:
                 work.remove()  # there is nothing to go on with
-            _explain(error, work)
+            explain_full_disk(error, work.path, kept=kept)
             raise
         finally:
             if blend is not None:
                 blend.remove()
             if trained.model is given:
-                _release(trained, spec)
+                trained.release()
             given.config.use_cache = use_cache
     start = measured["start"]
     report = HealReport(
@@ -201,6 +193,7 @@ def heal_model(
         train=spec.train,
         steps=result.steps,
         tokens=round(result.steps * run.tokens_per_step),
+        padding=_padding(text.train),
         tokens_per_second=round(trainer.watch.tokens_per_second, 1),
         trained_parameters=result.trained_parameters,
         loss_before=start["loss"],
@@ -217,8 +210,8 @@ def heal_model(
         notes=(
             *text.notes,
             *run.notes,
-            *_process_notes(state),
-            *packing_notes(model),
+            *process_notes(state),
+            *packing_notes(mixes=mixes),
             *_notes(start["loss"], loss_after, result, run),
         ),
     )
@@ -261,8 +254,14 @@ def _best_step(history: list[dict[str, Any]]) -> int:
     return int(min(measured, key=lambda line: line["held_out_loss"])["step"])
 
 
-def _collator(model: Any) -> Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]:
+def _padding(rows: Any) -> float:
+    return float(1 - rows.tokens / (len(rows) * len(rows[0]["input_ids"])))
+
+
+def _collator(model: Any, *, mixes: bool) -> Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]:
     """Return what makes a batch of rows; FlashAttention wants one long row."""
+    if mixes:
+        return collate_apart
     return collate_flat if model.config._attn_implementation == "flash_attention_2" else collate
 
 
@@ -310,33 +309,6 @@ def _answers(trainer: HealingTrainer, tokenizer: Any) -> list[str]:
         return answers(trainer.model, tokenizer)
 
 
-def _release(trained: Trained, spec: Heal) -> None:
-    """Undo what training did to the model besides training it, in place."""
-    model = trained.model
-    if spec.gradient_checkpointing:
-        _keep_activations(model, keep=True)
-    model.to("cpu").eval()
-    trained.finish()
-
-
-def _keep_activations(model: Any, *, keep: bool) -> None:
-    """Switch gradient checkpointing off or on; transformers 5.22 renamed what does that."""
-    old, new = "gradient_checkpointing", "activation_checkpointing"
-    name = new if hasattr(model, f"{new}_enable") else old
-    if keep:
-        if getattr(model, f"is_{name}", False):
-            getattr(model, f"{name}_disable")()
-    else:
-        getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
-
-
-def _process_notes(state: PartialState) -> list[str]:
-    if state.num_processes == 1:
-        return []
-    how = "the model spread over them (FSDP)" if is_sharded(state) else "a whole model in each"
-    return [f"Trained by {state.num_processes} processes, {how}."]
-
-
 def _notes(before: float | None, after: float | None, result: _Result, run: Sizes) -> list[str]:
     notes = []
     if before is None or after is None:
@@ -354,21 +326,3 @@ def _notes(before: float | None, after: float | None, result: _Result, run: Size
     if result.steps < result.last_step:
         notes.append(f"The weights are those of step {result.steps}, the best measured.")
     return notes
-
-
-def _explain(error: Exception, work: Work) -> None:
-    """Raise a full disk as what it is.
-
-    Raises:
-        HealingError: if the disk was full.
-    """
-    said = str(error)
-    number = error.errno if isinstance(error, OSError) else None
-    found = re.search(r"\(os error (\d+)\)", said)
-    number = int(found[1]) if found and number is None else number
-    # torch.save's archive writer gives no number.
-    if number in _FULL or "PytorchStreamWriter" in said or "inline_container" in said:
-        raise HealingError(
-            f"{work.path}: no space left for the state of the training; the last whole one is "
-            "kept. Free some space and resume (--resume)."
-        ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,16 +59,18 @@ def uses_bf16(spec: Heal, device: torch.device) -> bool:
     return device.type == "cpu" and known is not None and bool(known())
 
 
-def takes_position_ids(model: Any) -> bool:
-    """Return whether a model can be told where samples begin in a row."""
-    return "position_ids" in inspect.signature(model.forward).parameters
+def packing_notes(*, mixes: bool) -> list[str]:
+    """Return what is to be said about packed samples.
 
-
-def packing_notes(model: Any) -> list[str]:
-    """Return what is to be said about packed samples."""
-    if takes_position_ids(model):
+    Args:
+        mixes: whether they would see each other in one row.
+    """
+    if not mixes:
         return []
-    return ["This architecture takes no position ids: samples packed into one row see each other."]
+    return [
+        "In this architecture samples packed into one row would see each other, so they are given "
+        "rows of their own."
+    ]
 
 
 def training_arguments(

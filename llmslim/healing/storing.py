@@ -28,7 +28,9 @@ from llmslim.errors import HealingError
 from llmslim.healing.held_out import Collate
 from llmslim.healing.objectives._chunks import CHUNK_NUMBERS
 from llmslim.healing.stored import FILE, StoredLogits
-from llmslim.healing.trainer import HealingTrainer, Progress
+from llmslim.healing.trainer import HealingTrainer
+from llmslim.healing.watch import Progress
+from llmslim.healing.work import FULL
 from llmslim.surgery import quietly
 
 TOP_K = 64
@@ -36,7 +38,6 @@ TOP_K = 64
 SAVE_SECONDS = 10.0
 """Between two notes of how far it is; so much is computed again after a kill."""
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NAMES = {torch.int64: "I64", torch.int32: "I32", torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
@@ -229,7 +230,7 @@ def _reserve(partial: Path, begins: Tensor, layout: _Layout) -> None:
         new.replace(partial)
     except OSError as error:
         new.unlink(missing_ok=True)
-        if error.errno not in _FULL:
+        if error.errno not in FULL:
             raise
         raise HealingError(
             f"{partial.parent}: no space left for the teacher's logits, {size / 2**30:.2f} GiB "

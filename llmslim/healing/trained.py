@@ -64,6 +64,12 @@ class Trained:
             parameter.copy_(parameter.to(self.dtypes[name]))
         return bool(narrow)
 
+    def release(self) -> None:
+        """Undo what training did to the model besides training it, in place."""
+        keep_activations(self.model, keep=True)
+        self.model.to("cpu").eval()
+        self.finish()
+
     @torch.no_grad()
     def finish(self) -> None:
         """Multiply LoRA out and give every parameter the type it had, in place."""
@@ -76,6 +82,18 @@ class Trained:
         for name, parameter in self.model.named_parameters():
             parameter.data = parameter.data.to(self.dtypes[name])
             parameter.requires_grad_(self.gradients[name])
+
+
+def keep_activations(model: Any, *, keep: bool) -> None:
+    """Switch gradient checkpointing off or on, in place."""
+    # transformers 5.22 renamed what does that.
+    old, new = "gradient_checkpointing", "activation_checkpointing"
+    name = new if hasattr(model, f"{new}_enable") else old
+    if keep:
+        if getattr(model, f"is_{name}", False):
+            getattr(model, f"{name}_disable")()
+    else:
+        getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
 
 
 def changed_modules(model: nn.Module, narrowed: Iterable[str] = ()) -> list[str]:

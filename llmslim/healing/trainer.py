@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +22,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 from llmslim.errors import HealingError
 from llmslim.healing.blend import Blend
@@ -34,13 +33,12 @@ from llmslim.healing.processes import is_sharded
 from llmslim.healing.sharding import check_sharding, overwrite, settled, whole
 from llmslim.healing.stored import StoredLogits
 from llmslim.healing.trained import Trained
+from llmslim.healing.watch import Progress, Watch
 from llmslim.healing.work import Work
 from llmslim.recipe import Heal
 from llmslim.surgery.sites import find_layers
 
 WEIGHTS = "trained.safetensors"
-
-Progress = Callable[[int, int, str], None]
 
 
 class HealingTrainer(Trainer):
@@ -88,7 +86,7 @@ class HealingTrainer(Trainer):
         for callback in list(self.callback_handler.callbacks):
             if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
                 self.remove_callback(callback)
-        self.watch = _Watch(self, tokens_per_step, progress)
+        self.watch = Watch(self, tokens_per_step, progress)
         self.add_callback(self.watch)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -179,17 +177,16 @@ class HealingTrainer(Trainer):
         if not math.isfinite(self.step_loss) or not math.isfinite(self.grad_norm):
             what = "loss" if not math.isfinite(self.step_loss) else "gradient"
             value = self.step_loss if what == "loss" else self.grad_norm
-            last = self.work.last_checkpoint() if self.args.should_save else None
-            kept = (
-                f"The last good state is kept in {last}."
-                if last
-                else "No state was saved before it."
-            )
-            raise HealingError(
-                f"step {self.state.global_step + 1}: the {what} is {value}; it must be finite. "
-                f"{kept} Begin anew with a lower learning_rate, or with other text."
-            )
+            raise self._not_finite(self.state.global_step + 1, what, value)
         return norm
+
+    def _not_finite(self, step: int, what: str, value: float) -> HealingError:
+        last = self.work.last_checkpoint() if self.args.should_save else None
+        kept = f"The last good state is kept in {last}." if last else "No state was saved before."
+        return HealingError(
+            f"step {step}: the {what} is {value}; it must be finite. {kept} "
+            "Begin anew with a lower learning_rate, or with other text."
+        )
 
     def evaluate(self, *_args: Any, **_options: Any) -> dict[str, float]:
         """Measure the held-out loss.
@@ -200,10 +197,7 @@ class HealingTrainer(Trainer):
         loss = self.measure(self.model_wrapped)
         step = self.state.global_step
         if not math.isfinite(loss):
-            raise HealingError(
-                f"step {step}: the held-out loss is {loss}; it must be finite. "
-                "Begin anew with a lower learning_rate."
-            )
+            raise self._not_finite(step, "held-out loss", loss)
         metrics = {"eval_loss": loss}
         self.work.note({"step": step, "held_out_loss": loss}, write=self.args.should_save)
         self.control = self.callback_handler.on_evaluate(
@@ -288,78 +282,3 @@ class HealingTrainer(Trainer):
             self.create_optimizer()  # accelerate takes no model alone
             self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
             self.model_wrapped = self.model
-
-
-class _Watch(TrainerCallback):
-    """Writes the history, shows progress, stops early."""
-
-    def __init__(self, trainer: HealingTrainer, tokens_per_step: float, progress: Progress) -> None:
-        self.trainer, self.tokens_per_step, self.progress = trainer, tokens_per_step, progress
-        self.seconds, self.steps, self.began, self.rate = 0.0, 0, 0.0, 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.steps * self.tokens_per_step / self.seconds if self.seconds else 0.0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        if self.trainer.begin is not None:
-            self.trainer.begin()
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        self.began = time.perf_counter()
-        self.trainer.step_loss = 0.0
-        self.rate = cast(Any, self.trainer.optimizer).param_groups[0]["lr"]
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        trainer = self.trainer
-        self.seconds += time.perf_counter() - self.began
-        self.steps += 1
-        step = state.global_step
-        entry = {
-            "step": step,
-            "objective": next((o.name for o, end in trainer.phases if step <= end), ""),
-            "loss": trainer.step_loss,
-            "grad_norm": trainer.grad_norm,
-            "learning_rate": self.rate,
-            "tokens": round(step * self.tokens_per_step),
-            "tokens_per_second": round(self.tokens_per_second, 1),
-        }
-        if trainer.blend is not None and step <= trainer.blend.end:
-            entry["blend"] = trainer.blend.alpha
-        trainer.work.note(entry, write=args.should_save)
-        measured = held_out(trainer.work.history)
-        shown = f", held-out {measured[-1]:.3f}" if measured else ""
-        self.progress(
-            step,
-            state.max_steps,
-            f"loss {trainer.step_loss:.3f}{shown}, {self.tokens_per_second:,.0f} tokens/s",
-        )
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        if should_stop(self.trainer.work.history, self.trainer.spec, self.trainer.phases):
-            control.should_training_stop = True
-
-
-def held_out(history: list[dict[str, Any]]) -> list[float]:
-    """Return the held-out losses of a history, in order."""
-    return [line["held_out_loss"] for line in history if "held_out_loss" in line]
-
-
-def blended_steps(spec: Heal, steps: int) -> int:
-    """Return how many of the steps blend blocks with dense projections."""
-    return math.ceil(spec.blend_share * steps)
-
-
-def should_stop(
-    history: list[dict[str, Any]], spec: Heal, phases: list[tuple[Objective, int]]
-) -> bool:
-    """Return whether the last `patience` measurements brought nothing better.
-
-    Only the last phase counts: matching layers may well raise the loss on text for a while, and so
-    may blocks that learn beside dense projections.
-    """
-    begin = max(phases[-2][1] if len(phases) > 1 else 0, blended_steps(spec, phases[-1][1]))
-    losses = held_out([line for line in history if line["step"] > begin])
-    if spec.patience is None or len(losses) <= spec.patience:
-        return False
-    return min(losses[-spec.patience :]) >= min(losses[: -spec.patience])

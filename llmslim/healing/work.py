@@ -11,6 +11,7 @@ It stands beside the checkpoint that is to be written, and goes when that one is
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -18,13 +19,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from llmslim.errors import HealingError
+from llmslim.errors import HealingError, UnfinishedError
 
 FORMAT = 1
 RUN = "run.json"
 HISTORY = "history.jsonl"
 TRAINER_STATE = "trainer_state.json"
 """The last file that the Trainer writes into a checkpoint: with it, the checkpoint is whole."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""How systems say that a disk is full."""
 
 
 def working_folder(out: Path) -> Path:
@@ -174,3 +177,31 @@ class Work:
 def history_text(lines: Iterable[Mapping[str, Any]]) -> str:
     """Return a history as JSONL."""
     return "".join(json.dumps(dict(line)) + "\n" for line in lines)
+
+
+def explain_full_disk(error: Exception, folder: Path, *, kept: bool) -> None:
+    """Raise a full disk as what it is.
+
+    Args:
+        error: what went wrong.
+        folder: the working folder.
+        kept: whether there is anything to go on with.
+
+    Raises:
+        UnfinishedError: if the disk was full, and there is.
+        HealingError: if the disk was full, and there is not.
+    """
+    said = str(error)
+    number = error.errno if isinstance(error, OSError) else None
+    found = re.search(r"\(os error (\d+)\)", said)
+    number = int(found[1]) if found and number is None else number
+    # torch.save's archive writer gives no number.
+    if number in FULL or "PytorchStreamWriter" in said or "inline_container" in said:
+        full = f"{folder}: no space left for the state of the training"
+        if kept:
+            raise UnfinishedError(
+                f"{full}; the last whole one is kept. Free some space and resume (--resume)."
+            ) from error
+        raise HealingError(
+            f"{full}; none was saved before. Free some space and begin again."
+        ) from error

@@ -63,6 +63,7 @@ def model_card(
     base_model: str = "",
     slim: bool | None = None,
     healing: Mapping[str, Any] | None = None,
+    losses: str | None = None,
 ) -> str:
     """Return the README.md of a checkpoint.
 
@@ -72,6 +73,7 @@ def model_card(
         base_model: what the user called the source model; the report's name for it by default.
         slim: whether loading needs llmslim's classes; by default, where the report has blocks.
         healing: what `HealReport.to_dict` gives, of a model that was healed.
+        losses: name of the picture of its losses, where there is one beside the card.
     """
     given = base_model or report.model
     # A folder on the maker's disk means nothing to a reader, and is not theirs to know.
@@ -94,7 +96,7 @@ def model_card(
         f"with the recipe `{shown_recipe}`. It has {totals.params_after:,} parameters; "
         f"{kept} of the non-embedding parameters are left.\n",
         f"## Loading\n\n{_LOAD_SLIM if slim else _LOAD_PLAIN}",
-        *([healed.section(healing)] if healing else [_HONEST] if changed else []),
+        *([healed.section(healing, losses=losses)] if healing else [_HONEST] if changed else []),
         f"## What changed\n\n{markdown.totals_table(report)}\n\n{markdown.rows_table(report)}\n",
     ]
     if recipe_text:

@@ -13,6 +13,7 @@ _HONEST = """\
 A healed model is still a smaller model than its base: numbers that say how good the base is do not
 hold for it. Measure it on what you need it for.
 """
+_MEASURED = "held_out_loss"  # in a line of the history
 
 
 def facts(healing: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -26,6 +27,7 @@ def facts(healing: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("trained", f"{healing['train']}, {healing['trained_parameters']:,} parameters"),
         ("steps", f"{healing['steps']:,}"),
         ("tokens", f"{healing['tokens']:,}"),
+        ("padding of the rows", f"{100 * healing['padding']:.1f} %"),
         ("tokens per second", f"{healing['tokens_per_second']:,.1f}"),
     ]
     for key, name in (
@@ -41,11 +43,12 @@ def facts(healing: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name, wording.plain(str(value))) for name, value in rows]
 
 
-def section(healing: Mapping[str, Any]) -> str:
+def section(healing: Mapping[str, Any], *, losses: str | None = None) -> str:
     """Return the section of a model card.
 
     Args:
         healing: what `HealReport.to_dict` gives.
+        losses: name of the picture of its losses, where there is one beside the card.
     """
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in facts(healing))
     parts = [
@@ -54,6 +57,8 @@ def section(healing: Mapping[str, Any]) -> str:
         "nats, on text that was not trained on.\n",
         f"| what | value |\n| --- | --- |\n{table}\n",
     ]
+    if losses:
+        parts.append(f"![Losses, step by step]({losses})\n")
     notes = [f"- {wording.plain(note)}" for note in healing["notes"]]
     if notes:
         parts.append("\n".join(notes) + "\n")
@@ -73,12 +78,19 @@ def _cell(text: str) -> str:
     return line or "(nothing)"
 
 
-def picture(history: Sequence[Mapping[str, Any]]) -> bytes | None:
+def picture(
+    history: Sequence[Mapping[str, Any]],
+    *,
+    before: float | None = None,
+    teacher: float | None = None,
+) -> bytes | None:
     """Return the losses of a healing as PNG, None where matplotlib is not installed.
 
     Args:
         history: lines with `step` and `loss` (and `objective`), and with `step` and
             `held_out_loss`.
+        before: the held-out loss before the first step.
+        teacher: the dense model's.
     """
     if importlib.util.find_spec("matplotlib") is None:
         return None
@@ -96,14 +108,13 @@ def picture(history: Sequence[Mapping[str, Any]]) -> bytes | None:
             linewidth=1,
             alpha=0.7,
         )
-    measured = [line for line in history if "held_out_loss" in line]
-    axes.plot(
-        [line["step"] for line in measured],
-        [line["held_out_loss"] for line in measured],
-        label="held-out, -log p in nats",
-        marker="o",
-        color="black",
-    )
+    measured = [(line["step"], line["held_out_loss"]) for line in history if _MEASURED in line]
+    measured = ([] if before is None else [(0, before)]) + measured
+    if measured:
+        steps, losses = zip(*measured, strict=True)
+        axes.plot(steps, losses, label="held-out, -log p in nats", marker="o", color="black")
+    if teacher is not None:
+        axes.axhline(teacher, label="held-out, the dense model's", linestyle="--", color="gray")
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.legend()

@@ -81,7 +81,7 @@ healed (`llmslim heal`)."""
     "--heal",
     is_flag=True,
     help="Train the result too, as the recipe's `heal` section says, with MODEL as its teacher; "
-    "written beside it, as FOLDER-healed.",
+    "written beside it, as FOLDER-healed. With --resume, a finished FOLDER is only healed.",
 )
 @click.option("--dry-run", is_flag=True, help="Only show the plan, as `llmslim plan` does.")
 def command(
@@ -128,6 +128,10 @@ def command(
         out = out or Path(f"{open_source(model, trust_remote_code=trust_remote_code).name}-{name}")
         healed = out.with_name(f"{out.name}-healed")
         check_target(healed, overwrite)  # known before hours of work, not after
+        if resume and (out / "config.json").is_file():  # there only when it is whole
+            click.echo(f"{out} is converted already; going on with its healing", err=True)
+            heal_and_show(out, healed, teacher=model, resume=True)
+            return
     if dry_run:
         made = api.plan(
             model, read or Recipe(name="kphi3"), init=init, trust_remote_code=trust_remote_code
@@ -159,7 +163,7 @@ def command(
     click.echo(_NEXT.format(path=path, quoted=shlex.quote(path)), nl=False)
     totals = result.report.totals
     if healed is not None:
-        heal_and_show(result.path, healed, teacher=model, overwrite=overwrite)
+        heal_and_show(result.path, healed, teacher=model, resume=resume, overwrite=overwrite)
     elif totals.params_before != totals.params_after:
         click.echo(_HONEST)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from llmslim.cli.healing import show_healing
 from llmslim.cli.output import show_report, write_out
 from llmslim.reporting import FORMATS
 
@@ -21,15 +22,20 @@ from llmslim.reporting import FORMATS
 @click.option("-o", "--out", metavar="FILE", help="Write to this file instead of stdout.")
 @click.option("--full", is_flag=True, help="A line for every module; in text, a bar per layer too.")
 def command(slim: str, format_name: str, out: str | None, full: bool) -> None:
-    """Show what was saved where in SLIM.
+    """Show what was saved where in SLIM, and what healing did to it.
 
     SLIM is a folder that `llmslim convert` wrote, or a report file of `llmslim plan --json`.
     """
-    from llmslim.reporting import render
-    from llmslim.reporting.read import read_report
+    from llmslim.reporting import healed, render
+    from llmslim.reporting.read import read_healing, read_report
 
-    report = read_report(slim)
+    report, healing = read_report(slim), read_healing(slim)
     if format_name == "text" and out is None:
         show_report(report, full=full)
-    else:
-        write_out(render(report, format_name, full=full), out or "-")
+        if healing:
+            show_healing(healing)
+        return
+    text = render(report, format_name, full=full)
+    if healing and format_name == "md":
+        text = f"{text}\n{healed.section(healing)}"
+    write_out(text, out or "-")

@@ -1,0 +1,60 @@
+"""Write a healed model: weights, ledger, recipe, model card, history and picture, in one folder."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from llmslim import surgery
+from llmslim.checkpoint import write_checkpoint
+from llmslim.healing.prepare import Ready, without_paths
+from llmslim.healing.report import HealReport
+from llmslim.healing.work import history_text
+from llmslim.recipe import Recipe, recipe_yaml
+from llmslim.reporting.card import model_card
+from llmslim.reporting.healed import picture
+
+_PICTURE = "healing_losses.png"
+
+
+def write_healed(ready: Ready, report: HealReport, target: Path, *, overwrite: bool) -> None:
+    """Write a healed model with its ledger, its recipe and what was done to it.
+
+    Args:
+        ready: what `prepare` found; its model is healed by now.
+        report: what was done.
+        target: folder to write.
+        overwrite: replace it where it exists, once the new one is whole.
+
+    Raises:
+        CheckpointError: if it cannot be written; `target` is then as it was.
+    """
+    model, folder, spec = ready.model, ready.folder, without_paths(ready.spec)
+    name = ready.source.name if ready.source else ""
+    recipe = folder.recipe or Recipe(name="heal", description="Trained as it was.")
+    as_it_is = Recipe(name=recipe.name)
+    ledger = folder.report or surgery.plan(model, as_it_is, model_name=name).report()
+    recipe_text = recipe_yaml(recipe.model_copy(update={"heal": spec}))
+    done = replace(report, settings=spec.model_dump(mode="json", exclude_none=True)).to_dict()
+    drawn = picture(report.history, before=report.loss_before, teacher=report.loss_teacher)
+    files = {"healing_history.jsonl": history_text(report.history).encode()}
+    if drawn is not None:
+        files[_PICTURE] = drawn
+    write_checkpoint(
+        model,
+        target,
+        source=ready.source,
+        tokenizer=ready.tokenizer,
+        report={**(folder.report_data or ledger.to_dict()), "healing": done},
+        recipe_text=recipe_text,
+        model_card=model_card(
+            ledger,
+            recipe_text=recipe_text,
+            base_model=folder.base_model or "",
+            slim=model.config.model_type == "llmslim",
+            healing=done,
+            losses=None if drawn is None else _PICTURE,
+        ),
+        files=files,
+        overwrite=overwrite,
+    )

@@ -1,0 +1,67 @@
+"""Whether samples that are packed into one row would see each other in a model: tried, not listed.
+
+transformers tells packed samples apart by their position ids, where a model makes its attention
+mask of these. Many do not, and what carries a state from token to token (Mamba, convolutions,
+linear attention) mixes samples whatever the mask. So the model is asked: the gradient of what it
+says of a second sample, by the embeddings of the first one, must be exactly 0.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmslim.checkpoint import quiet
+
+_TOKENS = 8  # of each of the two samples
+
+
+def takes_position_ids(model: Any) -> bool:
+    """Return whether a model can be told where samples begin in a row."""
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def sees_neighbours(model: Any) -> bool:
+    """Return whether samples in one row would see each other; so taken where it cannot be told.
+
+    Args:
+        model: a causal language model on any device; it is left as it is.
+    """
+    training = model.training
+    model.eval()
+    try:
+        with quiet():
+            gradient_LH = _gradient(model)
+    except Exception:  # in as many classes as there are models
+        return True
+    finally:
+        model.train(training)
+    return bool((gradient_LH[:_TOKENS] != 0).any())
+
+
+def _gradient(model: Any) -> Tensor:
+    """Return the gradient of a second sample's logits by the embeddings of both, (L, H)."""
+    found: list[Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        found.append(output.detach().requires_grad_())
+        return found[-1].clone()  # which some models write into
+
+    embedding = model.get_input_embeddings()
+    ids_NL = torch.arange(1, 1 + 2 * _TOKENS, device=model.device)[None]
+    inputs = {"input_ids": ids_NL % embedding.weight.shape[0]}
+    if takes_position_ids(model):
+        inputs["position_ids"] = torch.arange(_TOKENS, device=model.device).repeat(2)[None]
+    handle = embedding.register_forward_hook(keep)
+    try:
+        with torch.enable_grad():
+            logits_NLV = model(**inputs, use_cache=False).logits
+            said = logits_NLV[:, _TOKENS + 1 :].float().square().sum()
+            gradients = torch.autograd.grad(said, found, allow_unused=True)
+    finally:
+        handle.remove()
+    (gradient,) = [one for one in gradients if one is not None]
+    return gradient.reshape(2 * _TOKENS, -1)
