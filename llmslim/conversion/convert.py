@@ -9,10 +9,12 @@ from llmslim.checkpoint import (
     MAX_SHARD_SIZE,
     NotInPiecesError,
     Pieces,
+    check_apart,
     check_target,
     empty_model,
     open_source,
     parse_size,
+    told_of_unused,
 )
 from llmslim.errors import CheckpointError, RecipeError
 from llmslim.recipe import Recipe
@@ -112,19 +114,21 @@ def convert(
     if published is not None:
         return Conversion(target, published)
     check_target(target, overwrite)
+    check_apart(target, source.path, source.given)
     work.check(resume=resume, overwrite=overwrite)
     reason = None
+    notes: tuple[str, ...] = ()
     if source.is_kphi3:
         reason = "a published kphi-3 checkpoint"
     else:
         # Everything that can be wrong with the recipe is found before gigabytes are read.
         empty = empty_model(source.config, source.given, trust_remote_code=trust_remote_code)
         made = surgery.plan(empty, chosen, model_name=source.name, init=init)
+        notes = told_of_unused(source, empty)
         if source.gguf_file is not None:
             reason = "a GGUF file"
         elif any(site.also for site in made.sites):
             reason = "a model whose layers share weights"
-    notes: tuple[str, ...] = ()
     if reason is None:
         try:
             if made.needs_calibration:
@@ -134,9 +138,9 @@ def convert(
                 check_layers(pieces)
         except NotInPiecesError as error:
             reason = f"a model that cannot be loaded in pieces ({error})"
-            notes = (f"Converted in memory, as a whole: {error}.",)
+            notes = (f"Converted in memory, as a whole: {error}.", *notes)
         else:
-            return convert_streamed(job, pieces, work)
+            return convert_streamed(job, pieces, work, notes)
     if resume:
         raise CheckpointError(
             f"{target}: nothing to resume; {reason} is converted in memory and begins anew each "

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from llmslim.checkpoint import REPORT, disk_problem, publish
+from llmslim.checkpoint import REPORT, disk_problem, publish, resolved
 from llmslim.errors import CheckpointError, SlimError, UnfinishedError
 from llmslim.surgery import Report
 
@@ -44,7 +44,7 @@ class Work:
 
     def __init__(self, target: Path) -> None:
         self.given = target
-        self.target = target.resolve()  # a link to a folder stays a link
+        self.target = resolved(target)  # a link to a folder stays a link
         self.path = self.target.with_name(f".{self.target.name}.partial")
         self.checkpoint = self.path / "checkpoint"
         self.streams = self.path / "streams"
