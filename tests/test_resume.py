@@ -422,6 +422,10 @@ def test_a_real_disk_that_fills_up(
         with pytest.raises(UnfinishedError, match="no space left for it"):
             convert(model, disk / "out")
         assert names(disk) == [".out.partial", "ballast"]
+        monkeypatch.undo()  # nor is there space when it goes on, which is told of first
+        with pytest.raises(UnfinishedError, match=r"are free\..*kept in .*--resume"):
+            convert(model, disk / "out", resume=True)
+        assert names(disk) == [".out.partial", "ballast"]
         (disk / "ballast").unlink()
         convert(model, disk / "out", resume=True)
         assert hashes(disk / "out") == whole

@@ -23,6 +23,7 @@ from llmslim.errors import CheckpointError
 from llmslim.modeling.configuration_llmslim import MODEL_TYPE, register
 
 from .config import check_config, check_folder
+from .gguf_header import check_gguf
 from .quantised import check_quantisation
 from .quiet import quiet
 from .shards import read_json, read_weights
@@ -171,6 +172,7 @@ def _download(given: str, trust_remote_code: bool, weights: bool) -> Path:
 
 
 def _open_gguf(given: str, path: Path) -> Source:
+    check_gguf(path)
     try:
         with quiet():
             # Reads the whole table of tensors, so that a file cut short fails here.

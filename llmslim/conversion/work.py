@@ -93,7 +93,8 @@ class Work:
             resume: count what is there already.
 
         Raises:
-            CheckpointError: if less is free than is needed.
+            UnfinishedError: if less is free than is needed to go on.
+            CheckpointError: if less is free than is needed to begin.
         """
         parent = next(folder for folder in self.path.parents if folder.exists())
         needed, there = sum(sizes.values()), 0
@@ -104,9 +105,12 @@ class Work:
         free = shutil.disk_usage(parent).free
         if needed - there + more > free:
             beside = f", hidden states beside them {more:,}," if more else ""
-            raise CheckpointError(
+            kept = resume and self.exists
+            kind = UnfinishedError if kept else CheckpointError
+            raise kind(
                 f"{self.given}: no space left for it; its weights take {needed:,} bytes{beside} "
                 f"and {free:,} are free. Free some space or choose another disk."
+                f"{self._how_to_go_on() if kept else ''}"
             )
 
     def published(self, key: Mapping[str, str]) -> Report | None:
@@ -163,8 +167,11 @@ class Work:
                 raise
             kept = self.exists
             kind = UnfinishedError if kept else CheckpointError
-            more = f" What is done is kept in {self.path}: go on with --resume." if kept else ""
+            more = self._how_to_go_on() if kept else ""
             raise kind(f"{self.given}: {problem}{more}") from error
+
+    def _how_to_go_on(self) -> str:
+        return f" What is done is kept in {self.path}: go on with --resume."
 
     def discard(self) -> None:
         """Throw away what is unfinished here, if anything is.
