@@ -100,6 +100,7 @@ class Work:
         needed, there = sum(sizes.values()), 0
         if resume and self.checkpoint.is_dir():
             files = [self.checkpoint / name for name in sizes]
+            files += self.streams.glob("*")
             # What is not written yet takes no blocks.
             there = sum(512 * getattr(f.stat(), "st_blocks", 0) for f in files if f.is_file())
         free = shutil.disk_usage(parent).free
