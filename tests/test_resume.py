@@ -360,7 +360,7 @@ def test_two_processes(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"in\n"
-        for options in ({"resume": True}, {"overwrite": True}):
+        for options in ({}, {"resume": True}, {"overwrite": True}):
             with pytest.raises(CheckpointError, match="another process is converting"):
                 convert(model, out, **options)
         other.communicate(b"")

@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llmslim.checkpoint import REPORT, disk_problem, publish, resolved
@@ -59,8 +59,8 @@ class Work:
         """Refuse what cannot be begun or resumed here.
 
         Raises:
-            CheckpointError: if something unfinished is here and neither is wanted, or what is
-                here is no unfinished conversion.
+            CheckpointError: if something unfinished is here and neither is wanted, another
+                process works here, or what is here is no unfinished conversion.
         """
         if not self.exists:
             return
@@ -79,6 +79,8 @@ class Work:
                 f"{self.path}: {links[0]} is a link; a working folder has none. Move it away."
             )
         if not resume and not overwrite:
+            with suppress(OSError), self._locked():
+                pass  # what another process is working at is not unfinished
             raise CheckpointError(
                 f"{self.path}: an unfinished conversion is here. Go on with it (--resume), or "
                 "throw it away and begin anew (--overwrite)."
