@@ -639,6 +639,23 @@ def test_what_a_changed_report_says_is_held_to_its_types(slim: Path) -> None:
             assert "not a llmslim report" in ran.output, (key, ran.output)
 
 
+@pytest.mark.parametrize("content", ["[]", "5", '"x"'])
+def test_a_generation_config_that_is_none(folder: Path, tmp_path: Path, content: str) -> None:
+    (folder / "generation_config.json").write_text(content)
+    said = refused(api.convert, folder, RECIPE, tmp_path / "out", init="random")
+    assert said.startswith(f"{folder / 'generation_config.json'}: cannot be used")
+    assert names(tmp_path) == ["llama"]
+
+
+@pytest.mark.parametrize("template", ["{% bad", "{{ [].x.y }}", "{% for x in range(10**9) %}"])
+def test_a_chat_template_that_fails_is_one_sentence(folder: Path, template: str) -> None:
+    tiny_tokenizer().save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(template + ("{% endfor %}" * ("for" in template)))
+    ran = CliRunner().invoke(cli, ["generate", str(folder), "hello"])
+    assert ran.exit_code == 1
+    assert "chat template: it cannot be used for this prompt" in ran.output
+
+
 @pytest.mark.parametrize("command", ["report", "verify"])
 def test_a_folder_name_that_is_too_long_is_none(command: str) -> None:
     ran = CliRunner().invoke(cli, [command, "x" * 300])

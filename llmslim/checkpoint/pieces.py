@@ -31,7 +31,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
-from llmslim.errors import SlimError
+from llmslim.errors import CheckpointError, SlimError
 
 from .freed import give_back
 from .layout import TORCH_TYPES
@@ -288,13 +288,23 @@ def model_without_weights(
 
 
 def _generation_config(folder: Path) -> GenerationConfig:
-    """Read what `from_pretrained` reads."""
+    """Read what `from_pretrained` reads.
+
+    Raises:
+        CheckpointError: if it says something that no generation config can say.
+    """
     try:
-        config: GenerationConfig = GenerationConfig.from_pretrained(folder)
-    except OSError:
-        config = GenerationConfig.from_pretrained(
-            folder, config_file_name="config.json", _from_model_config=True
-        )
+        try:
+            config: GenerationConfig = GenerationConfig.from_pretrained(folder)
+        except OSError:
+            config = GenerationConfig.from_pretrained(
+                folder, config_file_name="config.json", _from_model_config=True
+            )
+    except Exception as error:  # it takes every key and value as it comes
+        raise CheckpointError(
+            f"{folder / 'generation_config.json'}: cannot be used ({first_line(error)}). Correct "
+            "it, or remove it: the defaults then hold."
+        ) from error
     return config
 
 

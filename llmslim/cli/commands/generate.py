@@ -22,7 +22,9 @@ from llmslim.errors import CheckpointError
     show_default=True,
     help="0 takes the likeliest token each time.",
 )
-@click.option("--seed", type=int, help="Makes a temperature above 0 repeatable.")
+@click.option(
+    "--seed", type=click.IntRange(0, (1 << 63) - 1), help="Makes a temperature above 0 repeatable."
+)
 def command(
     model: str,
     prompt: str,
