@@ -216,30 +216,31 @@ def refuse_other_kinds(
         )
 
 
-def told_of_unused(source: Source, model: PreTrainedModel) -> tuple[str, ...]:
+def told_of_unused(
+    source: Source, model: PreTrainedModel, unused: Iterable[str] | None = None
+) -> tuple[str, ...]:
     """Say which stored tensors a model has no use for; what its class means to leave out is not.
 
     Args:
         source: the model's files.
         model: the one that its config describes, on any device.
+        unused: names of such tensors, where they are known already.
 
     Returns:
         A sentence for the report, where there are any.
     """
     if source.path is None or source.gguf_file is not None or unpacking(source.config) is not None:
         return ()
-    entries = read_weights(source.path)
+    if unused is None:
+        entries = read_weights(source.path)
+        unused = entries.keys() - names_in_model(model, entries)
     ignored = [*map(re.compile, model._keys_to_ignore_on_load_unexpected or ()), _TABLES]
-    unused = sorted(
-        key
-        for key in entries.keys() - names_in_model(model, entries)
-        if not any(pattern.search(key) for pattern in ignored)
-    )
-    if not unused:
+    told = sorted(key for key in unused if not any(each.search(key) for each in ignored))
+    if not told:
         return ()
-    count = f"{len(unused)} stored tensors are" if len(unused) > 1 else "1 stored tensor is"
+    count = f"{len(told)} stored tensors are" if len(told) > 1 else "1 stored tensor is"
     return (
-        f"{source.given}: {count} of no use to {type(model).__name__}, such as {unused[0]}; "
+        f"{source.given}: {count} of no use to {type(model).__name__}, such as {told[0]}; "
         "they are not in the result.",
     )
 

@@ -124,7 +124,6 @@ def convert(
         # Everything that can be wrong with the recipe is found before gigabytes are read.
         empty = empty_model(source.config, source.given, trust_remote_code=trust_remote_code)
         made = surgery.plan(empty, chosen, model_name=source.name, init=init)
-        notes = told_of_unused(source, empty)
         if source.gguf_file is not None:
             reason = "a GGUF file"
         elif any(site.also for site in made.sites):
@@ -138,13 +137,16 @@ def convert(
                 check_layers(pieces)
         except NotInPiecesError as error:
             reason = f"a model that cannot be loaded in pieces ({error})"
-            notes = (f"Converted in memory, as a whole: {error}.", *notes)
+            notes = (f"Converted in memory, as a whole: {error}.",)
         else:
-            return convert_streamed(job, pieces, work, notes)
+            unused = told_of_unused(source, pieces.model, pieces.unused)
+            return convert_streamed(job, pieces, work, unused)
     if resume:
         raise CheckpointError(
             f"{target}: nothing to resume; {reason} is converted in memory and begins anew each "
             "time. Leave resume (--resume) out."
         )
     work.discard()  # checked above: there is nothing, or it may go
+    if not source.is_kphi3:
+        notes = (*notes, *told_of_unused(source, empty))
     return convert_in_memory(job, notes)
