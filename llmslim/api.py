@@ -16,6 +16,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from llmslim import surgery
 from llmslim.checkpoint import (
     Verification,
+    check_apart,
+    check_finite,
     check_target,
     dense_copy,
     empty_model,
@@ -117,17 +119,23 @@ def slim(
     return surgery.rewrite(model, made, seed=seed, calibration=windows, progress=progress)
 
 
-def load(path: str | Path, *, dtype: str | None = None) -> PreTrainedModel:
+def load(
+    path: str | Path, *, dtype: str | None = None, allow_nonfinite: bool = False
+) -> PreTrainedModel:
     """Load a model, slim or dense, from a folder, a hub id or a GGUF file; evaluation mode, CPU.
 
     Args:
         path: what `convert` or `save` wrote, or any other causal language model.
         dtype: the files' own by default.
+        allow_nonfinite: load it where weights are NaN or infinite, too.
 
     Raises:
-        CheckpointError: if it is not there or not whole.
+        CheckpointError: if it is not there or not whole, or holds such weights unasked.
     """
-    return load_model(open_source(path), dtype=dtype)
+    source = open_source(path)
+    model = load_model(source, dtype=dtype)
+    check_finite(model.state_dict().items(), source.given, allow_nonfinite=allow_nonfinite)
+    return model
 
 
 def save(
@@ -330,25 +338,34 @@ def _ready_to_heal(
     target = None if out is None else Path(out).absolute()
     if target is not None:
         check_target(target, overwrite)
+        if isinstance(model, str | Path) and Path(model).is_dir():
+            check_apart(target, Path(model), str(model), same=True)
     changes = {**(settings or {}), **{k: v for k, v in asked.items() if v is not None}}
     return target, prepare(model, changes=changes, **options)
 
 
-def export_dense(path: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
+def export_dense(
+    path: str | Path, out: str | Path, *, overwrite: bool = False, allow_nonfinite: bool = False
+) -> Path:
     """Write an ordinary checkpoint of the base class that computes what a slim one does.
 
     Args:
         path: a slim checkpoint.
         out: folder to write. Must not exist.
         overwrite: replace `out` where it exists, once the new one is whole.
+        allow_nonfinite: go on where weights are NaN or infinite.
 
     Raises:
-        CheckpointError: if it is not a slim checkpoint, or has no dense equivalent.
+        CheckpointError: if it is not a slim checkpoint, has no dense equivalent, or holds such
+            weights unasked.
     """
     target = Path(out)
     check_target(target, overwrite)
     source = open_source(path)
-    dense = dense_copy(load_model(source))
+    check_apart(target, source.path, source.given)
+    model = load_model(source)
+    check_finite(model.state_dict().items(), source.given, allow_nonfinite=allow_nonfinite)
+    dense = dense_copy(model)
     return write_checkpoint(
         dense, target, source=source, tokenizer=load_tokenizer(source), overwrite=overwrite
     )

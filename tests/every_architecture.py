@@ -83,6 +83,7 @@ _SIZES = {
     64: """
         hidden_size d_model n_embd emb_dim embedding_size embedding_dim word_embed_proj_dim
         dim_model attention_hidden_size input_embedding_size output_embedding_size lru_width
+        adapter_in_dim adapter_out_dim adapter_input_size
     """,
     96: """
         intermediate_size ffn_dim n_inner ffn_hidden_size inner_dim encoder_ffn_dim
@@ -99,6 +100,26 @@ _LAYERS = [
     *("encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers"),
 ]
 _KINDS = 4
+_INDEXER = {"indexer_n_heads": 16, "indexer_kv_heads": 1, "indexer_head_dim": 256}
+_INDEXER |= {"indexer_budget": 2048, "indexer_compress_ratio": 4}
+_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+FILLED_IN: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}
+    },
+    "dbrx": {"attn_config": {"rope_theta": 10_000.0, "kv_n_heads": 8, "clip_qkv": 8.0}},
+    "dots1": {"n_routed_experts": 128, "num_experts_per_tok": 6, "n_shared_experts": 2},
+    "hunyuan_v1_dense": {"head_dim": 128},
+    "hunyuan_v1_moe": {"head_dim": 128, "num_experts": 64, "moe_topk": 8},
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
+    "ministral": {"head_dim": 128},
+    "nemotron": {"head_dim": 128, "num_key_value_heads": 8},
+    "qwen4_exp": {"text_config": _INDEXER},
+    "qwen4_exp_text": _INDEXER,
+    "reformer": {"is_decoder": True},
+}
+"""What some configs leave empty, so that transformers builds no model of them: sizes as usual."""
+
 _HEADS: dict[str, Any] = {"head_dim": 16, "num_key_value_heads": 2}
 _TWICE: dict[str, Any] = {
     "num_hidden_layers": 5,
@@ -106,6 +127,12 @@ _TWICE: dict[str, Any] = {
 }
 _EXTRA: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_d_head": 16, "mamba_n_heads": 8, "attn_layer_indices": [1]},
+    "cohere_compass_text": FILLED_IN["cohere_compass_text"],
+    "dbrx": {
+        "attn_config": {"rope_theta": 10_000.0, "kv_n_heads": 2, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+        "max_seq_len": 128,
+    },
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "git": {"num_hidden_layers": 3},  # as in every real one, not as many as its image encoder has
@@ -172,6 +199,11 @@ def config_classes() -> dict[str, Any]:
     """Return the config class of every entry of the mapping, by model type."""
     mapping = AutoModelForCausalLM._model_mapping._model_mapping
     return {name: CONFIG_MAPPING[name] for name in mapping}
+
+
+def default_config(name: str, cls: Any) -> Any:
+    """Return an architecture's default config, with what it lacks to be built filled in."""
+    return cls(**FILLED_IN.get(name, {}))
 
 
 def coverage(report: surgery.Report) -> Coverage:

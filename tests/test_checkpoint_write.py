@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from tiny import ARCHITECTURES, logits, tiny_model, tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from llmslim import api
 from llmslim.checkpoint import (
     load_model,
     load_tokenizer,
@@ -33,6 +34,7 @@ from llmslim.checkpoint import (
     quiet,
     write_checkpoint,
 )
+from llmslim.conversion.work import Work
 from llmslim.errors import CheckpointError
 
 ROOT = Path(__file__).parents[1]
@@ -254,3 +256,50 @@ def test_a_dense_model_is_written_as_an_ordinary_checkpoint(tmp_path: Path) -> N
         tokenizer = AutoTokenizer.from_pretrained(out)
     assert torch.equal(logits(again, tokens()), logits(model, tokens()))
     assert tokenizer.chat_template == TEMPLATE
+
+
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("/", "the root of all folders"),
+        ("a\0b", "not a place for a folder (embedded null byte)"),
+        ("loop", "not a place for a folder (Symlink loop)"),
+        ("loop/x", "not a place for a folder (Symlink loop)"),
+        ("x" * 300, "not a place for a folder (File name too long)"),
+        ("x" * 300 + "/y", "not a place for a folder (File name too long)"),
+    ],
+)
+def test_a_target_that_no_folder_can_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    for overwrite in (False, True):
+        with pytest.raises(CheckpointError) as caught:
+            write_checkpoint(slim_llama(), Path(out), overwrite=overwrite)
+        assert said in str(caught.value)
+        with pytest.raises(CheckpointError) as caught:
+            Work(Path(out))
+        assert said in str(caught.value)
+    assert names(tmp_path) == ["loop"]
+
+
+def test_a_model_is_not_overwritten_by_what_is_made_of_it(tmp_path: Path) -> None:
+    rule = {"match": "*mlp*", "structure": "low_rank", "rank": 4}
+    recipe = {"name": "r", "init": "random", "replace": [rule]}
+    model = tmp_path / "models" / "m"
+    with quiet():
+        tiny_model().save_pretrained(model)
+    (tmp_path / "models" / "config.json").write_text("{}")
+    (tmp_path / "link").symlink_to(model)
+    before = hashes(tmp_path)
+    for out in (model, tmp_path / "models", tmp_path / "link", model / ".." / "m"):
+        with pytest.raises(CheckpointError, match="is in it, which would be removed"):
+            api.convert(model, recipe, out, overwrite=True)
+    assert hashes(tmp_path) == before
+    slim = api.convert(model, recipe, model / "inside").path  # harms nothing
+    with pytest.raises(CheckpointError, match="is in it, which would be removed"):
+        api.export_dense(slim, slim, overwrite=True)
+    with pytest.raises(CheckpointError, match="is in it, which would be removed"):
+        api.heal(slim, model, overwrite=True)
+    assert api.verify(slim).ok

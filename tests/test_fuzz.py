@@ -61,6 +61,7 @@ def survives(check: Callable[[Any, Path], None], content: Any) -> None:
         ("header", 400, CheckpointError),
         ("index", 300, CheckpointError),
         ("config", 60, CheckpointError),
+        ("gguf", 300, CheckpointError),
     ],
 )
 def test_changed_files_are_refused_or_mean_the_same_to_all(

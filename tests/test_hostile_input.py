@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from helpers_checkpoint import edit_json, names, stored, tiny_tokenizer
+from helpers_streaming import in_memory, stored_model
 from safetensors.torch import load_file, save_file
 from test_checkpoint_shards import GOOD, b, raw
 from tiny import tiny_model
@@ -490,3 +492,180 @@ def test_a_recipe_of_ten_megabytes_or_without_end_is_not_read(tmp_path: Path) ->
             file.truncate(size)
         with pytest.raises(RecipeError, match=f"{size:,} bytes; a recipe has at most"):
             Recipe.load(path)
+
+
+def test_weights_that_are_not_finite_are_refused_wherever_a_model_is_used(
+    folder: Path, tmp_path: Path
+) -> None:
+    tiny_tokenizer().save_pretrained(folder)
+    (name,) = poison(folder, float("nan"))
+    rule = {"match": "*.up_proj", "structure": "low_rank", "rank": 4}
+    slim = api.convert(folder, {"replace": [rule]}, tmp_path / "slim", allow_nonfinite=True).path
+    data = tmp_path / "text.jsonl"
+    data.write_text('{"text": "one two three"}\n' * 50)
+    for call, args, options in (
+        (api.load, (folder,), {}),
+        (api.load, (slim,), {}),
+        (api.export_dense, (slim, tmp_path / "dense"), {}),
+        (api.heal, (slim, tmp_path / "healed"), {"data": str(data)}),
+    ):
+        assert f"1 tensor holds NaN or infinities: {name} (1 of" in refused(call, *args, **options)
+    assert names(tmp_path) == ["llama", "slim", "text.jsonl"]
+    ran = CliRunner().invoke(cli, ["generate", str(slim), "hello"])
+    assert (ran.exit_code, "NaN or infinities" in ran.output) == (1, True)
+    assert "--allow-nonfinite" not in ran.output  # there is none for this command
+    assert torch.isnan(api.load(slim, allow_nonfinite=True).get_parameter(name)).any()
+    words = ["export", "--dense", str(slim), "-o", str(tmp_path / "dense")]
+    ran = CliRunner().invoke(cli, [*words, "--allow-nonfinite"])
+    assert ran.exit_code == 0, ran.output
+    assert torch.isnan(stored(tmp_path / "dense")[name]).any()
+
+
+# ------------------------------------------------------------- numbers of another kind, no use
+
+
+def change(folder: Path, changes: dict[str, Any]) -> None:
+    """Replace tensors of a folder, by functions or by others; None removes one."""
+    tensors: dict[str, Any] = load_file(folder / "model.safetensors")
+    for name, to in changes.items():
+        tensors[name] = to(tensors[name]) if callable(to) else to
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "called"), [(torch.int8, "I8"), (torch.bool, "BOOL"), (torch.complex64, "C64")]
+)
+def test_a_weight_stored_as_another_kind_of_number_is_refused(
+    folder: Path, tmp_path: Path, dtype: torch.dtype, called: str
+) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    change(folder, {name: lambda weight: (100 * weight).to(dtype)})
+    wanted = f"{folder}: {name} stored as {called}; allowed F16, BF16, F32, F64."
+    assert wanted in refused(api.convert, folder, RECIPE, tmp_path / "out", init="random")
+    assert wanted in refused(api.load, folder)
+    other = "model.layers.2.mlp.up_proj.weight"
+    change(folder, {other: lambda weight: weight.to(dtype)})
+    assert f"{name} and 1 more stored as" in refused(api.load, folder)
+
+
+def test_experts_stored_one_by_one_are_held_to_the_same(tmp_path: Path) -> None:
+    model = stored_model(tmp_path / "m", "mixtral")
+    first = next(name for name in stored(model) if "experts" in name)
+    change(model, {first: lambda weight: (100 * weight).to(torch.int8)})
+    for call in (lambda: api.convert(model, RECIPE, tmp_path / "out"), lambda: api.load(model)):
+        assert f"{first} stored as I8" in refused(call)
+
+
+def test_files_without_a_tensor_are_no_model(folder: Path) -> None:
+    save_file({}, folder / "model.safetensors")
+    assert f"{folder}: its files of weights hold no tensor." in refused(open_source, folder)
+
+
+def test_tensors_that_the_model_has_no_use_for_are_told_of(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = {"name": "small", "init": "random", "replace": [RULE]}
+    # What models work out by themselves is no loss.
+    change(folder, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)})
+    assert not api.convert(folder, recipe, tmp_path / "a").report.problems
+    change(folder, {"extra.weight": torch.ones(2)})
+    one = f"{folder}: 1 stored tensor is of no use to LlamaForCausalLM, such as extra.weight"
+    for way, out in ((api.convert, "b"), (partial(in_memory, monkeypatch), "c")):
+        told = way(folder, recipe, tmp_path / out).report.problems
+        assert any(one in problem for problem in told)
+    edit_json(folder / "config.json", num_hidden_layers=2)
+    (told,) = api.convert(folder, recipe, tmp_path / "d").report.problems
+    assert "19 stored tensors are of no use to LlamaForCausalLM" in told
+
+
+def test_weights_that_become_larger_are_told_of(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms = [name for name in stored(folder) if "norm" in name]
+    others = dict.fromkeys(stored(folder).keys() - set(norms), torch.Tensor.bfloat16)
+    change(folder, others)
+    recipe = {"name": "small", "init": "random", "replace": [RULE]}
+    for way, out in ((api.convert, "a"), (partial(in_memory, monkeypatch), "b")):
+        made = way(folder, recipe, tmp_path / out)
+        assert {tensor.dtype for tensor in stored(made.path).values()} == {torch.float32}
+        assert any(
+            "types BF16, F32; written as float32, which holds them all" in problem
+            for problem in made.report.problems
+        )
+    assert not api.convert(folder, recipe, tmp_path / "c", dtype="bfloat16").report.problems
+
+
+# ------------------------------------------------------------------ slim checkpoints, and reports
+
+
+@pytest.fixture
+def slim(folder: Path, tmp_path: Path) -> Path:
+    return api.convert(folder, RECIPE, tmp_path / "slim", init="random").path
+
+
+def test_a_broken_slim_config_asks_nobody_to_trust_its_code(slim: Path) -> None:
+    for change_to in ({"base_model_type": "llmslim"}, {"base_model_type": None}, {"llmslim": 3}):
+        edit_json(slim / "config.json", **change_to)
+        said = refused(api.load, slim)
+        assert said.startswith(f"{slim}: its config.json cannot be used")
+        assert "trust" not in said
+        assert "recursion" not in said
+
+
+def test_what_a_changed_report_says_is_held_to_its_types(slim: Path) -> None:
+    path = slim / "llmslim_report.json"
+    good = json.loads(path.read_text())
+    for where, key, value in (
+        (None, "model", 5),
+        (None, "recipe", {"a": 1}),
+        (None, "problems", [1]),
+        (3, "name", 5),
+        (3, "reason", None),
+        (3, "kind", "x"),
+        (3, "action", ["replaced"]),
+        (3, "structure", ["low_rank"]),
+        (3, "options", [1]),
+        (3, "in_features", "x"),
+        (3, "params_before", 9216.0),
+        (3, "init_error", "x"),
+    ):
+        report = json.loads(json.dumps(good))
+        (report if where is None else report["rows"][where])[key] = value
+        path.write_text(json.dumps(report))
+        for name in ("text", "svg", "md"):
+            ran = CliRunner().invoke(cli, ["report", str(slim), "-f", name])
+            assert ran.exit_code == 1
+            assert "not a llmslim report" in ran.output, (key, ran.output)
+
+
+@pytest.mark.parametrize("content", ["[]", "5", '"x"'])
+def test_a_generation_config_that_is_none(folder: Path, tmp_path: Path, content: str) -> None:
+    (folder / "generation_config.json").write_text(content)
+    said = refused(api.convert, folder, RECIPE, tmp_path / "out", init="random")
+    assert said.startswith(f"{folder / 'generation_config.json'}: cannot be used")
+    assert names(tmp_path) == ["llama"]
+
+
+@pytest.mark.parametrize("template", ["{% bad", "{{ [].x.y }}", "{% for x in range(10**9) %}"])
+def test_a_chat_template_that_fails_is_one_sentence(folder: Path, template: str) -> None:
+    tiny_tokenizer().save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(template + ("{% endfor %}" * ("for" in template)))
+    ran = CliRunner().invoke(cli, ["generate", str(folder), "hello"])
+    assert ran.exit_code == 1
+    assert "chat template: it cannot be used for this prompt" in ran.output
+
+
+@pytest.mark.parametrize("command", ["report", "verify"])
+def test_a_folder_name_that_is_too_long_is_none(command: str) -> None:
+    ran = CliRunner().invoke(cli, [command, "x" * 300])
+    assert ran.exit_code == 1
+    assert "does not know this error" not in ran.output
+
+
+def test_a_message_cannot_steer_a_terminal(slim: Path) -> None:
+    manifest = json.loads((slim / "llmslim_manifest.json").read_text())
+    manifest["files"]["\x1b[2J\r"] = {}
+    (slim / "llmslim_manifest.json").write_text(json.dumps(manifest))
+    ran = CliRunner().invoke(cli, ["verify", str(slim)], color=True)
+    assert "?[2J?: missing." in ran.output

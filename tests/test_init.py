@@ -132,3 +132,15 @@ def test_unknown_methods_are_refused_by_name() -> None:
     for name in ("projct", "target", "../random", "__init__"):
         with pytest.raises(RecipeError, match="allowed"):
             method_named(name)
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 63, 10**30])
+def test_any_whole_number_is_a_seed(seed: int) -> None:
+    recipe = {"replace": [{"match": "*.up_proj", "structure": "low_rank", "rank": 4}]}
+    drawn = []
+    for each in (seed, seed, seed + 1):
+        model = tiny_model("llama")
+        llmslim.slim(model, recipe, init="random", seed=each)
+        drawn.append(model.state_dict()["model.layers.0.mlp.up_proj.up"])
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])

@@ -150,3 +150,39 @@ def test_a_rule_behind_another_is_noted() -> None:
     assert (
         note == "recipe replace[1]: all 4 projections it matches are taken by replace[0] above it."
     )
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "said"),
+    [
+        (
+            {"replace": [{"match": "lm_head", "structure": "low_rank", "rank": 4}]},
+            {"tie_word_embeddings": True},
+            "replaces nothing; lm_head: shares its parameters with model.embed_tokens.",
+        ),
+        (
+            {
+                "depth": {"keep_layers": [0, 2]},
+                "replace": [{"match": "*.1.mlp.*", "structure": "low_rank", "rank": 4}],
+            },
+            {},
+            "replaces nothing; model.layers.1.mlp.gate_proj and 2 more: decoder layer 1 is dropped",
+        ),
+        (
+            {"replace": [{"match": "*.mlp.*", "structure": "width", "keep_ratio": 1}]},
+            {},
+            "replaces nothing; model.layers.0.mlp.gate_proj and 11 more: stays as it is.",
+        ),
+    ],
+)
+def test_a_rule_without_effect_is_noted(
+    recipe: dict[str, Any], changes: dict[str, Any], said: str
+) -> None:
+    config = tiny_config("llama")
+    for key, value in changes.items():
+        setattr(config, key, value)
+    made = llmslim.plan(config, recipe)
+    assert any(f"recipe replace[0]: {said}" in note for note in made.notes), made.notes
+    effective = {"match": "*.2.mlp.*", "structure": "low_rank", "rank": 4}
+    both = {**recipe, "replace": [{**effective, "match": "*.2.self_attn.*"}]}
+    assert not llmslim.plan(config, both).notes

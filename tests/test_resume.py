@@ -360,7 +360,7 @@ def test_two_processes(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"in\n"
-        for options in ({"resume": True}, {"overwrite": True}):
+        for options in ({}, {"resume": True}, {"overwrite": True}):
             with pytest.raises(CheckpointError, match="another process is converting"):
                 convert(model, out, **options)
         other.communicate(b"")
@@ -421,6 +421,10 @@ def test_a_real_disk_that_fills_up(
         (disk / "ballast").write_bytes(bytes(300_000))
         with pytest.raises(UnfinishedError, match="no space left for it"):
             convert(model, disk / "out")
+        assert names(disk) == [".out.partial", "ballast"]
+        monkeypatch.undo()  # nor is there space when it goes on, which is told of first
+        with pytest.raises(UnfinishedError, match=r"are free\..*kept in .*--resume"):
+            convert(model, disk / "out", resume=True)
         assert names(disk) == [".out.partial", "ballast"]
         (disk / "ballast").unlink()
         convert(model, disk / "out", resume=True)

@@ -10,6 +10,8 @@ from .layout import Layout as Layout
 from .layout import parse_size as parse_size
 from .load import load_model as load_model
 from .load import load_tokenizer as load_tokenizer
+from .load import told_of_types as told_of_types
+from .load import told_of_unused as told_of_unused
 from .manifest import Verification as Verification
 from .manifest import input_files as input_files
 from .manifest import verify_folder as verify_folder
@@ -24,10 +26,12 @@ from .shards import INDEX as INDEX
 from .source import Source as Source
 from .source import empty_model as empty_model
 from .source import open_source as open_source
+from .staging import check_apart as check_apart
 from .staging import check_target as check_target
 from .staging import disk_problem as disk_problem
 from .staging import flush as flush
 from .staging import publish as publish
+from .staging import resolved as resolved
 from .tensor_files import FileHashes as FileHashes
 from .tensor_files import TensorFiles as TensorFiles
 from .tensor_files import is_begun as is_begun

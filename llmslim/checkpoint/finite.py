@@ -54,14 +54,14 @@ def nonfinite_tensors(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
 
 
 def told_of_nonfinite(
-    found: Sequence[str], where: str, *, allow_nonfinite: bool = False
+    found: Sequence[str], where: str, *, allow_nonfinite: bool | None = False
 ) -> tuple[str, ...]:
     """Say which weights are not finite.
 
     Args:
         found: what `nonfinite_tensors` returned.
         where: the model, for the message.
-        allow_nonfinite: whether they are reported only.
+        allow_nonfinite: whether they are reported only; None where they never can be.
 
     Returns:
         A sentence for the report, where there are any and they are allowed; else nothing.
@@ -77,15 +77,16 @@ def told_of_nonfinite(
         f"NaN or infinities: {', '.join(found[:_SHOWN])}{more}"
     )
     if not allow_nonfinite:
+        switch = ", or pass allow_nonfinite (--allow-nonfinite) to go on with them"
         raise CheckpointError(
-            f"{said}; weights must be finite. Download the model again, or pass allow_nonfinite "
-            "(--allow-nonfinite) to go on with them."
+            f"{said}; weights must be finite. Download the model again"
+            f"{'' if allow_nonfinite is None else switch}."
         )
     return (f"{said}.",)
 
 
 def check_finite(
-    tensors: Iterable[tuple[str, Tensor]], where: str, *, allow_nonfinite: bool = False
+    tensors: Iterable[tuple[str, Tensor]], where: str, *, allow_nonfinite: bool | None = False
 ) -> tuple[str, ...]:
     """Look for NaN and infinities in weights, and say so.
 

@@ -6,6 +6,7 @@ hold is an error here; transformers would draw a random one and say so in its lo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
@@ -19,6 +20,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from llmslim.errors import CheckpointError
 from llmslim.modeling.configuration_llmslim import register
@@ -34,6 +37,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 _SLACK = 4
 """Times the stored weights: tied weights, tables and masks are computed rather than stored."""
 _BUFFERS = 1 << 26
+_TABLES = re.compile(r"rotary_emb\.inv_freq$|\.(masked_bias|attn\.bias)$")
+"""Tables that checkpoints of old hold, and models work out by themselves."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "tokenizer_config.json")
 
@@ -71,7 +76,7 @@ def load_model(
         }
         return _from_pretrained(source, options)
     entries = read_weights(source.path)
-    check_size(source, entries, trust_remote_code)
+    empty = check_size(source, entries, trust_remote_code)
     options["use_safetensors"] = True
     quantisation = unpacking(source.config)
     if quantisation is not None:
@@ -85,6 +90,7 @@ def load_model(
         model._weight_conversions = None  # type: ignore[assignment]
         return model
     chosen = dtype or dtype_of_weights(source.given, entries)
+    refuse_other_kinds(source.given, empty, entries, names_in_model(empty, entries))
     model = _from_pretrained(source, {**options, "dtype": chosen or "auto"})
     if chosen is None and (exact := loses_values(model, entries)):
         return _from_pretrained(source, {**options, "dtype": exact})
@@ -129,11 +135,16 @@ def load_tokenizer(
     return tokenizer
 
 
-def check_size(source: Source, entries: Mapping[str, Entry], trust_remote_code: bool) -> None:
+def check_size(
+    source: Source, entries: Mapping[str, Entry], trust_remote_code: bool
+) -> PreTrainedModel:
     """Compare the size of the model that the config describes with what the files hold.
 
     transformers takes memory for what the files lack before it says so. Which tensors are lacking
     is told after loading; this is about a config that asks for a thousand times the files.
+
+    Returns:
+        That model, on the meta device.
 
     Raises:
         CheckpointError: if the model is far larger, or cannot be built at all.
@@ -146,6 +157,117 @@ def check_size(source: Source, entries: Mapping[str, Entry], trust_remote_code: 
             f"{source.given}: config.json describes a model of {needed:,} weights; its files hold "
             f"{stored:,}. Download config.json and weights from one place."
         )
+    return model
+
+
+def names_in_model(
+    model: PreTrainedModel, entries: Iterable[str], mapping: Iterable[Any] | None = None
+) -> dict[str, str]:
+    """Return the model's (first) name for every stored tensor that it has a use for.
+
+    Args:
+        model: on any device.
+        entries: names in the files.
+        mapping: what transformers renames and merges on loading; worked out where not given.
+    """
+    if mapping is None:
+        mapping = get_model_conversion_mapping(model) or ()
+    mapping = tuple(mapping)
+    renamings = [given for given in mapping if isinstance(given, WeightRenaming)]
+    converters = [given for given in mapping if isinstance(given, WeightConverter)]
+    known, prefix = model.state_dict(), model.base_model_prefix
+    names = {}
+    for key in entries:
+        name, _ = rename_source_key(key, renamings, converters, prefix, known)
+        if name not in known and key in known:
+            name, _ = rename_source_key(key, [], [], prefix, known)
+        if name in known:
+            names[key] = name
+    return names
+
+
+def refuse_other_kinds(
+    given: str, model: PreTrainedModel, entries: Mapping[str, Entry], names: Mapping[str, str]
+) -> None:
+    """Refuse weights stored as integers or complex numbers where the model has real ones.
+
+    Loading would turn them into others: codes of a quantisation that config.json does not name.
+
+    Args:
+        given: the model, for messages.
+        model: on any device.
+        entries: what its files hold.
+        names: what the model calls them.
+
+    Raises:
+        CheckpointError: if there are any.
+    """
+    wanted = model.state_dict()
+    wrong = sorted(
+        key
+        for key, name in names.items()
+        if wanted[name].is_floating_point() and entries[key].dtype not in FLOATS
+    )
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise CheckpointError(
+            f"{given}: {wrong[0]}{more} stored as {entries[wrong[0]].dtype}; allowed "
+            f"{', '.join(FLOATS)}. Use the model that they were made from."
+        )
+
+
+def told_of_unused(
+    source: Source, model: PreTrainedModel, unused: Iterable[str] | None = None
+) -> tuple[str, ...]:
+    """Say which stored tensors a model has no use for; what its class means to leave out is not.
+
+    Args:
+        source: the model's files.
+        model: the one that its config describes, on any device.
+        unused: names of such tensors, where they are known already.
+
+    Returns:
+        A sentence for the report, where there are any.
+    """
+    if source.path is None or source.gguf_file is not None or unpacking(source.config) is not None:
+        return ()
+    if unused is None:
+        entries = read_weights(source.path)
+        unused = entries.keys() - names_in_model(model, entries)
+    ignored = [*map(re.compile, model._keys_to_ignore_on_load_unexpected or ()), _TABLES]
+    told = sorted(key for key in unused if not any(each.search(key) for each in ignored))
+    if not told:
+        return ()
+    count = f"{len(told)} stored tensors are" if len(told) > 1 else "1 stored tensor is"
+    return (
+        f"{source.given}: {count} of no use to {type(model).__name__}, such as {told[0]}; "
+        "they are not in the result.",
+    )
+
+
+def told_of_types(source: Source, written: torch.dtype, asked: str | None) -> tuple[str, ...]:
+    """Say so where weights of several types are written in the widest of them.
+
+    Args:
+        source: the model's files.
+        written: the type of the result.
+        asked: the type that the caller asked for, if any.
+
+    Returns:
+        A sentence for the report, where some weights become larger than they were.
+    """
+    plain = source.path is not None and source.gguf_file is None and not source.is_kphi3
+    if asked is not None or not plain or unpacking(source.config) is not None:
+        return ()
+    assert source.path is not None
+    stored = {entry.dtype for entry in read_weights(source.path).values()} & FLOATS.keys()
+    if all(getattr(torch, FLOATS[dtype]).itemsize >= written.itemsize for dtype in stored):
+        return ()
+    return (
+        f"{source.given}: its weights are of types {', '.join(sorted(stored))}; written as "
+        f"{str(written).removeprefix('torch.')}, which holds them all. Pass dtype (--dtype) for "
+        "another.",
+    )
 
 
 def _from_pretrained(source: Source, options: dict[str, Any]) -> PreTrainedModel:

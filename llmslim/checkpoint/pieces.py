@@ -28,19 +28,21 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-)
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
-from llmslim.errors import SlimError
+from llmslim.errors import CheckpointError, SlimError
 
 from .freed import give_back
 from .layout import TORCH_TYPES
-from .load import check_size, dtype_of_weights, loses_values, refuse_absent
+from .load import (
+    check_size,
+    dtype_of_weights,
+    loses_values,
+    names_in_model,
+    refuse_absent,
+    refuse_other_kinds,
+)
 from .quiet import quiet
 from .shards import Entry, read_header, read_weights, weight_files
 from .source import Source, empty_model, first_line
@@ -95,7 +97,9 @@ class Pieces:
                 dtype_plan=self.model._get_dtype_plan(self.model.dtype),
                 weight_mapping=cast(Any, get_model_conversion_mapping(self.model)),
             )
-            self._names = self._find_names(entries)
+            mapping = self._config.weight_mapping or []
+            self._names = names_in_model(self.model, entries, mapping)
+            refuse_other_kinds(source.given, self.model, entries, self._names)
             self.unused = sorted(entries.keys() - self._names.keys())
             """Tensors in the files that the model has no use for."""
             self.all = tuple(self._grouped())
@@ -197,21 +201,6 @@ class Pieces:
         model.eval()
         return model
 
-    def _find_names(self, entries: Mapping[str, Entry]) -> dict[str, str]:
-        """Return the model's (first) name for every stored tensor that it has a use for."""
-        mapping = self._config.weight_mapping or []
-        renamings = [given for given in mapping if isinstance(given, WeightRenaming)]
-        converters = [given for given in mapping if isinstance(given, WeightConverter)]
-        known, prefix = self.model.state_dict(), self.model.base_model_prefix
-        names = {}
-        for key in entries:
-            name, _ = rename_source_key(key, renamings, converters, prefix, known)
-            if name not in known and key in known:
-                name, _ = rename_source_key(key, [], [], prefix, known)
-            if name in known:
-                names[key] = name
-        return names
-
     def _grouped(self) -> Iterator[Piece]:
         """Yield the pieces, in the model's order."""
         names = list(self.model.state_dict(keep_vars=True).items())
@@ -299,13 +288,23 @@ def model_without_weights(
 
 
 def _generation_config(folder: Path) -> GenerationConfig:
-    """Read what `from_pretrained` reads."""
+    """Read what `from_pretrained` reads.
+
+    Raises:
+        CheckpointError: if it says something that no generation config can say.
+    """
     try:
-        config: GenerationConfig = GenerationConfig.from_pretrained(folder)
-    except OSError:
-        config = GenerationConfig.from_pretrained(
-            folder, config_file_name="config.json", _from_model_config=True
-        )
+        try:
+            config: GenerationConfig = GenerationConfig.from_pretrained(folder)
+        except OSError:
+            config = GenerationConfig.from_pretrained(
+                folder, config_file_name="config.json", _from_model_config=True
+            )
+    except Exception as error:  # it takes every key and value as it comes
+        raise CheckpointError(
+            f"{folder / 'generation_config.json'}: cannot be used ({first_line(error)}). Correct "
+            "it, or remove it: the defaults then hold."
+        ) from error
     return config
 
 

@@ -193,6 +193,10 @@ def read_weights(folder: Path) -> dict[str, Entry]:
                     f"{path}: holds {tensor}, and so does {owner[tensor]}; a tensor is in one "
                     "file. Download both again."
                 )
+    if not owner:
+        raise CheckpointError(
+            f"{folder}: its files of weights hold no tensor. Download the model again."
+        )
     if not (folder / WEIGHTS).exists():
         for tensor, name in _weight_map(folder).items():
             if tensor not in headers[Path(name).name]:

@@ -20,9 +20,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from llmslim.errors import CheckpointError
-from llmslim.modeling.configuration_llmslim import register
+from llmslim.modeling.configuration_llmslim import MODEL_TYPE, register
 
 from .config import check_config, check_folder
+from .gguf_header import check_gguf
 from .quantised import check_quantisation
 from .quiet import quiet
 from .shards import read_json, read_weights
@@ -171,6 +172,7 @@ def _download(given: str, trust_remote_code: bool, weights: bool) -> Path:
 
 
 def _open_gguf(given: str, path: Path) -> Source:
+    check_gguf(path)
     try:
         with quiet():
             # Reads the whole table of tensors, so that a file cut short fails here.
@@ -207,9 +209,11 @@ def _read_config(
                 folder, trust_remote_code=trust_remote_code
             )
     except Exception as error:  # config classes check their own fields, each in its own way
+        # The files that slim checkpoints come with are llmslim's own, and here already.
+        asked = trust_remote_code or config_dict.get("model_type") == MODEL_TYPE
         hint = (
             ""
-            if trust_remote_code or "auto_map" not in config_dict
+            if asked or "auto_map" not in config_dict
             else (" It comes with Python files: if you trust them, pass trust_remote_code=True.")
         )
         raise CheckpointError(

@@ -16,6 +16,54 @@ from llmslim.errors import CheckpointError
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def resolved(out: Path) -> Path:
+    """Return a target's place, links followed.
+
+    Args:
+        out: the folder to write.
+
+    Raises:
+        CheckpointError: if no folder can be there.
+    """
+    try:
+        target = out.resolve()
+        os.lstat(target)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass  # as it should be, or told with what can be done about it
+    except (OSError, RuntimeError, ValueError) as error:  # too long, links in a circle, null bytes
+        why = error.strerror if isinstance(error, OSError) else str(error).partition(" from ")[0]
+        raise CheckpointError(
+            f"{out}: not a place for a folder ({why}). Choose another name."
+        ) from error
+    if not target.name:
+        raise CheckpointError(
+            f"{out}: the root of all folders; a checkpoint is a folder with a name. Choose one."
+        )
+    return target
+
+
+def check_apart(out: Path, source: Path | None, given: str, *, same: bool = False) -> None:
+    """Refuse a target whose replacement would remove the model that it is made from.
+
+    Args:
+        out: the folder to write.
+        source: the model's folder, if it has one.
+        given: the model, for messages.
+        same: whether the target may be that folder.
+
+    Raises:
+        CheckpointError: if the model is in it.
+    """
+    if source is None:
+        return
+    target, home = resolved(out), source.resolve()
+    if target in home.parents or (target == home and not same):
+        raise CheckpointError(
+            f"{out}: {given} is in it, which would be removed with what is there. Choose another "
+            "name."
+        )
+
+
 def check_target(out: Path, overwrite: bool = False) -> None:
     """Refuse a target that cannot be written, before any work is done for it.
 
@@ -27,21 +75,21 @@ def check_target(out: Path, overwrite: bool = False) -> None:
         CheckpointError: if something is there that may not be replaced, or nothing can be
             written beside it.
     """
+    target = resolved(out)
     if os.path.lexists(out):
         if not overwrite:
             raise CheckpointError(
                 f"{out}: exists already; a checkpoint is written to a new folder. Choose another "
                 "name, or pass overwrite (--overwrite) to replace it."
             )
-        real = out.resolve()
-        if not real.is_dir():
+        if not target.is_dir():
             raise CheckpointError(f"{out}: not a folder; only a folder can be overwritten.")
-        if any(real.iterdir()) and not (real / "config.json").is_file():
+        if any(target.iterdir()) and not (target / "config.json").is_file():
             raise CheckpointError(
                 f"{out}: holds files but no config.json; only a checkpoint or an empty folder can "
                 "be overwritten. Choose another name."
             )
-    parent = next(folder for folder in out.resolve().parents if folder.exists())
+    parent = next(folder for folder in target.parents if os.path.exists(folder))  # noqa: PTH110  (long names)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise CheckpointError(f"{out}: {parent} is not a folder that you can write to.")
 
@@ -54,7 +102,7 @@ def staged(out: Path, overwrite: bool) -> Iterator[Path]:
         CheckpointError: if `out` cannot be written; the folder is gone and `out` as it was.
     """
     check_target(out, overwrite)
-    target = out.resolve()  # a link to a folder stays a link
+    target = resolved(out)  # a link to a folder stays a link
     partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

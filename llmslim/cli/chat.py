@@ -76,9 +76,16 @@ def _encode(tokenizer: Any, prompt: str, system: str | None) -> Any:
         messages = [{"role": "user", "content": prompt}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
-        return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        try:
+            return tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except Exception as error:  # templates are programs, and fail as such
+            said = str(error).partition("\n")[0]
+            raise DataError(
+                f"chat template: it cannot be used for this prompt ({said}). Correct it, or remove "
+                "it from the model's folder: the prompt then stands alone."
+            ) from error
     if system is not None:
         raise DataError(
             "--system: this model's tokenizer has no chat template, so a system message has no "

@@ -21,6 +21,7 @@ import click
 from llmslim._version import __version__
 from llmslim.errors import SlimError, UnfinishedError
 
+from .output import printable
 from .settings import Settings, shared_options
 
 
@@ -59,12 +60,12 @@ class CommandFolder(click.Group):
             if settings.debug:
                 raise
             # The problems of one run line up below each other.
-            click.echo("Error: " + "\n       ".join(error.problems), err=True)
+            click.echo("Error: " + "\n       ".join(map(printable, error.problems)), err=True)
             ctx.exit(75 if isinstance(error, UnfinishedError) else 1)
         except Exception as error:
             if settings.debug:
                 raise
-            said = str(error).strip().partition("\n")[0]
+            said = printable(str(error).strip().partition("\n")[0])
             click.echo(
                 f"Error: {type(error).__name__}{f': {said}' if said else ''}\n"
                 "llmslim does not know this error; run again with --debug for the traceback.",

@@ -9,10 +9,12 @@ from llmslim.checkpoint import (
     MAX_SHARD_SIZE,
     NotInPiecesError,
     Pieces,
+    check_apart,
     check_target,
     empty_model,
     open_source,
     parse_size,
+    told_of_unused,
 )
 from llmslim.errors import CheckpointError, RecipeError
 from llmslim.recipe import Recipe
@@ -112,8 +114,10 @@ def convert(
     if published is not None:
         return Conversion(target, published)
     check_target(target, overwrite)
+    check_apart(target, source.path, source.given)
     work.check(resume=resume, overwrite=overwrite)
     reason = None
+    notes: tuple[str, ...] = ()
     if source.is_kphi3:
         reason = "a published kphi-3 checkpoint"
     else:
@@ -124,7 +128,6 @@ def convert(
             reason = "a GGUF file"
         elif any(site.also for site in made.sites):
             reason = "a model whose layers share weights"
-    notes: tuple[str, ...] = ()
     if reason is None:
         try:
             if made.needs_calibration:
@@ -136,11 +139,14 @@ def convert(
             reason = f"a model that cannot be loaded in pieces ({error})"
             notes = (f"Converted in memory, as a whole: {error}.",)
         else:
-            return convert_streamed(job, pieces, work)
+            unused = told_of_unused(source, pieces.model, pieces.unused)
+            return convert_streamed(job, pieces, work, unused)
     if resume:
         raise CheckpointError(
             f"{target}: nothing to resume; {reason} is converted in memory and begins anew each "
             "time. Leave resume (--resume) out."
         )
     work.discard()  # checked above: there is nothing, or it may go
+    if not source.is_kphi3:
+        notes = (*notes, *told_of_unused(source, empty))
     return convert_in_memory(job, notes)

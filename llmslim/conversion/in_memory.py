@@ -10,6 +10,7 @@ from llmslim.checkpoint import (
     check_finite,
     load_model,
     load_tokenizer,
+    told_of_types,
     write_checkpoint,
 )
 from llmslim.modeling.modeling_llmslim import SlimModelMixin
@@ -48,7 +49,8 @@ def convert_in_memory(job: Job, notes: tuple[str, ...] = ()) -> Conversion:
 
     with blamed_on(nonfinite):
         report = surgery.rewrite(loaded, made, seed=job.seed, calibration=ids, progress=fitting)
-    notes = (*nonfinite, *(() if windows is None else windows.notes), *notes)
+    written = told_of_types(source, loaded.dtype, job.dtype)
+    notes = (*nonfinite, *(() if windows is None else windows.notes), *written, *notes)
     if notes:
         report = replace(report, problems=(*report.problems, *notes))
     tell(steps, steps + 1, "writing and reading back")

@@ -40,6 +40,7 @@ from llmslim.checkpoint import (
     quiet,
     read_back,
     told_of_nonfinite,
+    told_of_types,
     write_companions,
     write_manifest,
 )
@@ -57,13 +58,16 @@ from .outcome import Outcome, is_dropped
 from .work import Work
 
 
-def convert_streamed(job: Job, pieces: Pieces, work: Work) -> Conversion:
+def convert_streamed(
+    job: Job, pieces: Pieces, work: Work, notes: tuple[str, ...] = ()
+) -> Conversion:
     """Read, rewrite and write piece by piece; read back; rename.
 
     Args:
         job: what to do.
         pieces: the model.
         work: the folder for it.
+        notes: sentences for the report.
 
     Raises:
         CheckpointError: if there is too little space, or what was written is not what was made.
@@ -87,7 +91,10 @@ def convert_streamed(job: Job, pieces: Pieces, work: Work) -> Conversion:
     ):
         conversion = _Streamed(job, pieces, plan, outcome, work, journal, hashes)
         conversion.write_weights(text)
-        report = conversion.finish(tokenizer, () if text is None else text.notes)
+        written = told_of_types(job.source, pieces.model.dtype, job.dtype)
+        report = conversion.finish(
+            tokenizer, (*(() if text is None else text.notes), *written, *notes)
+        )
         work.publish(journal)
     job.tell(conversion.total + 1, conversion.total + 1, "done")
     return Conversion(job.target, report)

@@ -18,10 +18,10 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from llmslim.checkpoint import REPORT, disk_problem, publish
+from llmslim.checkpoint import REPORT, disk_problem, publish, resolved
 from llmslim.errors import CheckpointError, SlimError, UnfinishedError
 from llmslim.surgery import Report
 
@@ -44,7 +44,7 @@ class Work:
 
     def __init__(self, target: Path) -> None:
         self.given = target
-        self.target = target.resolve()  # a link to a folder stays a link
+        self.target = resolved(target)  # a link to a folder stays a link
         self.path = self.target.with_name(f".{self.target.name}.partial")
         self.checkpoint = self.path / "checkpoint"
         self.streams = self.path / "streams"
@@ -59,8 +59,8 @@ class Work:
         """Refuse what cannot be begun or resumed here.
 
         Raises:
-            CheckpointError: if something unfinished is here and neither is wanted, or what is
-                here is no unfinished conversion.
+            CheckpointError: if something unfinished is here and neither is wanted, another
+                process works here, or what is here is no unfinished conversion.
         """
         if not self.exists:
             return
@@ -79,6 +79,8 @@ class Work:
                 f"{self.path}: {links[0]} is a link; a working folder has none. Move it away."
             )
         if not resume and not overwrite:
+            with suppress(OSError), self._locked():
+                pass  # what another process is working at is not unfinished
             raise CheckpointError(
                 f"{self.path}: an unfinished conversion is here. Go on with it (--resume), or "
                 "throw it away and begin anew (--overwrite)."
@@ -93,20 +95,25 @@ class Work:
             resume: count what is there already.
 
         Raises:
-            CheckpointError: if less is free than is needed.
+            UnfinishedError: if less is free than is needed to go on.
+            CheckpointError: if less is free than is needed to begin.
         """
         parent = next(folder for folder in self.path.parents if folder.exists())
         needed, there = sum(sizes.values()), 0
         if resume and self.checkpoint.is_dir():
             files = [self.checkpoint / name for name in sizes]
+            files += self.streams.glob("*")
             # What is not written yet takes no blocks.
             there = sum(512 * getattr(f.stat(), "st_blocks", 0) for f in files if f.is_file())
         free = shutil.disk_usage(parent).free
         if needed - there + more > free:
             beside = f", hidden states beside them {more:,}," if more else ""
-            raise CheckpointError(
+            kept = resume and self.exists
+            kind = UnfinishedError if kept else CheckpointError
+            raise kind(
                 f"{self.given}: no space left for it; its weights take {needed:,} bytes{beside} "
                 f"and {free:,} are free. Free some space or choose another disk."
+                f"{self._how_to_go_on() if kept else ''}"
             )
 
     def published(self, key: Mapping[str, str]) -> Report | None:
@@ -163,8 +170,11 @@ class Work:
                 raise
             kept = self.exists
             kind = UnfinishedError if kept else CheckpointError
-            more = f" What is done is kept in {self.path}: go on with --resume." if kept else ""
+            more = self._how_to_go_on() if kept else ""
             raise kind(f"{self.given}: {problem}{more}") from error
+
+    def _how_to_go_on(self) -> str:
+        return f" What is done is kept in {self.path}: go on with --resume."
 
     def discard(self) -> None:
         """Throw away what is unfinished here, if anything is.

@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from llmslim.checkpoint import Source, load_model, load_tokenizer, open_source, quiet
+from llmslim.checkpoint import (
+    Source,
+    check_finite,
+    load_model,
+    load_tokenizer,
+    open_source,
+    quiet,
+)
 from llmslim.data import healing_text, longest_input
 from llmslim.errors import HealingError
 from llmslim.healing.neighbours import sees_neighbours
@@ -131,7 +138,8 @@ def prepare(
         folder = SlimFolder() if source.path is None else read_slim_folder(source.path)
         spec = heal_spec(recipe, folder.recipe, changes)
         progress(0, 0, "reading the model")
-        ready = Ready(load_model(source), spec, rows, load_tokenizer(source), None, source, folder)
+        loaded = _load_finite(source)
+        ready = Ready(loaded, spec, rows, load_tokenizer(source), None, source, folder)
     else:
         ready = Ready(model, heal_spec(recipe, None, changes), rows, tokenizer)
     spec = ready.spec
@@ -171,7 +179,14 @@ def _teacher(name: str, tokenizer: Any) -> Any:
                 f"as {min(ours_only)[0]!r}; teacher and model need the same. Give the model that "
                 "this one was made from."
             )
-    return load_model(source)
+    return _load_finite(source)
+
+
+def _load_finite(source: Source) -> PreTrainedModel:
+    """Load a model; with weights that are no numbers, no loss would be one."""
+    model = load_model(source)
+    check_finite(model.state_dict().items(), source.given, allow_nonfinite=None)
+    return model
 
 
 def _set_attention(model: Any, wanted: str) -> None:

@@ -40,7 +40,7 @@ class SlimConfig(PreTrainedConfig):
                 f"config.json: llmslim format {slim.get('format')!r}; this version reads {FORMAT}. "
                 "Install a newer llmslim."
             )
-        if base_type not in CONFIG_MAPPING:
+        if base_type == MODEL_TYPE or base_type not in CONFIG_MAPPING:
             raise ValueError(
                 f"config.json: base_model_type {base_type!r} is not known to this transformers. "
                 "Install a newer transformers."

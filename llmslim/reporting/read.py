@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,9 +51,10 @@ def _file(path: str | Path) -> Path:
         CheckpointError: if there is none.
     """
     path = Path(path)
-    file = path / REPORT_FILE if path.is_dir() else path
-    if not file.is_file():
-        what = f"no {REPORT_FILE} in it" if path.is_dir() else "no such folder or file"
+    folder = os.path.isdir(path)  # noqa: PTH112  (Path's raises on names that are too long)
+    file = path / REPORT_FILE if folder else path
+    if not os.path.isfile(file):  # noqa: PTH113  (Path's raises on names that are too long)
+        what = f"no {REPORT_FILE} in it" if folder else "no such folder or file"
         raise CheckpointError(
             f"{path}: {what}; a report is in every folder that `llmslim convert` wrote, and what "
             "`llmslim plan --json FILE` writes is one. Give one of those."

@@ -17,10 +17,13 @@ from llmslim.modeling.structured import StructuredLinear, build
 from llmslim.surgery.plan import SitePlan
 from llmslim.surgery.sites import dense_weight
 
+_MOST = (1 << 63) - 1
+"""The largest seed that torch takes."""
+
 
 def seed_of(name: str, seed: int) -> int:
     """Return a site's own seed: results do not depend on what else is replaced."""
-    return seed * 0x1_0000_0001 ^ zlib.crc32(name.encode())
+    return (seed * 0x1_0000_0001 ^ zlib.crc32(name.encode())) & _MOST
 
 
 def fill_site(model: Any, site: SitePlan, seed_of: Callable[[str], int]) -> float | None:

@@ -30,7 +30,6 @@ _BY_CLASS = (
     (r"router|topk|moegate|moestatics", "a router: it chooses the experts"),
     (r"norm", "a norm"),
     (r"embedding", "an embedding"),
-    (r"expert", "biases of the experts"),
     (_RECURRENCE, "parameters of a recurrence"),
     (r"hyper", "mixes the residual streams"),
 )
@@ -64,6 +63,8 @@ def nature(module: nn.Module, parameters: dict[str, nn.Parameter]) -> str:
             return what
     if isinstance(module, nn.Linear):
         return f"{name} computes more than a dense map"
+    if "expert" in name.lower() and all("bias" in leaf for leaf in parameters):
+        return "biases of the experts"
     for pattern, what in _BY_PARAMETER:
         if all(re.search(pattern, leaf.lower()) for leaf in parameters):
             return what

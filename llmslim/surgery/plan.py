@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -106,6 +106,7 @@ class _Planner:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             self.errors.append(SizeError(f"{where}: {names[0]}{more}: {cause}."))
         raise_together(self.errors)
+        self.notes += self._without_effect(rows)
         draft = Plan(self.name, recipe, rows, layers=self.layers, keep_layers=self.keep)
         also = other_names(self.model, {site.name for site in self.planned})
         return replace(
@@ -177,6 +178,22 @@ class _Planner:
         if rule.keep:
             return replace(row, reason=row.reason or f"replace[{index}] keeps it")
         return self._replace(replace(entry, row=row), entry.site, index)
+
+    def _without_effect(self, rows: Sequence[Row]) -> Iterator[str]:
+        """Yield a sentence for every rule that replaces nothing of what it matches."""
+        met: dict[int, list[Row]] = defaultdict(list)
+        for row in rows:
+            index = first_rule(self.recipe, row.name) if row.name in self.sites else None
+            if index is not None and not self.recipe.replace[index].keep:
+                met[index].append(row)
+        for index, matched in sorted(met.items()):
+            if not any(row.action == "replaced" for row in matched):
+                first = matched[0]
+                more = f" and {len(matched) - 1} more" if len(matched) > 1 else ""
+                yield (
+                    f"{self.recipe.where('replace', index)}: replaces nothing; {first.name}{more}: "
+                    f"{first.reason or 'stays as it is'}."
+                )
 
     def _sizes(self, site: Site) -> tuple[int, int]:
         """Return a site's sizes once MLPs have their new widths."""

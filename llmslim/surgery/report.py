@@ -6,12 +6,18 @@ none of them counts anything again.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from llmslim.errors import CheckpointError
 
 FORMAT = 1
+
+_COUNTS = (
+    *("params_before", "params_after", "bytes_before", "bytes_after"),
+    *("flops_per_token_before", "flops_per_token_after"),
+)
 
 Action = Literal["replaced", "kept", "unmatched", "tied", "dropped"]
 Kind = Literal["projection", "embedding", "head", "other"]
@@ -139,9 +145,37 @@ class Report:
                 for row in data["rows"]
             )
             report = cls(data["model"], data["recipe"], rows, tuple(data["problems"]))
+            wrong = next(_misread(report), None)
+            if wrong is not None:
+                raise CheckpointError(
+                    f"{where}: not a llmslim report ({wrong}). Take the file as llmslim wrote it."
+                )
             totals_agree = asdict(report.totals) == data["totals"]
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{where}: not a llmslim report ({error}).") from error
         if not totals_agree:
             raise CheckpointError(f"{where}: its totals are not the sums of its rows.")
         return report
+
+
+def _misread(report: Report) -> Iterator[str]:
+    """Yield what in a report that was read is not of its type."""
+    for key, value in (("model", report.model), ("recipe", report.recipe)):
+        if not isinstance(value, str):
+            yield f"its {key} is no text"
+    if not all(isinstance(problem, str) for problem in report.problems):
+        yield "its problems are no sentences"
+    for number, row in enumerate(report.rows):
+        good = (
+            isinstance(row.name, str)
+            and isinstance(row.reason, str)
+            and row.kind in get_args(Kind)
+            and row.action in get_args(Action)
+            and isinstance(row.structure, str | None)
+            and isinstance(row.options, dict)
+            and all(type(n) is int or n is None for n in (row.in_features, row.out_features))
+            and all(type(getattr(row, key)) is int for key in _COUNTS)
+            and isinstance(row.init_error, float | int | None)
+        )
+        if not good:
+            yield f"rows[{number}] is no row of it"

@@ -18,13 +18,14 @@ from llmslim.cli.settings import backend, settings
     "-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write."
 )
 @click.option("--overwrite", is_flag=True, help="Replace the folder if it exists.")
-def command(slim: str, dense: bool, out: Path, overwrite: bool) -> None:
+@click.option("--allow-nonfinite", is_flag=True, help="Go on where weights are NaN or infinite.")
+def command(slim: str, dense: bool, out: Path, overwrite: bool, allow_nonfinite: bool) -> None:
     """Write SLIM as a model that programs without llmslim's layers can read.
 
     The result computes the same, and is as large as the model that SLIM was made from.
     """
     if not dense:
         raise click.UsageError("Say what to export: --dense is the one kind there is.")
-    path = backend().export_dense(slim, out, overwrite=overwrite)
+    path = backend().export_dense(slim, out, overwrite=overwrite, allow_nonfinite=allow_nonfinite)
     settings().written = path
     click.echo(f"wrote {path}")

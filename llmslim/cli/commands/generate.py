@@ -22,7 +22,9 @@ from llmslim.errors import CheckpointError
     show_default=True,
     help="0 takes the likeliest token each time.",
 )
-@click.option("--seed", type=int, help="Makes a temperature above 0 repeatable.")
+@click.option(
+    "--seed", type=click.IntRange(0, (1 << 63) - 1), help="Makes a temperature above 0 repeatable."
+)
 def command(
     model: str,
     prompt: str,
@@ -38,7 +40,7 @@ def command(
     if prompt == "-":
         prompt = sys.stdin.read()
     backend()
-    from llmslim.checkpoint import load_model, load_tokenizer, open_source
+    from llmslim.checkpoint import check_finite, load_model, load_tokenizer, open_source
     from llmslim.cli.chat import reply
 
     source = open_source(model)
@@ -48,8 +50,11 @@ def command(
             f"{model}: it has no tokenizer, so a prompt cannot be read. Copy the tokenizer files "
             "of its base model into it."
         )
+    loaded = load_model(source)
+    # It would answer with nothing, or with one token over and over.
+    check_finite(loaded.state_dict().items(), source.given, allow_nonfinite=None)
     tokens, seconds = reply(
-        load_model(source),
+        loaded,
         tokenizer,
         prompt,
         write=lambda text: click.echo(text, nl=False),
