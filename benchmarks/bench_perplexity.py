@@ -57,6 +57,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
         "init": "least_squares",
     },
     "low_rank": {"structure": "low_rank", "init": "least_squares"},
+    "low_rank, refined": {"structure": "low_rank", "init": "least_squares"},
     "pivoted_low_rank": {"structure": "pivoted_low_rank", "init": "least_squares"},
     "width": {"structure": "width", "init": "least_squares"},
     "auto": {"structure": "auto"},

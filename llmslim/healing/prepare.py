@@ -150,9 +150,9 @@ def prepare(
     if mixes:  # rows are taken apart one by one, so that none has to be as long as another
         spec = spec.model_copy(update={"micro_batch": 1})
     ready = replace(ready, spec=spec, teacher=teacher, mixes=mixes)
-    _set_attention(ready.model, spec.attention)
+    _set_attention(ready.model, spec.attn_implementation)
     if teacher is not None:
-        _set_attention(teacher, spec.attention)
+        _set_attention(teacher, spec.attn_implementation)
     if rows is None:
         if ready.tokenizer is None:
             raise HealingError(
@@ -205,7 +205,7 @@ def _set_attention(model: Any, wanted: str) -> None:
             model.set_attn_implementation(wanted)
     except (ValueError, ImportError) as error:
         raise HealingError(
-            f"heal.attention: {wanted}, which does not work here ({str(error).splitlines()[0]}). "
+            f"heal.attn_implementation: {wanted}, which does not work here ({str(error).splitlines()[0]}). "
             "Take `auto`."
         ) from error
 

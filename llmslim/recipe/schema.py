@@ -205,7 +205,7 @@ class Heal(Section):
     """Compute activations twice rather than keep them: slower, much less memory."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of the arithmetic; weights and optimiser are float32. `auto` is bf16 where the machine is fast at it."""
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """`auto` is FlashAttention-2 where GPU and package allow it, SDPA otherwise."""
     evaluate_every: Count | None = None
     """Steps between measurements on held-out rows, each followed by a save; by default a tenth of all."""
