@@ -205,8 +205,8 @@ def _set_attention(model: Any, wanted: str) -> None:
             model.set_attn_implementation(wanted)
     except (ValueError, ImportError) as error:
         raise HealingError(
-            f"heal.attn_implementation: {wanted}, which does not work here ({str(error).splitlines()[0]}). "
-            "Take `auto`."
+            f"heal.attn_implementation: {wanted}, which does not work here "
+            f"({str(error).splitlines()[0]}). Take `auto`."
         ) from error
 
 
