@@ -2,14 +2,15 @@
 
     python benchmarks/bench_perplexity.py --calibration wiki.valid.tokens.gz --test wiki.test.raw.gz
         [--other OTHER_TEXT ...] [--model FOLDER_OR_GGUF] [--keep 0.5] [--tokens 65536]
-        [--windows 32] [--methods low_rank --methods width] [--threads 1]
+        [--windows 32] [--methods low_rank --methods width] [--refine-steps 64] [--threads 1]
 
 Next to the dense model stand three fits that look at no data; the whitened SVD as the field does it
 (SVD-LLM, Wang et al. 2024, arXiv:2403.07378: every projection alone, on the dense model's inputs);
 the least-squares ones, fitted layer by layer to the inputs that the slim model itself produces; and
-`auto`, where every layer's share is measured first, also with a gradient fit after it. Every method
-runs in a process of its own, so peak memory is its own too; it is taken after the fit, before the
-texts are scored. Seconds are those of the fit. Texts are scored in float32.
+`auto`, where every layer's share is measured first. What is called refined has a gradient fit after
+the closed forms. Every method runs in a process of its own, so peak memory is its own too; it is
+taken after the fit, before the texts are scored. Seconds are those of the fit. Texts are scored in
+float32.
 
 Shapes: N windows of L tokens.
 """
@@ -63,7 +64,6 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "auto": {"structure": "auto"},
     "auto, refined": {"structure": "auto"},
 }
-REFINE = {"steps": 64}
 
 
 class Job(NamedTuple):
@@ -72,6 +72,7 @@ class Job(NamedTuple):
     method: str
     model: str | None
     keep: float
+    refine_steps: int
     threads: int | None
     fit_NL: Tensor
     held_out_NL: Tensor
@@ -119,7 +120,7 @@ def recipe_of(job: Job, rule: dict[str, Any]) -> Recipe:
     else:
         made["replace"][0]["keep_ratio"] = job.keep
     if "refined" in job.method:
-        made["refine"] = REFINE
+        made["refine"] = {"steps": job.refine_steps}
     return Recipe.of(made)
 
 
@@ -165,6 +166,7 @@ def peak_gib() -> float:
 @click.option("--other", multiple=True, help="Another text to score; repeatable.")
 @click.option("--windows", "count", default=32, show_default=True, help="Windows of each text.")
 @click.option("--keep", default=0.5, show_default=True, help="Share of the MLP weights to keep.")
+@click.option("--refine-steps", default=64, show_default=True, help="Of the methods refined.")
 @click.option("--methods", multiple=True, type=click.Choice(list(METHODS)), help="Repeatable.")
 def main(
     model: str | None,
@@ -176,6 +178,7 @@ def main(
     other: tuple[str, ...],
     count: int,
     keep: float,
+    refine_steps: int,
     methods: tuple[str, ...],
 ) -> None:
     """Print perplexities before healing, their ratio to the dense model's, seconds and memory."""
@@ -193,7 +196,7 @@ def main(
     # One task a process: peak memory is a process's own, and it never goes down.
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
         for name in chosen:
-            job = Job(name, model, keep, threads, fit_NL, held_out_NL, tests)
+            job = Job(name, model, keep, refine_steps, threads, fit_NL, held_out_NL, tests)
             result = pool.submit(run, job).result()
             dense = dense or result.perplexity
             scores = [
