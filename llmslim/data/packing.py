@@ -23,7 +23,7 @@ Shapes: N rows of L tokens; T tokens without padding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -152,8 +152,7 @@ def pack(lengths: Ints, capacity: int) -> Ints:
     open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # by the room they have
     rooms = 0  # bit r says that a row with room r is open
     rows = 0
-    for start in range(0, len(lengths), _BUFFER):
-        longest_first = np.argsort(-lengths[start : start + _BUFFER], kind="stable") + start
+    for longest_first in _longest_first(lengths):
         for sample in longest_first.tolist():
             length = int(lengths[sample])
             fitting = rooms >> length
@@ -188,14 +187,19 @@ def pack_evenly(lengths: Ints, capacity: int) -> Ints:
     """
     row_of = np.empty(len(lengths), dtype=np.int64)
     rows = 0
-    for start in range(0, len(lengths), _BUFFER):
-        longest_first = np.argsort(-lengths[start : start + _BUFFER], kind="stable") + start
+    for longest_first in _longest_first(lengths):
         at = 0
         while at < len(longest_first):
             together = longest_first[at : at + capacity // int(lengths[longest_first[at]])]
             row_of[together] = rows
             at, rows = at + len(together), rows + 1
     return row_of
+
+
+def _longest_first(lengths: Ints) -> Iterator[Ints]:
+    """Yield the numbers of a buffer of samples at a time, the longest ones first."""
+    for start in range(0, len(lengths), _BUFFER):
+        yield np.argsort(-lengths[start : start + _BUFFER], kind="stable") + start
 
 
 def cut(tokens: Sequence[Tokens], source: Ints, document: Ints, capacity: int) -> Pieces:

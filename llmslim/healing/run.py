@@ -193,7 +193,7 @@ def heal_model(
         train=spec.train,
         steps=result.steps,
         tokens=round(result.steps * run.tokens_per_step),
-        padding=_padding(text.train),
+        padding=text.padding,
         tokens_per_second=round(trainer.watch.tokens_per_second, 1),
         trained_parameters=result.trained_parameters,
         loss_before=start["loss"],
@@ -252,10 +252,6 @@ def _best_step(history: list[dict[str, Any]]) -> int:
     """Return the step with the lowest held-out loss; the first of equal ones, as the Trainer."""
     measured = [line for line in history if "held_out_loss" in line]
     return int(min(measured, key=lambda line: line["held_out_loss"])["step"])
-
-
-def _padding(rows: Any) -> float:
-    return float(1 - rows.tokens / (len(rows) * len(rows[0]["input_ids"])))
 
 
 def _collator(model: Any, *, mixes: bool) -> Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llmslim.surgery.moments import Moments
-from llmslim.surgery.sites import out_features_of
+from llmslim.surgery.sites import is_projection, out_features_of
 from llmslim.surgery.streams import Extra, importance, run_layer
 from llmslim.surgery.visits import Streams
 
@@ -113,6 +113,8 @@ class LayerPair:
             return False
         # One of several streams side by side, say, or several results.
         if not isinstance(added, Tensor) or added.shape != whole.shape:
+            return False
+        if not is_projection(module) and inputs["x"].shape != whole.shape:
             return False
         without, _ = self.run(self.slim, 0, zeroed=[module])
         return bool((whole - without - added).norm() < _ADDITIVE * added.norm())

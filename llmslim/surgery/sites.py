@@ -142,6 +142,11 @@ def dense_weight(module: nn.Module) -> Tensor:
     return weight.t() if isinstance(module, Conv1D) else weight
 
 
+def is_projection(module: nn.Module) -> bool:
+    """Return whether a module is one projection, dense or not, and not what holds some."""
+    return hasattr(module, "weight") or hasattr(module, "out_features")
+
+
 def out_features_of(module: Any) -> int:
     """Return how many features a projection gives, dense or not."""
     return dense_weight(module).shape[0] if hasattr(module, "weight") else module.out_features

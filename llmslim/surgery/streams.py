@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llmslim.errors import TargetError
-from llmslim.surgery.sites import out_features_of
+from llmslim.surgery.sites import is_projection, out_features_of
 
 
 def fast_type() -> torch.dtype | None:
@@ -269,7 +269,7 @@ def _zeros_of(module: nn.Module) -> Callable[..., Tensor]:
 
     What is no projection is taken to give as many features as it is given.
     """
-    if any(True for _ in module.children()):
+    if not is_projection(module):
         return lambda x, *_args, **_kwargs: torch.zeros_like(x)
     out_features = out_features_of(module)
     return lambda x, *_args, **_kwargs: x.new_zeros(*x.shape[:-1], out_features)
