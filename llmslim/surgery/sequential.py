@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmslim.init import GramAccumulator, Target, damping, learn_outputs, method_named
+from llmslim.init import GramAccumulator, Target, method_named
 from llmslim.modeling.modeling_llmslim import other_names, set_module
 from llmslim.surgery.blocks import fill_site, put_block, put_experts
 from llmslim.surgery.correction import corrected_weight
@@ -38,14 +38,9 @@ from llmslim.surgery.moments import Moments
 from llmslim.surgery.neurons import eliminate
 from llmslim.surgery.plan import MlpPlan, Plan, SitePlan
 from llmslim.surgery.refine import Window, refine_layer
+from llmslim.surgery.renumber import free_neurons, renumber
 from llmslim.surgery.scrambled import early_layers, scrambled
-from llmslim.surgery.sites import (
-    Mlp,
-    dense_weight,
-    find_layers,
-    find_mlps,
-    find_sites,
-)
+from llmslim.surgery.sites import dense_weight, find_layers, find_mlps, find_sites
 from llmslim.surgery.streams import fast_type, importance, record_calls, type_taken
 from llmslim.surgery.visits import Fitted, Streams, Visits
 from llmslim.surgery.width import keep_neurons
@@ -354,9 +349,9 @@ class _Sequential:
         names = [site.name.removeprefix(prefix) for site in group]
         moments, writes = self._moments(pair, prefix, names[0], alone=len(group) == 1)
         self._tell_of_skipped(group[0].name, moments.fit)
-        mlp = self._free_neurons(group)
+        mlp = free_neurons(self.mlps, group, self.sites)
         if mlp is not None:
-            self._reorder(mlp, pair, prefix, names, moments, group[0].spec["groups"])
+            renumber(mlp, self.model, pair, prefix, moments, group[0].spec["groups"])
         if writes:
             layer = pair.slim  # not by way of the pair, see `_refine`
             pair.ahead.add = lambda x: layer.get_submodule(names[0])(x)
@@ -381,47 +376,6 @@ class _Sequential:
                     block.to_dense().double(), moments.held_out, through
                 )
             self.progress(site.name)
-
-    def _free_neurons(self, group: list[SitePlan]) -> Mlp | None:
-        """Return the MLP whose neurons a group produces, if their order is free and matters."""
-        grouped = {site.spec.get("groups") for site in group}
-        learned = all(site.spec.get("channel_order") == "learned" for site in group)
-        if not learned or len(grouped) != 1:
-            return None
-        names = {site.name for site in group}
-        # What reads the neurons must not care about their order: it learns its own, or has none.
-        free = (m for m in self.mlps if set(m.up) == names and not m.fused)
-        return next((m for m in free if self._reads_any_order(m.down)), None)
-
-    def _reads_any_order(self, name: str) -> bool:
-        site = self.sites.get(name)
-        return site is None or site.spec.get("channel_order", "learned") == "learned"
-
-    def _reorder(
-        self,
-        mlp: Mlp,
-        pair: LayerPair,
-        prefix: str,
-        names: list[str],
-        moments: Moments,
-        groups: int,
-    ) -> None:
-        """Renumber an MLP's neurons so that those of a group can do with the same inputs."""
-        gram_II = moments.fit.gram_II
-        gram_II = gram_II + damping(gram_II).diag()
-        wanted = []
-        for name in names:
-            weight_OI = dense_weight(pair.slim.get_submodule(name)).float()
-            wanted.append(corrected_weight(moments, weight_OI, weight_OI))
-        neurons = learn_outputs(torch.stack(wanted).cpu(), gram_II.cpu(), groups)
-        inside = replace(
-            mlp,
-            up=tuple(name.removeprefix(prefix) for name in mlp.up),
-            down=mlp.down.removeprefix(prefix),
-        )
-        for root, where in ((self.model, mlp), (pair.dense, inside)):
-            down = dense_weight(root.get_submodule(where.down))
-            keep_neurons(root, where, neurons.to(down.device), down[:, neurons.to(down.device)])
 
     def _later_writers(self, pair: LayerPair, prefix: str, name: str) -> list[str]:
         """Return the planned or narrowed writers that run after one, by name in the layer."""
