@@ -7,12 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from llmslim.errors import CheckpointError
 from llmslim.modeling.modeling_llmslim import become_slim, set_module
 from llmslim.modeling.structured import build
 
@@ -102,3 +104,10 @@ def edit_json(path: Path, **changes: Any) -> None:
 def names(folder: Path) -> list[str]:
     """Return the names of what lies in a folder, hidden things too, sorted."""
     return sorted(path.name for path in folder.iterdir())
+
+
+def refused(call: Any, *args: Any, **options: Any) -> str:
+    """Return what a call is refused with."""
+    with pytest.raises(CheckpointError) as caught:
+        call(*args, **options)
+    return str(caught.value)
