@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from fractions import Fraction
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -20,13 +19,6 @@ from llmslim.modeling.grouped_pointwise import GroupedPointwise
 from llmslim.modeling.linear import Linear
 from llmslim.modeling.low_rank import LowRank
 from llmslim.modeling.pivoted_low_rank import PivotedLowRank
-from llmslim.modeling.sizes import (
-    StaysDense,
-    budget,
-    check_groups,
-    common_divisors,
-    groups_for_min_channels,
-)
 from llmslim.modeling.structured import StructuredLinear, build, structure_class
 
 torch.set_num_threads(1)  # on a busy machine tiny products wait for the second thread, not for work
@@ -266,7 +258,7 @@ def test_a_block_with_an_activation_has_no_dense_matrix():
         block.to_dense()
 
 
-# Integers: groups, ranks and counts.
+# Counts, and what is stored.
 
 
 @tried
@@ -277,243 +269,6 @@ def test_counted_weights_are_the_parameters(case):
     assert (
         type(block).count_weights(block.in_features, block.out_features, **block.options()) == held
     )
-
-
-@tried
-@given(st.integers(1, 400), st.integers(1, 400), st.integers(1, 100))
-@example(3072, 9216, 256)
-@example(3072, 16384, 256)
-@example(8192, 3072, 256)
-def test_group_rule_is_the_reports(inputs, outputs, least):
-    best = 1
-    for groups in range(1, min(inputs, outputs) + 1):
-        fits = inputs % groups == 0 and outputs % groups == 0
-        if fits and groups <= inputs // least:
-            best = max(best, groups)
-    if best > 1:
-        assert groups_for_min_channels(inputs, outputs, least) == best
-        block = GroupedPointwise(
-            inputs, outputs, min_channels_per_group=least, device=torch.device("meta")
-        )
-        assert block.groups == best
-    else:
-        with pytest.raises(StaysDense, match=f"no common divisor of {inputs} and {outputs}"):
-            groups_for_min_channels(inputs, outputs, least)
-        assert GroupedPointwise(inputs, outputs, min_channels_per_group=least).groups == 1
-
-
-@tried
-@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 60))
-def test_check_groups_takes_common_divisors_only(inputs, outputs, groups):
-    divides = [d for d in range(1, 61) if inputs % d == 0 and outputs % d == 0]
-    assert common_divisors(inputs, outputs) == divides
-    if groups in divides:
-        assert check_groups(inputs, outputs, groups) == groups
-    else:
-        with pytest.raises(ValueError, match=f"groups {groups} does not divide.*allowed 1"):
-            check_groups(inputs, outputs, groups)
-
-
-ratios = st.builds(Fraction, st.integers(1, 30), st.integers(1, 30)).filter(lambda r: r <= 1)
-
-
-@tried
-@given(st.integers(1, 96), st.integers(1, 96), ratios, st.sampled_from(["io", "residual"]))
-@example(64, 64, Fraction(1, 3), "io")
-def test_keep_ratio_picks_the_fewest_groups_within_the_budget(inputs, outputs, ratio, variant):
-    def cost(groups):
-        block = GroupedPointwise(inputs, outputs, groups=groups, variant=variant, device="meta")
-        return sum(p.numel() for p in block.parameters())
-
-    fitting = [
-        groups
-        for groups in range(1, min(inputs, outputs) + 1)
-        if inputs % groups == outputs % groups == 0 and cost(groups) <= ratio * inputs * outputs
-    ]
-    options = {"keep_ratio": float(ratio), "variant": variant}
-    if fitting and fitting[0] > 1:
-        resolved = GroupedPointwise.resolve(inputs, outputs, **options)
-        assert resolved == {"groups": fitting[0], "variant": variant}
-    else:
-        with pytest.raises(StaysDense):
-            GroupedPointwise.resolve(inputs, outputs, **options)
-
-
-@tried
-@given(st.integers(1, 96), st.integers(1, 96), ratios)
-def test_keep_ratio_picks_the_largest_rank_within_the_budget(inputs, outputs, ratio):
-    def cost(rank):
-        return sum(
-            p.numel() for p in LowRank(inputs, outputs, rank=rank, device="meta").parameters()
-        )
-
-    ranks = range(1, min(inputs, outputs) + 1)
-    fitting = [rank for rank in ranks if cost(rank) <= ratio * inputs * outputs]
-    if fitting:
-        resolved = LowRank.resolve(inputs, outputs, keep_ratio=float(ratio))
-        assert resolved == {"rank": max(fitting)}
-    else:
-        with pytest.raises(StaysDense, match="not even rank 1"):
-            LowRank.resolve(inputs, outputs, keep_ratio=float(ratio))
-
-
-@tried
-@given(st.integers(1, 96), st.integers(1, 96), ratios)
-@example(96, 96, Fraction(1, 1))
-def test_keep_ratio_picks_the_largest_rank_of_pivots_within_the_budget(inputs, outputs, ratio):
-    def cost(rank):
-        block = PivotedLowRank(inputs, outputs, rank=rank, device="meta")
-        return sum(p.numel() for p in block.parameters())
-
-    ranks = range(1, min(inputs, outputs) + 1)
-    fitting = [rank for rank in ranks if cost(rank) <= ratio * inputs * outputs]
-    if fitting and max(fitting) < min(inputs, outputs):
-        resolved = PivotedLowRank.resolve(inputs, outputs, keep_ratio=float(ratio))
-        assert resolved == {"rank": max(fitting)}
-    else:
-        with pytest.raises(StaysDense, match="full rank" if fitting else "not even rank 1"):
-            PivotedLowRank.resolve(inputs, outputs, keep_ratio=float(ratio))
-
-
-@tried
-@given(st.integers(2, 96), st.integers(2, 96), ratios)
-def test_keep_ratio_fills_the_budget_of_sums_and_shuffles(inputs, outputs, ratio):
-    for cls in (GroupedLowRank, BlockShuffle):
-        try:
-            resolved = cls.resolve(inputs, outputs, keep_ratio=float(ratio))
-        except StaysDense:
-            continue
-        block = cls(inputs, outputs, **resolved, device="meta")
-        held = sum(p.numel() for p in block.parameters())
-        assert held == cls.count_weights(inputs, outputs, **resolved)
-        left = ratio * inputs * outputs - held
-        assert left >= 0
-        if cls is BlockShuffle:
-            assert left < inputs + outputs
-            divisors = [d for d in range(2, 97) if inputs % d == outputs % d == 0]
-            assert resolved["blocks"] == divisors[0]
-        else:
-            assert left < inputs + outputs or resolved["rank"] == min(inputs, outputs)
-
-
-def test_the_grouped_part_gets_a_twelfth_of_the_budget():
-    resolved = GroupedLowRank.resolve(576, 1536, keep_ratio=0.5)
-    assert resolved["groups"] == 48
-    assert 2 * 576 * 1536 / 48 == 576 * 1536 / 2 / 12
-    assert GroupedLowRank.resolve(576, 1536, keep_ratio=0.5, groups=12)["groups"] == 12
-
-
-@pytest.mark.parametrize("written", [0.3333, 0.333333, 1 / 3])
-def test_a_third_is_a_third_however_it_is_written(written):
-    assert budget(3, 5, written) == 5
-
-
-def test_resolved_options_build_what_they_count():
-    for options in ({"groups": 4}, {"min_channels_per_group": 8}, {"keep_ratio": 0.5}, {}):
-        resolved = GroupedPointwise.resolve(1024, 2048, **options)
-        block = GroupedPointwise(1024, 2048, **resolved, device="meta")
-        assert block.options() == resolved
-        assert block.weight.numel() == GroupedPointwise.count_weights(1024, 2048, **resolved)
-    resolved = GroupedPointwise.resolve(8, 8, groups=2, variant="residual", activation="relu")
-    assert resolved == {"groups": 2, "variant": "residual", "activation": "relu"}
-    assert LowRank.resolve(8, 12, rank=8) == {"rank": 8}
-
-
-@pytest.mark.parametrize(
-    ("structure", "options", "message"),
-    [
-        (
-            GroupedPointwise,
-            {"groups": 5},
-            "groups 5 does not divide in_features 12.*allowed 1, 2, 4",
-        ),
-        (GroupedPointwise, {"groups": 0}, "groups 0"),
-        (GroupedPointwise, {"groups": 2, "keep_ratio": 0.5}, "one of groups, min_channels"),
-        (
-            GroupedPointwise,
-            {"groups": 2, "min_channels_per_group": 2},
-            "one of groups, min_channels",
-        ),
-        (GroupedPointwise, {"variant": "serial"}, "variant 'serial'; allowed io, residual"),
-        (GroupedPointwise, {"groups": 2, "activation": "relu"}, "belongs to variant residual"),
-        (
-            GroupedPointwise,
-            {"groups": 2, "variant": "residual", "activation": "swoosh"},
-            "activation 'swoosh'",
-        ),
-        (GroupedPointwise, {"keep_ratio": 0.0}, "keep_ratio 0.0; allowed above 0 and at most 1"),
-        (GroupedPointwise, {"keep_ratio": 1.5}, "keep_ratio 1.5; allowed above 0 and at most 1"),
-        (
-            GroupedPointwise,
-            {"groups": 2, "channel_order": "free"},
-            "'free'; allowed fixed, learned",
-        ),
-        (
-            GroupedPointwise,
-            {"groups": 2, "variant": "residual", "channel_order": "learned"},
-            "channel_order learned belongs to variant io",
-        ),
-        (PivotedLowRank, {}, "either rank or keep_ratio"),
-        (PivotedLowRank, {"rank": 2, "keep_ratio": 0.5}, "either rank or keep_ratio"),
-        (PivotedLowRank, {"rank": 9}, "rank 9; allowed 1 to 8"),
-        (PivotedLowRank, {"keep_ratio": 1.5}, "keep_ratio 1.5; allowed above 0"),
-        (GroupedLowRank, {}, "either groups and rank, or keep_ratio"),
-        (GroupedLowRank, {"rank": 2}, "either groups and rank, or keep_ratio"),
-        (GroupedLowRank, {"groups": 2, "rank": 2, "keep_ratio": 0.5}, "either groups and rank"),
-        (GroupedLowRank, {"groups": 5, "rank": 2}, "groups 5 does not divide"),
-        (GroupedLowRank, {"groups": 2, "rank": 9}, "rank 9; allowed 1 to 8"),
-        (BlockShuffle, {}, "either inner_features or keep_ratio"),
-        (BlockShuffle, {"inner_features": 8, "keep_ratio": 0.5}, "either inner_features or keep"),
-        (
-            BlockShuffle,
-            {"blocks": 5, "keep_ratio": 0.5},
-            "blocks 5 does not divide.*allowed 1, 2, 4",
-        ),
-        (BlockShuffle, {"blocks": 4, "inner_features": 6}, "6; allowed multiples of 4 up to 32"),
-        (BlockShuffle, {"blocks": 4, "inner_features": 36}, "36; allowed multiples of 4 up to 32"),
-        (LowRank, {}, "either rank or keep_ratio"),
-        (LowRank, {"rank": 2, "keep_ratio": 0.5}, "either rank or keep_ratio"),
-        (LowRank, {"rank": 9}, "rank 9; allowed 1 to 8"),
-        (LowRank, {"rank": 0}, "rank 0; allowed 1 to 8"),
-    ],
-)
-def test_wrong_options(structure, options, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        structure.resolve(12, 8, **options)
-    assert not isinstance(caught.value, StaysDense)
-
-
-@pytest.mark.parametrize(
-    ("structure", "options", "reason"),
-    [
-        (GroupedPointwise, {"groups": 1}, "one group is the dense projection"),
-        (GroupedPointwise, {"keep_ratio": 1.0}, "one group is the dense projection"),
-        (
-            GroupedPointwise,
-            {"keep_ratio": 0.01},
-            "no number of groups keeps it within 0 parameters",
-        ),
-        (GroupedPointwise, {}, "at least 256 input channels per group"),
-        (LowRank, {"keep_ratio": 0.1}, "not even rank 1 keeps it within 9 parameters"),
-        (PivotedLowRank, {"keep_ratio": 0.1}, "not even rank 1 keeps it within 9 parameters"),
-        (PivotedLowRank, {"rank": 8}, "full rank has the dense projection's parameters"),
-        (GroupedLowRank, {"groups": 1, "rank": 2}, "one group is the dense projection"),
-        (GroupedLowRank, {"groups": 4, "keep_ratio": 0.5}, "no rank beside 4 groups keeps it"),
-        (BlockShuffle, {"keep_ratio": 0.1}, "no inner width keeps it within 9 parameters"),
-    ],
-)
-def test_what_stays_dense_says_why(structure, options, reason):
-    with pytest.raises(StaysDense, match=reason):
-        structure.resolve(12, 8, **options)
-
-
-def test_coprime_sizes_stay_dense():
-    for cls, reason in (
-        (BlockShuffle, "no common divisor of 9 and 8"),
-        (GroupedLowRank, "one group is the dense projection"),
-    ):
-        with pytest.raises(StaysDense, match=reason):
-            cls.resolve(9, 8, keep_ratio=0.5)
 
 
 def test_a_fixed_order_leaves_no_trace():
@@ -651,48 +406,3 @@ def test_other_names_are_refused(name):
 def test_specs_that_build_nothing(spec, message):
     with pytest.raises(ValueError, match=message):
         build(spec)
-
-
-# Embeddings of another width.
-
-WIDEN = {"structure": "grouped_pointwise", "in_features": 8, "out_features": 12, "bias": False}
-WIDEN |= {"groups": 2, "variant": "io"}
-NARROW = {"structure": "low_rank", "in_features": 12, "out_features": 8, "bias": True, "rank": 3}
-
-
-def test_factored_embedding_is_a_lookup_and_its_block():
-    embedding = FactoredEmbedding(10, 8, projection=WIDEN, padding_idx=0)
-    ids = torch.tensor([[1, 2, 9], [0, 3, 1]])
-    expected = embedding.projection(embedding.weight[ids])
-    assert torch.equal(embedding(ids), expected)
-    assert torch.equal(embedding.weight[0], torch.zeros(8))
-    embedding(ids).sum().backward()
-    assert embedding.weight.grad[0].abs().max() == 0  # the padding token is not trained
-    assert embedding.weight.grad[1].abs().max() > 0
-
-
-def test_factored_head_is_its_block_and_a_product():
-    head = FactoredHead(10, projection=NARROW)
-    assert (head.in_features, head.out_features) == (12, 10)
-    x = torch.randn(2, 3, 12)
-    torch.testing.assert_close(head(x), head.projection(x) @ head.weight.T)
-
-
-def test_factored_specs_make_empty_twins():
-    for module in (
-        FactoredEmbedding(10, 8, projection=WIDEN, padding_idx=3),
-        FactoredEmbedding(10, 8, projection=WIDEN),
-        FactoredHead(10, projection=NARROW),
-    ):
-        twin = build(json.loads(json.dumps(module.spec())), device="meta", dtype=torch.float16)
-        assert twin.spec() == module.spec()
-        assert {p.dtype for p in twin.parameters()} == {torch.float16}
-        shapes = {name: p.shape for name, p in module.named_parameters()}
-        assert {name: p.shape for name, p in twin.named_parameters()} == shapes
-    assert "10, 8, padding_idx=3" in repr(FactoredEmbedding(10, 8, projection=WIDEN, padding_idx=3))
-    assert "in_features=12, out_features=10" in repr(FactoredHead(10, projection=NARROW))
-
-
-def test_a_projection_of_another_width_is_refused():
-    with pytest.raises(ValueError, match="takes 8 channels; the embedding gives 6"):
-        FactoredEmbedding(10, 6, projection=WIDEN)
