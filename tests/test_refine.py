@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -146,3 +147,18 @@ def test_running_the_end_of_a_layer_is_running_the_layer(
     assert errors == pytest.approx(
         [e for r in truth.rows if (e := r.init_error) is not None], rel=1e-2
     )
+
+
+def test_an_end_that_is_given_more_features_than_it_adds_is_not_run_alone() -> None:
+    """What stands in for a module that holds projections gives as much as it is given."""
+    model = tiny_model("llama", num_hidden_layers=2)
+    for layer in model.model.layers:
+        layer.mlp.down_proj = nn.Sequential(nn.Linear(96, 96, bias=False), layer.mlp.down_proj)
+    rule = {"match": "*.down_proj.*", "structure": "low_rank", "rank": 20}
+    recipe = {"init": "least_squares", "refine": {"steps": 8}, "replace": [rule]}
+    plain = copy.deepcopy(model)
+    report = llmslim.slim(model, recipe, calibration=WINDOWS)
+    truth = llmslim.slim(plain, {**recipe, "refine": None}, calibration=WINDOWS)
+    name = "model.layers.0.mlp.down_proj.1"
+    (refined,), (closed,) = ([r for r in found.rows if r.name == name] for found in (report, truth))
+    assert refined.init_error < closed.init_error
