@@ -67,13 +67,24 @@ def test_steps_that_lead_nowhere_are_taken_back() -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", [RULE, {"match": "*.mlp.*", "structure": "low_rank", "keep_ratio": 0.5}]
+    "options",
+    [
+        {"structure": "width"},
+        {"structure": "low_rank"},
+        {"structure": "block_shuffle"},
+        {"structure": "grouped_low_rank"},
+        {"structure": "pivoted_low_rank"},
+        {"structure": "grouped_pointwise"},
+        {"structure": "grouped_pointwise", "channel_order": "learned"},
+    ],
+    ids=lambda options: "-".join(options.values()),
 )
 @pytest.mark.parametrize("architecture", ["llama", "phi3"])
 def test_a_refined_layer_is_nearer_on_held_out_tokens(
-    architecture: str, rule: dict[str, Any]
+    architecture: str, options: dict[str, Any]
 ) -> None:
     """The first layer sees the same inputs either way; later ones follow what came before."""
+    rule = {"match": "*.mlp.*", "keep_ratio": 0.5, **options}
     recipe = {"init": "least_squares", "replace": [rule]}
     first = []
     for extra in ({}, {"refine": {"steps": 16, "lr": 0.02}}):

@@ -149,7 +149,8 @@ def is_projection(module: nn.Module) -> bool:
 
 def out_features_of(module: Any) -> int:
     """Return how many features a projection gives, dense or not."""
-    return dense_weight(module).shape[0] if hasattr(module, "weight") else module.out_features
+    known = getattr(module, "out_features", None)  # a block's own weight may have any shape
+    return int(dense_weight(module).shape[0] if known is None else known)
 
 
 def find_layers(model: Any) -> Layers:
