@@ -109,17 +109,18 @@ def perplexity(model: Any, ids_NL: Tensor) -> float:
     """Return exp of the mean loss per predicted token."""
     loss = 0.0
     for window_L in ids_NL:
-        logits = model(window_L[None], use_cache=False).logits[0, :-1].float()
-        loss += float(cross_entropy(logits, window_L[1:], reduction="sum"))
+        ids_L = window_L.to(model.device)
+        logits = model(ids_L[None], use_cache=False).logits[0, :-1].float()
+        loss += float(cross_entropy(logits, ids_L[1:], reduction="sum"))
     return math.exp(min(loss / ids_NL[:, 1:].numel(), 700.0))
 
 
-def machine() -> str:
+def machine(device: str = "cpu") -> str:
     """Return what figures depend on besides the code."""
-    return (
-        f"torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"{platform.machine()}, {torch.get_num_threads()} threads"
-    )
+    where = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    if torch.device(device).type == "cuda":
+        where = torch.cuda.get_device_name(device)
+    return f"torch {torch.__version__}, transformers {transformers.__version__}, {where}"
 
 
 def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

@@ -2,7 +2,8 @@
 
     python benchmarks/bench_perplexity.py --calibration wiki.valid.tokens.gz --test wiki.test.raw.gz
         [--other OTHER_TEXT ...] [--model FOLDER_OR_GGUF] [--keep 0.5] [--tokens 65536]
-        [--windows 32] [--methods low_rank --methods width] [--refine-steps 64] [--threads 1]
+        [--windows 32] [--methods low_rank --methods width] [--refine-steps 64] [--logits-steps 0]
+        [--threads 1] [--device cuda]
 
 Next to the dense model stand three fits that look at no data; the whitened SVD as the field does it
 (SVD-LLM, Wang et al. 2024, arXiv:2403.07378: every projection alone, on the dense model's inputs);
@@ -57,6 +58,11 @@ METHODS: dict[str, dict[str, Any] | None] = {
         "channel_order": "learned",
         "init": "least_squares",
     },
+    "io, learned order, refined": {
+        "structure": "grouped_pointwise",
+        "channel_order": "learned",
+        "init": "least_squares",
+    },
     "low_rank": {"structure": "low_rank", "init": "least_squares"},
     "low_rank, refined": {"structure": "low_rank", "init": "least_squares"},
     "pivoted_low_rank": {"structure": "pivoted_low_rank", "init": "least_squares"},
@@ -72,7 +78,8 @@ class Job(NamedTuple):
     method: str
     model: str | None
     keep: float
-    refine_steps: int
+    refine: dict[str, int]
+    device: str
     threads: int | None
     fit_NL: Tensor
     held_out_NL: Tensor
@@ -92,7 +99,8 @@ class Result(NamedTuple):
 def run(job: Job) -> Result:
     """Fit and measure one method; called in a process of its own."""
     set_up(job.threads)
-    model = load_model(find(job.model), dtype="float32")
+    model: Any = load_model(find(job.model), dtype="float32")
+    model.to(job.device)
     before = mlp_parameters(model)
     rule = METHODS[job.method]
     start = time.perf_counter()
@@ -106,7 +114,7 @@ def run(job: Job) -> Result:
             recipe = surgery.allocate(model, recipe, calibration)
         surgery.rewrite(model, surgery.plan(model, recipe), calibration=calibration)
     seconds = time.perf_counter() - start
-    peak = peak_gib()
+    peak = peak_gib(model.device)
     found = {name: perplexity(model, ids_NL) for name, ids_NL in job.tests.items()}
     left = mlp_parameters(model) if kept is None else kept
     return Result(left / before, found, seconds, peak)
@@ -120,7 +128,7 @@ def recipe_of(job: Job, rule: dict[str, Any]) -> Recipe:
     else:
         made["replace"][0]["keep_ratio"] = job.keep
     if "refined" in job.method:
-        made["refine"] = {"steps": job.refine_steps}
+        made["refine"] = job.refine
     return Recipe.of(made)
 
 
@@ -128,13 +136,15 @@ def recipe_of(job: Job, rule: dict[str, Any]) -> Recipe:
 def whitened_svd(model: Any, keep: float, ids_NL: Tensor) -> int:
     """Give every MLP projection its best rank on the dense inputs; return what it would hold."""
     sites = {n: m for n, m in model.named_modules() if ".mlp." in n and hasattr(m, "weight")}
-    moments = {name: GramAccumulator(site.in_features) for name, site in sites.items()}
+    moments = {
+        name: GramAccumulator(site.in_features, device=model.device) for name, site in sites.items()
+    }
     hooks = [
         site.register_forward_pre_hook(lambda _m, args, name=name: moments[name].update(args[0]))
         for name, site in sites.items()
     ]
     for window_L in ids_NL:
-        model.model(window_L[None], use_cache=False)
+        model.model(window_L[None].to(model.device), use_cache=False)
     for hook in hooks:
         hook.remove()
     held = 0
@@ -152,8 +162,10 @@ def mlp_parameters(model: Any) -> int:
     return sum(p.numel() for name, p in model.named_parameters() if ".mlp." in name)
 
 
-def peak_gib() -> float:
-    """Return the most memory that this process has held, in GiB."""
+def peak_gib(device: torch.device) -> float:
+    """Return the most memory that this process has held on a device, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
     import resource  # here, since Windows has none of it
 
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
@@ -167,6 +179,8 @@ def peak_gib() -> float:
 @click.option("--windows", "count", default=32, show_default=True, help="Windows of each text.")
 @click.option("--keep", default=0.5, show_default=True, help="Share of the MLP weights to keep.")
 @click.option("--refine-steps", default=64, show_default=True, help="Of the methods refined.")
+@click.option("--logits-steps", default=0, show_default=True, help="The same, on predictions.")
+@click.option("--device", default="cpu", show_default=True, help="Where everything is done.")
 @click.option("--methods", multiple=True, type=click.Choice(list(METHODS)), help="Repeatable.")
 def main(
     model: str | None,
@@ -179,6 +193,8 @@ def main(
     count: int,
     keep: float,
     refine_steps: int,
+    logits_steps: int,
+    device: str,
     methods: tuple[str, ...],
 ) -> None:
     """Print perplexities before healing, their ratio to the dense model's, seconds and memory."""
@@ -190,13 +206,16 @@ def main(
     fit_NL, held_out_NL = windows(calibration, tokens, length, held_out, tokenizer)
     tests = {path: first_windows(path, count, length, tokenizer) for path in (test, *other)}
     click.echo(
-        f"{machine()}; {fit_NL.numel()} tokens to fit to, {count} windows of {length} to score\n"
+        f"{machine(device)}; {fit_NL.numel()} tokens to fit to, {count} windows of {length} to "
+        "score\n"
     )
+    refine = {"steps": refine_steps, "logits_steps": logits_steps}
     rows, dense = [], {}
     # One task a process: peak memory is a process's own, and it never goes down.
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
         for name in chosen:
-            job = Job(name, model, keep, refine_steps, threads, fit_NL, held_out_NL, tests)
+            texts = (fit_NL, held_out_NL, tests)
+            job = Job(name, model, keep, refine, device, threads, *texts)
             result = pool.submit(run, job).result()
             dense = dense or result.perplexity
             scores = [

@@ -49,7 +49,7 @@ class CheckpointError(SlimError, ValueError):
 
 
 class UnfinishedError(CheckpointError):
-    """Work that was cut short by a disk, not by a mistake: what is done is kept for a resume."""
+    """Work that a disk or a memory cut short, not a mistake: what is done is kept for a resume."""
 
 
 class DataError(SlimError, ValueError):

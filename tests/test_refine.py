@@ -12,9 +12,8 @@ from torch import nn
 
 import llmslim
 from llmslim.data import Windows
-from llmslim.recipe import Refine
 from llmslim.surgery.layer_pair import LayerPair
-from llmslim.surgery.refine import refine_layer
+from llmslim.surgery.refine import descend, output_loss
 
 WINDOWS = Windows(tokens(16, 64), "random tokens", tokens(8, 64, seed=5))
 RULE: dict[str, Any] = {"match": "*.mlp.*", "structure": "width", "keep_ratio": 0.5}
@@ -23,25 +22,24 @@ RULE: dict[str, Any] = {"match": "*.mlp.*", "structure": "width", "keep_ratio": 
 @pytest.fixture(autouse=True)
 def in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run layers in float32 whatever the processor is fast at."""
-    monkeypatch.setattr("llmslim.surgery.sequential.fast_type", lambda: None)
+    monkeypatch.setattr("llmslim.surgery.sequential.fast_type", lambda _device: None)
 
 
 INPUTS = torch.randn(20, 1, 64, 8, generator=torch.Generator().manual_seed(1))
 
 
-def windows(numbers: range, truth: nn.Module) -> list[Any]:
-    return [(n, truth(INPUTS[n]).detach(), torch.ones(1, 64, 1)) for n in numbers]
-
-
 def test_descent_finds_a_linear_map() -> None:
     torch.manual_seed(0)
     truth, layer = nn.Linear(8, 8), nn.Linear(8, 8)
-    before, after = refine_layer(
-        lambda window: layer(INPUTS[window]),
+    wanted = [truth(x).detach() for x in INPUTS]
+    before, after = descend(
+        output_loss(lambda window: layer(INPUTS[window]), wanted),
         list(layer.parameters()),
-        windows(range(16), truth),
-        windows(range(16, 20), truth),
-        Refine(steps=400, lr=0.05),
+        range(16),
+        range(16, 20),
+        each=16,
+        steps=400,
+        lr=0.05,
     )
     assert after < 1e-3 * before
     assert torch.allclose(layer.weight, truth.weight, atol=0.02)
@@ -55,12 +53,14 @@ def test_steps_that_lead_nowhere_are_taken_back() -> None:
     with torch.no_grad():
         layer.weight.add_(1e-4)
     weight = layer.weight.detach().clone()
-    before, after = refine_layer(
-        lambda window: layer(INPUTS[window]),
+    before, after = descend(
+        output_loss(lambda window: layer(INPUTS[window]), [truth(x).detach() for x in INPUTS]),
         [layer.weight],
-        windows(range(4), truth),
-        windows(range(4, 6), truth),
-        Refine(steps=5, lr=10.0),
+        range(4),
+        range(4, 6),
+        each=4,
+        steps=5,
+        lr=10.0,
     )
     assert after == before
     assert torch.equal(layer.weight, weight)

@@ -238,6 +238,7 @@ def test_layers_after_the_last_block_are_copied(monkeypatch: pytest.MonkeyPatch)
             {"budget": 0.6, "replace": [{"match": MLP, "structure": "auto"}]},
             "a budget measures the whole model",
         ),
+        ({"refine": {"steps": 1, "logits_steps": 1}}, "what is predicted runs the whole model"),
     ],
 )
 def test_what_needs_the_whole_model_says_so(changes: dict[str, Any], told: str) -> None:

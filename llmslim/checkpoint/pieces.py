@@ -73,6 +73,7 @@ class Pieces:
         source: a folder with safetensors.
         dtype: as for `load_model`.
         trust_remote_code: as for `open_source`.
+        device: where a piece's weights are.
 
     Raises:
         NotInPiecesError: if it can only be loaded as a whole.
@@ -80,11 +81,16 @@ class Pieces:
     """
 
     def __init__(
-        self, source: Source, *, dtype: str | None = None, trust_remote_code: bool = False
+        self,
+        source: Source,
+        *,
+        dtype: str | None = None,
+        trust_remote_code: bool = False,
+        device: torch.device | str = "cpu",
     ) -> None:
         if source.path is None or source.gguf_file is not None or source.is_kphi3:
             raise NotInPiecesError("its files are of a kind of their own")
-        self.source = source
+        self.source, self.device = source, torch.device(device)
         self._tables: dict[str, Tensor] = {}
         self._where = {key: path for path in weight_files(source.path) for key in read_header(path)}
         entries = read_weights(source.path)
@@ -92,7 +98,7 @@ class Pieces:
         self.model = self._empty(entries, dtype, trust_remote_code)
         try:
             self._config = LoadStateDictConfig(
-                device_map={"": "cpu"},
+                device_map={"": self.device},
                 dtype=self.model.dtype,
                 dtype_plan=self.model._get_dtype_plan(self.model.dtype),
                 weight_mapping=cast(Any, get_model_conversion_mapping(self.model)),
@@ -143,7 +149,7 @@ class Pieces:
             NotInPiecesError: if that takes the model's weights.
         """
         unstored = dict(self.model.named_non_persistent_buffers())
-        self._tables = {k: torch.empty_like(b, device="cpu") for k, b in unstored.items()}
+        self._tables = {k: torch.empty_like(b, device=self.device) for k, b in unstored.items()}
         self._put_tables()
         for tensor in self.model.state_dict(keep_vars=True).values():
             tensor._is_hf_initialized = True  # as from_pretrained marks what it has loaded

@@ -46,16 +46,22 @@ def show_report(report: Report, *, full: bool = False, bars: bool | None = None)
     console().print(TextView(report, full=full, bars=bars))
 
 
-def show_cost(plan: Plan) -> None:
-    """Say what fitting to calibration text will take, where there is any."""
+def show_cost(plan: Plan, device: str | None = None) -> None:
+    """Say what fitting to calibration text will take, where there is any.
+
+    Args:
+        plan: what will be done.
+        device: where, see `convert`.
+    """
+    from llmslim.conversion import device_named
     from llmslim.surgery import fitting_cost, speed
 
-    cost = fitting_cost(plan)
+    cost, where = fitting_cost(plan), device_named(device)
     if cost is not None:
-        minutes = max(1, round(cost.flops / speed() / 60))
+        minutes = max(1, round(cost.flops / speed(where) / 60))
         click.echo(
             f"\nfitting to {cost.tokens:,} tokens: about {cost.memory / 2**30:.1f} GiB beside the "
-            f"model and {minutes:,} min on this machine, within a factor of two"
+            f"model and {minutes:,} min on this machine ({where}), within a factor of two"
         )
 
 

@@ -3,5 +3,6 @@
 from .calibrate import calibration_spec as calibration_spec
 from .calibrate import token_ids as token_ids
 from .convert import convert as convert
+from .device import device_named as device_named
 from .job import Conversion as Conversion
 from .job import RecipeLike as RecipeLike

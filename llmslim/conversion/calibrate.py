@@ -27,6 +27,9 @@ def check_text(job: Job, model: PreTrainedModel) -> None:
     if job.recipe.has_auto:
         raise NotInPiecesError("sharing out a budget measures the whole model")
     spec = calibration_spec(job.recipe, model, job.calibration, job.calibration_tokens)
+    refine = job.recipe.refine
+    if refine is not None and refine.logits_steps:
+        raise NotInPiecesError("refining by what is predicted runs the whole model")
     if spec.data == "self":
         raise NotInPiecesError("the calibration text is sampled from the whole model")
 

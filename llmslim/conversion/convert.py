@@ -21,6 +21,7 @@ from llmslim.recipe import Recipe
 from llmslim.surgery import Progress, quietly
 
 from .calibrate import check_text
+from .device import device_named, memory_of
 from .in_memory import convert_in_memory
 from .job import Conversion, Job, RecipeLike
 from .journal import key_of
@@ -39,6 +40,7 @@ def convert(
     seed: int = 0,
     calibration: str | None = None,
     calibration_tokens: int | None = None,
+    device: str | None = None,
     trust_remote_code: bool = False,
     allow_nonfinite: bool = False,
     max_shard_size: int | str = MAX_SHARD_SIZE,
@@ -63,6 +65,8 @@ def convert(
         calibration: text to fit to, in place of the recipe's: `self`, a file or a data set. With
             it, a recipe that needs none is fitted by `least_squares`, unless `init` says otherwise.
         calibration_tokens: how many tokens of it.
+        device: where blocks are fitted to text, such as `cpu` or `cuda:1`; a GPU where there is
+            one by default. What needs no text is done on the processor.
         trust_remote_code: run model code that comes with the model.
         allow_nonfinite: go on where weights of the model are NaN or infinite; the report then
             names them.
@@ -102,6 +106,7 @@ def convert(
         seed=seed,
         calibration=calibration,
         calibration_tokens=calibration_tokens,
+        device=device_named(device),
         trust_remote_code=trust_remote_code,
         allow_nonfinite=allow_nonfinite,
         max_shard_size=shard_size,
@@ -132,7 +137,12 @@ def convert(
         try:
             if made.needs_calibration:
                 check_text(job, empty)
-            pieces = Pieces(source, dtype=dtype, trust_remote_code=trust_remote_code)
+            pieces = Pieces(
+                source,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                device=job.device if made.needs_calibration else "cpu",
+            )
             if made.needs_calibration:
                 check_layers(pieces)
         except NotInPiecesError as error:
@@ -140,7 +150,8 @@ def convert(
             notes = (f"Converted in memory, as a whole: {error}.",)
         else:
             unused = told_of_unused(source, pieces.model, pieces.unused)
-            return convert_streamed(job, pieces, work, unused)
+            with memory_of(job.device, work):
+                return convert_streamed(job, pieces, work, unused)
     if resume:
         raise CheckpointError(
             f"{target}: nothing to resume; {reason} is converted in memory and begins anew each "
@@ -149,4 +160,5 @@ def convert(
     work.discard()  # checked above: there is nothing, or it may go
     if not source.is_kphi3:
         notes = (*notes, *told_of_unused(source, empty))
-    return convert_in_memory(job, notes)
+    with memory_of(job.device, work):
+        return convert_in_memory(job, notes)

@@ -35,6 +35,8 @@ def convert_in_memory(job: Job, notes: tuple[str, ...] = ()) -> Conversion:
     nonfinite = check_finite(weights, source.given, allow_nonfinite=job.allow_nonfinite)
     made = surgery.plan(loaded, chosen, model_name=source.name, init=job.init)
     tokenizer = load_tokenizer(source)
+    if made.needs_calibration:
+        loaded.to(job.device)  # type: ignore[arg-type]
     windows = read_text(job, tokenizer, loaded) if made.needs_calibration else None
     ids = token_ids(windows)
     if ids is not None and chosen.has_auto:
@@ -49,6 +51,7 @@ def convert_in_memory(job: Job, notes: tuple[str, ...] = ()) -> Conversion:
 
     with blamed_on(nonfinite):
         report = surgery.rewrite(loaded, made, seed=job.seed, calibration=ids, progress=fitting)
+    loaded.to("cpu")  # type: ignore[arg-type]
     written = told_of_types(source, loaded.dtype, job.dtype)
     notes = (*nonfinite, *(() if windows is None else windows.notes), *written, *notes)
     if notes:

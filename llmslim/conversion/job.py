@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llmslim.checkpoint import Source
 from llmslim.recipe import Recipe
 from llmslim.surgery import Progress, Report
@@ -27,6 +29,7 @@ class Job:
     seed: int
     calibration: str | None
     calibration_tokens: int | None
+    device: torch.device
     trust_remote_code: bool
     allow_nonfinite: bool
     max_shard_size: int

@@ -217,6 +217,7 @@ def key_of(job: Job, text: Windows | None = None) -> dict[str, str]:
             parts.append(str(about.st_mtime_ns))
         key[f"the file {path.name}"] = " ".join(parts)
     if text is not None:
+        key["--device"] = str(job.device)
         digest = hashlib.sha256()
         for ids in (text.ids, text.held_out):
             digest.update(f"{tuple(ids.shape)}".encode() + ids.contiguous().numpy().tobytes())

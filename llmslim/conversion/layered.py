@@ -48,7 +48,7 @@ class LayersOnDisk(Visits):
     ) -> None:
         self._pieces, self._plan, self._finished = pieces, plan, finished
         self._layers = find_layers(pieces.model)
-        self._files = _StreamFiles(streams)
+        self._files = _StreamFiles(streams, pieces.device)
         self._first = self._first_to_fit(done)
 
     @contextmanager
@@ -128,10 +128,11 @@ class _StreamFiles:
 
     Args:
         folder: where they are; made where it is not there.
+        device: where they are used; on the processor, as they lie on the disk.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self._folder, self._device = folder, device
         folder.mkdir(exist_ok=True)
 
     def write(self, index: int, streams: Streams) -> str:
@@ -140,7 +141,7 @@ class _StreamFiles:
         digest = hashlib.sha256()
         with self._path(index).open("xb") as file:
             for window in (*streams.dense, *streams.slim):
-                data = window.contiguous().numpy().tobytes()
+                data = window.contiguous().cpu().numpy().tobytes()
                 data += bytes(-len(data) % _ALIGNED)
                 file.write(data)
                 digest.update(data)
@@ -149,7 +150,7 @@ class _StreamFiles:
         return digest.hexdigest()
 
     def read(self, index: int, shape: torch.Size) -> Streams:
-        """Return streams, memory-mapped.
+        """Return streams; on the processor, memory-mapped.
 
         Args:
             index: of the layer they come out of.
@@ -158,7 +159,7 @@ class _StreamFiles:
         values, path = shape.numel(), self._path(index)
         room = values + -values % (_ALIGNED // 4)
         flat = torch.from_file(str(path), size=path.stat().st_size // 4, dtype=torch.float32)
-        windows = [part[:values].view(shape) for part in flat.split(room)]
+        windows = [part[:values].view(shape).to(self._device) for part in flat.split(room)]
         half = len(windows) // 2
         return Streams(windows[:half], windows[half:])
 

@@ -291,7 +291,7 @@ class _Streamed:
         """Return what is stored of a piece, under the names that files have."""
         if is_dropped(piece.name, self.plan):
             return {}
-        made = {self.plan.new_name(name): tensor for name, tensor in self.pieces.tensors(piece)}
+        made = {self.plan.new_name(n): tensor.cpu() for n, tensor in self.pieces.tensors(piece)}
         return self.outcome.as_stored(made)
 
     def _report(self, notes: Iterable[str]) -> Report:

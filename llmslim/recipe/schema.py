@@ -120,6 +120,8 @@ class Refine(Section):
     """Steps of the optimiser for each decoder layer."""
     lr: Annotated[float, Field(gt=0)] = 3e-2
     """Peak step, in units of each parameter's root mean square: one value serves every model."""
+    logits_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps after those on the model's predictions in place of the layer's output; for a GPU."""
 
 
 class Calibration(Section):

@@ -54,10 +54,10 @@ from llmslim.surgery.sites import (
 )
 from llmslim.surgery.streams import (
     Calls,
+    Rest,
     fast_type,
     importance,
     record_calls,
-    run_from,
     run_layer,
     type_taken,
 )
@@ -234,8 +234,9 @@ class _Measurement:
         self.fitting = len(fit)
         ids = [window[None].to(model.device) for window in torch.cat((fit, judged))]
         calls: Calls = record_calls(model, list(self.stack), ids)
-        self.autocast = type_taken(self.stack[0], calls, fast_type())
+        self.autocast = type_taken(self.stack[0], calls, fast_type(model.device))
         self.stream, self.extras = calls.hidden, calls.extras
+        self.rest = Rest(model, list(self.stack), ids[0])
         self.probe_ids = ids[self.fitting :][: max(1, PROBE_TOKENS // length)]
         self.dense_logits = [self._logits(0, n).cpu() for n in range(len(self.probe_ids))]
 
@@ -362,14 +363,7 @@ class _Measurement:
 
     def _logits(self, layer: int, n: int) -> Tensor:
         hidden = self.stream[self.fitting + n]
-        return run_from(
-            self.model,
-            list(self.stack),
-            layer,
-            hidden,
-            self.probe_ids[n],
-            autocast=self.autocast,
-        )
+        return self.rest.logits(layer, hidden, self.probe_ids[n], autocast=self.autocast)
 
 
 def _divergence(ours_TV: Tensor, dense_TV: Tensor) -> Tensor:

@@ -64,23 +64,32 @@ def fitting_cost(plan: Plan) -> Cost | None:
         # Forward and backward: three times a pass of what moves, and as much as one in checks.
         per_token = sum(row.flops_per_token_after for row in rows if row.action == "replaced")
         flops += 4 * plan.recipe.refine.steps * STEP_TOKENS * per_token
+    predicted = STEP_TOKENS * (plan.recipe.refine.logits_steps if plan.recipe.refine else 0)
+    if predicted:
+        # On the average half the layers follow one; the dense predictions take the head alone.
+        head = model_flops - layer_flops
+        flops += predicted * layers * (3 * (layer_flops // 2 + head) + head)
+        flops += tokens * layer_flops
     if spec.data == "self":
         flops += _SAMPLING * tokens * model_flops
     largest = max((8 * (i * i + i * o + o * o) for i, o in sizes), default=0)
     streams = 4 * 4 * (tokens + scrambled) * hidden  # both, before and after the layer, float32
     layer_bytes = 2 * 4 * (layer_flops // 2) // layers
     probes = 2 * PROBE_TOKENS * config.vocab_size if plan.recipe.has_auto else 0
+    if predicted:
+        probes += 4 * (tokens + scrambled) * hidden + 6 * 4 * STEP_TOKENS * config.vocab_size
     return Cost(spec.tokens, streams + 6 * largest + layer_bytes + probes, flops)
 
 
-def speed() -> float:
-    """Return how many operations a second this machine multiplies with, measured in a moment."""
+def speed(device: torch.device) -> float:
+    """Return how many operations a second a device multiplies with, measured in a moment."""
     side = 1024
-    a, b = torch.rand(side, side), torch.rand(side, side)
-    a @ b
+    a, b = torch.rand(2, side, side, device=device)
+    float((a @ b).sum())
     start, times = time.perf_counter(), 4
     for _ in range(times):
-        a @ b
+        c = a @ b
+    float(c.sum())  # waits for a device that works on its own
     return 2 * side**3 * times / (time.perf_counter() - start)
 
 

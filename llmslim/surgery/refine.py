@@ -1,95 +1,127 @@
-"""Fit one decoder layer's output to the dense layer's by gradient, after the closed forms.
+"""Move the weights of one decoder layer by gradient, after the closed forms.
 
 A closed form fits each projection to linear targets; what the activation between them makes of
-the errors it cannot see. A short descent on the layer's own output can. Every parameter's step is
-in units of its root mean square, so that one learning rate serves every model and structure, and
-the best weights on held-out tokens are the ones that stay: refinement never makes a layer worse.
+the errors it cannot see. A short descent on the layer's own output can, and one on what the rest of
+the model predicts from it (see `predictions`) still more.
 
-Shapes: windows of L tokens, D = hidden size.
+Every parameter's step is in units of its root mean square, so that one learning rate serves every
+model and structure, and the best weights on held-out tokens are the ones that stay: refinement
+never makes a layer worse.
+
+Shapes: windows of N x L tokens, D = hidden size.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from llmslim.recipe import Refine
+from llmslim.surgery.streams import importance
 
 STEP_TOKENS = 1024
-"""Tokens of one step."""
+"""Tokens of one step, at the least."""
+LOGITS_LR = 1 / 3
+"""Peak step on the model's predictions, as a share of that on the layer's output."""
 _CHECKS = 4
 """How often the held-out error is looked at."""
 _WARM_UP = 0.1
 
-Window = tuple[int, Tensor, Tensor]
-"""A window's number, the output wanted (1, L, D), and a factor for each token."""
+Windows = Sequence[int]
+"""Windows, by number."""
+Loss = Callable[[int], Tensor]
+"""What is to become small, summed over the tokens of a window."""
 
 
-def refine_layer(
-    run: Callable[[int], Tensor],
-    parameters: Sequence[nn.Parameter],
-    windows: Sequence[Window],
-    held_out: Sequence[Window],
-    spec: Refine,
-    *,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Descend on a layer's squared output error, in place.
+def output_loss(run: Callable[[int], Tensor], wanted: Sequence[Tensor]) -> Loss:
+    """Return the squared error of a layer's output, as the fits before it weigh tokens.
 
     Args:
-        run: the layer, from a window's number to its output; float32.
-        parameters: what moves.
+        run: the layer, from a window's number to its output, (N, L, D); float32.
+        wanted: the output wanted of each window.
+    """
+    weights = [importance(output) for output in wanted]
+
+    def loss(window: int) -> Tensor:
+        return ((run(window) - wanted[window]) * weights[window]).square().sum()
+
+    return loss
+
+
+def descend(
+    loss: Loss,
+    parameters: Sequence[nn.Parameter],
+    windows: Windows,
+    held_out: Windows,
+    *,
+    each: int,
+    steps: int,
+    lr: float,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Make a loss small, in place.
+
+    Args:
+        loss: of a window.
+        parameters: what moves; float32.
         windows: to fit on.
         held_out: to choose on.
-        spec: how long and how fast.
+        each: how many of the windows make a step.
+        steps: how many steps.
+        lr: the peak step, in units of each parameter's root mean square.
         seed: of the order of the windows.
 
     Returns:
-        The squared error on held-out tokens before and after; never more after.
+        The loss on held-out tokens before and after; never more after.
     """
-
-    def error(window: Window) -> Tensor:
-        number, wanted, factor = window
-        return ((run(number) - wanted) * factor).square().sum()
 
     def on_held_out() -> float:
         with torch.no_grad():
-            return sum(float(error(window)) for window in held_out)
+            return sum(float(loss(window)) for window in held_out)
 
     before = best = on_held_out()
     kept = [p.detach().clone() for p in parameters]
-    frozen = [p.requires_grad for p in parameters]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
+    optimizer = torch.optim.Adam(
+        [{"params": [p], "unit": _rms(p)} for p in parameters], betas=(0.9, 0.95), eps=1e-12
+    )
+    order = _endless(windows, seed)
     try:
-        optimizer = torch.optim.Adam(
-            [{"params": [p], "unit": _rms(p)} for p in parameters], betas=(0.9, 0.95), eps=1e-12
-        )
-        order = _endless(len(windows), seed)
-        each = max(1, STEP_TOKENS // windows[0][1].shape[1])
         with torch.enable_grad():
-            for step in range(spec.steps):
+            for step in range(steps):
                 for group in optimizer.param_groups:
-                    group["lr"] = spec.lr * group["unit"] * _schedule(step, spec.steps)
+                    group["lr"] = lr * group["unit"] * _schedule(step, steps)
                 optimizer.zero_grad()
                 for _ in range(min(each, len(windows))):
-                    error(windows[next(order)]).backward()
+                    loss(next(order)).backward()
                 optimizer.step()
-                if (step + 1) % max(1, spec.steps // _CHECKS) == 0 or step + 1 == spec.steps:
+                if (step + 1) % max(1, steps // _CHECKS) == 0 or step + 1 == steps:
                     now = on_held_out()
                     if now < best:
                         best = now
                         kept = [p.detach().clone() for p in parameters]
     finally:
         with torch.no_grad():
-            for parameter, value, flag in zip(parameters, kept, frozen, strict=True):
+            for parameter, value in zip(parameters, kept, strict=True):
                 parameter.copy_(value)
-                parameter.requires_grad_(flag)
                 parameter.grad = None
     return before, best
+
+
+@contextmanager
+def only_moving(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Take gradients of some of a model's parameters, and of no others."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    model.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 def _rms(parameter: Tensor) -> float:
@@ -104,8 +136,9 @@ def _schedule(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
-def _endless(count: int, seed: int) -> Iterator[int]:
-    """Yield indices in an order drawn anew for every pass."""
+def _endless(windows: Windows, seed: int) -> Iterator[int]:
+    """Yield windows in an order drawn anew for every pass."""
     generator = torch.Generator().manual_seed(seed)
     while True:
-        yield from torch.randperm(count, generator=generator).tolist()
+        for index in torch.randperm(len(windows), generator=generator).tolist():
+            yield windows[index]

@@ -21,7 +21,7 @@ Shapes: T = tokens, D = hidden size, I = in_features, O = out_features, M = neur
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,13 +37,23 @@ from llmslim.surgery.layer_pair import Ahead, LayerPair
 from llmslim.surgery.moments import Moments
 from llmslim.surgery.neurons import eliminate
 from llmslim.surgery.plan import MlpPlan, Plan, SitePlan
-from llmslim.surgery.refine import Window, refine_layer
+from llmslim.surgery.predictions import Predictions
+from llmslim.surgery.refine import (
+    LOGITS_LR,
+    STEP_TOKENS,
+    descend,
+    only_moving,
+    output_loss,
+)
 from llmslim.surgery.renumber import free_neurons, renumber
 from llmslim.surgery.scrambled import early_layers, scrambled
 from llmslim.surgery.sites import dense_weight, find_layers, find_mlps, find_sites
-from llmslim.surgery.streams import fast_type, importance, record_calls, type_taken
+from llmslim.surgery.streams import fast_type, record_calls, type_taken
 from llmslim.surgery.visits import Fitted, Streams, Visits
 from llmslim.surgery.width import keep_neurons
+
+_TOGETHER = 4096
+"""Tokens that a GPU is given at a time, at most."""
 
 
 @torch.no_grad()
@@ -100,13 +110,19 @@ class _Sequential:
         more = windows[:0]
         if any(self._planned(index) for index in range(self.early)):
             more = scrambled(windows, model.config, seed_of("scrambled"))
-        self.scrambled, self.fitting = len(more), len(more) + len(windows)
         with visits.beginning():
-            # One window a batch: every batch has one shape, whatever the number of windows.
-            every = torch.cat((more, windows, held_out))
-            batches = [window[None].to(model.device) for window in every]
+            size = _together((more, windows, held_out), model.device)
+            batches = torch.cat((more, windows, held_out)).to(model.device).split(size)
+            self.scrambled = len(more) // size
+            self.fitting = self.scrambled + len(windows) // size
             calls = record_calls(model, list(self.stack), batches)
-            self.autocast = type_taken(self.stack[0], calls, fast_type())
+            self.autocast = type_taken(self.stack[0], calls, fast_type(model.device))
+            self.predictions = None
+            if self.spec is not None and self.spec.logits_steps:
+                gone = [index for index in range(len(self.stack)) if self._gone(index)]
+                self.predictions = Predictions(
+                    model, list(self.stack), calls, batches, gone, self.autocast
+                )
         self.extras = calls.extras
         self.first, self.streams = visits.go_on(Streams(calls.hidden, calls.hidden))
         if self.first >= self.early:
@@ -121,8 +137,7 @@ class _Sequential:
     def run(self) -> Fitted:
         whole = Fitted()
         to_fit = [self._planned(index) for index in range(len(self.stack))]
-        keep = self.plan.keep_layers
-        gone = [keep is not None and index not in keep for index in range(len(self.stack))]
+        gone = [self._gone(index) for index in range(len(self.stack))]
         changed = [to_fit[index] or gone[index] for index in range(len(self.stack))]
         last = max((index for index, wanted in enumerate(to_fit) if wanted), default=-1)
         for index in range(self.first, last + 1):
@@ -148,6 +163,11 @@ class _Sequential:
     def _prefix(self, index: int) -> str:
         return f"{self.layers.path}.{index}."
 
+    def _gone(self, index: int) -> bool:
+        """Return whether a layer is taken out."""
+        keep = self.plan.keep_layers
+        return keep is not None and index not in keep
+
     def _planned(self, index: int) -> bool:
         """Return whether anything is to be fitted in a layer."""
         planned = [*self.sites, *(mlp.mlp.down for mlp in self.narrow.values())]
@@ -157,6 +177,8 @@ class _Sequential:
         """Go on without the scrambled windows, which only the first layers are fitted to."""
         self.extras = [known[self.scrambled :] for known in self.extras]
         self.fitting -= self.scrambled
+        if self.predictions is not None:
+            self.predictions.leave(self.scrambled)
 
     def _fill_unseen(self, prefix: str) -> None:
         """Fill what the calibration text never reached from its weights alone."""
@@ -187,7 +209,7 @@ class _Sequential:
             else:
                 self._fit_group(pair, prefix, step)
         if self.spec is not None:
-            self._refine(pair, prefix)
+            self._refine(pair, index, prefix)
             self.targets.clear()
         return pair.after()
 
@@ -205,8 +227,8 @@ class _Sequential:
                 self.shared |= dict.fromkeys(others, own)
         return dense
 
-    def _refine(self, pair: LayerPair, prefix: str) -> None:
-        """Descend on the layer's output error, and measure its writers anew."""
+    def _refine(self, pair: LayerPair, index: int, prefix: str) -> None:
+        """Descend on the layer's output error, and measure its projections anew."""
         assert self.spec is not None
         names = [name for name in self.sites if name.startswith(prefix)]
         for mlp in self.narrow.values():
@@ -216,7 +238,6 @@ class _Sequential:
             return
         wanted = pair.ahead.dense or pair.outputs(pair.dense)
         pair.ahead = Ahead(dense=wanted)
-        windows: list[Window] = [(n, y, importance(y)) for n, y in enumerate(wanted)]
         tail = pair.tail([name.removeprefix(prefix) for name in names])
 
         def run(window: int) -> Tensor:
@@ -227,16 +248,26 @@ class _Sequential:
             after: Tensor = before + pair.added(tail.module, x)
             return after
 
+        losses = [(output_loss(run, wanted), self.spec.steps, self.spec.lr)]
+        if self.predictions is not None:
+            loss = self.predictions.loss(index, run)
+            losses.append((loss, self.spec.logits_steps, LOGITS_LR * self.spec.lr))
         dtype = next(pair.slim.parameters()).dtype
         pair.slim.float()  # small steps would be lost in bfloat16
-        refine_layer(
-            run,
-            [p for name in names for p in self.model.get_submodule(name).parameters()],
-            windows[: self.fitting],
-            windows[self.fitting :],
-            self.spec,
-            seed=self.seed_of(prefix),
-        )
+        moving = [p for name in names for p in self.model.get_submodule(name).parameters()]
+        every = range(len(wanted))
+        with only_moving(self.model, moving):
+            for loss, steps, lr in losses:
+                descend(
+                    loss,
+                    moving,
+                    every[: self.fitting],
+                    every[self.fitting :],
+                    each=max(1, STEP_TOKENS // wanted[0].shape[:2].numel()),
+                    steps=steps,
+                    lr=lr,
+                    seed=self.seed_of(prefix),
+                )
         pair.slim.to(dtype)
         for name in names:
             if name in self.result.errors:
@@ -394,6 +425,18 @@ class _Sequential:
                 f"{name}: {statistics.skipped:,} of {statistics.skipped + statistics.tokens:,} "
                 "calibration tokens left out; their activations are not finite."
             )
+
+
+def _together(parts: Sequence[Tensor], device: torch.device) -> int:
+    """Return how many windows make a batch: as many as a GPU is quick with, of one size.
+
+    Args:
+        parts: windows that are not to be mixed, (N, L) each.
+        device: where they are run; a processor does as well with one.
+    """
+    most = 1 if device.type == "cpu" else max(1, _TOGETHER // parts[0].shape[1])
+    fit = (n for n in range(most, 0, -1) if not any(len(part) % n for part in parts))
+    return next(fit)
 
 
 def _error(block_OI: Tensor, statistics: GramAccumulator, through: Tensor | None = None) -> float:

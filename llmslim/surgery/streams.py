@@ -10,7 +10,7 @@ Shapes: N = windows of a batch, L = tokens of a window, D = hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,9 +22,12 @@ from llmslim.errors import TargetError
 from llmslim.surgery.sites import is_projection, out_features_of
 
 
-def fast_type() -> torch.dtype | None:
-    """Return the type this processor multiplies fastest beside a float32 stream, None for none."""
-    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+def fast_type(device: torch.device) -> torch.dtype | None:
+    """Return the type a device multiplies fastest beside a float32 stream, None for none."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if fast else None
 
 
@@ -220,39 +223,56 @@ def _form(model: nn.Module, layers: Sequence[nn.Module], batch: Tensor) -> _Form
     return _Form(type(output), tuple(output[1:]))
 
 
-@torch.no_grad()
-def run_from(
-    model: nn.Module,
-    layers: Sequence[nn.Module],
-    start: int,
-    hidden: Tensor,
-    ids: Tensor,
-    *,
-    autocast: torch.dtype | None = None,
-) -> Tensor:
-    """Run a model from one decoder layer on.
+class Rest:
+    """What comes of hidden states in the decoder layers after some point, and in the head.
 
     Args:
         model: a causal language model.
         layers: its decoder layers, in order.
-        start: the first layer that runs.
-        hidden: that layer's input, (N, L, D).
-        ids: the token ids it comes from, (N, L).
-        autocast: type for products; None runs the model in its own.
-
-    Returns:
-        Logits, (N, L, V).
+        ids: token ids of some text, (N, L).
+        gone: layers that are taken out of the model, by index.
     """
-    given = hidden if autocast is not None else hidden.to(next(model.parameters()).dtype)
-    answer = _form(model, layers, ids).holding(given)
-    with ExitStack() as stack:
-        for layer in layers[:start]:
-            stack.enter_context(_replaced_forward(layer, lambda *_args, **_kwargs: answer))
-        stack.enter_context(
-            torch.autocast(hidden.device.type, autocast, enabled=autocast is not None)
-        )
-        logits: Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits
+
+    def __init__(
+        self, model: nn.Module, layers: Sequence[nn.Module], ids: Tensor, gone: Iterable[int] = ()
+    ) -> None:
+        self._model, self._layers, self._gone = model, layers, frozenset(gone)
+        with torch.no_grad():
+            self._form = _form(model, layers, ids)
+
+    def logits(
+        self, start: int, hidden: Tensor, ids: Tensor, *, autocast: torch.dtype | None = None
+    ) -> Tensor:
+        """Run a model from one decoder layer on.
+
+        Args:
+            start: the first layer that runs; as many as there are for the head alone.
+            hidden: that layer's input, (N, L, D).
+            ids: the token ids it comes from, (N, L).
+            autocast: type for products; None runs the model in its own.
+
+        Returns:
+            Logits, (N, L, V).
+        """
+        own = next(self._model.parameters()).dtype
+        answer = self._form.holding(hidden if autocast is not None else hidden.to(own))
+        with ExitStack() as stack:
+            for index, layer in enumerate(self._layers):
+                if index < start:
+                    forward = lambda *_args, **_kwargs: answer  # noqa: E731
+                elif index in self._gone:
+                    forward = self._pass_on
+                else:
+                    continue
+                stack.enter_context(_replaced_forward(layer, forward))
+            stack.enter_context(
+                torch.autocast(hidden.device.type, autocast, enabled=autocast is not None)
+            )
+            logits: Tensor = self._model(input_ids=ids, use_cache=False).logits
+        return logits
+
+    def _pass_on(self, *args: Any, **kwargs: Any) -> Any:
+        return self._form.holding(args[0] if args else kwargs["hidden_states"])
 
 
 @contextmanager

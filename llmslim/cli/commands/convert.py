@@ -51,6 +51,11 @@ healed (`llmslim heal`)."""
     help="How many tokens of it; 65536 where the recipe does not say.",
 )
 @click.option(
+    "--device",
+    metavar="NAME",
+    help="Where blocks are fitted to text: cpu, cuda, cuda:1 …; by default a GPU, if there is one.",
+)
+@click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
     help="Type of the weights; by default as MODEL has them.",
@@ -91,6 +96,7 @@ def command(
     init: str | None,
     calibration: str | None,
     calibration_tokens: int | None,
+    device: str | None,
     dtype: str | None,
     seed: int,
     trust_remote_code: bool,
@@ -137,7 +143,7 @@ def command(
             model, read or Recipe(name="kphi3"), init=init, trust_remote_code=trust_remote_code
         )
         show_report(made.report())
-        show_cost(made)
+        show_cost(made, device)
         click.echo("\ndry run: nothing was written")
         return
     with progress() as moved:
@@ -150,6 +156,7 @@ def command(
             seed=seed,
             calibration=calibration,
             calibration_tokens=calibration_tokens,
+            device=device,
             trust_remote_code=trust_remote_code,
             allow_nonfinite=allow_nonfinite,
             max_shard_size=max_shard_size,
