@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers_checkpoint import hashes, names, tiny_tokenizer
 from helpers_healing import healed, slimmed, text
-from helpers_streaming import contents, in_memory, stored_model
+from helpers_streaming import contents, in_memory, mixtral, stored_model
 from tiny import logits, tiny_model, tokens
 
 import llmslim
@@ -112,7 +112,9 @@ def test_a_fit_on_a_gpu_is_the_fit_on_the_processor(
     monkeypatch.setattr("llmslim.surgery.sequential.fast_type", lambda _device: None)
     errors = []
     for device in ("cpu", "cuda"):
-        model = tiny_model(architecture, num_hidden_layers=2).to(device)
+        torch.manual_seed(0)
+        model = mixtral() if architecture == "mixtral" else tiny_model(architecture)
+        model.to(device)
         asked = recipe(**options, match=["*.mlp.*", "*.experts.*"])
         report = llmslim.slim(model, asked, calibration=WINDOWS)
         assert {p.device.type for p in (*model.parameters(), *model.buffers())} == {device}
@@ -131,8 +133,9 @@ def test_a_refined_fit_on_a_gpu_is_nearer(options: dict[str, Any]) -> None:
     for refine in (None, {"steps": 16, "lr": 0.02}):
         model = tiny_model("llama", num_hidden_layers=2).to("cuda")
         report = llmslim.slim(model, rule | {"refine": refine}, calibration=WINDOWS)
-        first.append(next(r.init_error for r in report.rows if r.init_error is not None))
-    assert first[1] <= first[0]
+        # What the descent makes small is the layer's output, which the last of them writes.
+        first.append(next(r.init_error for r in report.rows if r.name.endswith("down_proj")))
+    assert first[1] < 0.97 * first[0]
 
 
 @pytest.mark.gpu
