@@ -53,7 +53,8 @@ def convert(
     A folder of safetensors is converted piece by piece: the largest decoder layer has to fit into
     the memory, not the model. What is done is kept in `.<name of out>.partial` until all is, so
     that an interrupted conversion can go on. GGUF files, models whose code comes with them, fits to
-    text that the model itself writes, and `structure: auto` are converted in memory.
+    text that the model itself writes or to what it predicts (`logits_steps`), and `structure: auto`
+    are converted in memory.
 
     Args:
         model: a hub id, a folder, a GGUF file, or a folder with a published kphi-3 checkpoint.

@@ -114,8 +114,8 @@ def command(
 
     A folder of safetensors is read, fitted and written one decoder layer at a time: no more has to
     fit into the memory. A run that was killed or found the disk full (exit status 75) goes on with
-    --resume. GGUF files, fits to text of the model's own (`self`) and `structure: auto` are
-    converted in memory, from the beginning each time.
+    --resume. GGUF files, fits to text of the model's own (`self`) or to what it predicts
+    (`logits_steps`), and `structure: auto` are converted in memory, from the beginning each time.
     """
     from llmslim.recipe import Recipe, shipped_recipes
 
