@@ -21,7 +21,7 @@ Shapes: T = tokens, D = hidden size, I = in_features, O = out_features, M = neur
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -48,12 +48,9 @@ from llmslim.surgery.refine import (
 from llmslim.surgery.renumber import free_neurons, renumber
 from llmslim.surgery.scrambled import early_layers, scrambled
 from llmslim.surgery.sites import dense_weight, find_layers, find_mlps, find_sites
-from llmslim.surgery.streams import fast_type, record_calls, type_taken
+from llmslim.surgery.streams import fast_type, record_calls, together, type_taken
 from llmslim.surgery.visits import Fitted, Streams, Visits
 from llmslim.surgery.width import keep_neurons
-
-_TOGETHER = 4096
-"""Tokens that a GPU is given at a time, at most."""
 
 
 @torch.no_grad()
@@ -111,7 +108,7 @@ class _Sequential:
         if any(self._planned(index) for index in range(self.early)):
             more = scrambled(windows, model.config, seed_of("scrambled"))
         with visits.beginning():
-            size = _together((more, windows, held_out), model.device)
+            size = together((more, windows, held_out), model.device)
             batches = torch.cat((more, windows, held_out)).to(model.device).split(size)
             self.scrambled = len(more) // size
             self.fitting = self.scrambled + len(windows) // size
@@ -425,18 +422,6 @@ class _Sequential:
                 f"{name}: {statistics.skipped:,} of {statistics.skipped + statistics.tokens:,} "
                 "calibration tokens left out; their activations are not finite."
             )
-
-
-def _together(parts: Sequence[Tensor], device: torch.device) -> int:
-    """Return how many windows make a batch: as many as a GPU is quick with, of one size.
-
-    Args:
-        parts: windows that are not to be mixed, (N, L) each.
-        device: where they are run; a processor does as well with one.
-    """
-    most = 1 if device.type == "cpu" else max(1, _TOGETHER // parts[0].shape[1])
-    fit = (n for n in range(most, 0, -1) if not any(len(part) % n for part in parts))
-    return next(fit)
 
 
 def _error(block_OI: Tensor, statistics: GramAccumulator, through: Tensor | None = None) -> float:

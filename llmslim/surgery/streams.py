@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from llmslim.errors import TargetError
 from llmslim.surgery.sites import is_projection, out_features_of
 
+_TOGETHER = 4096
+"""Tokens that a GPU is given at a time, at most."""
+
 
 def fast_type(device: torch.device) -> torch.dtype | None:
     """Return the type a device multiplies fastest beside a float32 stream, None for none."""
@@ -29,6 +32,18 @@ def fast_type(device: torch.device) -> torch.dtype | None:
     else:
         fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if fast else None
+
+
+def together(parts: Sequence[Tensor], device: torch.device) -> int:
+    """Return how many windows make a batch: as many as a GPU is quick with, of one size.
+
+    Args:
+        parts: windows that are not to be mixed, (N, L) each.
+        device: where they are run; a processor does as well with one.
+    """
+    most = 1 if device.type == "cpu" else max(1, _TOGETHER // parts[0].shape[1])
+    fit = (n for n in range(most, 0, -1) if not any(len(part) % n for part in parts))
+    return next(fit)
 
 
 def importance(stream: Tensor) -> Tensor:
