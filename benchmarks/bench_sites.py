@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import click
 import torch
-from _common import find, machine, markdown, read_tokenizer, set_up, shared_options, windows
+from _common import find, machine, markdown, set_up, shared_options, windows
 from torch import Tensor
 
 from llmslim.checkpoint.load import load_model
@@ -101,7 +101,7 @@ def measure(
 @torch.no_grad()
 def main(
     model: str | None,
-    calibration: str,
+    calibration: tuple[str, ...],
     tokens: int,
     length: int,
     threads: int | None,
@@ -112,7 +112,7 @@ def main(
     set_up(threads)
     sites = [site for site in SITES if not layer or site[0] in layer]
     source = find(model)
-    fit_NL, held_out_NL = windows(calibration, tokens, length, held_out, read_tokenizer(source))
+    fit_NL, held_out_NL = windows(calibration, tokens, length, held_out, source)
     dense = load_model(source, dtype="float32")
     name_of = {site: f"model.layers.{site[0]}.mlp.{site[1]}" for site in sites}
     start = time.perf_counter()

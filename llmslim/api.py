@@ -110,7 +110,7 @@ def slim(
     recipe = Recipe.of(recipe)
     made = plan(model, recipe, init=init)
     if calibration is None and made.needs_calibration:
-        spec = calibration_spec(recipe, model, None, None)
+        spec = calibration_spec(recipe, model, (), None)
         calibration = calibration_windows(spec, tokenizer, model, progress=progress)
     windows = token_ids(calibration)
     if windows is not None and recipe.has_auto and made.needs_calibration:

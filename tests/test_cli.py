@@ -379,7 +379,7 @@ def test_convert_hands_every_option_on(monkeypatch, tmp_path):
     calls = stub(monkeypatch, "convert", made)
     options = ["--init", "random", "--dtype", "bfloat16", "--seed", "7", "--trust-remote-code"]
     options += ["--calibration", "text.txt", "--calibration-tokens", "99", "--allow-nonfinite"]
-    options += ["--device", "cuda:1"]
+    options += ["--calibration", "self", "--device", "cuda:1"]
     options += ["--max-shard-size", "2GB", "--resume"]
     ok("convert", "model", "--recipe", "mlp-half", "-o", tmp_path / "o", "--overwrite", *options)
     [(args, kwargs)] = calls
@@ -392,7 +392,7 @@ def test_convert_hands_every_option_on(monkeypatch, tmp_path):
         "init": "random",
         "dtype": "bfloat16",
         "seed": 7,
-        "calibration": "text.txt",
+        "calibration": ("text.txt", "self"),
         "calibration_tokens": 99,
         "device": "cuda:1",
         "trust_remote_code": True,

@@ -45,6 +45,10 @@ def test_everything_asked_for_on_top_costs_more() -> None:
     # Half of each MLP is left, and nothing else moves.
     assert refined.flops == plain.flops + 10 * 1024 * 4 * LAYERS * 3 * HIDDEN * WIDTH
     assert sampled.flops == plain.flops + 2 * 17_000 * (PER_TOKEN + 2 * HIDDEN * VOCABULARY)
+    half = {"data": ["text.txt", "self"], "tokens": 16_000}
+    half_sampled = fitting_cost(llmslim.plan(model, recipe(16_000, calibration=half)))
+    assert half_sampled is not None
+    assert 2 * (half_sampled.flops - plain.flops) == sampled.flops - plain.flops
 
 
 def test_without_text_there_is_no_such_cost() -> None:

@@ -217,7 +217,7 @@ def plain_tokenizer() -> Any:
     return tokenizer
 
 
-def spec(data: str, **changes: Any) -> Calibration:
+def spec(data: str | list[str], **changes: Any) -> Calibration:
     return Calibration(**{"data": data, "tokens": 64, "sequence_length": 8, **changes})
 
 
@@ -252,6 +252,37 @@ def test_windows_come_from_the_seed(tmp_path):
     assert torch.equal(one.ids, again.ids)
     assert torch.equal(one.held_out, again.held_out)
     assert rows_of(one.ids) != rows_of(other.ids)
+
+
+def test_several_texts_give_as_many_windows_each_in_one_order(tmp_path):
+    names = [put(tmp_path / "a.txt", b"a" * 4000), put(tmp_path / "b.txt", b"b" * 4000)]
+    windows = calibration_windows(spec(names, tokens=8 * 64), plain_tokenizer())
+    assert (windows.source, windows.notes) == ("a.txt, b.txt", ())
+    (a,), (b,) = ids_of("a"), ids_of("b")
+    for ids, each in ((windows.ids, 30), (windows.held_out, 2)):
+        assert sorted(ids[:, 0].tolist()) == sorted([a] * each + [b] * each)
+        assert torch.equal(ids, ids[:, :1].expand(-1, 8))
+    # Those who take a few windows only find both: one in 35,000 draws has none of b in 15.
+    assert {a, b} == set(windows.ids[:15, 0].tolist())
+    again = calibration_windows(spec(names, tokens=8 * 64), plain_tokenizer())
+    assert torch.equal(windows.ids, again.ids)
+
+
+def test_a_short_text_among_several_is_told_of(tmp_path):
+    names = [put(tmp_path / "a.txt", b"a" * 4000), put(tmp_path / "b.txt", b"b" * 24)]
+    windows = calibration_windows(spec(names, tokens=8 * 64), plain_tokenizer())
+    assert windows.notes == ("b.txt: only 24 tokens (3 windows of 8); 256 were asked for.",)
+    assert (len(windows.ids), len(windows.held_out)) == (30 + 2, 2 + 1)
+
+
+def test_text_of_the_models_own_beside_a_file(tmp_path):
+    model = tiny_model()
+    name = put(tmp_path / "a.txt", b"a" * 4000)
+    both = calibration_windows(spec([name, "self"], tokens=64), plain_tokenizer(), model)
+    own = calibration_windows(spec("self", tokens=32), plain_tokenizer(), model)
+    assert both.source == "a.txt, self"
+    written = set(rows_of(own.ids, own.held_out))
+    assert len(written & set(rows_of(both.ids, both.held_out))) == len(written) == 4
 
 
 @pytest.mark.parametrize(("tokens", "aside"), [(8, 1), (160, 1), (8 * 40, 2), (8 * 1000, 16)])
@@ -376,6 +407,8 @@ def test_what_cannot_be_done_is_said(tmp_path):
         calibration_windows(spec("self"), None)
     with pytest.raises(DataError, match="no tokenizer"):
         calibration_windows(spec(put(tmp_path / "a.txt", b"a" * 99)), None)
+    with pytest.raises(DataError, match="self is named twice"):
+        calibration_windows(spec(["self", "a.txt", "self"]), None)
 
 
 @pytest.mark.parametrize("data", ["text", "self"])

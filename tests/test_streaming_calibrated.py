@@ -235,6 +235,10 @@ def test_layers_after_the_last_block_are_copied(monkeypatch: pytest.MonkeyPatch)
     [
         ({"calibration": {**CALIBRATION, "data": "self"}}, "calibration text is sampled from"),
         (
+            {"calibration": {**CALIBRATION, "data": [CALIBRATION["data"], "self"]}},
+            "calibration text is sampled from",
+        ),
+        (
             {"budget": 0.6, "replace": [{"match": MLP, "structure": "auto"}]},
             "a budget measures the whole model",
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -30,7 +31,7 @@ def check_text(job: Job, model: PreTrainedModel) -> None:
     refine = job.recipe.refine
     if refine is not None and refine.logits_steps:
         raise NotInPiecesError("refining by what is predicted runs the whole model")
-    if spec.data == "self":
+    if "self" in spec.texts:
         raise NotInPiecesError("the calibration text is sampled from the whole model")
 
 
@@ -52,14 +53,17 @@ def token_ids(windows: Windows | None) -> surgery.Calibration | None:
 
 
 def calibration_spec(
-    recipe: Recipe, model: PreTrainedModel, data: str | None, tokens: int | None
+    recipe: Recipe,
+    model: PreTrainedModel,
+    data: Sequence[str],
+    tokens: int | None,
 ) -> Calibration:
     """Return the recipe's calibration section, with what the caller asked for instead.
 
     Args:
         recipe: may have a section `calibration`.
         model: whose longest sequence is a limit.
-        data: text in place of the section's.
+        data: texts in place of the section's, if any.
         tokens: how many of it.
     """
     given = recipe.calibration or Calibration()
@@ -68,5 +72,5 @@ def calibration_spec(
         usual = given.sequence_length
         length = min(usual, longest_input(model) or usual)
         given = given.model_copy(update={"sequence_length": length})
-    changes: dict[str, Any] = {"data": data, "tokens": tokens}
+    changes: dict[str, Any] = {"data": tuple(data) or None, "tokens": tokens}
     return given.model_copy(update={k: v for k, v in changes.items() if v is not None})

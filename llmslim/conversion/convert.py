@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from llmslim import surgery
@@ -38,7 +39,7 @@ def convert(
     init: str | None = None,
     dtype: str | None = None,
     seed: int = 0,
-    calibration: str | None = None,
+    calibration: str | Sequence[str] | None = None,
     calibration_tokens: int | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
@@ -63,9 +64,10 @@ def convert(
         init: a method that takes the place of the recipe's.
         dtype: `float32`, `bfloat16` or `float16`; the source's own by default.
         seed: seed of everything drawn.
-        calibration: text to fit to, in place of the recipe's: `self`, a file or a data set. With
-            it, a recipe that needs none is fitted by `least_squares`, unless `init` says otherwise.
-        calibration_tokens: how many tokens of it.
+        calibration: text to fit to, in place of the recipe's: `self`, a file or a data set, or
+            several of them. With it, a recipe that needs none is fitted by `least_squares`, unless
+            `init` says otherwise.
+        calibration_tokens: how many tokens of it, in all.
         device: where blocks are fitted to text, such as `cpu` or `cuda:1`; a GPU where there is
             one by default. What needs no text is done on the processor.
         trust_remote_code: run model code that comes with the model.
@@ -95,7 +97,8 @@ def convert(
                 "Name a recipe."
             )
         chosen = Recipe(name="kphi3", description="A published kphi-3 checkpoint, as it is.")
-    if init is None and (calibration is not None or calibration_tokens is not None):
+    texts = (calibration,) if isinstance(calibration, str) else tuple(calibration or ())
+    if init is None and (texts or calibration_tokens is not None):
         init = "least_squares"
     target = Path(out) if out is not None else Path(f"{source.name}-{chosen.name}")
     job = Job(
@@ -105,7 +108,7 @@ def convert(
         init=init,
         dtype=dtype,
         seed=seed,
-        calibration=calibration,
+        calibration=texts,
         calibration_tokens=calibration_tokens,
         device=device_named(device),
         trust_remote_code=trust_remote_code,

@@ -27,7 +27,8 @@ class Job:
     init: str | None
     dtype: str | None
     seed: int
-    calibration: str | None
+    calibration: tuple[str, ...]
+    """Texts in place of the recipe's, if any."""
     calibration_tokens: int | None
     device: torch.device
     trust_remote_code: bool

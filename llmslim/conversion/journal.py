@@ -200,7 +200,7 @@ def key_of(job: Job, text: Windows | None = None) -> dict[str, str]:
         "--dtype": str(job.dtype),
         "--seed": str(job.seed),
         "--max-shard-size": str(job.max_shard_size),
-        "--calibration": str(job.calibration),
+        "--calibration": ", ".join(job.calibration) or "None",
         "--calibration-tokens": str(job.calibration_tokens),
         "version of llmslim": __version__,
     }

@@ -5,7 +5,8 @@ into windows of equal length; so nothing is padded, and every position counts th
 tokenizer begins a text with a token of its own, every window begins with it, as every text that
 the model will see does.
 
-Not more than four times the needed tokens are read; the windows are drawn from those.
+Not more than four times the needed tokens are read; the windows are drawn from those. Several texts
+are each cut alone, and their windows shuffled together.
 
 Shapes: N and M windows of L tokens.
 """
@@ -45,7 +46,7 @@ class Windows:
     ids: Tensor
     """Windows to fit to, (N, L), int64."""
     source: str
-    """Where they are from: a file's name, a data set's name, or `self`."""
+    """Where they are from: files' names, data sets' names, `self`, with commas between."""
     held_out: Tensor
     """Windows to judge by, (M, L), int64; M is about N / 15."""
     notes: tuple[str, ...] = ()
@@ -65,16 +66,49 @@ def calibration_windows(
 
     Returns:
         ceil(tokens / L) windows, at least two, of which one in 16 is held out, in one stretch: at
-        least one and at most 16. Fewer, with a note, where there is less text.
+        least one and at most 16. Fewer, with a note, where there is less text. The same of each of
+        several texts, with its share of the tokens.
 
     Raises:
-        DataError: if the data cannot be read, is too short for two windows, or the windows are
-            longer than the model reads.
+        DataError: if the data cannot be read, is too short for two windows, is named twice, or the
+            windows are longer than the model reads.
+    """
+    _check_length(spec.sequence_length, model)
+    for data in spec.texts:
+        if spec.texts.count(data) > 1:
+            raise DataError(f"calibration.data: {data} is named twice. Name each text once.")
+    share = math.ceil(spec.tokens / len(spec.texts))
+    parts = [
+        _windows_of(data, spec.model_copy(update={"tokens": share}), tokenizer, model, progress)
+        for data in spec.texts
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    # Shuffled, so that whoever takes the first windows only has some of every text.
+    draw = random.Random(spec.seed)
+    ids_NL, held_out = (
+        windows[draw.sample(range(len(windows)), len(windows))]
+        for windows in (
+            torch.cat([part.ids for part in parts]),
+            torch.cat([part.held_out for part in parts]),
+        )
+    )
+    source = ", ".join(part.source for part in parts)
+    notes = tuple(note for part in parts for note in part.notes)
+    return Windows(ids_NL, source, held_out, notes)
+
+
+def _windows_of(
+    data: str, spec: Calibration, tokenizer: Any, model: Any, progress: Progress | None
+) -> Windows:
+    """Return the windows of one text.
+
+    Raises:
+        DataError: as `calibration_windows`.
     """
     length = spec.sequence_length
-    _check_length(length, model)
     wanted = max(2, math.ceil(spec.tokens / length))
-    if spec.data == "self":
+    if data == "self":
         if model is None:
             raise DataError(
                 "calibration.data: self, which is sampled from the dense model; there is none "
@@ -84,13 +118,13 @@ def calibration_windows(
         return _split("self", ids_NL, wanted, spec.seed, [])
     if tokenizer is None:
         raise DataError(
-            f"calibration.data: {spec.data}, but the model has no tokenizer to read text with. "
+            f"calibration.data: {data}, but the model has no tokenizer to read text with. "
             "Add its tokenizer files to the folder, or use `data: self`."
         )
-    local = Path(spec.data).expanduser()
-    source = local.name if local.is_file() else spec.data
+    local = Path(data).expanduser()
+    source = local.name if local.is_file() else data
     notes: list[str] = []
-    ids_NL = _read_windows(spec, tokenizer, wanted, notes, progress)
+    ids_NL = _read_windows(data, spec, tokenizer, wanted, notes, progress)
     return _split(source, ids_NL, wanted, spec.seed, notes)
 
 
@@ -136,6 +170,7 @@ def _split(source: str, ids_NL: Tensor, wanted: int, seed: int, notes: list[str]
 
 
 def _read_windows(
+    data: str,
     spec: Calibration,
     tokenizer: Any,
     wanted: int,
@@ -153,7 +188,7 @@ def _read_windows(
     stream: list[int] = []
     # Told apart from the windows' order, which is drawn from the same seed.
     order = random.Random(f"stretch {spec.seed}")
-    documents = read_texts(spec.data, seed=spec.seed)
+    documents = read_texts(data, seed=spec.seed)
     refused = 0
     while len(stream) < pool:
         texts = []
@@ -169,13 +204,13 @@ def _read_windows(
             progress(min(len(stream), pool), pool, "tokenising")
     if refused:
         notes.append(
-            f"{spec.data}: the chat template refuses {refused} conversations, such as ones that "
+            f"{data}: the chat template refuses {refused} conversations, such as ones that "
             "do not alternate between user and assistant; they were read as plain text."
         )
     count = min(len(stream), pool) // inner
     if count < 2:
         raise DataError(
-            f"{spec.data}: {len(stream)} tokens; two windows of {spec.sequence_length} need "
+            f"{data}: {len(stream)} tokens; two windows of {spec.sequence_length} need "
             f"{2 * inner}. Give more text, or a smaller calibration.sequence_length."
         )
     ids_NL = torch.tensor(stream[: count * inner], dtype=torch.int64).view(count, inner)

@@ -127,14 +127,19 @@ class Refine(Section):
 class Calibration(Section):
     """Text whose activations the blocks are fitted to."""
 
-    data: str = "self"
-    """`self` (sampled from the dense model), a data set on the hub, or a .txt, .jsonl, .csv or .parquet file."""
+    data: str | Annotated[tuple[str, ...], Field(min_length=1)] = "self"
+    """`self` (sampled from the dense model), a data set on the hub, a .txt, .jsonl, .csv or .parquet file, or a list of them."""
     tokens: Count = 65_536
-    """Tokens to read."""
+    """Tokens to read; of several texts, as many of each."""
     sequence_length: Count = 1024
     """Tokens of one window."""
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     """Seed of sampling and shuffling."""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Return the names of the data as a tuple, also where there is one."""
+        return (self.data,) if isinstance(self.data, str) else self.data
 
 
 class HealSource(Section):

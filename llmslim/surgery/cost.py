@@ -70,8 +70,8 @@ def fitting_cost(plan: Plan) -> Cost | None:
         head = model_flops - layer_flops
         flops += predicted * layers * (3 * (layer_flops // 2 + head) + head)
         flops += tokens * layer_flops
-    if spec.data == "self":
-        flops += _SAMPLING * tokens * model_flops
+    if "self" in spec.texts:
+        flops += _SAMPLING * tokens * model_flops // len(spec.texts)
     largest = max((8 * (i * i + i * o + o * o) for i, o in sizes), default=0)
     streams = 4 * 4 * (tokens + scrambled) * hidden  # both, before and after the layer, float32
     layer_bytes = 2 * 4 * (layer_flops // 2) // layers

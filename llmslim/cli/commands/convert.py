@@ -40,15 +40,17 @@ healed (`llmslim heal`)."""
 )
 @click.option(
     "--calibration",
+    multiple=True,
     metavar="NAME|FILE",
     help="Text to fit the blocks to: `self` (sampled from MODEL), a .txt, .jsonl or .parquet file "
-    "(each also .gz), or a data set. Implies --init least_squares.",
+    "(each also .gz), or a data set. Given several times, equal parts of each. Implies --init "
+    "least_squares.",
 )
 @click.option(
     "--calibration-tokens",
     type=click.IntRange(min=1),
     metavar="N",
-    help="How many tokens of it; 65536 where the recipe does not say.",
+    help="How many tokens of it, in all; 65536 where the recipe does not say.",
 )
 @click.option(
     "--device",
@@ -94,7 +96,7 @@ def command(
     recipe: str | None,
     out: Path | None,
     init: str | None,
-    calibration: str | None,
+    calibration: tuple[str, ...],
     calibration_tokens: int | None,
     device: str | None,
     dtype: str | None,
