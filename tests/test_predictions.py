@@ -83,7 +83,7 @@ def test_predictions_are_nearer_on_held_out_text(
     architecture: str, layer: int, depth: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With one layer to fit, what is chosen on held-out tokens is the model that comes out."""
-    monkeypatch.setattr("llmslim.surgery.sequential.STEP_TOKENS", 256)
+    monkeypatch.setattr("llmslim.surgery.refine_layer.STEP_TOKENS", 256)
     found = []
     dense = tiny_model(architecture)
     rule = RULE | {"match": f"*.{layer}.mlp.*"}

@@ -23,6 +23,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,17 +35,12 @@ from llmslim.surgery.blocks import fill_site, put_block, put_experts
 from llmslim.surgery.correction import corrected_weight
 from llmslim.surgery.expert_fits import Seen, experts_error, fit_experts, watching
 from llmslim.surgery.layer_pair import Ahead, LayerPair
-from llmslim.surgery.moments import Moments
+from llmslim.surgery.moments import Moments, relative_error
 from llmslim.surgery.neurons import eliminate
 from llmslim.surgery.plan import MlpPlan, Plan, SitePlan
 from llmslim.surgery.predictions import Predictions
-from llmslim.surgery.refine import (
-    LOGITS_LR,
-    STEP_TOKENS,
-    descend,
-    only_moving,
-    output_loss,
-)
+from llmslim.surgery.refine import only_moving
+from llmslim.surgery.refine_layer import refine_layer, weights_of
 from llmslim.surgery.renumber import free_neurons, renumber
 from llmslim.surgery.scrambled import early_layers, scrambled
 from llmslim.surgery.sites import dense_weight, find_layers, find_mlps, find_sites
@@ -230,48 +226,15 @@ class _Sequential:
         names = [name for name in self.sites if name.startswith(prefix)]
         for mlp in self.narrow.values():
             names += [n for n in (*mlp.mlp.up, mlp.mlp.down) if n.startswith(prefix)]
-        names = list(dict.fromkeys(names))
         if not names:
             return
-        wanted = pair.ahead.dense or pair.outputs(pair.dense)
-        pair.ahead = Ahead(dense=wanted)
-        tail = pair.tail([name.removeprefix(prefix) for name in names])
-
-        def run(window: int) -> Tensor:
-            if tail is None:
-                output: Tensor = pair.run(pair.slim, window)[0]
-                return output
-            before, x = tail.parts[window]
-            after: Tensor = before + pair.added(tail.module, x)
-            return after
-
-        losses = [(output_loss(run, wanted), self.spec.steps, self.spec.lr)]
-        if self.predictions is not None:
-            loss = self.predictions.loss(index, run)
-            losses.append((loss, self.spec.logits_steps, LOGITS_LR * self.spec.lr))
-        dtype = next(pair.slim.parameters()).dtype
-        pair.slim.float()  # small steps would be lost in bfloat16
-        moving = [p for name in names for p in self.model.get_submodule(name).parameters()]
-        every = range(len(wanted))
-        with only_moving(self.model, moving):
-            for loss, steps, lr in losses:
-                descend(
-                    loss,
-                    moving,
-                    every[: self.fitting],
-                    every[self.fitting :],
-                    each=max(1, STEP_TOKENS // wanted[0].shape[:2].numel()),
-                    steps=steps,
-                    lr=lr,
-                    seed=self.seed_of(prefix),
-                )
-        pair.slim.to(dtype)
-        for name in names:
-            if name in self.result.errors:
-                self._measure_again(pair, prefix, name)
-        if tail is not None:
-            # The module itself, not by way of the pair: a cycle would keep its streams alive.
-            pair.ahead.parts, pair.ahead.add = tail.parts, tail.module
+        inside = list(dict.fromkeys(name.removeprefix(prefix) for name in names))
+        predicted = None if self.predictions is None else partial(self.predictions.loss, index)
+        with only_moving(self.model, weights_of(pair.slim, inside)):
+            refine_layer(pair, inside, self.spec, predicted, self.seed_of(prefix))
+        for name in inside:
+            if prefix + name in self.result.errors:
+                self._measure_again(pair, prefix, prefix + name)
 
     def _measure_again(self, pair: LayerPair, prefix: str, full_name: str) -> None:
         site, name = self.sites.get(full_name), full_name.removeprefix(prefix)
@@ -285,7 +248,9 @@ class _Sequential:
             moments = pair.writer_moments(name, later, fit=False)
         else:
             moments, through = pair.inner_moments(name, fit=False), self.targets[full_name]
-        self.result.errors[full_name] = _error(weight_OI.double(), moments.held_out, through)
+        self.result.errors[full_name] = relative_error(
+            weight_OI.double(), moments.held_out, through
+        )
 
     def _steps(self, pair: LayerPair, prefix: str) -> list[list[SitePlan] | SitePlan | MlpPlan]:
         """Return what is to be fitted in the order it runs; sites with one input go together.
@@ -352,7 +317,7 @@ class _Sequential:
             pair.ahead.add = lambda x: narrowed(x[..., kept])
         elif self.spec is not None:
             self.targets[mlp.down] = through
-        self.result.errors[mlp.down] = _error(whole, moments.held_out, through)
+        self.result.errors[mlp.down] = relative_error(whole, moments.held_out, through)
         self.progress(mlp.down)
 
     def _fit_experts(self, pair: LayerPair, prefix: str, site: SitePlan) -> None:
@@ -400,7 +365,7 @@ class _Sequential:
                 block: Any = self.model.get_submodule(site.name)
                 if self.spec is not None and through is not None:
                     self.targets[site.name] = through
-                self.result.errors[site.name] = _error(
+                self.result.errors[site.name] = relative_error(
                     block.to_dense().double(), moments.held_out, through
                 )
             self.progress(site.name)
@@ -422,18 +387,3 @@ class _Sequential:
                 f"{name}: {statistics.skipped:,} of {statistics.skipped + statistics.tokens:,} "
                 "calibration tokens left out; their activations are not finite."
             )
-
-
-def _error(block_OI: Tensor, statistics: GramAccumulator, through: Tensor | None = None) -> float:
-    """Return E‖y - B x‖² / E‖y‖² from second moments."""
-    cross, power_OO = statistics.cross_OI, statistics.target_OO
-    assert cross is not None
-    assert power_OO is not None
-    if through is not None:
-        full = through.double()
-        cross, power_OO = full @ cross, full @ power_OO @ full.t()
-    power = float(power_OO.diagonal().sum())
-    if power <= 0:
-        return 0.0
-    explained = 2 * (block_OI * cross).sum() - (block_OI @ statistics.gram_II * block_OI).sum()
-    return max(0.0, 1 - float(explained) / power)
