@@ -32,7 +32,7 @@ class Moments:
         )
 
 
-def relative_error(
+def target_error(
     block_OI: Tensor, statistics: GramAccumulator, through: Tensor | None = None
 ) -> float:
     """Return E‖y - B x‖² / E‖y‖² from second moments.

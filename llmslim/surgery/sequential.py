@@ -35,7 +35,7 @@ from llmslim.surgery.blocks import fill_site, put_block, put_experts
 from llmslim.surgery.correction import corrected_weight
 from llmslim.surgery.expert_fits import Seen, experts_error, fit_experts, watching
 from llmslim.surgery.layer_pair import Ahead, LayerPair
-from llmslim.surgery.moments import Moments, relative_error
+from llmslim.surgery.moments import Moments, target_error
 from llmslim.surgery.neurons import eliminate
 from llmslim.surgery.plan import MlpPlan, Plan, SitePlan
 from llmslim.surgery.predictions import Predictions
@@ -248,9 +248,7 @@ class _Sequential:
             moments = pair.writer_moments(name, later, fit=False)
         else:
             moments, through = pair.inner_moments(name, fit=False), self.targets[full_name]
-        self.result.errors[full_name] = relative_error(
-            weight_OI.double(), moments.held_out, through
-        )
+        self.result.errors[full_name] = target_error(weight_OI.double(), moments.held_out, through)
 
     def _steps(self, pair: LayerPair, prefix: str) -> list[list[SitePlan] | SitePlan | MlpPlan]:
         """Return what is to be fitted in the order it runs; sites with one input go together.
@@ -317,7 +315,7 @@ class _Sequential:
             pair.ahead.add = lambda x: narrowed(x[..., kept])
         elif self.spec is not None:
             self.targets[mlp.down] = through
-        self.result.errors[mlp.down] = relative_error(whole, moments.held_out, through)
+        self.result.errors[mlp.down] = target_error(whole, moments.held_out, through)
         self.progress(mlp.down)
 
     def _fit_experts(self, pair: LayerPair, prefix: str, site: SitePlan) -> None:
@@ -365,7 +363,7 @@ class _Sequential:
                 block: Any = self.model.get_submodule(site.name)
                 if self.spec is not None and through is not None:
                     self.targets[site.name] = through
-                self.result.errors[site.name] = relative_error(
+                self.result.errors[site.name] = target_error(
                     block.to_dense().double(), moments.held_out, through
                 )
             self.progress(site.name)
