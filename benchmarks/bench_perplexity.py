@@ -80,7 +80,6 @@ class Job(NamedTuple):
     keep: float
     refine: dict[str, int]
     device: str
-    threads: int | None
     fit_NL: Tensor
     held_out_NL: Tensor
     tests: dict[str, Tensor]
@@ -98,7 +97,6 @@ class Result(NamedTuple):
 
 def run(job: Job) -> Result:
     """Fit and measure one method; called in a process of its own."""
-    set_up(job.threads)
     model: Any = load_model(find(job.model), dtype="float32")
     model.to(job.device)
     before = mlp_parameters(model)
@@ -202,20 +200,23 @@ def main(
     # The dense model comes first whatever was asked for: it is what the others are compared with.
     chosen = ["dense", *(name for name in methods or METHODS if name != "dense")]
     tokenizer = read_tokenizer(find(model))
-    held_out = max(1, tokens // length // 16)
-    fit_NL, held_out_NL = windows(calibration, tokens, length, held_out, find(model))
     tests = {path: first_windows(path, count, length, tokenizer) for path in (test, *other)}
-    click.echo(
-        f"{machine(device)}; {fit_NL.numel()} tokens to fit to, {count} windows of {length} to "
-        "score\n"
-    )
     refine = {"steps": refine_steps, "logits_steps": logits_steps}
     rows, dense = [], {}
     # One task a process: peak memory is a process's own, and it never goes down.
-    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(
+        1, get_context("spawn"), set_up, (threads,), max_tasks_per_child=1
+    ) as pool:
+        held_out = max(1, tokens // length // 16)
+        read = pool.submit(windows, calibration, tokens, length, held_out, find(model))
+        fit_NL, held_out_NL = read.result()
+        click.echo(
+            f"{machine(device)}; {fit_NL.numel()} tokens to fit to, {count} windows of {length} "
+            "to score\n"
+        )
         for name in chosen:
             texts = (fit_NL, held_out_NL, tests)
-            job = Job(name, model, keep, refine, device, threads, *texts)
+            job = Job(name, model, keep, refine, device, *texts)
             result = pool.submit(run, job).result()
             dense = dense or result.perplexity
             scores = [
