@@ -407,6 +407,8 @@ def test_what_cannot_be_done_is_said(tmp_path):
         calibration_windows(spec("self"), None)
     with pytest.raises(DataError, match="no tokenizer"):
         calibration_windows(spec(put(tmp_path / "a.txt", b"a" * 99)), None)
+    with pytest.raises(DataError, match=r"^gone\.txt: no such file"):  # before anything is sampled
+        calibration_windows(spec(["self", "gone.txt"]), plain_tokenizer())
     with pytest.raises(DataError, match="self is named twice"):
         calibration_windows(spec(["self", "a.txt", "self"]), None)
 
