@@ -116,7 +116,10 @@ def slim(
     if windows is not None and recipe.has_auto and made.needs_calibration:
         recipe = surgery.allocate(model, recipe, windows, init=init, progress=progress)
         made = plan(model, recipe, init=init)
-    return surgery.rewrite(model, made, seed=seed, calibration=windows, progress=progress)
+    report = surgery.rewrite(model, made, seed=seed, calibration=windows, progress=progress)
+    if calibration is not None and made.needs_calibration:
+        report = replace(report, fitted_to=calibration.description)
+    return report
 
 
 def load(

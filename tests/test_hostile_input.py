@@ -413,6 +413,7 @@ def test_what_a_changed_report_says_is_held_to_its_types(slim: Path) -> None:
         (None, "model", 5),
         (None, "recipe", {"a": 1}),
         (None, "problems", [1]),
+        (None, "fitted_to", 5),
         (3, "name", 5),
         (3, "reason", None),
         (3, "kind", "x"),

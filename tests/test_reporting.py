@@ -26,6 +26,7 @@ from llmslim.reporting.read import read_report
 from llmslim.reporting.text import TextView
 from llmslim.surgery.report import Report, Row
 
+FITTED_TO = "61,440 tokens of [b]a.txt[/b], self, with errors measured on 4,096 others"
 GOLDEN = Path(__file__).parent / "golden"
 ACTIONS = {"replaced", "kept", "unmatched", "tied", "dropped"}
 
@@ -93,7 +94,9 @@ def sample() -> Report:
                 rows.append(projection(name, 576, 1536, "replaced", **rank))
     rows.append(Row("lm_head", "head", "tied", "shares its parameters with model.embed_tokens"))
     problems = ("replace[1]: [red]odd[/red] | layers \x1b[2J are left alone.",)
-    return Report("HuggingFaceTB/SmolLM2-135M-Instruct", "mlp-half", tuple(rows), problems)
+    return Report(
+        "HuggingFaceTB/SmolLM2-135M-Instruct", "mlp-half", tuple(rows), problems, FITTED_TO
+    )
 
 
 def as_text(report: Report, width: int, *, encoding: str = "utf-8", **options: bool) -> str:
@@ -226,7 +229,7 @@ def test_json_reads_back_and_keeps_its_shape():
     report = sample()
     data = json.loads(render(report, "json"))
     assert Report.from_dict(data) == report
-    assert list(data) == ["format", "model", "recipe", "totals", "rows", "problems"]
+    assert list(data) == ["format", "model", "recipe", "totals", "rows", "fitted_to", "problems"]
     counts = ["params", "bytes", "flops_per_token"]
     pairs = [f"{count}_{when}" for count in counts for when in ("before", "after")]
     inner = ["non_embedding_before", "non_embedding_after"]

@@ -54,8 +54,11 @@ def convert_in_memory(job: Job, notes: tuple[str, ...] = ()) -> Conversion:
     loaded.to("cpu")  # type: ignore[arg-type]
     written = told_of_types(source, loaded.dtype, job.dtype)
     notes = (*nonfinite, *(() if windows is None else windows.notes), *written, *notes)
-    if notes:
-        report = replace(report, problems=(*report.problems, *notes))
+    report = replace(
+        report,
+        problems=(*report.problems, *notes),
+        fitted_to="" if windows is None else windows.description,
+    )
     tell(steps, steps + 1, "writing and reading back")
     write_checkpoint(
         loaded,

@@ -92,9 +92,7 @@ def convert_streamed(
         conversion = _Streamed(job, pieces, plan, outcome, work, journal, hashes)
         conversion.write_weights(text)
         written = told_of_types(job.source, pieces.model.dtype, job.dtype)
-        report = conversion.finish(
-            tokenizer, (*(() if text is None else text.notes), *written, *notes)
-        )
+        report = conversion.finish(tokenizer, text, (*written, *notes))
         work.publish(journal)
     job.tell(conversion.total + 1, conversion.total + 1, "done")
     return Conversion(job.target, report)
@@ -164,12 +162,16 @@ class _Streamed:
             files.wait()
 
     def finish(
-        self, tokenizer: PreTrainedTokenizerBase | None, notes: Iterable[str] = ()
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        text: Windows | None,
+        notes: Iterable[str] = (),
     ) -> Report:
         """Write what belongs beside the weights, read everything back, and return the report.
 
         Args:
             tokenizer: the model's.
+            text: what blocks in decoder layers were fitted to, if they were.
             notes: more sentences for the report.
 
         Raises:
@@ -177,7 +179,9 @@ class _Streamed:
         """
         job, outcome, folder = self.job, self.outcome, self.folder
         job.tell(self.total, self.total + 1, "writing and reading back")
-        report = self._report(notes)
+        report = self._report((*(() if text is None else text.notes), *notes))
+        if text is not None:
+            report = replace(report, fitted_to=text.description)
         digests = {n: d for done in self.journal.done.values() for n, d in done.digests.items()}
         known = read_back(folder, outcome.layout, digests)
         self._write_config()

@@ -52,6 +52,14 @@ class Windows:
     notes: tuple[str, ...] = ()
     """Sentences about what turned out otherwise than asked for."""
 
+    @property
+    def description(self) -> str:
+        """What a report says of them."""
+        return (
+            f"{self.ids.numel():,} tokens of {self.source}, with errors measured on "
+            f"{self.held_out.numel():,} others"
+        )
+
 
 def calibration_windows(
     spec: Calibration, tokenizer: Any, model: Any = None, *, progress: Progress | None = None

@@ -98,6 +98,7 @@ def model_card(
         f"## Loading\n\n{_LOAD_SLIM if slim else _LOAD_PLAIN}",
         *([healed.section(healing, losses=losses)] if healing else [_HONEST] if changed else []),
         f"## What changed\n\n{markdown.totals_table(report)}\n\n{markdown.rows_table(report)}\n",
+        *([f"{wording.fitted_to(report)}\n"] if report.fitted_to else []),
     ]
     if recipe_text:
         fence = "`" * max(3, 1 + max(map(len, re.findall("`+", recipe_text)), default=0))

@@ -11,7 +11,7 @@ from .lines import fold, unfolded
 
 
 def render(report: Report, *, full: bool = False) -> str:
-    """Return the report as Markdown: headline, totals, rows, problems.
+    """Return the report as Markdown: headline, totals, rows, text fitted to, problems.
 
     Args:
         report: what to write.
@@ -22,6 +22,8 @@ def render(report: Report, *, full: bool = False) -> str:
         totals_table(report),
         rows_table(report, full=full),
     ]
+    if report.fitted_to:
+        blocks.append(wording.fitted_to(report))
     if report.problems:
         problems = "".join(f"- {wording.plain(problem)}\n" for problem in report.problems)
         blocks.append(f"## Problems\n\n{problems}".rstrip())

@@ -2,8 +2,7 @@
 
 Wide terminals get a table of seven columns (`error` is the mean of the line's rows). Where that
 does not fit, structure, shape and error move to a second line below each name: nothing is left
-out. Colours only repeat what the words
-say, and terminals without Unicode get ASCII.
+out. Colours only repeat what the words say, and terminals without Unicode get ASCII.
 """
 
 from __future__ import annotations
@@ -69,6 +68,9 @@ class TextView:
             yield Bars(self.report)
             yield ""
         yield self._totals()
+        if self.report.fitted_to:
+            yield ""
+            yield Text(wording.fitted_to(self.report))
         yield from self._problems()
 
     def _wide(self, times: str) -> Table:

@@ -128,6 +128,11 @@ def title(report: Report) -> str:
     return f"{names}: {kept} of the non-embedding parameters"
 
 
+def fitted_to(report: Report) -> str:
+    """Return a sentence on the text that blocks were fitted to."""
+    return f"Fitted to {plain(report.fitted_to)}."
+
+
 def totals_table(totals: Totals) -> list[tuple[str, str, str, str]]:
     """Return the totals as rows of what, before, after and share kept."""
     exact = ("parameters", totals.params_before, totals.params_after)

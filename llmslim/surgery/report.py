@@ -107,6 +107,8 @@ class Report:
     rows: tuple[Row, ...]
     problems: tuple[str, ...] = ()
     """Notes a reader must see, one sentence each; empty when all went as asked."""
+    fitted_to: str = ""
+    """The text that blocks were fitted to, in words; empty where there was none."""
 
     @property
     def totals(self) -> Totals:
@@ -121,6 +123,7 @@ class Report:
             "recipe": self.recipe,
             "totals": asdict(self.totals),
             "rows": [asdict(row) for row in self.rows],
+            "fitted_to": self.fitted_to,
             "problems": list(self.problems),
         }
 
@@ -144,7 +147,8 @@ class Report:
                 Row(**{key: value for key, value in row.items() if key in known})
                 for row in data["rows"]
             )
-            report = cls(data["model"], data["recipe"], rows, tuple(data["problems"]))
+            fitted_to = data.get("fitted_to", "")  # newer than the format
+            report = cls(data["model"], data["recipe"], rows, tuple(data["problems"]), fitted_to)
             wrong = next(_misread(report), None)
             if wrong is not None:
                 raise CheckpointError(
@@ -160,8 +164,8 @@ class Report:
 
 def _misread(report: Report) -> Iterator[str]:
     """Yield what in a report that was read is not of its type."""
-    for key, value in (("model", report.model), ("recipe", report.recipe)):
-        if not isinstance(value, str):
+    for key in ("model", "recipe", "fitted_to"):
+        if not isinstance(getattr(report, key), str):
             yield f"its {key} is no text"
     if not all(isinstance(problem, str) for problem in report.problems):
         yield "its problems are no sentences"
