@@ -16,6 +16,7 @@ from pyarrow import parquet
 from tiny import ARCHITECTURES, logits, tiny_model
 
 from llmslim.data import calibration_windows, longest_input, read_texts, sampling
+from llmslim.data.windows import OWN_TEXT
 from llmslim.errors import DataError
 from llmslim.recipe.schema import Calibration
 
@@ -280,7 +281,7 @@ def test_text_of_the_models_own_beside_a_file(tmp_path):
     name = put(tmp_path / "a.txt", b"a" * 4000)
     both = calibration_windows(spec([name, "self"], tokens=64), plain_tokenizer(), model)
     own = calibration_windows(spec("self", tokens=32), plain_tokenizer(), model)
-    assert both.source == "a.txt, self"
+    assert both.source == f"a.txt, {OWN_TEXT}"
     written = set(rows_of(own.ids, own.held_out))
     assert len(written & set(rows_of(both.ids, both.held_out))) == len(written) == 4
 
@@ -465,7 +466,7 @@ def test_self_comes_from_the_seed_and_half_is_conversation(exact, monkeypatch):
     starts = {tuple(ids_of(f"~{opener[:2]}~")) for opener in sampling.OPENERS}
     chats = [row for row in rows_of(one.ids, one.held_out) if row[:4] in starts]
     assert len(chats) == 10
-    assert one.source == "self"
+    assert one.source == OWN_TEXT
 
 
 def test_long_windows_are_several_samples(exact, monkeypatch):

@@ -382,7 +382,7 @@ def test_convert_reads_calibration_text(tmp_path: Path) -> None:
         calibration_tokens=1024,
     )
     # Half of them each, in windows of 16, of which two are held out.
-    told = "960 tokens of text.txt, self, with errors measured on 64 others"
+    told = "960 tokens of text.txt, the dense model's own text, with errors measured on 64 others"
     assert made.report.fitted_to == told
     assert f"Fitted to {told}." in (tmp_path / "slim" / "README.md").read_text(encoding="utf-8")
     errors = [row.init_error for row in made.report.rows if row.action == "replaced"]

@@ -32,6 +32,8 @@ from .columns import Document
 from .sampling import leading_token, longest_input, sampled_windows
 from .text import read_texts
 
+OWN_TEXT = "the dense model's own text"
+"""What `self` is called where people read of it."""
 _POOL = 4
 _CHARACTERS_PER_TOKEN = 8  # more than text has: a stretch of so many characters is long enough
 _BATCH = 64
@@ -46,7 +48,7 @@ class Windows:
     ids: Tensor
     """Windows to fit to, (N, L), int64."""
     source: str
-    """Where they are from: files' names, data sets' names, `self`, with commas between."""
+    """Where they are from: names of files and data sets, `OWN_TEXT`, with commas between."""
     held_out: Tensor
     """Windows to judge by, (M, L), int64; M is about N / 15."""
     notes: tuple[str, ...] = ()
@@ -89,7 +91,7 @@ def calibration_windows(
     parts = [
         _windows_of(data, spec.model_copy(update={"tokens": share}), tokenizer, model, progress)
         # Text that cannot be read is found before a model writes for minutes.
-        for data in sorted(spec.texts, key="self".__eq__)
+        for data in sorted(spec.texts, key=lambda data: data == "self")
     ]
     if len(parts) == 1:
         return parts[0]
@@ -124,7 +126,7 @@ def _windows_of(
                 "here. Name a file or a data set."
             )
         ids_NL = sampled_windows(model, tokenizer, wanted, length, spec.seed, progress=progress)
-        return _split("self", ids_NL, wanted, spec.seed, [])
+        return _split(OWN_TEXT, ids_NL, wanted, spec.seed, [])
     if tokenizer is None:
         raise DataError(
             f"calibration.data: {data}, but the model has no tokenizer to read text with. "
