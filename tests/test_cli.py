@@ -374,6 +374,15 @@ def test_convert_dry_run_writes_nothing(dense, recipe, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_convert_dry_run_tells_the_cost_of_the_text_asked_for(dense, recipe, tmp_path):
+    planned = ("convert", dense, "--recipe", recipe, "--out", tmp_path / "out", "--dry-run")
+    assert "fitting to" not in ok(*planned)
+    asked = ("--calibration", "text.txt", "--calibration-tokens", "4096")
+    assert "fitting to 4,096 tokens" in ok(*planned, *asked)
+    assert "fitting to 65,536 tokens" in ok(*planned, *asked[:2])
+    assert "fitting to" not in ok(*planned, *asked, "--init", "project")
+
+
 def test_convert_hands_every_option_on(monkeypatch, tmp_path):
     made = SimpleNamespace(path=tmp_path, report=Report("m", "r", ()))
     calls = stub(monkeypatch, "convert", made)

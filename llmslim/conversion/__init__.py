@@ -1,5 +1,6 @@
 """From a model and a recipe to a checkpoint: in memory, or piece by piece."""
 
+from .calibrate import asked_for as asked_for
 from .calibrate import calibration_spec as calibration_spec
 from .calibrate import token_ids as token_ids
 from .convert import convert as convert

@@ -66,11 +66,30 @@ def calibration_spec(
         data: texts in place of the section's, if any.
         tokens: how many of it.
     """
-    given = recipe.calibration or Calibration()
+    asked, _ = asked_for(recipe, None, data, tokens)
+    given = asked.calibration or Calibration()
     if "sequence_length" not in given.model_fields_set:
         # Windows as long as the model reads, where that is less than the usual length.
         usual = given.sequence_length
         length = min(usual, longest_input(model) or usual)
         given = given.model_copy(update={"sequence_length": length})
+    return given
+
+
+def asked_for(
+    recipe: Recipe, init: str | None, data: Sequence[str], tokens: int | None
+) -> tuple[Recipe, str | None]:
+    """Return a recipe and a method with what the caller asked for in their place.
+
+    Args:
+        recipe: may have a section `calibration`.
+        init: the method asked for; where there is none, asking for text asks for a fit to it.
+        data: texts in place of the section's, if any.
+        tokens: how many of it.
+    """
     changes: dict[str, Any] = {"data": tuple(data) or None, "tokens": tokens}
-    return given.model_copy(update={k: v for k, v in changes.items() if v is not None})
+    changes = {key: value for key, value in changes.items() if value is not None}
+    if not changes:
+        return recipe, init
+    section = (recipe.calibration or Calibration()).model_copy(update=changes)
+    return recipe.model_copy(update={"calibration": section}), init or "least_squares"

@@ -21,7 +21,7 @@ from llmslim.errors import CheckpointError, RecipeError
 from llmslim.recipe import Recipe
 from llmslim.surgery import Progress, quietly
 
-from .calibrate import check_text
+from .calibrate import asked_for, check_text
 from .device import device_named, memory_of
 from .in_memory import convert_in_memory
 from .job import Conversion, Job, RecipeLike
@@ -98,8 +98,7 @@ def convert(
             )
         chosen = Recipe(name="kphi3", description="A published kphi-3 checkpoint, as it is.")
     texts = (calibration,) if isinstance(calibration, str) else tuple(calibration or ())
-    if init is None and (texts or calibration_tokens is not None):
-        init = "least_squares"
+    _, init = asked_for(chosen, init, texts, calibration_tokens)
     target = Path(out) if out is not None else Path(f"{source.name}-{chosen.name}")
     job = Job(
         source=source,

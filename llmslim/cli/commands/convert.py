@@ -141,9 +141,11 @@ def command(
             heal_and_show(out, healed, teacher=model, resume=True)
             return
     if dry_run:
-        made = api.plan(
-            model, read or Recipe(name="kphi3"), init=init, trust_remote_code=trust_remote_code
-        )
+        from llmslim.conversion import asked_for
+
+        wanted = read or Recipe(name="kphi3")
+        wanted, init = asked_for(wanted, init, calibration, calibration_tokens)
+        made = api.plan(model, wanted, init=init, trust_remote_code=trust_remote_code)
         show_report(made.report())
         show_cost(made, device)
         click.echo("\ndry run: nothing was written")
