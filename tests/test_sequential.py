@@ -54,6 +54,7 @@ def test_full_rank_blocks_give_the_dense_model_back(architecture: str) -> None:
         rules.insert(0, {"match": KEYS_VALUES, "structure": "low_rank", "rank": rank})
     model, dense = tiny_model(architecture), tiny_model(architecture)
     report = llmslim.slim(model, {"init": "least_squares", "replace": rules}, calibration=WINDOWS)
+    assert report.fitted_to == "1,024 tokens of random tokens, with errors measured on 64 others"
     assert distance(model, dense) < 1e-4
     errors = [row.init_error for row in report.rows if row.action == "replaced"]
     assert len(errors) >= 4 * 4

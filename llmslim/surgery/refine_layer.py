@@ -14,15 +14,11 @@ from torch import Tensor, nn
 
 from llmslim.recipe import Refine
 from llmslim.surgery.layer_pair import Ahead, LayerPair
-from llmslim.surgery.refine import LOGITS_LR, STEP_TOKENS, Loss, descend, output_loss
-
-
-def weights_of(layer: nn.Module, names: Sequence[str]) -> list[nn.Parameter]:
-    """Return the parameters of some of a layer's modules."""
-    return [p for name in names for p in layer.get_submodule(name).parameters()]
+from llmslim.surgery.refine import LOGITS_LR, STEP_TOKENS, Loss, descend, only_moving, output_loss
 
 
 def refine_layer(
+    model: nn.Module,
     pair: LayerPair,
     names: Sequence[str],
     spec: Refine,
@@ -32,8 +28,9 @@ def refine_layer(
     """Descend on a layer's output error, then on what the rest of the model predicts from it.
 
     Args:
+        model: that the slim layer is part of; of its other weights no gradients are taken.
         pair: the layer, dense and slim; the slim one is changed.
-        names: the modules in it whose weights move; of all others none takes gradients.
+        names: the modules in it whose weights move.
         spec: how many steps of what length.
         predicted: makes, of what gives the layer's output by the window's number, (N, L, D), the
             loss of the predictions; None where there is no such descent.
@@ -56,18 +53,20 @@ def refine_layer(
         losses.append((predicted(run), spec.logits_steps, LOGITS_LR * spec.lr))
     dtype = next(pair.slim.parameters()).dtype
     pair.slim.float()  # small steps would be lost in bfloat16
+    moving = [p for name in names for p in pair.slim.get_submodule(name).parameters()]
     every = range(len(wanted))
-    for loss, steps, lr in losses:
-        descend(
-            loss,
-            weights_of(pair.slim, names),
-            every[: pair.fitting],
-            every[pair.fitting :],
-            each=max(1, STEP_TOKENS // wanted[0].shape[:2].numel()),
-            steps=steps,
-            lr=lr,
-            seed=seed,
-        )
+    with only_moving(model, moving):
+        for loss, steps, lr in losses:
+            descend(
+                loss,
+                moving,
+                every[: pair.fitting],
+                every[pair.fitting :],
+                each=max(1, STEP_TOKENS // wanted[0].shape[:2].numel()),
+                steps=steps,
+                lr=lr,
+                seed=seed,
+            )
     pair.slim.to(dtype)
     if tail is not None:
         # The module itself, not by way of the pair: a cycle would keep its streams alive.

@@ -39,8 +39,7 @@ from llmslim.surgery.moments import Moments, target_error
 from llmslim.surgery.neurons import eliminate
 from llmslim.surgery.plan import MlpPlan, Plan, SitePlan
 from llmslim.surgery.predictions import Predictions
-from llmslim.surgery.refine import only_moving
-from llmslim.surgery.refine_layer import refine_layer, weights_of
+from llmslim.surgery.refine_layer import refine_layer
 from llmslim.surgery.renumber import free_neurons, renumber
 from llmslim.surgery.scrambled import early_layers, scrambled
 from llmslim.surgery.sites import dense_weight, find_layers, find_mlps, find_sites
@@ -230,8 +229,7 @@ class _Sequential:
             return
         inside = list(dict.fromkeys(name.removeprefix(prefix) for name in names))
         predicted = None if self.predictions is None else partial(self.predictions.loss, index)
-        with only_moving(self.model, weights_of(pair.slim, inside)):
-            refine_layer(pair, inside, self.spec, predicted, self.seed_of(prefix))
+        refine_layer(self.model, pair, inside, self.spec, predicted, self.seed_of(prefix))
         for name in inside:
             if prefix + name in self.result.errors:
                 self._measure_again(pair, prefix, prefix + name)
