@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 import pytest
 from helpers_checkpoint import tiny_tokenizer
-from test_data import plain_tokenizer, put, table, with_start
+from helpers_data import plain_tokenizer, put, table, with_start
 from test_packing import samples_in
 
 from llmslim.data import HealingText, Rows, healing_text
@@ -24,15 +24,6 @@ CHATML = (
     "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}~{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
-
-
-@pytest.fixture(autouse=True)
-def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No network, and a cache folder of the test's own."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def heal(data: Any, *, tokenizer: Any = None, length: int = 64, **options: Any) -> HealingText:

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from helpers_checkpoint import tiny_tokenizer
+from helpers_data import alone as alone
+from helpers_data import jsonl
 from helpers_healing_data import (
     CHATML,
     everything,
@@ -16,8 +18,6 @@ from helpers_healing_data import (
     problem,
     texts_in,
 )
-from helpers_healing_data import alone as alone
-from test_data import jsonl
 from tiny import tiny_model
 
 from llmslim.data import conversations as talks

@@ -9,6 +9,8 @@ import datasets
 import numpy as np
 import pytest
 from helpers_checkpoint import tiny_tokenizer
+from helpers_data import alone as alone
+from helpers_data import jsonl, put, table
 from helpers_healing_data import (
     PAIRS,
     everything,
@@ -18,8 +20,6 @@ from helpers_healing_data import (
     texts_in,
     write_csv,
 )
-from helpers_healing_data import alone as alone
-from test_data import jsonl, put, table
 
 from llmslim.data.mixture import Part, split
 from llmslim.data.prompts import Encoder

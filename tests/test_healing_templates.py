@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 from helpers_checkpoint import tiny_tokenizer
+from helpers_data import alone as alone
+from helpers_data import jsonl, with_start
 from helpers_healing_data import (
     CHATML,
     EOS,
@@ -15,8 +17,6 @@ from helpers_healing_data import (
     tagged_tokenizer,
     texts_in,
 )
-from helpers_healing_data import alone as alone
-from test_data import jsonl, with_start
 
 from llmslim.data.prompts import Encoder
 

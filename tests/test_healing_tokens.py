@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 from helpers_checkpoint import tiny_tokenizer
-from helpers_healing_data import alone as alone
+from helpers_data import alone as alone
+from helpers_data import jsonl, put, table
 from helpers_healing_data import (
     everything,
     forbid,
@@ -20,7 +21,6 @@ from helpers_healing_data import (
     texts_in,
     write_csv,
 )
-from test_data import jsonl, put, table
 
 from llmslim.data import healing_text
 from llmslim.errors import DataError
