@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -13,110 +12,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from click.testing import CliRunner
-from reference_kphi3 import Reference
-from tiny import logits, tiny_config, tiny_model, tokens
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-from transformers.utils import logging as transformers_logging
+from helpers_cli import NON_EMBEDDING, SAVED, ok, run, stub
+from helpers_cli import _restore_logging as _restore_logging
+from helpers_cli import dense as dense
+from helpers_cli import recipe as recipe
+from helpers_cli import slim as slim
+from tiny import logits, tiny_config, tokens
+from transformers import AutoModelForCausalLM
 
 from llmslim import api, errors
 from llmslim.cli import output
 from llmslim.cli.commands import convert, demo
-from llmslim.cli.main import cli
 from llmslim.recipe import json_schema, shipped_recipes
 from llmslim.reporting import FORMATS, render
 from llmslim.reporting.read import read_report
 from llmslim.surgery.report import Report
 
 COMMANDS = ["convert", "demo", "export", "generate", "heal", "plan", "recipes", "report", "verify"]
-RECIPE = """\
-name: rank-four
-replace:
-  - match: "*.mlp.*"
-    structure: low_rank
-    rank: 4
-"""
-# Llama of tiny.py with 2 layers: q and o 48x48, k and v 24x48, three MLP maps 96x48, three norms.
-NON_EMBEDDING = 2 * (2 * 48 * 48 + 2 * 24 * 48 + 3 * 96 * 48 + 2 * 48) + 48
-SAVED = 2 * 3 * (96 * 48 - 4 * (96 + 48))
-
-
-def run(*args, **options):
-    """Run the command line in this process."""
-    return CliRunner().invoke(cli, [str(arg) for arg in args], prog_name="llmslim", **options)
-
-
-def ok(*args, **options):
-    """Run the command line, which must succeed and leave stderr empty; return stdout."""
-    result = run(*args, **options)
-    assert (result.exit_code, result.stderr) == (0, ""), result.output
-    return result.stdout
-
-
-@pytest.fixture(autouse=True)
-def _restore_logging():
-    verbosity, bars = (
-        transformers_logging.get_verbosity(),
-        transformers_logging.is_progress_bar_enabled(),
-    )
-    yield
-    transformers_logging.set_verbosity(verbosity)
-    if bars:
-        transformers_logging.enable_progress_bar()
-
-
-def write_tokenizer(folder, chat_template=None):
-    words = ["<pad>", "</s>", "<unk>", *(f"w{n}" for n in range(93))]
-    tokenizer = Tokenizer(
-        models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>")
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="</s>"
-    )
-    fast.chat_template = chat_template
-    fast.save_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    """Return the folder of a dense model with a tokenizer without chat template."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    model = tiny_model(num_hidden_layers=2, bos_token_id=None, eos_token_id=1)
-    model.generation_config.eos_token_id = 1
-    model.save_pretrained(folder)
-    write_tokenizer(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-    """Return a recipe file that drops a known number of parameters."""
-    file = tmp_path_factory.mktemp("recipes") / "rank-four.yaml"
-    file.write_text(RECIPE)
-    return file
-
-
-@pytest.fixture(scope="module")
-def slim(dense, recipe, tmp_path_factory):
-    """Return the folder of a slim model."""
-    folder = tmp_path_factory.mktemp("slim") / "out"
-    return api.convert(dense, recipe, folder).path
-
-
-def stub(monkeypatch, name, action):
-    """Put a function that does `action` in the place of an api verb; note its calls."""
-    calls = []
-
-    def call(*args, **kwargs):
-        calls.append((args, kwargs))
-        if isinstance(action, BaseException):
-            raise action
-        return action
-
-    monkeypatch.setattr(api, name, call)
-    return calls
 
 
 # The group itself
@@ -326,109 +238,6 @@ def test_a_missing_model_is_a_message(tmp_path, recipe):
     assert str(tmp_path / "gone") in result.stderr
 
 
-# convert
-
-
-def test_convert_writes_a_model_that_loads(dense, recipe, tmp_path):
-    text = ok("convert", dense, "--recipe", recipe, "--out", tmp_path / "out")
-    assert f"{NON_EMBEDDING - SAVED:,}" in text
-    assert f"llmslim generate {tmp_path / 'out'}" in text
-    assert "healed" in text
-    assert "healed" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    embeddings = {"model.embed_tokens.weight", "lm_head.weight"}
-    left = {n: p.numel() for n, p in model.named_parameters() if n not in embeddings}
-    assert sum(left.values()) == NON_EMBEDDING - SAVED
-    kept = AutoModelForCausalLM.from_pretrained(dense).model.layers[1].self_attn.q_proj.weight
-    assert torch.equal(model.model.layers[1].self_attn.q_proj.weight, kept)
-
-
-def test_convert_names_the_folder_itself(dense, recipe, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    ok("convert", dense, "--recipe", recipe)
-    assert [path.name for path in tmp_path.iterdir()] == ["tiny-rank-four"]
-
-
-def test_convert_keeps_what_is_there(dense, recipe, tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "mine.txt").write_text("mine")
-    result = run("convert", dense, "--recipe", recipe, "--out", out)
-    assert result.exit_code == 1
-    assert str(out) in result.stderr
-    assert [path.name for path in out.iterdir()] == ["mine.txt"]
-
-
-def test_convert_overwrites_a_checkpoint_when_asked(dense, recipe, slim, tmp_path):
-    out = tmp_path / "out"
-    shutil.copytree(dense, out)
-    ok("convert", dense, "--recipe", recipe, "--out", out, "--overwrite")
-    assert read_report(out) == read_report(slim)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_convert_dry_run_writes_nothing(dense, recipe, tmp_path):
-    text = ok("convert", dense, "--recipe", recipe, "--out", tmp_path / "out", "--dry-run")
-    assert f"{NON_EMBEDDING - SAVED:,}" in text
-    assert text.endswith("dry run: nothing was written\n")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_convert_dry_run_tells_the_cost_of_the_text_asked_for(dense, recipe, tmp_path):
-    planned = ("convert", dense, "--recipe", recipe, "--out", tmp_path / "out", "--dry-run")
-    assert "fitting to" not in ok(*planned)
-    asked = ("--calibration", "text.txt", "--calibration-tokens", "4096")
-    assert "fitting to 4,096 tokens" in ok(*planned, *asked)
-    assert "fitting to 65,536 tokens" in ok(*planned, *asked[:2])
-    assert "fitting to" not in ok(*planned, *asked, "--init", "project")
-
-
-def test_convert_hands_every_option_on(monkeypatch, tmp_path):
-    made = SimpleNamespace(path=tmp_path, report=Report("m", "r", ()))
-    calls = stub(monkeypatch, "convert", made)
-    options = ["--init", "random", "--dtype", "bfloat16", "--seed", "7", "--trust-remote-code"]
-    options += ["--calibration", "text.txt", "--calibration-tokens", "99", "--allow-nonfinite"]
-    options += ["--calibration", "self", "--device", "cuda:1"]
-    options += ["--max-shard-size", "2GB", "--resume"]
-    ok("convert", "model", "--recipe", "mlp-half", "-o", tmp_path / "o", "--overwrite", *options)
-    [(args, kwargs)] = calls
-    assert (args[0], args[1].name, args[2]) == ("model", "mlp-half", tmp_path / "o")
-    assert callable(kwargs.pop("progress"))
-    assert kwargs == {
-        "allow_nonfinite": True,
-        "max_shard_size": "2GB",
-        "resume": True,
-        "init": "random",
-        "dtype": "bfloat16",
-        "seed": 7,
-        "calibration": ("text.txt", "self"),
-        "calibration_tokens": 99,
-        "device": "cuda:1",
-        "trust_remote_code": True,
-        "overwrite": True,
-    }
-
-
-def test_convert_without_recipe_lists_the_shipped_ones(dense):
-    result = run("convert", dense)
-    assert result.exit_code == 2
-    for name in shipped_recipes():
-        assert name in result.stderr
-
-
-def test_a_kphi3_folder_needs_no_recipe(tmp_path):
-    reference = Reference()
-    folder, out = reference.save(tmp_path / "published"), tmp_path / "out"
-    planned = ok("convert", folder, "--out", out, "--dry-run")
-    assert not out.exists()
-    text = ok("convert", folder, "--out", out)
-    assert planned.splitlines()[0] in text
-    assert "healed" not in text + (out / "README.md").read_text(encoding="utf-8")
-    model = AutoModelForCausalLM.from_pretrained(out)
-    ids = tokens(vocab=64)
-    torch.testing.assert_close(logits(model, ids), reference.logits(ids), rtol=1e-3, atol=1e-3)
-
-
 # report
 
 
@@ -452,76 +261,6 @@ def test_report_of_a_dense_model(dense):
     result = run("report", dense)
     assert result.exit_code == 1
     assert "no llmslim_report.json in it" in result.stderr
-
-
-# generate
-
-
-def greedy(folder, prompt_ids, count):
-    """Return the words of the likeliest continuation, found one full pass at a time."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    ids = torch.tensor([prompt_ids])
-    words = []
-    for _ in range(count):
-        following = logits(model, ids)[:, -1].argmax(-1, keepdim=True)
-        if following.item() == 1:
-            break
-        words.append(f"w{following.item() - 3}" if following.item() > 2 else "<unk>")
-        ids = torch.cat((ids, following), dim=1)
-    return words
-
-
-@pytest.mark.parametrize("kind", ["dense", "slim"])
-def test_generate_streams_the_likeliest_words(kind, dense, slim):
-    folder = {"dense": dense, "slim": slim}[kind]
-    text = ok("generate", folder, "w1 w2 w3", "--max-new-tokens", 6)
-    assert text.endswith("\n")
-    assert text.split() == greedy(dense if kind == "dense" else slim, [4, 5, 6], 6)
-
-
-def test_generate_reads_stdin_and_tells_its_speed(dense):
-    result = run("generate", dense, "-", "--max-new-tokens", 3, "-v", input="w1 w2 w3")
-    assert result.exit_code == 0
-    assert result.stdout.split() == greedy(dense, [4, 5, 6], 3)
-    assert result.stderr.rstrip().endswith("tokens/s")
-
-
-def test_generate_uses_the_chat_template(dense, tmp_path):
-    folder = tmp_path / "chat"
-    AutoModelForCausalLM.from_pretrained(dense).save_pretrained(folder)
-    template = (
-        "{% for m in messages %}{{ 'w9 ' if m.role == 'system' else 'w8 ' }}{{ m.content }} "
-        "{% endfor %}{% if add_generation_prompt %}w7{% endif %}"
-    )
-    write_tokenizer(folder, template)
-    text = ok("generate", folder, "w1", "--max-new-tokens", 4)
-    assert text.split() == greedy(dense, [11, 4, 10], 4)
-    text = ok("generate", folder, "w1", "--system", "w5", "--max-new-tokens", 4)
-    assert text.split() == greedy(dense, [12, 8, 11, 4, 10], 4)
-
-
-def test_generate_with_a_seed_repeats_itself(dense):
-    args = ["generate", dense, "w1", "--temperature", "5", "--max-new-tokens", 12, "--seed"]
-    assert ok(*args, 3) == ok(*args, 3) != ok(*args, 4)
-
-
-def test_generate_system_needs_a_chat_template(dense):
-    result = run("generate", dense, "w1", "--system", "w2")
-    assert result.exit_code == 1
-    assert "no chat template" in result.stderr
-
-
-def test_generate_needs_a_token(dense):
-    result = run("generate", dense, "")
-    assert result.exit_code == 1
-    assert "PROMPT: no tokens in it" in result.stderr
-
-
-def test_generate_needs_a_tokenizer(tmp_path):
-    tiny_model(num_hidden_layers=2).save_pretrained(tmp_path)
-    result = run("generate", tmp_path, "w1")
-    assert result.exit_code == 1
-    assert "no tokenizer" in result.stderr
 
 
 # verify, export, recipes
