@@ -22,14 +22,11 @@ from llmslim.errors import CheckpointError
 from llmslim.modeling.experts import Experts
 from llmslim.modeling.factored_embedding import FactoredEmbedding
 from llmslim.modeling.factored_head import FactoredHead
-from llmslim.modeling.modeling_llmslim import SlimModelMixin, other_names
+from llmslim.modeling.modeling_llmslim import SlimModelMixin, base_of, other_names
 from llmslim.modeling.sizes import WIDTH_FIELDS
 from llmslim.modeling.structured import StructuredLinear
 
 from .quiet import quiet
-
-_SLIM_FIELDS = ("llmslim", "base_model_type", "auto_map", "model_type", "architectures")
-
 
 @torch.no_grad()
 def dense_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -46,12 +43,12 @@ def dense_copy(model: PreTrainedModel) -> PreTrainedModel:
             f"{type(model).__name__}: not a slim model; an ordinary one needs no export. "
             "Save it as it is."
         )
-    base = next(
-        cls
-        for cls in type(model).__mro__
-        if issubclass(cls, PreTrainedModel) and not issubclass(cls, SlimModelMixin)
-    )
-    config = _base_config(model.config)
+    if "depth" in model.config.llmslim:
+        raise CheckpointError(
+            f"{type(model).__name__}: keeps layers that its base class builds at other places only "
+            "(llmslim.depth in its config); an ordinary checkpoint cannot say so. Keep it slim."
+        )
+    base, config = base_of(model)
     skeleton = _skeleton(base, config)
     state = dict(model.state_dict())
     sites = model.config.llmslim["sites"]
@@ -79,14 +76,6 @@ def dense_copy(model: PreTrainedModel) -> PreTrainedModel:
     return moved
 
 
-def _base_config(slim: PreTrainedConfig) -> PreTrainedConfig:
-    """Return the base class's config with the slim one's values."""
-    fields = {key: value for key, value in slim.to_dict().items() if key not in _SLIM_FIELDS}
-    base: Any = type(slim).__bases__[0]
-    config: PreTrainedConfig = base.from_dict(fields)
-    return config
-
-
 def _skeleton(base: type[PreTrainedModel], config: PreTrainedConfig) -> Any:
     with quiet(), torch.device("meta"):
         return base._from_config(copy.deepcopy(config))
@@ -98,7 +87,10 @@ def _dense_state(name: str, module: nn.Module, transposed: bool) -> dict[str, Te
     Raises:
         CheckpointError: if no dense map equals it.
     """
-    weight: Tensor = module.weight if isinstance(module, nn.Linear) else _dense_weight(name, module)
+    if isinstance(module, nn.Linear | Conv1D):
+        weight = module.weight.t() if isinstance(module, Conv1D) else module.weight
+    else:
+        weight = _dense_weight(name, module)
     dtype = next(module.parameters()).dtype
     state = {f"{name}.weight": (weight.t() if transposed else weight).to(dtype).contiguous()}
     bias = getattr(module, "bias", None)

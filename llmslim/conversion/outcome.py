@@ -28,9 +28,9 @@ class Outcome:
     def __init__(self, pieces: Pieces, plan: Plan, max_shard_size: int) -> None:
         dense, given = pieces.model, pieces.source.given
         dtype = dense.dtype
-        settled: Any = model_without_weights(dense.config, dtype, given)
-        surgery.settle(settled, plan)
-        self.model: PreTrainedModel = model_without_weights(settled.config, dtype, given)
+        changed: Any = model_without_weights(dense.config, dtype, given)
+        surgery.finalise(changed, plan)
+        self.model: PreTrainedModel = model_without_weights(changed.config, dtype, given)
         if self.model.can_generate():
             self.model.generation_config = copy.deepcopy(dense.generation_config)
         setattr(self.model, "_weight_conversions", pieces.used_conversions)  # noqa: B010

@@ -19,6 +19,7 @@ These files travel inside checkpoints: they import torch and transformers only.
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .configuration_llmslim import FORMAT, SlimConfig, slim_config_class
+from .depth import build_kept, restore_original
 from .structured import build, structure_class
 
 ENTRY_FILE = "llmslim_entry.py"
@@ -40,11 +42,20 @@ AUTO_MAP = {
 }
 
 
+_SLIM_FIELDS = ("llmslim", "base_model_type", "auto_map", "model_type", "architectures")
+"""Fields of a slim config that its base config does not have, or has otherwise."""
+
+
 class SlimModelMixin:
     """What a slim model does on top of its base class: build its blocks, refuse half a load."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        depth = config.llmslim.get("depth")
+        if depth:  # see `depth`: the original is built, and layers are taken out of it
+            restore_original(config, depth)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        if depth:
+            build_kept(self, depth)
         replace_sites(self, config.llmslim["sites"])  # type: ignore[arg-type]
 
     @classmethod
@@ -106,6 +117,28 @@ def slim_model_class(base: Any) -> Any:
             },
         )
     return _classes[base]
+
+
+def base_of(model: Any) -> tuple[Any, Any]:
+    """Return the class that a model derives from, or is of, and the config to build it with.
+
+    Args:
+        model: slim or not; its config is copied. Of a model that keeps some layers of an original,
+            the config is the original's.
+    """
+    base: Any = next(
+        cls
+        for cls in type(model).__mro__
+        if issubclass(cls, PreTrainedModel) and not issubclass(cls, SlimModelMixin)
+    )
+    if not isinstance(model, SlimModelMixin):
+        return base, copy.deepcopy(model.config)
+    slim: Any = model.config
+    fields = {key: value for key, value in slim.to_dict().items() if key not in _SLIM_FIELDS}
+    config = type(slim).__bases__[0].from_dict(fields)
+    if depth := slim.llmslim.get("depth"):
+        restore_original(config, depth)
+    return base, config
 
 
 class SlimForCausalLM:
@@ -244,12 +277,15 @@ def refresh_ties(model: Any) -> None:
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
-def become_slim(model: Any, sites: dict[str, dict[str, Any]]) -> None:
+def become_slim(
+    model: Any, sites: dict[str, dict[str, Any]], depth: dict[str, Any] | None = None
+) -> None:
     """Turn a model whose sites were replaced into a slim model, in place: class and config.
 
     Args:
         model: a causal language model with blocks at `sites`.
         sites: module name to block spec, of all its blocks.
+        depth: the record of the layers it keeps of an original, see `depth`.
     """
     base_config, base_model = type(model.config), type(model)
     if not issubclass(base_model, SlimModelMixin):
@@ -257,6 +293,8 @@ def become_slim(model: Any, sites: dict[str, dict[str, Any]]) -> None:
         model.__class__ = slim_model_class(base_model)
     model.config.base_model_type = type(model.config).base_model_type
     model.config.llmslim = {"format": FORMAT, "sites": sites}
+    if depth:
+        model.config.llmslim["depth"] = depth
     model.config.auto_map = dict(AUTO_MAP)
     model.config.architectures = [type(model).__name__]
     refresh_ties(model)
@@ -286,7 +324,7 @@ def write_code(folder: Path, structures: set[str]) -> list[Path]:
     parts = [getattr(structure_class(name), "parts", ()) for name in structures]
     structures = structures.union(*parts)
     modules = sorted(
-        {"configuration_llmslim", "modeling_llmslim", "sizes", "structured", *structures}
+        {"configuration_llmslim", "depth", "modeling_llmslim", "sizes", "structured", *structures}
     )
     written = []
     for module in modules:

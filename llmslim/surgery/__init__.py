@@ -6,6 +6,7 @@ from .blocks import seed_of as seed_of
 from .cost import Cost as Cost
 from .cost import fitting_cost as fitting_cost
 from .cost import speed as speed
+from .finalise import finalise as finalise
 from .plan import Plan as Plan
 from .plan import model_on_meta as model_on_meta
 from .plan import plan as plan
@@ -17,7 +18,6 @@ from .rewrite import Progress as Progress
 from .rewrite import filled_in as filled_in
 from .rewrite import quietly as quietly
 from .rewrite import rewrite as rewrite
-from .rewrite import settle as settle
 from .scrambled import scrambled_tokens as scrambled_tokens
 from .sequential import fit_sequentially as fit_sequentially
 from .visits import Fitted as Fitted

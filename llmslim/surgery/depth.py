@@ -1,18 +1,46 @@
-"""Keep fewer decoder layers: modules, config fields, per-layer lists and cache indices follow."""
+"""Keep fewer decoder layers, each computing what it did: which stay, and how a config says so.
+
+Candidates for the new config are tried, not trusted: a model is built from each, without weights,
+and compared with the model that is left once the other layers are taken out of the original. Where
+none agrees, because layers depend on their index or on how many there are, the checkpoint keeps a
+record of the original (`modeling.depth`). What neither can express is refused.
+"""
 
 from __future__ import annotations
 
+import copy
+import re
 from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
-from llmslim.errors import SlimError, TargetError
+from llmslim.errors import TargetError
+from llmslim.modeling.depth import drop_layers, set_attributes, set_config, set_fields
+from llmslim.modeling.modeling_llmslim import base_of
 from llmslim.recipe import Recipe
+from llmslim.surgery.likeness import changed_attributes, differences, first_difference
 from llmslim.surgery.sites import Layers
 
-_INDEX_NAMES = ("layer_idx", "layer_id", "layer_index", "layer_number")
-"""What modules call their own place in the stack; the cache is addressed by it."""
+Fields = dict[str, Any]
+"""Fields of a text config and their new values."""
+Attributes = dict[str, dict[str, Any]]
+"""Plain attributes of modules and their new values, by the modules' names."""
+
+
+@dataclass(frozen=True)
+class DepthPlan:
+    """How a model with fewer decoder layers is described."""
+
+    fields: Fields = field(default_factory=dict)
+    """What changes in its text config."""
+    attributes: Attributes = field(default_factory=dict)
+    """What changes with these fields outside of the layers."""
+    record: dict[str, Any] | None = None
+    """What `llmslim.depth` of its config says; None where the fields say it all."""
 
 
 def kept_layers(recipe: Recipe, count: int) -> tuple[int, ...]:
@@ -68,57 +96,211 @@ def check_independent(model: nn.Module, layers: Layers, keep: tuple[int, ...]) -
             )
 
 
-def depth_changes(config: Any, keep: tuple[int, ...], count: int) -> dict[str, Any]:
-    """Return the fields of a text config that change when only `keep` of its layers stay.
-
-    Every list with one entry per layer is cut, whatever its name: `layer_types`,
-    `no_rope_layers`, per-layer sizes. Lists of token ids are no such list, even if as long.
-
-    Raises:
-        TargetError: if the config counts something else than decoder layers.
-    """
-    if config.num_hidden_layers != count:
-        raise TargetError(
-            f"depth: num_hidden_layers is {config.num_hidden_layers} where there are {count} "
-            "decoder layers, so the config cannot tell of fewer. Leave `depth` out."
-        )
-    changes: dict[str, Any] = {"num_hidden_layers": len(keep)}
-    for key, value in config.to_dict().items():
-        per_layer = isinstance(value, list) and len(value) == count
-        if per_layer and "token" not in key and key != "architectures":
-            changes[key] = [value[index] for index in keep]
-    return changes
-
-
-def drop_layers(model: Any, layers: Layers, keep: tuple[int, ...]) -> None:
-    """Keep only the given decoder layers of a model, in place; its config is not touched here.
+def plan_depth(model: Any, layers: Layers, keep: tuple[int, ...]) -> DepthPlan:
+    """Find out how a model that keeps some of its decoder layers can be described.
 
     Args:
-        model: a causal language model.
-        layers: where its decoder layers are.
-        keep: indices that stay, in their new order.
-    """
-    stack = model.get_submodule(layers.path)
-    kept = nn.ModuleList(stack[index] for index in keep)
-    parent, _, leaf = layers.path.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, kept)
-    for index, layer in enumerate(kept):
-        for module in layer.modules():
-            for name in _INDEX_NAMES:
-                if isinstance(getattr(module, name, None), int):
-                    setattr(module, name, index)
-
-
-def apply_changes(config: Any, changes: dict[str, Any]) -> None:
-    """Set fields of a text config together, in place.
-
-    One at a time would fail the config's own check that lists are as long as the layer count.
+        model: a causal language model; looked at only.
+        layers: its decoder layers.
+        keep: indices of those that stay, in their new order.
 
     Raises:
-        SlimError: if the config has no field of one of the names.
+        TargetError: if it cannot be.
     """
-    for key, value in changes.items():
-        real = config.attribute_map.get(key, key)
-        if not hasattr(config, real):
-            raise SlimError(f"config: no field {key!r} to change.")
-        object.__setattr__(config, real, value)
+    cls, config = base_of(model)
+    old = getattr(model.config, "llmslim", {}).get("depth")
+    of_original = tuple(old["keep"][index] for index in keep) if old else keep
+    try:
+        return _Search(cls, config, layers.path, of_original).find()
+    except ValueError as error:
+        raise TargetError(
+            f"{layers.path}: {type(model).__name__} cannot keep layers "
+            f"{', '.join(map(str, keep))} alone: {error}. Change depth.keep_layers, or leave "
+            "`depth` out."
+        ) from error
+
+
+class _Search:
+    """Tries configs for an original, without its weights.
+
+    Args:
+        cls: class of the original.
+        config: its config.
+        stack: name of the list of its decoder layers.
+        keep: indices of those that stay.
+    """
+
+    def __init__(self, cls: Any, config: Any, stack: str, keep: tuple[int, ...]) -> None:
+        self._cls, self._config, self._stack, self._keep = cls, config, stack, keep
+        self._original = self._build({})
+        self._count = len(self._original.get_submodule(stack))  # type: ignore[arg-type]
+
+    def find(self) -> DepthPlan:
+        """Return the first description that builds the right model.
+
+        Raises:
+            ValueError: if there is none; the text says why.
+        """
+        if self._keep == tuple(range(self._count)):
+            return DepthPlan()
+        left = self._build({})
+        drop_layers(left, self._stack, self._keep)
+        counts = self._counts()
+        together = [counts] if len(counts) > 1 else []
+        groups = [*([name] for name in counts), *together]
+        tried, problem = None, ""
+        for fields in (fields for names in groups for fields in self._candidates(names)):
+            try:
+                trial = self._build(fields)
+            except Exception as error:  # configs and models check themselves, each in its own way
+                problem = problem or f"{type(error).__name__}: {error}".partition("\n")[0]
+                continue
+            attributes = self._following(trial)
+            made = copy.deepcopy(left)
+            set_fields(made, fields)
+            for name, values in attributes.items():
+                set_attributes(made.get_submodule(name), values)
+            difference = first_difference(made, trial)
+            if not difference:
+                return DepthPlan(fields, attributes)
+            tried = DepthPlan(fields, attributes)
+            if outside := self._outside(trial):
+                problem = f"their number is part of the rest of the model ({outside})"
+                tried = None
+        if tried is None:
+            raise ValueError(problem)
+        return self._recorded(tried)
+
+    def _build(self, fields: Fields) -> nn.Module:
+        """Build the original with other fields, from what its config.json would be."""
+        config = copy.deepcopy(self._config)
+        if fields:
+            set_config(config.get_text_config(), fields)
+            config = type(config).from_dict(config.to_dict())
+        with torch.device("meta"):
+            model: nn.Module = self._cls(config)
+        return model
+
+    def _counts(self) -> list[str]:
+        """Return the fields that may count the decoder layers, the usual one first.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        text = self._config.get_text_config()
+        usual = [name for name in ("num_hidden_layers",) if getattr(text, name, None) == self._count]
+        known = {text.attribute_map.get(name, name) for name in usual}
+        others = [
+            name
+            for name, value in text.to_dict().items()
+            if re.search(r"layers?$", name) and value == self._count and name not in known
+            if type(value) is int
+        ]
+        if not usual + others:
+            raise ValueError("no field of its config counts them")
+        return usual + others
+
+    def _candidates(self, counts: list[str]) -> Iterator[Fields]:
+        """Yield changes of the text config that may leave the layers that stay.
+
+        Args:
+            counts: fields that count decoder layers.
+        """
+        base: Fields = dict.fromkeys(counts, len(self._keep))
+        indices: Fields = {}
+        thresholds: Fields = {}
+        places = {old: new for new, old in enumerate(self._keep)}
+        for name, value in self._config.get_text_config().to_dict().items():
+            if name in base or "token" in name or name == "architectures":
+                continue
+            if isinstance(value, list | tuple | str) and len(value) == self._count > 1:
+                if not isinstance(value, str):
+                    base[name] = [value[index] for index in self._keep]
+                elif "pattern" in name:
+                    base[name] = "".join(value[index] for index in self._keep)
+            if isinstance(value, Mapping) and value and all(_is_index(key) for key in value):
+                base[name] = {
+                    type(key)(places[int(key)]): part
+                    for key, part in value.items()
+                    if int(key) in places
+                }
+            if _are_indices(name, value, self._count):
+                indices[name] = sorted(places[index] for index in value if index in places)
+            if type(value) is int and 0 < value <= self._count and re.search(_THRESHOLD, name):
+                thresholds[name] = sum(index < value for index in self._keep)
+        yield base
+        if indices:
+            yield base | indices
+        if thresholds:
+            yield base | indices | {k: v for k, v in thresholds.items() if k not in base}
+
+    def _following(self, trial: nn.Module) -> Attributes:
+        """Return the attributes outside of the layers that follow the config.
+
+        Numbers with a point are no bookkeeping: they are what the original computes with.
+        """
+        found: Attributes = {}
+        for name, one, other in self._outer(trial):
+            for key, old, new in changed_attributes(one, other):
+                if _is_json(old) and _is_json(new):
+                    found.setdefault(name, {})[key] = new
+        return found
+
+    def _outside(self, trial: nn.Module) -> str:
+        """Return how modules outside of the layers differ in kind or shape, empty if they do not."""
+        ours, theirs = ({n for n, _ in _outer(m, self._stack)} for m in (self._original, trial))
+        if ours != theirs:
+            return min(ours ^ theirs)
+        for name, one, other in self._outer(trial):
+            for difference in differences(name, one, other, attributes=False):
+                return difference
+        return ""
+
+    def _outer(self, trial: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+        theirs = dict(_outer(trial, self._stack))
+        for name, module in _outer(self._original, self._stack):
+            if name in theirs:
+                yield name, module, theirs[name]
+
+    def _recorded(self, found: DepthPlan) -> DepthPlan:
+        text = self._config.get_text_config()
+        record = {
+            "stack": self._stack,
+            "keep": list(self._keep),
+            "original": {name: getattr(text, name) for name in found.fields},
+            "kept": found.fields,
+            "attributes": found.attributes,
+        }
+        return DepthPlan(found.fields, found.attributes, record)
+
+
+_THRESHOLD = re.compile(r"layer|dense|first")
+"""Names of fields that may say up to which layer, or from which on, something is done."""
+
+
+def _outer(model: nn.Module, stack: str) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if not name.startswith(f"{stack}."):
+            yield name, module
+
+
+def _is_index(key: Any) -> bool:
+    return type(key) is int or (isinstance(key, str) and key.isdigit())
+
+
+def _are_indices(name: str, value: Any, count: int) -> bool:
+    """Return whether a field lists indices of layers."""
+    return (
+        re.search(r"layer|idx|indices|_ids$", name) is not None
+        and isinstance(value, list | tuple)
+        and bool(value)
+        and all(type(each) is int and 0 <= each < count for each in value)
+        and len(set(value)) == len(value)
+    )
+
+
+def _is_json(value: Any) -> bool:
+    """Return whether a value is made of what bookkeeping is made of."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_json, value))
+    return value is None or isinstance(value, bool | int | str)

@@ -25,7 +25,8 @@ from llmslim.modeling.pivoted_low_rank import PivotedLowRank
 from llmslim.modeling.sizes import StaysDense, exact_ratio
 from llmslim.modeling.structured import StructuredLinear, structure_class
 from llmslim.recipe import Recipe, first_rule
-from llmslim.surgery.depth import check_independent, depth_changes, kept_layers
+from llmslim.surgery.depth import DepthPlan, check_independent, kept_layers, plan_depth
+from llmslim.surgery.finalise import check_described
 from llmslim.surgery.ledger import Entry, active_experts, entries
 from llmslim.surgery.planned import MlpPlan as MlpPlan
 from llmslim.surgery.planned import Plan as Plan
@@ -79,6 +80,7 @@ class _Planner:
         self.layers: Layers | None = None
         self._decoder = _layers_or_none(model)
         self.keep: tuple[int, ...] | None = None
+        self.depth: DepthPlan | None = None
         self.changes: dict[str, Any] = {}
         self.widths = Widths()
         self.planned: list[SitePlan] = []
@@ -109,7 +111,7 @@ class _Planner:
         self.notes += self._without_effect(rows)
         draft = Plan(self.name, recipe, rows, layers=self.layers, keep_layers=self.keep)
         also = other_names(self.model, {site.name for site in self.planned})
-        return replace(
+        plan = replace(
             draft,
             sites=tuple(
                 replace(
@@ -122,9 +124,12 @@ class _Planner:
             mlps=tuple(self.widths.mlps),
             resized={draft.new_name(name): spec for name, spec in self.widths.resized.items()},
             text_config=self.changes,
+            depth=self.depth,
             notes=tuple(dict.fromkeys(self.notes)),
             config=self.model.config,
         )
+        check_described(self.model, plan)
+        return plan
 
     def _plan_depth(self) -> None:
         if self.recipe.depth is None:
@@ -132,8 +137,8 @@ class _Planner:
         self.layers = find_layers(self.model)
         self.keep = kept_layers(self.recipe, self.layers.count)
         check_independent(self.model, self.layers, self.keep)
-        config = self.model.config.get_text_config()
-        self.changes |= depth_changes(config, self.keep, self.layers.count)
+        self.depth = plan_depth(self.model, self.layers, self.keep)
+        self.changes |= self.depth.fields
 
     def _plan_width(self) -> None:
         if self.recipe.width is None and not any(narrows(rule) for rule in self.recipe.replace):
@@ -145,7 +150,6 @@ class _Planner:
             sites=self.sites,
             stays=lambda index: self.keep is None or index in self.keep,
             init=self.init,
-            build=model_on_meta,
             wrong=self.wrong,
         )
         self.changes |= self.widths.changes

@@ -8,6 +8,7 @@ from typing import Any
 from llmslim.init import method_named
 from llmslim.modeling.experts import Experts
 from llmslim.recipe import Recipe
+from llmslim.surgery.depth import DepthPlan
 from llmslim.surgery.report import Report, Row
 from llmslim.surgery.sites import Layers, Mlp
 
@@ -71,6 +72,8 @@ class Plan:
     """Specs of resized projections that the config alone cannot express, by new name."""
     text_config: dict[str, Any] = field(default_factory=dict)
     """Fields of the text config that change."""
+    depth: DepthPlan | None = None
+    """How the layers that stay are described; None leaves the depth alone."""
     notes: tuple[str, ...] = ()
     """What a reader of the report must know."""
     config: Any = None

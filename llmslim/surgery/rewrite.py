@@ -10,10 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from llmslim.errors import DataError
-from llmslim.modeling.modeling_llmslim import become_slim
 from llmslim.surgery.blocks import fill_site, seed_of
-from llmslim.surgery.depth import apply_changes, drop_layers
-from llmslim.surgery.plan import Plan
+from llmslim.surgery.finalise import finalise
+from llmslim.surgery.planned import Plan
 from llmslim.surgery.report import Report
 from llmslim.surgery.sequential import fit_sequentially
 from llmslim.surgery.width import resize_mlp
@@ -100,34 +99,11 @@ def rewrite(
     for site in rest:
         errors[site.name] = fill_site(model, site, seed_with)
         finished(site.name)
-    settle(model, plan)
+    finalise(model, plan)
     return filled_in(plan, errors, notes)
-
-
-def settle(model: Any, plan: Plan) -> None:
-    """Give a model whose modules are as planned the layers, config and class that go with them.
-
-    Args:
-        model: rewritten site by site; on the meta device where only names and shapes matter.
-        plan: what was done to it.
-    """
-    if plan.layers and plan.keep_layers is not None:
-        drop_layers(model, plan.layers, plan.keep_layers)
-    apply_changes(model.config.get_text_config(), plan.text_config)
-    specs = _existing_sites(model, plan) | plan.resized
-    specs |= {site.new_name: site.spec for site in plan.sites}
-    if specs:
-        become_slim(model, specs)
 
 
 def filled_in(plan: Plan, errors: Mapping[str, float | None], notes: Iterable[str]) -> Report:
     """Return the ledger of a plan that was carried out, with the errors of its blocks."""
     rows = [replace(row, init_error=errors.get(row.name)) for row in plan.rows]
     return replace(plan.report(), rows=tuple(rows), problems=tuple(notes))
-
-
-def _existing_sites(model: Any, plan: Plan) -> dict[str, dict[str, Any]]:
-    """Return the blocks that an already slim model keeps, under their new names."""
-    existing = getattr(model.config, "llmslim", {}).get("sites", {})
-    dropped = {row.name for row in plan.rows if row.action == "dropped"}
-    return {plan.new_name(name): spec for name, spec in existing.items() if name not in dropped}

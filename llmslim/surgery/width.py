@@ -13,50 +13,74 @@ Shapes: I = in_features, O = out_features, M = neurons.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from llmslim.modeling.depth import set_config, set_fields
 from llmslim.modeling.modeling_llmslim import other_names, set_module
 from llmslim.modeling.sizes import WIDTH_FIELDS
-from llmslim.surgery.depth import apply_changes
-from llmslim.surgery.sites import Mlp, dense_weight, find_layers, find_mlps
+from llmslim.surgery.likeness import first_difference
+from llmslim.surgery.sites import Mlp, dense_weight
 
 
-def width_field(
-    config: Any, width: int, build: Callable[[Any], nn.Module]
-) -> dict[str, Any] | None:
-    """Return the change to a text config that makes its MLPs `width` wide.
+_WIDTH_ATTRIBUTE = re.compile(r"intermediate|inner|ffn|mlp_dim")
+"""What modules call the number of their neurons, where they keep it."""
 
-    The field is found by trying: a model is built from the changed config and measured, so a
-    field of the right name that means something else is never trusted.
+
+def width_field(model: Any, mlps: Sequence[Mlp], width: int) -> dict[str, Any] | None:
+    """Return the change to a text config that gives MLPs another width, and changes nothing else.
+
+    The field is found by trying: a model is built from the changed config and compared with one
+    whose MLPs were resized, so that a field which sizes experts too, or means something else, is
+    never taken.
 
     Args:
-        config: the whole config; its text part is changed in a copy.
+        model: a causal language model; looked at only.
+        mlps: its MLPs, all that are to have the width.
         width: neurons wanted.
-        build: builds a model from a config, without memory (meta device).
 
     Returns:
         The field and its value; None where the architecture has no such field (BLOOM).
     """
+    resized: Any = None
     for field in WIDTH_FIELDS:
-        trial = copy.deepcopy(config)
-        text = trial.get_text_config()
+        config = copy.deepcopy(model.config)
+        text = config.get_text_config()
         real = text.attribute_map.get(field, field)
         if not hasattr(text, real) or isinstance(getattr(text, real), list):
             continue
-        apply_changes(text, {real: width})
+        set_config(text, {real: width})
         try:
-            model = build(trial)
-        except ValueError:  # some models' text parts have no class of their own
-            return None
-        mlps = find_mlps(model, find_layers(model))
-        if mlps and all(mlp.width == width for mlp in mlps):
+            trial = _without_weights(type(model), type(config).from_dict(config.to_dict()))
+        except ValueError:  # a config may check its fields against each other
+            continue
+        if resized is None:
+            resized = _without_weights(type(model), copy.deepcopy(model.config))
+            for mlp in mlps:
+                resize_on_meta(resized, mlp, width)
+        set_fields(resized, {real: width})
+        if not first_difference(resized, trial):
             return {real: width}
+        set_fields(resized, {real: getattr(model.config.get_text_config(), real)})
     return None
+
+
+def _without_weights(cls: Any, config: Any) -> nn.Module:
+    with torch.device("meta"):
+        model: nn.Module = cls(config)
+    return model
+
+
+def resize_on_meta(model: nn.Module, mlp: Mlp, width: int) -> None:
+    """Give one MLP of a model on the meta device another number of neurons, in place."""
+    down_OM = dense_weight(model.get_submodule(mlp.down))
+    neurons = torch.zeros(width, dtype=torch.long, device="meta")
+    keep_neurons(model, mlp, neurons, down_OM.new_empty(len(down_OM), width))
 
 
 def resize_mlp(model: nn.Module, mlp: Mlp, width: int) -> None:
@@ -103,6 +127,10 @@ def keep_neurons(model: nn.Module, mlp: Mlp, neurons: Tensor, columns: Tensor) -
         bias = _bias(up)
         names = [name, *also.get(name, ())]
         _put(model, names, up, dense_weight(up)[rows], None if bias is None else bias[rows])
+    for module in model.get_submodule(mlp.name).modules():
+        for name, value in vars(module).items():
+            if _WIDTH_ATTRIBUTE.search(name) and value == mlp.width and type(value) is int:
+                setattr(module, name, len(neurons))
 
 
 def _bias(module: nn.Module) -> Tensor | None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from llmslim.errors import TargetError
 from llmslim.modeling.sizes import exact_ratio
@@ -48,7 +48,6 @@ def plan_widths(
     sites: Mapping[str, Site],
     stays: Callable[[int | None], bool],
     init: str | None,
-    build: Callable[[Any], nn.Module],
     wrong: Wrong,
 ) -> Widths:
     """Note every MLP that changes its width, by the section `width` or by a rule.
@@ -60,7 +59,6 @@ def plan_widths(
         sites: its dense maps by name.
         stays: whether a decoder layer stays.
         init: a method that takes the place of the recipe's.
-        build: builds a model from a config, without memory.
         wrong: takes up what is wrong with single rules.
 
     Raises:
@@ -84,13 +82,14 @@ def plan_widths(
     if not plan.mlps:
         return plan
     uniform = len(wanted) == len(found) and len({each.width for each in wanted}) == 1
-    change = width_field(model.config, plan.mlps[0].width, build) if uniform else None
+    change = width_field(model, found, plan.mlps[0].width) if uniform else None
     if change is not None:
         plan.changes = change
         return plan
     for name, (in_features, out_features) in plan.sizes.items():
+        transposed = isinstance(model.get_submodule(name), Conv1D)
         plan.resized[name] = {
-            "structure": "linear",
+            "structure": "conv1d" if transposed else "linear",
             "in_features": in_features,
             "out_features": out_features,
             "bias": sites[name].bias,

@@ -1,0 +1,39 @@
+"""A dense projection held transposed, as GPT-2 holds its own: what its narrower MLPs are made of."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D as TransposedLinear
+
+
+class Conv1D(TransposedLinear):
+    """transformers' `Conv1D` under a name, so that a checkpoint can say it has other sizes.
+
+    Args:
+        in_features: input channels I.
+        out_features: output channels O; the weight is (I, O).
+        bias: whether a bias is added; it always is.
+        device: where the parameters live.
+        dtype: the parameters' type.
+    """
+
+    name: ClassVar[str] = "conv1d"
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(out_features, in_features)
+        if not bias:
+            raise ValueError("conv1d always has a bias")
+        self.weight = nn.Parameter(torch.empty(in_features, out_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
+        nn.init.normal_(self.weight, std=0.02)

@@ -1,0 +1,78 @@
+"""Give a model whose modules are as planned the config that builds it, and prove that it does."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from llmslim.errors import TargetError
+from llmslim.modeling.depth import drop_layers, set_attributes, set_fields
+from llmslim.modeling.modeling_llmslim import become_slim, refresh_ties, replace_sites
+from llmslim.surgery.likeness import first_difference
+from llmslim.surgery.planned import Plan
+from llmslim.surgery.width import resize_on_meta
+
+
+def finalise(model: Any, plan: Plan) -> None:
+    """Give a model whose modules are as planned the layers, config and class that go with them.
+
+    Args:
+        model: rewritten site by site; on the meta device where only names and shapes matter.
+        plan: what was done to it.
+    """
+    slim = getattr(model.config, "llmslim", {})
+    record = slim.get("depth")
+    if plan.layers and plan.keep_layers is not None and plan.depth is not None:
+        drop_layers(model, plan.layers.path, plan.keep_layers)
+        record = plan.depth.record
+    set_fields(model, plan.text_config)
+    if plan.depth is not None:
+        for name, values in plan.depth.attributes.items():
+            set_attributes(model.get_submodule(name), values)
+    specs = _existing_sites(model, plan) | plan.resized
+    specs |= {site.new_name: site.spec for site in plan.sites}
+    if specs or record or slim:
+        become_slim(model, specs, record)
+    else:
+        refresh_ties(model)
+
+
+def check_described(model: Any, plan: Plan) -> None:
+    """Make sure that a plan's config builds the model that the plan makes; no weight is needed.
+
+    Args:
+        model: the model the plan was made for; looked at only.
+        plan: what is to be done to it.
+
+    Raises:
+        TargetError: if a checkpoint with that config would compute something else.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return
+    with torch.device("meta"):
+        made = type(model)(copy.deepcopy(model.config))
+        for each in plan.mlps:
+            resize_on_meta(made, each.mlp, each.width)
+        replace_sites(made, {site.name: site.spec for site in plan.sites})
+        finalise(made, plan)
+        problem = ""
+        try:
+            again = type(made)(type(made.config).from_dict(made.config.to_dict()))
+        except Exception as error:  # configs and models check themselves, each in its own way
+            problem = f"{type(error).__name__}: {error}".partition("\n")[0]
+    if problem := problem or first_difference(made, again):
+        raise TargetError(
+            f"{plan.recipe.where('depth' if plan.depth else 'replace')}: no config of "
+            f"{type(model).__name__} builds what the recipe makes of it ({problem}). Change the "
+            "recipe."
+        )
+
+
+def _existing_sites(model: Any, plan: Plan) -> dict[str, dict[str, Any]]:
+    """Return the blocks that an already slim model keeps, under their new names."""
+    existing = getattr(model.config, "llmslim", {}).get("sites", {})
+    dropped = {row.name for row in plan.rows if row.action == "dropped"}
+    return {plan.new_name(name): spec for name, spec in existing.items() if name not in dropped}

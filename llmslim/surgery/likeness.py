@@ -1,0 +1,137 @@
+"""Compare two models without looking at their weights: do they compute the same with the same ones?
+
+Two modules do if they run the same code on equal settings: the same `forward`, parameters and
+buffers of the same names and shapes, equal plain attributes, and modules inside that do. This is
+how a plan makes sure, on the meta device, that the config it ends in builds the model that surgery
+makes.
+
+Left out: values of buffers, which tensors on the meta device do not have. What a checkpoint holds
+is compared by its values when it is read back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.Size)
+_SKIPPED = {
+    # What torch and transformers keep account of while a model is built and loaded.
+    *vars(nn.Module()),
+    *("_is_hf_initialized", "_no_split_modules", "_keep_in_fp32_modules", "_tp_plan"),
+    *("_ep_plan", "_pp_plan", "_tied_weights_keys", "all_tied_weights_keys", "name_or_path"),
+    *("warnings_issued", "_hf_hook", "_old_forward", "_model_tags", "_can_compile_fullgraph"),
+}
+_UNUSED_FIELDS = {
+    # Fields of configs that no forward pass reads.
+    *("architectures", "auto_map", "base_model_type", "dtype", "llmslim", "model_type"),
+    *("transformers_version", "_name_or_path", "torch_dtype"),
+}
+
+
+def first_difference(one: nn.Module, other: nn.Module) -> str:
+    """Return what two models would compute differently with the same weights.
+
+    Args:
+        one: a model, on any device.
+        other: another one.
+
+    Returns:
+        The first difference as `module: what`, empty if there is none.
+    """
+    ours, theirs = (dict(model.named_modules(remove_duplicate=False)) for model in (one, other))
+    for name in [*ours, *(name for name in theirs if name not in ours)]:
+        found = [f"{name}: in one of the two only"]
+        if name in ours and name in theirs:
+            found = list(differences(name or type(one).__name__, ours[name], theirs[name]))
+        if found:
+            return found[0]
+    return ""
+
+
+def differences(
+    where: str, one: nn.Module, other: nn.Module, *, attributes: bool = True
+) -> Iterator[str]:
+    """Yield what two modules would compute differently, apart from the modules inside them.
+
+    Args:
+        where: their name, for the sentences.
+        one: a module.
+        other: the one it is compared with.
+        attributes: whether plain attributes count.
+    """
+    if type(one).forward is not type(other).forward:
+        yield f"{where}: {type(one).__name__} and {type(other).__name__}"
+    for kind in ("_parameters", "_buffers"):
+        x, y = ({k: _form(t) for k, t in getattr(each, kind).items()} for each in (one, other))
+        for key in sorted({*x, *y}):
+            if x.get(key, "missing") != y.get(key, "missing"):
+                yield f"{where}: {key} {x.get(key, 'missing')} and {y.get(key, 'missing')}"
+    for key, ours, theirs in changed_attributes(one, other) if attributes else ():
+        yield f"{where}: {key} {_short(ours)} and {_short(theirs)}"
+
+
+def changed_attributes(one: nn.Module, other: nn.Module) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the plain attributes of two modules that differ: name, and both values."""
+    ours, theirs = (_attributes(module) for module in (one, other))
+    for key in [*ours, *(key for key in theirs if key not in ours)]:
+        if key not in ours or key not in theirs:
+            yield key, ours.get(key, "missing"), theirs.get(key, "missing")
+        elif not _equal(ours[key], theirs[key]):
+            yield key, ours[key], theirs[key]
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    return {key: value for key, value in vars(module).items() if key not in _SKIPPED}
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Return whether two attributes are equal; what is neither plain nor made of plain ones is."""
+    if isinstance(a, PreTrainedConfig) and isinstance(b, PreTrainedConfig):
+        return _fields(a) == _fields(b)
+    if isinstance(a, _PLAIN) or isinstance(b, _PLAIN):
+        return bool(a == b) or (a != a and b != b)  # NaN, too
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, set | frozenset):
+        return bool(a == b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    if isinstance(a, FunctionType):
+        return a.__code__ is b.__code__ and _equal(_closed_over(a), _closed_over(b))
+    if isinstance(a, torch.Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype
+    return True
+
+
+def _closed_over(function: FunctionType) -> list[Any]:
+    cells = function.__closure__ or ()
+    return [cell.cell_contents for cell in cells if isinstance(cell.cell_contents, _PLAIN)]
+
+
+def _fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return what a config says, and what configs inside it say."""
+    said = {**config.to_dict(), "_attn_implementation": config._attn_implementation}
+    return {
+        key: {k: v for k, v in value.items() if k not in _UNUSED_FIELDS}
+        if isinstance(value, dict)
+        else value
+        for key, value in said.items()
+        if key not in _UNUSED_FIELDS
+    }
+
+
+def _form(tensor: torch.Tensor | None) -> str:
+    return "none" if tensor is None else f"{list(tensor.shape)} of {tensor.dtype}"
+
+
+def _short(value: Any) -> str:
+    text = "another config" if isinstance(value, PreTrainedConfig) else repr(value)
+    return text if len(text) < 80 else f"{text[:77]}..."
