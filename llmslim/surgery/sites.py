@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from llmslim.errors import TargetError
+from llmslim.surgery.elementwise import has_independent_neurons
 from llmslim.surgery.natures import is_dense_map, mixes_tokens, obstacle
 
 
@@ -72,6 +73,8 @@ class Mlp:
     """The site that reads the neurons."""
     fused: bool
     """Whether `up` is one site that holds gate and up, one after the other."""
+    follow: tuple[tuple[str, str], ...] = ()
+    """Attributes that say how many neurons there are, where the config says so: module and name."""
 
 
 def as_site(name: str, module: nn.Module) -> Site | None:
@@ -235,12 +238,19 @@ def _as_mlp(parent: str, sites: list[Site], hidden: int) -> Mlp | None:
 
 
 def _owns_neurons(model: nn.Module, layers: Layers, mlp: Mlp) -> bool:
-    """Return whether nothing beside an MLP's projections has parameters for each neuron."""
+    """Return whether neurons can come and go.
+
+    That is, nothing beside the projections has parameters for each, and none looks at others.
+    """
     if mlp.name.rpartition(".")[0] == layers.path:
         return True  # the projections stand in the decoder layer itself, among attention
     widths = {mlp.width, 2 * mlp.width} if mlp.fused else {mlp.width}
-    return not any(
+    holder = model.get_submodule(mlp.name)
+    if any(
         f"{mlp.name}.{name}".rpartition(".")[0] not in (*mlp.up, mlp.down)
         and widths.intersection(parameter.shape)
-        for name, parameter in model.get_submodule(mlp.name).named_parameters()
-    )
+        for name, parameter in holder.named_parameters()
+    ):
+        return False
+    up, down = [model.get_submodule(name) for name in mlp.up], model.get_submodule(mlp.down)
+    return has_independent_neurons(holder, up, down, dense_weight(down))

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,6 +31,19 @@ from llmslim.surgery.sites import Mlp, dense_weight
 
 _WIDTH_ATTRIBUTE = re.compile(r"intermediate|inner|ffn|mlp_dim")
 """What modules call the number of their neurons, where they keep it."""
+
+
+def following_width(model: nn.Module, mlp: Mlp) -> Mlp:
+    """Return an MLP with the attributes of its modules that say how many neurons it has."""
+    return replace(
+        mlp,
+        follow=tuple(
+            (f"{mlp.name}.{inner}".removesuffix("."), name)
+            for inner, module in model.get_submodule(mlp.name).named_modules()
+            for name, value in vars(module).items()
+            if _WIDTH_ATTRIBUTE.search(name) and type(value) is int and value == mlp.width
+        ),
+    )
 
 
 def width_field(model: Any, mlps: Sequence[Mlp], width: int) -> dict[str, Any] | None:
@@ -127,10 +141,8 @@ def keep_neurons(model: nn.Module, mlp: Mlp, neurons: Tensor, columns: Tensor) -
         bias = _bias(up)
         names = [name, *also.get(name, ())]
         _put(model, names, up, dense_weight(up)[rows], None if bias is None else bias[rows])
-    for module in model.get_submodule(mlp.name).modules():
-        for name, value in vars(module).items():
-            if _WIDTH_ATTRIBUTE.search(name) and value == mlp.width and type(value) is int:
-                setattr(module, name, len(neurons))
+    for name, attribute in mlp.follow:
+        setattr(model.get_submodule(name), attribute, len(neurons))
 
 
 def _bias(module: nn.Module) -> Tensor | None:

@@ -9,7 +9,7 @@ becomes a site of structure `linear`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers.pytorch_utils import Conv1D
@@ -20,7 +20,7 @@ from llmslim.recipe import Recipe, Rule, first_rule
 from llmslim.surgery.planned import MlpPlan
 from llmslim.surgery.rules import AUTO, WIDTH, init_of
 from llmslim.surgery.sites import Layers, Mlp, Site, find_mlps
-from llmslim.surgery.width import width_field
+from llmslim.surgery.width import following_width, width_field
 
 Wrong = dict[tuple[int, str], list[str]]
 """Names of the sites that one sentence about one rule concerns."""
@@ -82,9 +82,12 @@ def plan_widths(
     if not plan.mlps:
         return plan
     uniform = len(wanted) == len(found) and len({each.width for each in wanted}) == 1
-    change = width_field(model, found, plan.mlps[0].width) if uniform else None
+    follow = [following_width(model, mlp) for mlp in found] if uniform else []
+    change = width_field(model, follow, plan.mlps[0].width) if uniform else None
     if change is not None:
         plan.changes = change
+        known = {mlp.name: mlp for mlp in follow}
+        plan.mlps = [replace(each, mlp=known[each.mlp.name]) for each in plan.mlps]
         return plan
     for name, (in_features, out_features) in plan.sizes.items():
         transposed = isinstance(model.get_submodule(name), Conv1D)

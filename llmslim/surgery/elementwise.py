@@ -1,0 +1,93 @@
+"""Find out whether the neurons of an MLP are independent of each other.
+
+Neurons may be repeated, dropped and renumbered only where each depends on its own rows of the
+projections alone. Gemma 3n's sparse layers look at all of them to decide which are silent. The MLP
+is run without memory, and what happens between its projections is watched: every operation must
+work on each number by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_APART = {
+    *("_to_copy", "clone", "copy_", "split", "split_with_sizes", "unbind", "cat", "stack"),
+    *("glu", "native_dropout", "bernoulli", "bernoulli_"),
+}
+"""Operations on neurons that mix none, beside views and what torch itself marks as pointwise; `glu`
+multiplies the two halves of what a fused projection gives."""
+
+
+def has_independent_neurons(
+    mlp: nn.Module, up: Sequence[nn.Module], down: nn.Module, weight_OM: Tensor
+) -> bool:
+    """Return whether no neuron of an MLP depends on another.
+
+    Args:
+        mlp: the module around its projections; one that needs more than hidden states to run is
+            taken to have independent neurons.
+        up: the projections that produce the neurons.
+        down: the projection that reads them.
+        weight_OM: its weight, (outputs, neurons).
+    """
+    empty = {
+        name: torch.empty_like(tensor, device="meta")
+        for name, tensor in (*mlp.named_parameters(), *mlp.named_buffers())
+    }
+    hidden = torch.empty(1, 2, len(weight_OM), dtype=weight_OM.dtype, device="meta")
+    watch = _Watch()
+    handles = [
+        *(each.register_forward_hook(lambda _m, _args, y: watch.mark(y)) for each in up),
+        down.register_forward_pre_hook(lambda _m, _args: watch.end()),
+    ]
+    try:
+        with torch.no_grad(), watch:
+            torch.func.functional_call(mlp, empty, (hidden,))
+    except Exception:  # what else it needs, only its model knows
+        return True
+    finally:
+        for handle in handles:
+            handle.remove()
+    return not watch.mixed
+
+
+class _Watch(TorchDispatchMode):
+    """Watches operations on the outputs of some projections, until another one reads them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixed = False
+        self._neurons: list[Tensor] = []
+        self._ended = False
+
+    def mark(self, output: Tensor) -> None:
+        """Take a tensor for neurons."""
+        self._neurons.append(output)
+
+    def end(self) -> None:
+        """Watch no longer."""
+        self._ended = True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operation; note whether it mixes neurons."""
+        output = func(*args, **(kwargs or {}))
+        given = [*args, *(kwargs or {}).values()]
+        flat = [each for one in given for each in (one if isinstance(one, list | tuple) else [one])]
+        if not self._ended and any(each is known for each in flat for known in self._neurons):
+            if not _keeps_apart(func):
+                self.mixed = True
+            outputs = output if isinstance(output, list | tuple) else [output]
+            self._neurons += [each for each in outputs if isinstance(each, Tensor)]
+        return output
+
+
+def _keeps_apart(func: Any) -> bool:
+    name = func.overloadpacket.__name__
+    return torch.Tag.pointwise in func.tags or func.is_view or name in _APART
