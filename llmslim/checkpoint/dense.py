@@ -28,6 +28,7 @@ from llmslim.modeling.structured import StructuredLinear
 
 from .quiet import quiet
 
+
 @torch.no_grad()
 def dense_copy(model: PreTrainedModel) -> PreTrainedModel:
     """Return an ordinary model of the base class with the same function.

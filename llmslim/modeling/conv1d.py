@@ -1,4 +1,4 @@
-"""A dense projection held transposed, as GPT-2 holds its own: what its narrower MLPs are made of."""
+"""A dense projection held transposed, as GPT-2 holds its own; its narrower MLPs are made of it."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ class Conv1D(TransposedLinear):
         super().__init__(out_features, in_features)
         if not bias:
             raise ValueError("conv1d always has a bias")
-        self.weight = nn.Parameter(torch.empty(in_features, out_features, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
+        kind = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(in_features, out_features, **kind))
+        self.bias = nn.Parameter(torch.zeros(out_features, **kind))
         nn.init.normal_(self.weight, std=0.02)

@@ -19,7 +19,7 @@ These files travel inside checkpoints: they import torch and transformers only.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -40,6 +40,10 @@ def restore_original(config: PreTrainedConfig, record: Mapping[str, Any]) -> Non
         set_config(config.get_text_config(), record["original"])
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"config.json: llmslim.depth does not fit the model ({error})") from error
+
+
+_TORCH_OWN = frozenset(vars(nn.Module()))
+"""Attributes that torch keeps in every module."""
 
 
 def build_kept(model: Any, record: Mapping[str, Any]) -> None:
@@ -70,38 +74,32 @@ def drop_layers(model: Any, stack: str, keep: Sequence[int]) -> None:
             index.
     """
     layers = model.get_submodule(stack)
-    places = {old: new for new, old in enumerate(keep)}
-    moves = [
-        (module, name, _moved(value, old, name, places))
-        for old in keep
-        for module in layers[old].modules()
-        for name, value in layer_indices(module)
+    known = [
+        (old, module, name, value)
+        for old, layer in enumerate(layers)
+        for module in layer.modules()
+        for name, value in vars(module).items()
+        if type(value) is int and _INDEX.search(name)
     ]
+    # Longcat's layers have two attentions each, which are counted through.
+    own = [value for _, _, name, value in known if _INDEX.match(name)]
+    each = max(1, (1 + max(own, default=0)) // len(layers))
+    places = {old: new for new, old in enumerate(keep)}
+    moves = []
+    for old, module, name, value in known:
+        if old not in places:
+            continue
+        index, part = divmod(value, each)
+        if _INDEX.match(name) and old not in (index, value):
+            raise ValueError(f"layer {old} calls itself {name} {value}")
+        if index not in places and value != old:
+            raise ValueError(f"layer {old} reads from layer {index} ({name}), which is dropped")
+        moved = places[old] if value == old else places[index] * each + part
+        moves.append((module, name, moved))
     parent, _, leaf = stack.rpartition(".")
     setattr(model.get_submodule(parent), leaf, nn.ModuleList(layers[old] for old in keep))
-    for module, name, index in moves:
-        setattr(module, name, index)
-
-
-def layer_indices(module: nn.Module) -> Iterator[tuple[str, int]]:
-    """Yield the attributes of a module that hold the index of a decoder layer, with their values."""
-    for name, value in vars(module).items():
-        if _INDEX.search(name) and type(value) is int:
-            yield name, value
-
-
-def _moved(value: int, own: int, name: str, places: Mapping[int, int]) -> int:
-    """Return the new value of an attribute that holds the index of a layer.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    named_alone = _INDEX.match(name) is not None  # `layer_idx`, not `kv_shared_layer_index`
-    if named_alone and value != own:
-        raise ValueError(f"layer {own} calls itself {name} {value}")
-    if value not in places:
-        raise ValueError(f"layer {own} reads from layer {value} ({name}), which is dropped")
-    return places[value]
+    for module, name, value in moves:
+        setattr(module, name, value)
 
 
 def set_fields(model: Any, fields: Mapping[str, Any]) -> None:
@@ -127,7 +125,32 @@ def set_config(config: PreTrainedConfig, fields: Mapping[str, Any]) -> None:
         real = config.attribute_map.get(key, key)
         if not hasattr(config, real):
             raise AttributeError(f"config has no field {key!r}")
-        object.__setattr__(config, real, value)
+        derived = getattr(type(config), real, None)
+        if isinstance(derived, property) or real in vars(type(config)).get(_CONSTANTS, ()):
+            if getattr(config, real) != value:
+                _fix(config, real, value)
+        else:
+            object.__setattr__(config, real, value)
+
+
+_CONSTANTS = "_llmslim_constants"
+
+
+def _fix(config: PreTrainedConfig, name: str, value: Any) -> None:
+    """Give a config a value that its class works out from others, in place."""
+    cls = type(config)
+    fixed = {name: value}
+    if known := vars(cls).get(_CONSTANTS):
+        fixed, cls = {**known, **fixed}, cls.__bases__[0]
+    config.__class__ = type(
+        cls.__name__, (cls,), {**fixed, _CONSTANTS: fixed, "__module__": cls.__module__}
+    )
+
+
+def plain_class(config: PreTrainedConfig) -> Any:
+    """Return the class of a config, whatever values were fixed in it."""
+    cls = type(config)
+    return cls.__bases__[0] if _CONSTANTS in vars(cls) else cls
 
 
 def text_configs(model: Any) -> list[PreTrainedConfig]:
@@ -150,6 +173,6 @@ def set_attributes(module: nn.Module, values: Mapping[str, Any]) -> None:
         AttributeError: if it has none of one of the names.
     """
     for name, value in values.items():
-        if name not in vars(module) or isinstance(vars(module)[name], dict):
+        if name not in vars(module) or name in _TORCH_OWN:
             raise AttributeError(f"{type(module).__name__} has no attribute {name!r}")
         setattr(module, name, value)

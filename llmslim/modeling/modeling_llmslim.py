@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .configuration_llmslim import FORMAT, SlimConfig, slim_config_class
-from .depth import build_kept, restore_original
+from .depth import build_kept, plain_class, restore_original
 from .structured import build, structure_class
 
 ENTRY_FILE = "llmslim_entry.py"
@@ -135,7 +135,7 @@ def base_of(model: Any) -> tuple[Any, Any]:
         return base, copy.deepcopy(model.config)
     slim: Any = model.config
     fields = {key: value for key, value in slim.to_dict().items() if key not in _SLIM_FIELDS}
-    config = type(slim).__bases__[0].from_dict(fields)
+    config = plain_class(slim).__bases__[0].from_dict(fields)
     if depth := slim.llmslim.get("depth"):
         restore_original(config, depth)
     return base, config
@@ -287,7 +287,7 @@ def become_slim(
         sites: module name to block spec, of all its blocks.
         depth: the record of the layers it keeps of an original, see `depth`.
     """
-    base_config, base_model = type(model.config), type(model)
+    base_config, base_model = plain_class(model.config), type(model)
     if not issubclass(base_model, SlimModelMixin):
         model.config.__class__ = slim_config_class(base_config)
         model.__class__ = slim_model_class(base_model)

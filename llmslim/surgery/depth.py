@@ -22,6 +22,7 @@ from llmslim.errors import TargetError
 from llmslim.modeling.depth import drop_layers, set_attributes, set_config, set_fields
 from llmslim.modeling.modeling_llmslim import base_of
 from llmslim.recipe import Recipe
+from llmslim.surgery.dry_run import CannotRunError, layer_operations
 from llmslim.surgery.likeness import changed_attributes, differences, first_difference
 from llmslim.surgery.sites import Layers
 
@@ -153,23 +154,47 @@ class _Search:
             try:
                 trial = self._build(fields)
             except Exception as error:  # configs and models check themselves, each in its own way
-                problem = problem or f"{type(error).__name__}: {error}".partition("\n")[0]
+                problem = problem or f"its config refuses it ({' '.join(str(error).split())[:200]})"
                 continue
             attributes = self._following(trial)
             made = copy.deepcopy(left)
             set_fields(made, fields)
             for name, values in attributes.items():
                 set_attributes(made.get_submodule(name), values)
-            difference = first_difference(made, trial)
-            if not difference:
+            if not first_difference(made, trial):
+                self._check_same(made)
                 return DepthPlan(fields, attributes)
-            tried = DepthPlan(fields, attributes)
+            if tried is None or fields.keys() <= tried.fields.keys():
+                tried = DepthPlan(fields, attributes)
             if outside := self._outside(trial):
-                problem = f"their number is part of the rest of the model ({outside})"
-                tried = None
+                raise ValueError(f"their number is part of the rest of the model ({outside})")
         if tried is None:
             raise ValueError(problem)
-        return self._recorded(tried)
+        found = self._recorded(tried)
+        set_fields(left, found.fields)
+        for name, values in found.attributes.items():
+            set_attributes(left.get_submodule(name), values)
+        self._check_same(left)
+        return found
+
+    def _check_same(self, made: nn.Module) -> None:
+        """Make sure that layers compute at their new places what they computed at their old ones.
+
+        Raises:
+            ValueError: if they do not.
+        """
+        try:
+            right = layer_operations(self._original, self._stack)
+        except CannotRunError:
+            return  # what is written is compared with what was made all the same
+        try:
+            found = layer_operations(made, self._stack)
+        except CannotRunError as error:
+            raise ValueError(f"what is left does not run ({error})") from error
+        for new, old in enumerate(self._keep):
+            (inside, after), (wanted, then) = found[new], right[old]
+            if inside != wanted or (after and then and after != then):
+                raise ValueError(f"layer {old} would compute something else at another place")
 
     def _build(self, fields: Fields) -> nn.Module:
         """Build the original with other fields, from what its config.json would be."""
@@ -188,7 +213,8 @@ class _Search:
             ValueError: if there is none.
         """
         text = self._config.get_text_config()
-        usual = [name for name in ("num_hidden_layers",) if getattr(text, name, None) == self._count]
+        known = getattr(text, "num_hidden_layers", None)
+        usual = ["num_hidden_layers"] if known == self._count else []
         known = {text.attribute_map.get(name, name) for name in usual}
         others = [
             name
@@ -207,17 +233,21 @@ class _Search:
             counts: fields that count decoder layers.
         """
         base: Fields = dict.fromkeys(counts, len(self._keep))
+        several, rest = divmod(self._config.get_text_config().num_hidden_layers, self._count)
+        if several > 1 and not rest:  # Longcat counts attentions there, two in each layer
+            base["num_hidden_layers"] = several * len(self._keep)
+        other: Fields = {}
         indices: Fields = {}
         thresholds: Fields = {}
         places = {old: new for new, old in enumerate(self._keep)}
         for name, value in self._config.get_text_config().to_dict().items():
-            if name in base or "token" in name or name == "architectures":
+            if name in base or re.search(r"token|label|architectures", name):
                 continue
-            if isinstance(value, list | tuple | str) and len(value) == self._count > 1:
-                if not isinstance(value, str):
-                    base[name] = [value[index] for index in self._keep]
-                elif "pattern" in name:
-                    base[name] = "".join(value[index] for index in self._keep)
+            if isinstance(value, list) and len(value) == self._count:
+                cut = base if re.search(r"layer|block|type|pattern", name) else other
+                cut[name] = [value[index] for index in self._keep]
+            if isinstance(value, str) and len(value) == self._count and "pattern" in name:
+                base[name] = "".join(value[index] for index in self._keep)
             if isinstance(value, Mapping) and value and all(_is_index(key) for key in value):
                 base[name] = {
                     type(key)(places[int(key)]): part
@@ -228,11 +258,13 @@ class _Search:
                 indices[name] = sorted(places[index] for index in value if index in places)
             if type(value) is int and 0 < value <= self._count and re.search(_THRESHOLD, name):
                 thresholds[name] = sum(index < value for index in self._keep)
-        yield base
+        yield base | other
         if indices:
+            yield base | other | indices
+        if other:  # as long by chance
             yield base | indices
         if thresholds:
-            yield base | indices | {k: v for k, v in thresholds.items() if k not in base}
+            yield thresholds | base | other | indices
 
     def _following(self, trial: nn.Module) -> Attributes:
         """Return the attributes outside of the layers that follow the config.
@@ -247,7 +279,7 @@ class _Search:
         return found
 
     def _outside(self, trial: nn.Module) -> str:
-        """Return how modules outside of the layers differ in kind or shape, empty if they do not."""
+        """Return how modules outside of the layers differ in kind or shape, if they do."""
         ours, theirs = ({n for n, _ in _outer(m, self._stack)} for m in (self._original, trial))
         if ours != theirs:
             return min(ours ^ theirs)
@@ -263,15 +295,27 @@ class _Search:
                 yield name, module, theirs[name]
 
     def _recorded(self, found: DepthPlan) -> DepthPlan:
+        """Return a description by what is changed of the original."""
         text = self._config.get_text_config()
+        fields = found.fields | self._derived(text)
         record = {
             "stack": self._stack,
             "keep": list(self._keep),
-            "original": {name: getattr(text, name) for name in found.fields},
-            "kept": found.fields,
+            "original": {name: getattr(text, name) for name in fields},
+            "kept": fields,
             "attributes": found.attributes,
         }
-        return DepthPlan(found.fields, found.attributes, record)
+        return DepthPlan(fields, found.attributes, record)
+
+    def _derived(self, text: Any) -> Fields:
+        """Return what a config works out for each layer, for those that stay."""
+        names = [n for n in dir(type(text)) if isinstance(getattr(type(text), n), property)]
+        values = {name: getattr(text, name, None) for name in names}
+        return {
+            name: [value[index] for index in self._keep]
+            for name, value in values.items()
+            if isinstance(value, list) and len(value) == self._count
+        }
 
 
 _THRESHOLD = re.compile(r"layer|dense|first")
@@ -303,4 +347,6 @@ def _is_json(value: Any) -> bool:
     """Return whether a value is made of what bookkeeping is made of."""
     if isinstance(value, list | tuple):
         return all(map(_is_json, value))
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_json(value[key]) for key in value)
     return value is None or isinstance(value, bool | int | str)

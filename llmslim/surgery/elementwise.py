@@ -19,8 +19,8 @@ _APART = {
     *("_to_copy", "clone", "copy_", "split", "split_with_sizes", "unbind", "cat", "stack"),
     *("glu", "native_dropout", "bernoulli", "bernoulli_"),
 }
-"""Operations on neurons that mix none, beside views and what torch itself marks as pointwise; `glu`
-multiplies the two halves of what a fused projection gives."""
+"""Operations on neurons that mix none, beside views, `..._like` and what torch itself marks as
+pointwise; `glu` multiplies the two halves of what a fused projection gives."""
 
 
 def has_independent_neurons(
@@ -90,4 +90,5 @@ class _Watch(TorchDispatchMode):
 
 def _keeps_apart(func: Any) -> bool:
     name = func.overloadpacket.__name__
-    return torch.Tag.pointwise in func.tags or func.is_view or name in _APART
+    known = func.is_view or name in _APART or name.endswith("_like")
+    return known or torch.Tag.pointwise in func.tags

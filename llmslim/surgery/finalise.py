@@ -28,16 +28,16 @@ def finalise(model: Any, plan: Plan) -> None:
     if plan.layers and plan.keep_layers is not None and plan.depth is not None:
         drop_layers(model, plan.layers.path, plan.keep_layers)
         record = plan.depth.record
-    set_fields(model, plan.text_config)
-    if plan.depth is not None:
-        for name, values in plan.depth.attributes.items():
-            set_attributes(model.get_submodule(name), values)
     specs = _existing_sites(model, plan) | plan.resized
     specs |= {site.new_name: site.spec for site in plan.sites}
+    attributes = plan.depth.attributes if plan.depth is not None else {}
+    for name, values in attributes.items():
+        set_attributes(model.get_submodule(name), values)
     if specs or record or slim:
         become_slim(model, specs, record)
     else:
         refresh_ties(model)
+    set_fields(model, plan.text_config)
 
 
 def check_described(model: Any, plan: Plan) -> None:
@@ -57,13 +57,14 @@ def check_described(model: Any, plan: Plan) -> None:
         for each in plan.mlps:
             resize_on_meta(made, each.mlp, each.width)
         replace_sites(made, {site.name: site.spec for site in plan.sites})
-        finalise(made, plan)
         problem = ""
         try:
+            finalise(made, plan)
             again = type(made)(type(made.config).from_dict(made.config.to_dict()))
         except Exception as error:  # configs and models check themselves, each in its own way
             problem = f"{type(error).__name__}: {error}".partition("\n")[0]
-    if problem := problem or first_difference(made, again):
+    problem = problem or first_difference(made, again)
+    if problem:
         raise TargetError(
             f"{plan.recipe.where('depth' if plan.depth else 'replace')}: no config of "
             f"{type(model).__name__} builds what the recipe makes of it ({problem}). Change the "

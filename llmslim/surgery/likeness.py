@@ -24,7 +24,7 @@ _SKIPPED = {
     # What torch and transformers keep account of while a model is built and loaded.
     *vars(nn.Module()),
     *("_is_hf_initialized", "_no_split_modules", "_keep_in_fp32_modules", "_tp_plan"),
-    *("_ep_plan", "_pp_plan", "_tied_weights_keys", "all_tied_weights_keys", "name_or_path"),
+    *("_ep_plan", "_pp_plan", "all_tied_weights_keys", "name_or_path"),
     *("warnings_issued", "_hf_hook", "_old_forward", "_model_tags", "_can_compile_fullgraph"),
 }
 _UNUSED_FIELDS = {
@@ -67,9 +67,12 @@ def differences(
     """
     if type(one).forward is not type(other).forward:
         yield f"{where}: {type(one).__name__} and {type(other).__name__}"
+    unstored = {*one._non_persistent_buffers_set, *other._non_persistent_buffers_set}
     for kind in ("_parameters", "_buffers"):
         x, y = ({k: _form(t) for k, t in getattr(each, kind).items()} for each in (one, other))
         for key in sorted({*x, *y}):
+            if key in unstored and not (key in x and key in y):
+                continue  # worked out from the config, which is compared
             if x.get(key, "missing") != y.get(key, "missing"):
                 yield f"{where}: {key} {x.get(key, 'missing')} and {y.get(key, 'missing')}"
     for key, ours, theirs in changed_attributes(one, other) if attributes else ():
@@ -77,13 +80,14 @@ def differences(
 
 
 def changed_attributes(one: nn.Module, other: nn.Module) -> Iterator[tuple[str, Any, Any]]:
-    """Yield the plain attributes of two modules that differ: name, and both values."""
+    """Yield the plain attributes that two modules have both, and that differ.
+
+    What only one has is not compared: code that needs it does not run without it.
+    """
     ours, theirs = (_attributes(module) for module in (one, other))
-    for key in [*ours, *(key for key in theirs if key not in ours)]:
-        if key not in ours or key not in theirs:
-            yield key, ours.get(key, "missing"), theirs.get(key, "missing")
-        elif not _equal(ours[key], theirs[key]):
-            yield key, ours[key], theirs[key]
+    for key, value in ours.items():
+        if key in theirs and not _equal(value, theirs[key]):
+            yield key, value, theirs[key]
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:

@@ -28,7 +28,6 @@ from llmslim.modeling.sizes import WIDTH_FIELDS
 from llmslim.surgery.likeness import first_difference
 from llmslim.surgery.sites import Mlp, dense_weight
 
-
 _WIDTH_ATTRIBUTE = re.compile(r"intermediate|inner|ffn|mlp_dim")
 """What modules call the number of their neurons, where they keep it."""
 
