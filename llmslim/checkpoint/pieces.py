@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
@@ -134,6 +134,19 @@ class Pieces:
             }
             tensors = {key: opened[self._where[key]].get_tensor(key) for key in piece.stored}
             self._put(tensors, self._config)
+        self._put_tables()
+
+    def load_zeros(self, piece: Piece) -> None:
+        """Give a piece weights that are all zero."""
+        for home in piece.homes:
+            for module in self.model.get_submodule(home).modules():
+                for name, weight in module._parameters.items():
+                    if weight is not None and weight.is_meta:
+                        zeros = torch.zeros_like(weight, device=self.device)
+                        module._parameters[name] = nn.Parameter(zeros, requires_grad=False)
+                for name, buffer in module._buffers.items():
+                    if buffer is not None and buffer.is_meta:
+                        module._buffers[name] = torch.zeros_like(buffer, device=self.device)
         self._put_tables()
 
     def release(self, piece: Piece) -> None:

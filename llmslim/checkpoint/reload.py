@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from llmslim.errors import CheckpointError
@@ -13,7 +14,9 @@ from .pieces import NotInPiecesError, Pieces
 from .source import open_source
 
 
-def check_loads(folder: Path, tensors: Mapping[str, Tensor], kind: str) -> None:
+def check_loads(
+    folder: Path, tensors: Mapping[str, Tensor], kind: str, device: torch.device
+) -> Pieces:
     """Hold the headers of a checkpoint against the model that its config describes.
 
     Nothing is read but headers: this is for a checkpoint whose bytes were compared already.
@@ -22,13 +25,18 @@ def check_loads(folder: Path, tensors: Mapping[str, Tensor], kind: str) -> None:
         folder: the checkpoint.
         tensors: names, shapes and types of every tensor that the model is to have.
         kind: name of its class.
+        device: where its pieces will be.
+
+    Returns:
+        Its pieces.
 
     Raises:
         CheckpointError: if it does not load as that model.
     """
     try:
         source = open_source(folder)
-        pieces = Pieces(source, dtype=str(source.config.dtype).removeprefix("torch."))
+        dtype = str(source.config.dtype).removeprefix("torch.")
+        pieces = Pieces(source, dtype=dtype, device=device)
     except (CheckpointError, NotInPiecesError) as error:
         raise CheckpointError(
             f"{folder.name}: what was written does not load ({error})."
@@ -50,3 +58,4 @@ def check_loads(folder: Path, tensors: Mapping[str, Tensor], kind: str) -> None:
             f"{different[0]}; all weights of a checkpoint must be of one type and untied from "
             "each other, or tied as its config says."
         )
+    return pieces

@@ -29,7 +29,7 @@ from llmslim.recipe import recipe_yaml
 
 from .job import Job
 
-FORMAT = 1
+FORMAT = 2
 _MAX_LINE = 1 << 26
 _HEAD = 1 << 20
 _SHOWN = 5
@@ -52,6 +52,8 @@ class Done:
     """Its blocks that the text never reached."""
     streams: str = ""
     """SHA-256 of the hidden states after it, where it was fitted to text."""
+    sketch: list[float] = field(default_factory=list)
+    """What it computes on fixed inputs, see `proof`."""
 
     @classmethod
     def read(cls, data: Any) -> Done | None:
@@ -62,6 +64,7 @@ class Done:
                 isinstance(done.piece, str)
                 and all(type(v) is str and len(v) == 64 for v in done.digests.values())
                 and all(v is None or type(v) is float for v in done.errors.values())
+                and all(type(v) is float for v in done.sketch)
                 and all(
                     type(v) is str and v.isprintable()
                     for v in (*done.nonfinite, *done.notes, *done.unseen, done.streams)

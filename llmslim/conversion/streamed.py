@@ -4,7 +4,8 @@ A piece is read, rewritten by the same functions that rewrite a whole model, and
 that writes it to its places in the files; meanwhile the next one is read. A third thread takes the
 digests of the model's files for the manifest. When all pieces are on the disk, every tensor is
 read back and held against what was handed over, the headers against the model that the new config
-describes, and only then is the folder renamed.
+describes, each piece is run and compared with what it computed as it was made, and only then is the
+folder renamed.
 
 What it costs: beside the piece at hand, the one that is being written stays in memory.
 
@@ -55,6 +56,7 @@ from .job import Conversion, Job
 from .journal import Done, Journal, key_of
 from .layered import LayersOnDisk, most_bytes
 from .outcome import Outcome, is_dropped
+from .proof import Prover, check_computes
 from .work import Work
 
 
@@ -89,7 +91,8 @@ def convert_streamed(
         work.begun(key, resume=job.resume) as journal,
         FileHashes() as hashes,
     ):
-        conversion = _Streamed(job, pieces, plan, outcome, work, journal, hashes)
+        prover = Prover(pieces)
+        conversion = _Streamed(job, pieces, plan, outcome, work, journal, hashes, prover)
         conversion.write_weights(text)
         written = told_of_types(job.source, pieces.model.dtype, job.dtype)
         report = conversion.finish(tokenizer, text, (*written, *notes))
@@ -108,10 +111,11 @@ class _Streamed:
         work: Work,
         journal: Journal,
         hashes: FileHashes,
+        prover: Prover,
     ) -> None:
         self.job, self.pieces, self.plan, self.outcome = job, pieces, plan, outcome
         self.work, self.folder = work, work.checkpoint
-        self.journal, self.hashes = journal, hashes
+        self.journal, self.hashes, self.prover = journal, hashes, prover
         narrowed = [mlp.mlp.down for mlp in plan.mlps if mlp.fitted]
         self.planned = [*(site.name for site in plan.sites), *narrowed]
         self.steps, self.total = 0, len(self.planned)
@@ -139,7 +143,9 @@ class _Streamed:
         with TensorFiles(self.folder, layout, written) as files:
 
             def put(piece: Piece, entry: Done) -> None:
-                about[piece.name] = entry
+                gone = is_dropped(piece.name, self.plan)
+                sketch = [] if gone else self.prover.sketch(piece)
+                about[piece.name] = replace(entry, sketch=sketch)
                 files.put(piece.name, self._tensors(piece))
 
             if text is not None:
@@ -202,7 +208,11 @@ class _Streamed:
         known |= {path: self.hashes.of(path) for path in input_files(job.source)}
         write_manifest(folder, source=job.source, known=known)
         flush_all(folder)
-        check_loads(folder, outcome.tensors, type(outcome.model).__name__)
+        kind = type(outcome.model).__name__
+        written = check_loads(folder, outcome.tensors, kind, self.pieces.device)
+        done = self.journal.done.values()
+        sketches = {self.plan.new_name(d.piece): d.sketch for d in done if d.sketch}
+        check_computes(written, outcome.model, sketches)
         if tokenizer is not None:
             check_tokenizer(tokenizer, folder)
         return report

@@ -18,12 +18,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmslim.anatomy import (
+    CannotRunError,
+    changed_attributes,
+    differences,
+    first_difference,
+    layer_operations,
+)
 from llmslim.errors import TargetError
 from llmslim.modeling.depth import drop_layers, set_attributes, set_config, set_fields
 from llmslim.modeling.modeling_llmslim import base_of
 from llmslim.recipe import Recipe
-from llmslim.surgery.dry_run import CannotRunError, layer_operations
-from llmslim.surgery.likeness import changed_attributes, differences, first_difference
 from llmslim.surgery.sites import Layers
 
 Fields = dict[str, Any]

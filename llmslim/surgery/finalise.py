@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from llmslim.anatomy import first_difference
 from llmslim.errors import TargetError
 from llmslim.modeling.depth import drop_layers, set_attributes, set_fields
 from llmslim.modeling.modeling_llmslim import become_slim, refresh_ties, replace_sites
-from llmslim.surgery.likeness import first_difference
 from llmslim.surgery.planned import Plan
 from llmslim.surgery.width import resize_on_meta
 

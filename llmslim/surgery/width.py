@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from llmslim.anatomy import first_difference
 from llmslim.modeling.depth import set_config, set_fields
 from llmslim.modeling.modeling_llmslim import other_names, set_module
 from llmslim.modeling.sizes import WIDTH_FIELDS
-from llmslim.surgery.likeness import first_difference
 from llmslim.surgery.sites import Mlp, dense_weight
 
 _WIDTH_ATTRIBUTE = re.compile(r"intermediate|inner|ffn|mlp_dim")

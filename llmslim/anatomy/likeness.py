@@ -17,15 +17,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.Size)
 _SKIPPED = {
-    # What torch and transformers keep account of while a model is built and loaded.
+    # What torch and transformers keep account of while a model is built and loaded; of a model,
+    # also what has a name of its own (`_`).
     *vars(nn.Module()),
-    *("_is_hf_initialized", "_no_split_modules", "_keep_in_fp32_modules", "_tp_plan"),
-    *("_ep_plan", "_pp_plan", "all_tied_weights_keys", "name_or_path"),
-    *("warnings_issued", "_hf_hook", "_old_forward", "_model_tags", "_can_compile_fullgraph"),
+    *("_is_hf_initialized", "_hf_hook", "_old_forward", "all_tied_weights_keys"),
+    *("name_or_path", "warnings_issued"),
 }
 _UNUSED_FIELDS = {
     # Fields of configs that no forward pass reads.
@@ -91,7 +91,13 @@ def changed_attributes(one: nn.Module, other: nn.Module) -> Iterator[tuple[str, 
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    return {key: value for key, value in vars(module).items() if key not in _SKIPPED}
+    whole = isinstance(module, PreTrainedModel)
+    return {
+        key: value
+        for key, value in vars(module).items()
+        if key not in _SKIPPED
+        and not (whole and key.startswith("_") and key != "_tied_weights_keys")
+    }
 
 
 def _equal(a: Any, b: Any) -> bool:
