@@ -34,6 +34,10 @@ _UNUSED_FIELDS = {
 }
 
 
+_Known = dict[tuple[int, int], bool]
+"""Whether two configs are equal, by their ids."""
+
+
 def first_difference(one: nn.Module, other: nn.Module) -> str:
     """Return what two models would compute differently with the same weights.
 
@@ -45,10 +49,11 @@ def first_difference(one: nn.Module, other: nn.Module) -> str:
         The first difference as `module: what`, empty if there is none.
     """
     ours, theirs = (dict(model.named_modules(remove_duplicate=False)) for model in (one, other))
+    known: _Known = {}
     for name in [*ours, *(name for name in theirs if name not in ours)]:
         found = [f"{name}: in one of the two only"]
         if name in ours and name in theirs:
-            found = list(differences(name or type(one).__name__, ours[name], theirs[name]))
+            found = list(_differences(name or type(one).__name__, ours[name], theirs[name], known))
         if found:
             return found[0]
     return ""
@@ -65,6 +70,12 @@ def differences(
         other: the one it is compared with.
         attributes: whether plain attributes count.
     """
+    yield from _differences(where, one, other, {} if attributes else None)
+
+
+def _differences(
+    where: str, one: nn.Module, other: nn.Module, known: _Known | None
+) -> Iterator[str]:
     if type(one).forward is not type(other).forward:
         yield f"{where}: {type(one).__name__} and {type(other).__name__}"
     unstored = {*one._non_persistent_buffers_set, *other._non_persistent_buffers_set}
@@ -75,18 +86,26 @@ def differences(
                 continue  # worked out from the config, which is compared
             if x.get(key, "missing") != y.get(key, "missing"):
                 yield f"{where}: {key} {x.get(key, 'missing')} and {y.get(key, 'missing')}"
-    for key, ours, theirs in changed_attributes(one, other) if attributes else ():
+    for key, ours, theirs in () if known is None else changed_attributes(one, other, known):
         yield f"{where}: {key} {_short(ours)} and {_short(theirs)}"
 
 
-def changed_attributes(one: nn.Module, other: nn.Module) -> Iterator[tuple[str, Any, Any]]:
+def changed_attributes(
+    one: nn.Module, other: nn.Module, known: _Known | None = None
+) -> Iterator[tuple[str, Any, Any]]:
     """Yield the plain attributes that two modules have both, and that differ.
 
     What only one has is not compared: code that needs it does not run without it.
+
+    Args:
+        one: a module.
+        other: the one it is compared with.
+        known: takes up which configs are equal, for other modules that have the same ones.
     """
+    known = {} if known is None else known
     ours, theirs = (_attributes(module) for module in (one, other))
     for key, value in ours.items():
-        if key in theirs and not _equal(value, theirs[key]):
+        if key in theirs and not _equal(value, theirs[key], known):
             yield key, value, theirs[key]
 
 
@@ -100,22 +119,25 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def _equal(a: Any, b: Any) -> bool:
+def _equal(a: Any, b: Any, known: _Known) -> bool:
     """Return whether two attributes are equal; what is neither plain nor made of plain ones is."""
     if isinstance(a, PreTrainedConfig) and isinstance(b, PreTrainedConfig):
-        return _fields(a) == _fields(b)
+        pair = id(a), id(b)
+        if pair not in known:
+            known[pair] = _fields(a) == _fields(b)
+        return known[pair]
     if isinstance(a, _PLAIN) or isinstance(b, _PLAIN):
         return bool(a == b) or (a != a and b != b)  # NaN, too
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(map(_equal, a, b))
+        return len(a) == len(b) and all(_equal(x, y, known) for x, y in zip(a, b, strict=True))
     if type(a) is not type(b):
         return False
     if isinstance(a, set | frozenset):
         return bool(a == b)
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(_equal(a[key], b[key], known) for key in a)
     if isinstance(a, FunctionType):
-        return a.__code__ is b.__code__ and _equal(_closed_over(a), _closed_over(b))
+        return a.__code__ is b.__code__ and _equal(_closed_over(a), _closed_over(b), known)
     if isinstance(a, torch.Tensor):
         return a.shape == b.shape and a.dtype == b.dtype
     return True

@@ -74,6 +74,8 @@ class Pieces:
         dtype: as for `load_model`.
         trust_remote_code: as for `open_source`.
         device: where a piece's weights are.
+        tried: whether every piece is tried first, without memory. Without, what a piece lacks is
+            known once it is loaded.
 
     Raises:
         NotInPiecesError: if it can only be loaded as a whole.
@@ -87,6 +89,7 @@ class Pieces:
         dtype: str | None = None,
         trust_remote_code: bool = False,
         device: torch.device | str = "cpu",
+        tried: bool = True,
     ) -> None:
         if source.path is None or source.gguf_file is not None or source.is_kphi3:
             raise NotInPiecesError("its files are of a kind of their own")
@@ -110,7 +113,8 @@ class Pieces:
             """Tensors in the files that the model has no use for."""
             self.all = tuple(self._grouped())
             self._pieces = {home: piece for piece in self.all for home in piece.homes}
-            self._try(entries)
+            if tried:
+                self._try(entries)
         except (NotInPiecesError, SlimError):
             raise
         except Exception as error:  # each architecture has its own way of loading

@@ -31,6 +31,7 @@ from .layout import MAX_SHARD_SIZE
 from .load import load_tokenizer
 from .manifest import write_manifest
 from .quiet import quiet
+from .reload import check_same_logits
 from .source import Source, first_line
 from .staging import all_files, flush, staged
 
@@ -140,7 +141,8 @@ def _check_model(model: PreTrainedModel, folder: Path) -> None:
     """Load the checkpoint as a user would and compare it with the model.
 
     Raises:
-        CheckpointError: if it does not load, or any tensor differs in name, shape, type or bytes.
+        CheckpointError: if it does not load, any tensor differs in name, shape, type or bytes, or
+            it computes something else.
     """
     register()
     try:
@@ -167,6 +169,7 @@ def _check_model(model: PreTrainedModel, folder: Path) -> None:
             f"{different[0]}; all weights of a checkpoint must be of one type and untied from "
             "each other, or tied as its config says."
         )
+    check_same_logits(model, again, folder.name)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
