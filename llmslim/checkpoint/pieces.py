@@ -32,6 +32,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from llmslim.errors import CheckpointError, SlimError
+from llmslim.modeling.depth import plain_class
 
 from .freed import give_back
 from .layout import TORCH_TYPES
@@ -302,6 +303,7 @@ def model_without_weights(
         trust_remote_code: as for `open_source`.
     """
     config = copy.deepcopy(config)
+    config.__class__ = plain_class(config)  # the one that Auto classes know
     chosen = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     parts = [getattr(config, key, None) for key in getattr(config, "sub_configs", {})]
     for part in (config, *parts):

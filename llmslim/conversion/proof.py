@@ -2,9 +2,9 @@
 
 While a piece is in memory as it was made, its modules are run on fixed random inputs: a decoder
 layer with the masks and rotary embeddings that its model hands it, an embedding on token ids, a
-norm or a head on hidden states. What comes out is kept as a sketch: its products with a few vectors of
-random signs, which any difference changes. When all is written, the same is done with the pieces that
-the new config and the files give, and the sketches are compared.
+norm or a head on hidden states. What comes out is kept as a sketch: its length and its products
+with a few vectors of random signs, which any difference changes. When all is written, the same is
+done with the pieces that the new config and the files give, and the sketches are compared.
 
 Left out: layers that cannot be run alone, because they hand each other more than hidden states.
 Of these, code, settings and bytes are compared.

@@ -138,13 +138,12 @@ _CONSTANTS = "_llmslim_constants"
 
 def _fix(config: PreTrainedConfig, name: str, value: Any) -> None:
     """Give a config a value that its class works out from others, in place."""
-    cls = type(config)
-    fixed = {name: value}
-    if known := vars(cls).get(_CONSTANTS):
-        fixed, cls = {**known, **fixed}, cls.__bases__[0]
-    config.__class__ = type(
-        cls.__name__, (cls,), {**fixed, _CONSTANTS: fixed, "__module__": cls.__module__}
-    )
+    fixed = {**vars(type(config)).get(_CONSTANTS, {}), name: value}
+    config.__class__ = cls = plain_class(config)
+    fixed = {key: wanted for key, wanted in fixed.items() if getattr(config, key) != wanted}
+    if fixed:
+        names = {**fixed, _CONSTANTS: fixed, "__module__": cls.__module__}
+        config.__class__ = type(cls.__name__, (cls,), names)
 
 
 def plain_class(config: PreTrainedConfig) -> Any:
