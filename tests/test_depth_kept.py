@@ -73,7 +73,7 @@ def _configs() -> dict[str, tuple[Any, bool]]:
         ),
         "jamba": (
             tf.JambaConfig(
-                **_SIZES, **mamba, num_key_value_heads=2, attn_layer_period=3, attn_layer_offset=1,
+                **_SIZES, **mamba, num_key_value_heads=2, attn_layer_period=3, attn_layer_offset=0,
                 expert_layer_period=2, num_experts=2, num_experts_per_tok=1,
             ),
             False,
