@@ -1,9 +1,10 @@
 """Text for calibration and training: read, tokenised, cut into windows or packed into rows."""
 
-from .columns import Document as Document
-from .columns import Message as Message
 from .healing import HealingText as HealingText
 from .healing import healing_text as healing_text
+from .messages import Conversation as Conversation
+from .messages import Document as Document
+from .messages import Message as Message
 from .packing import Rows as Rows
 from .packing import collate as collate
 from .packing import collate_apart as collate_apart

@@ -32,7 +32,7 @@ from jinja2 import TemplateError
 
 from llmslim.errors import DataError
 
-from .columns import Message
+from .messages import Message
 from .sampling import (
     Progress,
     cache_folder,

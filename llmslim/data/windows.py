@@ -28,7 +28,7 @@ from torch import Tensor
 from llmslim.errors import DataError
 from llmslim.recipe.schema import Calibration
 
-from .columns import Document
+from .messages import Document
 from .sampling import leading_token, longest_input, sampled_windows
 from .text import read_texts
 
