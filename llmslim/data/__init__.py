@@ -11,5 +11,6 @@ from .packing import collate_apart as collate_apart
 from .packing import collate_flat as collate_flat
 from .sampling import longest_input as longest_input
 from .text import read_texts as read_texts
+from .vocabulary import embedding_rows as embedding_rows
 from .windows import Windows as Windows
 from .windows import calibration_windows as calibration_windows

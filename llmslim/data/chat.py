@@ -18,7 +18,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from .messages import Document, tools_of
+from .messages import Document, strings_in, tools_of
 
 Turn = dict[str, Any]
 
@@ -69,7 +69,7 @@ class Chat:
                 text = self.apply(form, tools)
             except REFUSALS:
                 continue
-            if "{'type': 'text'" in text:  # parts that the template took for a text
+            if "'type': 'text'}" in text:  # parts that the template took for a text
                 continue
             missing = self._missing(form, tools, text)
             if best is None or len(missing) < len(best[2]):
@@ -129,11 +129,8 @@ class Chat:
             )
         missing = self._known[shape]
         # What is thought within the content is not known by the shape.
-        thought = sum(
-            "</think>" in turn["content"] and not _says(text, turn["content"])
-            for turn in turns
-            if isinstance(turn.get("content"), str)
-        )
+        said = ["".join(strings_in(turn.get("content"))) for turn in turns]
+        thought = sum("</think>" in one and not _says(text, one) for one in said)
         repr_of = [
             repr(arguments)
             for turn in turns
@@ -230,7 +227,7 @@ def _ways(turns: list[Turn]) -> Iterator[tuple[list[Turn], bool]]:
         yield merged, True
     yield (
         [
-            {**turn, "content": [{"type": "text", "text": turn["content"]}]}
+            {**turn, "content": [{"text": turn["content"], "type": "text"}]}
             if turn.get("content")
             else turn
             for turn in turns

@@ -102,6 +102,25 @@ def check_fields(fields: Mapping[str, str], where: str) -> None:
         )
 
 
+def check_left(source: str, left_out: int, rows: int, notes: Sequence[str]) -> None:
+    """Refuse data of which less than half is left: it is not what was meant.
+
+    Args:
+        source: its name.
+        left_out: how many rows were left out.
+        rows: how many there were.
+        notes: why they were left out.
+
+    Raises:
+        DataError: if more than half of the rows were left out.
+    """
+    if 2 * left_out > rows:
+        raise DataError(
+            f"{source}: {left_out} of {rows} rows were left out; at least half must be of use. "
+            f"{' '.join(notes)} Mend the data, or name its columns (fields)."
+        )
+
+
 class RowReader:
     """Makes documents of rows, and keeps account of what it leaves out.
 

@@ -13,7 +13,6 @@ that the order reaches are tokenised.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import numpy as np
 from llmslim.errors import DataError
 from llmslim.recipe.schema import Heal, HealSource
 
-from .columns import characters, identity
+from .columns import characters, check_left, identity
 from .conversations import sampled_conversations
 from .mixture import HELD_OUT_SHARE, Part, join, passes, split, without_copies
 from .packing import Ints, Rows, cut
@@ -31,7 +30,7 @@ from .prompts import REPORT_TAGS, Encoder
 from .sampling import Progress
 from .sources import Item, Source, open_source
 from .tokens import Tokens, tokenise
-from .vocabulary import check_ids
+from .vocabulary import check_ids, embedding_rows, stop_tokens
 
 _SELF_TOKENS = 2**18
 _CHARACTERS_PER_TOKEN = 8  # more than text has: so many characters are tokens enough
@@ -90,7 +89,8 @@ class _Job:
             sizes, identities = self._measure(source)
         if not sizes.any():
             raise DataError(_nothing_in(source, len(sizes), tokens))
-        check_left(source.name, sizes, tokens.notes if tokens else source.notes())
+        left_out = int((sizes == 0).sum())
+        check_left(source.name, left_out, len(sizes), tokens.notes if tokens else source.notes())
         none = np.zeros(0, dtype=np.int64)
         return Part(source, asked.weight, sizes, tokens, none, none, identities)
 
@@ -151,7 +151,7 @@ def healing_text(
     teacher: Any = None,
     context_length: int,
     evenly: bool = False,
-    vocabulary: int | None = None,
+    model: Any = None,
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> HealingText:
@@ -164,7 +164,8 @@ def healing_text(
         context_length: tokens of one row.
         evenly: whether the rows are for `collate_apart`, which a model needs that would let samples
             in one row see each other.
-        vocabulary: how many tokens the model has an embedding for, to refuse text with others.
+        model: what is to be healed: text with tokens that it has no embedding for is refused, and
+            its generation config says which tokens end an answer.
         cache: folder for ids and sampled text, so that a second run, a resumed one or another
             process need not make them again; in the user's cache if not given.
         progress: called with what is done, what there is in all (as far as known), and a word on
@@ -186,7 +187,9 @@ def healing_text(
             f"heal.context_length: {context_length}; a row needs 2 tokens or more. "
             "Something like 1024 is usual."
         )
-    job = _Job(spec, Encoder(tokenizer, spec.template, spec.loss_on), teacher, cache, progress)
+    vocabulary = None if model is None else embedding_rows(model)
+    encoder = Encoder(tokenizer, spec.template, spec.loss_on, stop_tokens(model))
+    job = _Job(spec, encoder, teacher, cache, progress)
     asked = [_as_source(one) for one in _listed(spec.data)]
     weights = sum(one.weight for one in asked)
     parts = [job.open(one, one.weight / weights) for one in asked]
@@ -202,7 +205,8 @@ def healing_text(
             wanted[part.held_out] = True
             part.tokens = job.tokenise(part.source, wanted=wanted)
             part.sizes = part.tokens.lengths
-            check_left(part.source.name, part.sizes[wanted], part.tokens.notes)
+            left_out = int((part.sizes[wanted] == 0).sum())
+            check_left(part.source.name, left_out, int(wanted.sum()), part.tokens.notes)
         check_ids(part.tokens.ids, tokenizer, vocabulary, f"heal.data: {part.source.name}")
     tokens = [part.tokens for part in parts if part.tokens is not None]
     seen = join([one.cut(parts) for one in found], spec.seed)
@@ -235,25 +239,6 @@ def healing_text(
     )
 
 
-def check_left(source: str, sizes: Ints, notes: Sequence[str]) -> None:
-    """Refuse data of which less than half is left: it is not what was meant.
-
-    Args:
-        source: its name.
-        sizes: of each row, 0 for one that was left out.
-        notes: why rows were left out.
-
-    Raises:
-        DataError: if more than half of the rows were left out.
-    """
-    gone = int((sizes == 0).sum())
-    if 2 * gone > len(sizes):
-        raise DataError(
-            f"{source}: {gone} of {len(sizes)} rows were left out; at least half must be of use. "
-            f"{' '.join(notes)} Mend the data, or name its columns (fields)."
-        )
-
-
 def _pad_token(tokenizer: Any, vocabulary: int | None) -> int:
     """Return a token to fill rows up with; no loss falls on it, but the model must know it."""
     given = (tokenizer.pad_token_id, tokenizer.eos_token_id)
@@ -275,7 +260,7 @@ def _with_held_out(tokens: int) -> int:
 
 
 def _nothing_in(source: Source, rows: int, tokens: Tokens | None) -> str:
-    refused = " ".join([*source.notes(), *(tokens.notes if tokens else ())])
+    refused = " ".join(tokens.notes if tokens else source.notes())
     if refused:
         return f"{source.name}: no text is left. {refused} Give other data."
     what = f"{rows} rows, none with text in it" if rows else "no rows"

@@ -152,10 +152,10 @@ class Masks:
     def header_end(self, text: str, at: int) -> int:
         """Return where the generation prompt in front of a place ends, that place if there is none.
 
-        Of the prompt, its beginning up to any of its tags may do: some prompts go on with the
-        beginning of a thought, which an answer without one does not have.
+        Of the prompt, what is before any of its tags may do: some prompts go on with the beginning
+        of a thought, which an answer without one does not have.
         """
-        ends = {len(self.prompt), *(tag.end() for tag in self._markup.finditer(self.prompt))}
+        ends = {len(self.prompt), *(tag.start() for tag in self._markup.finditer(self.prompt))}
         for end in sorted(ends - {0}, reverse=True):
             begin = text.rfind(self.prompt[:end], 0, at)
             if begin >= 0 and _EMPTY_FRAME.fullmatch(text, begin + end, at):
@@ -171,7 +171,10 @@ class _Answer:
         self._turns, self._text, self._index = written.turns, written.text, index
 
     def span(self) -> Span | None:
-        """Return which characters it has, None if that is not found."""
+        """Return which characters it has, None if they are not found or say nothing."""
+        turn = self._turns[self._index]
+        if not turn.get("content") and self._apply(self._with(_changed(turn))) == self._text:
+            return None  # a call of a tool that the template does not write
         begin, end = self._begin(), self._end()
         if begin is None or end is None:
             region = self._region()
@@ -219,8 +222,7 @@ class _Answer:
         """Return which characters change when it says something else."""
         turn = self._turns[self._index]
         for other in (_saying(turn), _changed(turn)):
-            turns = [*self._turns[: self._index], other, *self._turns[self._index + 1 :]]
-            changed = self._apply(turns)
+            changed = self._apply(self._with(other))
             if changed is None or changed == self._text:
                 continue
             begin = _same(self._text, changed)
@@ -229,6 +231,10 @@ class _Answer:
             if "\ue000" in changed[begin : len(changed) - same]:
                 return begin, len(self._text) - same
         return None
+
+    def _with(self, other: Turn) -> list[Turn]:
+        """Return the conversation with another turn in place of this one."""
+        return [*self._turns[: self._index], other, *self._turns[self._index + 1 :]]
 
     def _apply(self, turns: Sequence[Turn], **options: Any) -> str | None:
         try:
@@ -249,8 +255,8 @@ def _changed(turn: Turn) -> Turn:
     changed = dict(turn)
     if isinstance(turn.get("content"), str) and turn["content"]:
         changed["content"] = _ANSWER
-    if "reasoning_content" in turn:
-        changed["reasoning_content"] = _ANSWER
+    for key in {"reasoning_content", "reasoning", "thinking"} & turn.keys():
+        changed[key] = _ANSWER
     if "tool_calls" in turn:
         changed["tool_calls"] = [
             {**call, "function": {**call["function"], "name": _ANSWER}}

@@ -1,8 +1,8 @@
 """Split sources into what is trained on and what is held out, and mix them into one pass.
 
 Split: a permutation of a source's documents drawn from the seed, as `datasets` draws it; the first
-ones are held out. With LaMini this is the split of the source report. What says the same as one that
-is held out, but for spaces, is not trained on.
+ones are held out. With LaMini this is the split of the source report. Of the others, those that say
+the same as one that is held out, but for spaces, are not trained on.
 Weights: how often a pass sees each document of a source; 2.5 is twice, and a random half of them
 once more. Where a number of tokens is given, sources without an end (what the model samples, and
 streams) give their weight's share of it, and the others the rest.
@@ -112,8 +112,8 @@ def without_copies(parts: list[Part]) -> list[str]:
             return []
         names = ", ".join(part.source.name for part in parts)
         return [
-            f"{names}: every row says the same as one that is held out; they are trained on all the "
-            "same, so the held-out loss tells nothing of other text."
+            f"{names}: every row says the same as one that is held out; they are trained on all "
+            "the same, so the held-out loss tells nothing of other text."
         ]
     notes = []
     for part, copies in zip(parts, copied, strict=True):

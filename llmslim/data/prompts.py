@@ -60,11 +60,14 @@ class Encoder:
         tokenizer: the model's.
         template: the tokenizer's chat template, or the source report's form.
         loss_on: every token, or only what the assistant says and the end of its turn.
+        stops: tokens at which the model stops to speak, where they are known: in some templates an
+            answer has no end but the tag of the next turn.
     """
 
     tokenizer: Any
     template: Literal["chat", "report"] = "chat"
     loss_on: Literal["all", "answers"] = "all"
+    stops: frozenset[int] = frozenset()
     counts: Counter[str] = field(default_factory=Counter)
     """How many documents turned out otherwise than asked for, by what happened."""
     _unwritten: Counter[str] = field(default_factory=Counter)
@@ -86,6 +89,10 @@ class Encoder:
             for ids, one, at in zip(encoded["input_ids"], written, places, strict=True)
         ]
 
+    def text(self, document: Document) -> str:
+        """Return a document as text, a conversation as its template writes it."""
+        return self._write(document).text
+
     def clear(self) -> None:
         """Count from zero."""
         self.counts.clear()
@@ -97,12 +104,13 @@ class Encoder:
     def key(self) -> str:
         """What the ids depend on beside the documents and the tokenizer's vocabulary."""
         template = self.tokenizer.chat_template if self.template == "chat" else self.template
-        return f"{self.loss_on} {template}"
+        stops = sorted(self.stops) if self.loss_on == "answers" else ""
+        return f"{self.loss_on} {stops} {template}"
 
     def notes(self, source: str) -> list[str]:
         """Return sentences about the documents that turned out otherwise than asked for."""
         notes = [
-            f"{source}: {self.counts[what]} {sentence}"
+            f"{source}: {sentence.format(self.counts[what])}"
             for what, sentence in _SENTENCES.items()
             if self.counts[what]
         ]
@@ -169,6 +177,8 @@ class Encoder:
                 )
             else:
                 learned = within(self._places(ids, written.text, offsets), written.answers)
+            if self.stops and written.begun:
+                self._learn_stops(ids, learned)
         last = self.tokenizer.eos_token_id
         if not written.begun and self._first is not None and ids[0] != self._first:
             ids, learned = np.insert(ids, 0, self._first), np.insert(learned, 0, False)
@@ -178,6 +188,14 @@ class Encoder:
             self.counts[_SILENT] += 1
             return ids[:0]
         return np.where(learned, ids, ~ids)
+
+    def _learn_stops(self, ids: Ids, learned: NDArray[np.bool_]) -> None:
+        """Learn, too, the token behind an answer where that is what ends it; in place."""
+        stops = np.isin(ids, list(self.stops))
+        behind = np.flatnonzero(learned[:-1] & ~learned[1:]) + 1
+        for index in behind[stops[behind]]:
+            if not stops[max(0, index - 2) : index].any():  # an end, and perhaps a line end
+                learned[index] = True
 
     @cached_property
     def _greedy(self) -> Ids:
@@ -235,12 +253,12 @@ def _said(turn: Message) -> str:
 
 _SENTENCES = {
     _REFUSED: (
-        "conversations are refused by the chat template, such as ones that do not alternate "
-        "between user and assistant; they were read as plain text."
+        "the chat template refuses {} conversations, such as ones that do not alternate between "
+        "user and assistant; they were read as plain text."
     ),
-    _WHOLE: "documents are plain text without turns; the loss falls on all of each.",
+    _WHOLE: "{} documents are plain text without turns; the loss falls on all of each.",
     _LOST: (
-        "answers cannot be told apart in what the chat template writes, and were not learned from."
+        "{} answers cannot be told apart in what the chat template writes, and were not learned from."
     ),
-    _SILENT: "documents hold nothing to learn from, such as no answer, and were left out.",
+    _SILENT: "{} documents hold nothing to learn from, such as no answer, and were left out.",
 }

@@ -23,7 +23,7 @@ import struct
 import tempfile
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -54,12 +54,12 @@ class Tokens:
     """Tokens of each document."""
     starts: NDArray[np.int64]
     """Where in `ids` each document begins."""
-    identities: NDArray[np.int64]
-    """The same number for documents that say the same; 0 for one of no length."""
     licences: tuple[str, ...] = ()
     """What the rows themselves say their licence is."""
     notes: tuple[str, ...] = ()
     """Sentences about what turned out otherwise than asked for."""
+    identities: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """The same number for documents that say the same; 0 for one of no length."""
 
 
 def tokenise(
@@ -228,4 +228,4 @@ def _read(path: Path) -> Tokens | None:
     ends = np.fromiter(itertools.accumulate(lengths.tolist()), np.int64, len(lengths))
     if len(ends) and ends[-1] != len(ids):
         return None
-    return Tokens(ids, lengths, ends - lengths, identities, tuple(licences), tuple(notes))
+    return Tokens(ids, lengths, ends - lengths, tuple(licences), tuple(notes), identities)

@@ -1,4 +1,4 @@
-"""Whether a model has an embedding for every token of a text.
+"""What a model knows of tokens: whether it has an embedding for each, and at which it stops.
 
 Tokenizers are often larger than the embedding: a token was added and the embedding not resized.
 That is no matter as long as no text has the token; where one has, the model would end in an index
@@ -32,6 +32,13 @@ def embedding_rows(model: Any) -> int | None:
         if rows is not None:
             known.append(int(rows))
     return min(known, default=None)
+
+
+def stop_tokens(model: Any) -> frozenset[int]:
+    """Return the tokens at which a model stops to speak, as its generation config says."""
+    given = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    listed = given if isinstance(given, list) else [given]
+    return frozenset(token for token in listed if token is not None)
 
 
 def check_ids(ids: Any, tokenizer: Any, rows: int | None, where: str) -> None:

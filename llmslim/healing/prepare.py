@@ -221,5 +221,6 @@ def _rows(ready: Ready, progress: Progress) -> Any:
             teacher=ready.teacher,
             context_length=length,
             evenly=ready.mixes,
+            model=ready.model,
             progress=progress,
         )
