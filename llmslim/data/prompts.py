@@ -258,7 +258,8 @@ _SENTENCES = {
     ),
     _WHOLE: "{} documents are plain text without turns; the loss falls on all of each.",
     _LOST: (
-        "{} answers cannot be told apart in what the chat template writes, and were not learned from."
+        "{} answers cannot be told apart in what the chat template writes, and were not learned "
+        "from."
     ),
     _SILENT: "{} documents hold nothing to learn from, such as no answer, and were left out.",
 }
