@@ -31,7 +31,7 @@ def written(kind: str, path: Path, rows: list[dict[str, Any]], patch: Any) -> st
     if kind == "hub":
         patch.setattr(datasets, "load_dataset", LOAD)  # perhaps there is a stand-in already
         hub(patch, table("parquet", path / f"hub{len(rows)}.parquet", rows))
-        return "org/name"
+        return f"org/name{len(rows)}"
     name = path / f"a.{kind}"
     if kind != "csv":
         return table(kind.removesuffix(".gz"), name, rows)
@@ -158,7 +158,7 @@ def test_what_is_left_out_is_counted_by_its_reason(tmp_path, monkeypatch, kind):
     rows = [{"prompt": "Q", "completion": "A", "topic": "birds", "number": 1}] * 4
     rows += [{**rows[0], "completion": ""}, {**rows[0], "prompt": None, "completion": None}]
     name = written(kind, tmp_path, rows, monkeypatch)
-    short = {"hub": "org/name"}.get(kind, f"a.{kind}")
+    short = {"hub": "org/name6"}.get(kind, f"a.{kind}")
     for tokens in (None, 10**6):
         found, notes = read(name, tokens=tokens)
         assert len(found) == 4

@@ -46,7 +46,7 @@ def check_ids(ids: Any, tokenizer: Any, rows: int | None, where: str) -> None:
 
     Args:
         ids: of the text, one after the other; a negative one stands for its complement.
-        tokenizer: says what the tokens are.
+        tokenizer: says what the tokens are, where there is one.
         rows: of the embedding; anything is allowed if None.
         where: the text, for the message.
 
@@ -62,7 +62,7 @@ def check_ids(ids: Any, tokenizer: Any, rows: int | None, where: str) -> None:
         beyond.update(np.unique(some[some >= rows]).tolist())
     if beyond:
         named = ", ".join(
-            f"{tokenizer.convert_ids_to_tokens(one)!r} with id {one}"
+            f"{'?' if tokenizer is None else tokenizer.convert_ids_to_tokens(one)!r} with id {one}"
             for one in sorted(beyond)[:_MOST_NAMED]
         )
         more = len(beyond) - _MOST_NAMED
