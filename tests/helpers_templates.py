@@ -147,14 +147,15 @@ _TAGS = re.compile(r"<[^<>\s']+>|\[[^\[\]\s'.0-9:]+\]")
 
 
 def tokenizer_of(
-    template: str | None, *, tags: bool = True, strip: bool = False, **more: Any
+    template: str | None, *, tags: bool = True, strip: str = "", **more: Any
 ) -> PreTrainedTokenizerFast:
     """Return a byte-level tokenizer that has a template.
 
     Args:
         template: the chat template.
         tags: whether its tags are tokens of their own.
-        strip: whether these swallow the space behind them, as Phi-3's do.
+        strip: `rstrip` if these swallow the space behind them, as Phi-3's do; `lstrip` for that
+            in front of them.
         more: further arguments.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -170,6 +171,9 @@ def tokenizer_of(
         found = dict.fromkeys(_TAGS.findall(template or ""))
         roles = ["<|system|>", "<|user|>", "<|assistant|>"]
         tokenizer.add_tokens(
-            [AddedToken(tag, rstrip=strip, special=True) for tag in (*found, *roles)]
+            [
+                AddedToken(tag, special=True, **({strip: True} if strip else {}))
+                for tag in (*found, *roles)
+            ]
         )
     return tokenizer

@@ -84,8 +84,24 @@ def test_where_the_assistant_begins_no_system_prompt_is_learned(name):
 )
 def test_tags_that_swallow_space_are_not_learned_for_it(name, truth):
     document = [ASK, turn("assistant", "\n  A1"), turn("user", " Q2"), turn("assistant", "\tA2")]
-    tokenizer = tokenizer_of(TEMPLATES[name], strip=True)
+    tokenizer = tokenizer_of(TEMPLATES[name], strip="rstrip")
     assert masked(tokenizer, document)[1] == truth
+
+
+def test_tags_that_swallow_space_before_them_are_not_learned_for_it():
+    document = [ASK, turn("assistant", " A1 "), turn("user", " Q2"), turn("assistant", "A2\n")]
+    tokenizer = tokenizer_of(TEMPLATES["phi3"], strip="lstrip")
+    assert masked(tokenizer, document)[1] == [" A1<|end|>", "A2<|end|>\n</s>"]
+
+
+def test_a_template_s_own_marks_are_those_that_the_tokenizer_tells():
+    tokenizer = tokenizer_of(TEMPLATES["smollm3"])
+    truth = tokenizer.apply_chat_template(
+        TALK, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    (ids,) = Encoder(tokenizer, loss_on="answers")([TALK])
+    assert [int(i >= 0) for i in ids.tolist()] == truth["assistant_masks"]
+    assert [i if i >= 0 else ~i for i in ids.tolist()] == truth["input_ids"]
 
 
 def test_thoughts_are_learned_where_they_are_written():

@@ -185,6 +185,14 @@ def test_more_than_half_without_an_answer_is_an_error(tmp_path):
     assert len(read(name)[0]) == 5
 
 
+def test_a_stream_of_which_half_is_of_no_use_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("llmslim.data.sources._LARGE_BYTES", 100)
+    rows = [{"prompt": f"Q{i}", "completion": "A" if i % 3 == 0 else ""} for i in range(60)]
+    name = jsonl(tmp_path / "a.jsonl", rows)
+    for _ in range(2):  # nothing of it is kept
+        assert "40 of 60 rows were left out" in problem(name, tokenizer=QWEN, tokens=5000)
+
+
 def test_parts_that_are_no_text_and_empty_turns_are_counted(tmp_path):
     picture = {"type": "image_url", "image_url": {"url": "x"}}
     asked = {"role": "user", "content": [{"type": "text", "text": "Q"}, picture]}

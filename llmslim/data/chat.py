@@ -14,11 +14,11 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import TemplateError
 
-from .messages import Document, strings_in, tools_of
+from .messages import Document, Message, strings_in, tools_of
 
 Turn = dict[str, Any]
 
@@ -58,7 +58,7 @@ class Chat:
 
     def write(self, document: Document) -> Written | None:
         """Return what the template makes of a conversation, None if it refuses it in any way."""
-        turns = [dict(turn) for turn in document]
+        turns: list[Turn] = [dict(turn) for turn in cast(list[Message], document)]
         tools = tools_of(document)
         shape = _shape(turns, tools)
         best: tuple[int, Written, tuple[str, ...], bool] | None = None
@@ -173,12 +173,14 @@ class _Marks:
 
     def tools(self, tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return tools with marks in place of their names."""
-        return [
-            {**tool, "function": {**function, "name": self._text("tools", str(function["name"]))}}
-            if isinstance(function := tool.get("function"), dict) and "name" in function
-            else tool
-            for tool in tools
-        ]
+        marked = []
+        for tool in tools:
+            function = tool.get("function")
+            if isinstance(function, dict) and "name" in function:
+                name = self._text("tools", str(function["name"]))
+                tool = {**tool, "function": {**function, "name": name}}
+            marked.append(tool)
+        return marked
 
     def _content(self, content: Any, name: str) -> Any:
         if isinstance(content, list):

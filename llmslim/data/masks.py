@@ -73,14 +73,15 @@ class Masks:
         if not _GENERATION.search(template):
             return None
         turns = [{k: v for k, v in turn.items() if v is not None} for turn in written.turns]
-        (text,), (spans,) = render_jinja_template(
+        options: dict[str, Any] = {**tokenizer.special_tokens_map, "tools": written.tools or None}
+        rendered: Any = render_jinja_template(
             conversations=[turns],
-            tools=written.tools or None,
             chat_template=template,
             return_assistant_tokens_mask=True,
-            **tokenizer.special_tokens_map,
+            **options,
         )
-        return [(int(a), int(b)) for a, b in spans] if text == written.text else None
+        (text,), (spans,) = rendered
+        return [(int(start), int(end)) for start, end in spans] if text == written.text else None
 
     @cached_property
     def prompt(self) -> str:

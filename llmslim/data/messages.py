@@ -149,7 +149,7 @@ def _message(given: Mapping[str, Any], column: str, where: str, counts: Counter[
         others["tool_calls"] = [_call(without_empty(call)) for call in calls]
     elif calls:
         counts["parts tool_calls"] += 1
-    return Message(**message, **{k: v for k, v in others.items() if v not in ([], "")})  # type: ignore[typeddict-item]
+    return Message(**message, **{k: v for k, v in others.items() if v not in ([], "")})
 
 
 def _content(value: Any, column: str, where: str, counts: Counter[str]) -> str:

@@ -33,7 +33,7 @@ from safetensors import safe_open
 
 from llmslim.errors import DataError
 
-from .columns import characters, identity
+from .columns import characters, check_left, identity
 from .messages import Document
 from .prompts import Encoder, Ids
 from .sampling import Progress, cache_folder
@@ -172,6 +172,9 @@ def _write(
                     progress(done, max(done, source.rows or 0), "tokenising")
                 if limit is not None and total >= limit:
                     break
+            if source.stream:  # which passes over rows without text, so they are not seen here
+                rows = source.reader
+                check_left(source.name, rows.left_out, rows.rows, source.notes())
             about = {
                 "licences": json.dumps(sorted(source.licences)),
                 "notes": json.dumps([*source.notes(), *encoder.notes(source.name)]),
