@@ -127,7 +127,12 @@ def test_lamini_is_filtered_and_split_as_datasets_does_it(tmp_path, monkeypatch)
     assert sorted(texts_in(text.train)) == texts(truth["train"])
     assert text.source == "lamini"
     assert text.licence == "lamini: CC BY-NC 4.0"
-    assert text.notes == ("lamini: 14 rows hold a refusal and were left out.",)
+    assert text.notes == (
+        "lamini: 1 rows hold a question without an answer or an answer without a question, and "
+        "were left out.",
+        "lamini: not read, though they hold text: the columns instruction_source (5299).",
+        "lamini: 14 rows hold a refusal and were left out.",
+    )
     # The same rows are held out when only some are tokenised.
     some = heal("lamini", length=512, tokens=300)
     assert sorted(texts_in(some.held_out)) == texts(truth["test"])

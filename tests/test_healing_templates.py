@@ -35,7 +35,7 @@ def test_the_reports_template(tmp_path):
     answers = heal(rows, tokenizer=tokenizer, template="report", length=16, loss_on="answers")
     assert answers.train[0]["labels"][:8].tolist() == [-100] * 5 + ids[5:]
     assert text.notes == ()
-    (note,) = heal([name, rows], template="report").notes
+    note = heal([name, rows], template="report").notes[-1]
     assert "no token for <|user|>, <|assistant|>, <|end|>, <|endoftext|>" in note
 
 
@@ -75,8 +75,8 @@ def masked(template: str | None, document: Any, **options: Any) -> tuple[str, st
             "{% if add_generation_prompt %}[assistant]{% endif %}",
             TALK,
             "[user]Q~[assistant]A~[user]Q~[assistant]A2~",
-            "[user]Q~[assistant]A~[user]Q~[assistant]A2~",
-            {"whole": 1},
+            "A~A2~",
+            {},
         ),
         # Nothing says that the answer comes: its tag is learned with it.
         (
@@ -128,8 +128,7 @@ def test_masks_reach_the_labels(tmp_path):
     text = heal(names[:2], tokenizer=tokenizer, loss_on="answers", held_out=0)
     assert sorted(texts_in(text.train, learned=True)) == ["A1~A2~"] * 2 + ["lain"] * 2
     assert text.notes == (
-        "1.jsonl: 2 documents have no answers that can be told apart in the text; the loss falls "
-        "on all of each.",
+        "1.jsonl: 2 documents are plain text without turns; the loss falls on all of each.",
     )
     said = problem(names[2], tokenizer=tokenizer, loss_on="answers")
     assert "2.jsonl: no text is left" in said

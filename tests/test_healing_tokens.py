@@ -103,7 +103,9 @@ def test_what_is_wrong_with_the_data_is_said(tmp_path):
     wrong = HealSource(data=name, fields={"prompt": "goal", "answer": "sol3"})
     assert "a.jsonl:1: fields names sol3; the columns are goal, sol1." in problem(wrong)
     wrong = HealSource(data=name, fields={"prompt": "goal"})
-    assert "fields has prompt; allowed are text; messages; prompt, answer;" in problem(wrong)
+    said = problem(wrong)
+    assert "fields has prompt; allowed are text; messages (and perhaps system, tools);" in said
+    assert "prompt, answer (and perhaps system, tools, context, reasoning)" in said
     parquet = table("parquet", tmp_path / "a.parquet", [{"goal": "x"}])
     wrong = HealSource(data=parquet, fields={"text": "body"})
     assert "a.parquet: fields names body; the columns are goal." in problem(wrong)
@@ -114,7 +116,9 @@ def test_nothing_to_train_on_is_said(tmp_path, tokens):
     name = put(tmp_path / "a.jsonl", b"\n \n")
     assert problem(name, tokens=tokens).startswith("a.jsonl: no rows; text to train on is needed")
     name = jsonl(tmp_path / "b.jsonl", [{"text": ""}, {"text": None}])
-    assert problem(name, tokens=tokens).startswith("b.jsonl: 2 rows, none with text in it;")
+    said = problem(name, tokens=tokens)
+    assert said.startswith("b.jsonl: no text is left. b.jsonl: 2 rows hold no text")
+    assert said.count("2 rows") == 1
     name = jsonl(tmp_path / "c.jsonl", [{"prompt": "Who?", "completion": "I cannot say."}] * 3)
     said = problem(HealSource(data=name, filter="refusals"), tokens=tokens)
     assert said.startswith("c.jsonl: no text is left. c.jsonl: 3 rows hold a refusal")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from llmslim import surgery
-from llmslim.checkpoint import NotInPiecesError
+from llmslim.checkpoint import NotInPiecesError, empty_model, load_tokenizer, open_source
 from llmslim.data import Windows, calibration_windows, longest_input
 from llmslim.recipe import Calibration, Recipe
 
@@ -45,6 +46,37 @@ def read_text(job: Job, tokenizer: Any, model: PreTrainedModel) -> Windows:
     """
     spec = calibration_spec(job.recipe, model, job.calibration, job.calibration_tokens)
     return calibration_windows(spec, tokenizer, model, progress=job.tell)
+
+
+def try_text(model: str, recipe: Recipe, *, trust_remote_code: bool = False) -> tuple[str, ...]:
+    """Read the files of text that a conversion would fit to, as its dry run does.
+
+    Args:
+        model: what would be converted; none of its weights are read.
+        recipe: says which text; what is no file here is not read, which is told.
+        trust_remote_code: run model code that comes with the model.
+
+    Returns:
+        Sentences about the text.
+
+    Raises:
+        DataError: if the text cannot be used.
+    """
+    source = open_source(model, trust_remote_code=trust_remote_code, weights=False)
+    empty = empty_model(source.config, source.given, trust_remote_code=trust_remote_code)
+    spec = calibration_spec(recipe, empty, (), None)
+    files = tuple(text for text in spec.texts if Path(text).expanduser().is_file())
+    others = tuple(
+        f"{text}: no file here; it was not read."
+        for text in spec.texts
+        if text not in {*files, "self"}
+    )
+    if not files:
+        return others
+    # Of several texts each gives as many tokens as all would.
+    tokens = -(-spec.tokens // len(spec.texts)) * len(files)
+    spec = spec.model_copy(update={"data": files, "tokens": tokens})
+    return (*calibration_windows(spec, load_tokenizer(source), empty).notes, *others)
 
 
 def token_ids(windows: Windows | None) -> surgery.Calibration | None:

@@ -1,14 +1,16 @@
 """Text for calibration and training: read, tokenised, cut into windows or packed into rows."""
 
-from .columns import Document as Document
-from .columns import Message as Message
 from .healing import HealingText as HealingText
 from .healing import healing_text as healing_text
+from .messages import Conversation as Conversation
+from .messages import Document as Document
+from .messages import Message as Message
 from .packing import Rows as Rows
 from .packing import collate as collate
 from .packing import collate_apart as collate_apart
 from .packing import collate_flat as collate_flat
 from .sampling import longest_input as longest_input
 from .text import read_texts as read_texts
+from .vocabulary import embedding_rows as embedding_rows
 from .windows import Windows as Windows
 from .windows import calibration_windows as calibration_windows

@@ -1,89 +1,87 @@
-"""Know what a row of a table holds by the names of its columns.
+"""Make a document of a row of a table, by the names of its columns.
 
 The layouts are those that data sets on the hub have: a text; a conversation; a question and its
-answer. The first one in the list below whose columns are all there counts. Where the names are
-others, a field map says which column is what.
+answer. A row is read by the first one in the list below that it fills, so that a file joined of
+several data sets is read row by row. Where the names are others, a field map says which column is
+what.
+
+Beside a conversation or a question stand, in some data sets, a system prompt, the tools that may be
+called, what the question is about (`context`, as in Dolly, or `input`, as in Alpaca: put below the
+question, as in those data sets' own prompts), and what the assistant thinks. Columns that hold text
+and are not read are counted, and so are rows without any.
 """
 
 from __future__ import annotations
 
-import itertools
+import hashlib
+import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 from llmslim.errors import DataError
 
-
-class Message(TypedDict):
-    """One turn of a conversation."""
-
-    role: str
-    content: str
-    unfinished: NotRequired[bool]
-    """The turn was cut off: nothing follows, not even the end of the turn."""
-
-
-Document = str | list[Message]
-
-_LAYOUTS = (
-    ("text",),
-    ("content",),
-    ("messages",),
-    ("conversations",),
-    ("instruction", "response"),
-    ("prompt", "completion"),
+from .messages import (
+    Conversation,
+    Document,
+    Message,
+    messages_of,
+    strings_in,
+    text_of,
+    tools_in,
+    tools_of,
 )
-_FIELDS = {
-    frozenset({"text"}): ("text",),
-    frozenset({"messages"}): ("messages",),
-    frozenset({"prompt", "answer"}): ("prompt", "answer"),
-    frozenset({"system", "prompt", "answer"}): ("system", "prompt", "answer"),
+
+LICENCE = "license"
+"""The name of the column, where there is one."""
+
+_LAYOUTS: tuple[dict[str, str], ...] = (
+    {"text": "text"},
+    {"text": "content"},
+    {"messages": "messages"},
+    {"messages": "conversations"},
+    {"prompt": "instruction", "answer": "response"},
+    {"prompt": "instruction", "answer": "output"},
+    {"prompt": "prompt", "answer": "completion"},
+)
+"""What each column of a layout is."""
+_BESIDE = {
+    "system": ("system", "system_prompt"),
+    "tools": ("tools",),
+    "context": ("context", "input"),
+    "reasoning": ("reasoning_content",),
 }
-"""What a field map may name, in the order of the conversation."""
-_ROLES = {"human": "user", "gpt": "assistant"}
-"""Names of roles that many data sets use, and what chat templates call them."""
+"""Columns that count beside a layout: the first two beside messages, all beside a question."""
+_BESIDE_MESSAGES = ("system", "tools")
+_MAPPED = {
+    frozenset({"text"}): (),
+    frozenset({"messages"}): _BESIDE_MESSAGES,
+    frozenset({"prompt", "answer"}): tuple(_BESIDE),
+}
+"""What a field map must name, and what it may name beside it."""
 
 
 def characters(document: Document) -> int:
     """Return how long a document is."""
     if isinstance(document, str):
         return len(document)
-    return sum(len(message["content"]) for message in document)
+    said = sum(len(message["content"]) for message in document)
+    return said + sum(len(one) for m in document for one in strings_in(_beside_content(m)))
 
 
-def layout_of(columns: Sequence[str], where: str) -> tuple[str, ...]:
-    """Return the columns to read, of the first known layout that is there.
-
-    Raises:
-        DataError: if none is.
-    """
-    for layout in _LAYOUTS:
-        if set(layout) <= set(columns):
-            return layout
-    known = ", ".join("+".join(layout) for layout in _LAYOUTS)
-    raise DataError(
-        f"{where}: has the columns {', '.join(map(str, columns)) or '(none)'}; "
-        f"one of {known} is needed. Rename the columns."
-    )
+def identity(document: Document) -> int:
+    """Return a number, 64 bits, that two documents share if they say the same but for spaces."""
+    if isinstance(document, str):
+        said = " ".join(document.split())
+    else:
+        turns = [[m["role"], " ".join(m["content"].split()), _beside_content(m)] for m in document]
+        said = json.dumps([turns, tools_of(document)], sort_keys=True, default=str)
+    digest = hashlib.blake2b(said.encode("utf-8", "replace"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
-def columns_of(
-    columns: Sequence[str], where: str, fields: Mapping[str, str] | None = None
-) -> tuple[str, ...]:
-    """Return the columns to read: those that a field map names, else those of the known layout.
-
-    Raises:
-        DataError: if one of them is not there, or no layout fits.
-    """
-    if fields is None:
-        return layout_of(columns, where)
-    missing = [column for column in fields.values() if column not in columns]
-    if missing:
-        raise DataError(
-            f"{where}: fields names {', '.join(missing)}; the columns are "
-            f"{', '.join(map(str, columns)) or '(none)'}. Name one of those."
-        )
-    return tuple(fields.values())
+def _beside_content(message: Message) -> dict[str, Any]:
+    return {k: v for k, v in message.items() if k not in {"role", "content", "unfinished"}}
 
 
 def check_fields(fields: Mapping[str, str], where: str) -> None:
@@ -92,84 +90,267 @@ def check_fields(fields: Mapping[str, str], where: str) -> None:
     Raises:
         DataError: if it does.
     """
-    if frozenset(fields) not in _FIELDS:
-        allowed = "; ".join(", ".join(names) for names in _FIELDS.values())
+    if not any(need <= set(fields) <= need | set(may) for need, may in _MAPPED.items()):
+        allowed = "; ".join(
+            ", ".join(sorted(need, reverse=True))
+            + (f" (and perhaps {', '.join(may)})" if may else "")
+            for need, may in _MAPPED.items()
+        )
         raise DataError(
             f"{where}: fields has {', '.join(fields) or 'nothing'}; allowed are {allowed}. "
             "Each names a column of the data."
         )
 
 
-def document_of(
-    row: Mapping[str, Any], where: str, fields: Mapping[str, str] | None = None
-) -> Document | None:
-    """Return what a row holds, None if that is nothing.
+def check_left(source: str, left_out: int, rows: int, notes: Sequence[str]) -> None:
+    """Refuse data of which less than half is left: it is not what was meant.
 
     Args:
-        row: values by column.
-        where: the row's place, for messages.
-        fields: which column is the text, the messages, the prompt or the answer, if the names
-            are not those of a known layout.
+        source: its name.
+        left_out: how many rows were left out.
+        rows: how many there were.
+        notes: why they were left out.
 
     Raises:
-        DataError: if the columns are not there, or hold something else than text.
+        DataError: if more than half of the rows were left out.
     """
-    layout = columns_of(list(row), where, fields)
-    names = _FIELDS[frozenset(fields)] if fields else layout
-    if fields:
-        layout = tuple(fields[name] for name in names)
-    if len(layout) == 1:
-        read = _text if names[0] in {"text", "content"} else _messages
-        return read(row[layout[0]], layout[0], where) or None
-    roles = ("system", "user", "assistant")[-len(layout) :]
-    turns = [
-        _turns(row[column], role, column, where) for column, role in zip(layout, roles, strict=True)
-    ]
-    # A system prompt may be empty, the two sides of an exchange may not.
-    return list(itertools.chain(*turns)) if all(turns[-2:]) else None
-
-
-def _turns(value: Any, role: str, column: str, where: str) -> list[Message]:
-    """Return one side of an exchange: a text said in that role, or messages already."""
-    if isinstance(value, list):
-        return _messages(value, column, where)
-    text = _text(value, column, where)
-    return [] if text is None else [Message(role=role, content=text)]
-
-
-def _text(value: Any, column: str, where: str) -> str | None:
-    """Return a text, None if there is nothing in it.
-
-    Raises:
-        DataError: if it is anything but text.
-    """
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return None
-    if not isinstance(value, str):
-        raise DataError(f"{where}: {column} holds a {type(value).__name__}; text is needed.")
-    return value
-
-
-def _messages(value: Any, column: str, where: str) -> list[Message]:
-    """Return the messages that say something; roles and contents may be named as ShareGPT does.
-
-    Raises:
-        DataError: if it is anything but messages.
-    """
-    if not isinstance(value, list | None) or not all(isinstance(m, Mapping) for m in value or []):
+    if 2 * left_out > rows:
         raise DataError(
-            f"{where}: {column} holds a {type(value).__name__}; a list of messages with role and "
-            "content is needed."
+            f"{source}: {left_out} of {rows} rows were left out; at least half must be of use. "
+            f"{' '.join(notes)} Mend the data, or name its columns (fields)."
         )
-    messages = []
-    for message in value or []:
-        role = message.get("role", message.get("from"))
-        if not isinstance(role, str) or not ("content" in message or "value" in message):
-            raise DataError(
-                f"{where}: a message in {column} has the keys {', '.join(map(str, message))}; "
-                "role and content are needed."
+
+
+class RowReader:
+    """Makes documents of rows, and keeps account of what it leaves out.
+
+    Args:
+        fields: which column is the text, the messages, the prompt or the answer, if the names are
+            not those of a known layout.
+    """
+
+    def __init__(self, fields: Mapping[str, str] | None = None) -> None:
+        self._fields = fields
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin to count from zero, as for another pass over the rows."""
+        self.rows = 0
+        self._left_out: Counter[str] = Counter()
+        self._counts: Counter[str] = Counter()
+        self._unread: Counter[str] = Counter()
+        self._halved, self._first_halved = 0, ""
+
+    @property
+    def left_out(self) -> int:
+        """How many rows hold no document."""
+        return self._left_out.total()
+
+    def pick(self, columns: Sequence[str], where: str) -> list[str]:
+        """Return the columns of a table to read, which are all.
+
+        Raises:
+            DataError: if those that are needed are not there.
+        """
+        self._layouts(columns, where)
+        return list(columns)
+
+    def __call__(self, row: Mapping[str, Any], where: str) -> Document | None:
+        """Return what a row holds, None if that is nothing.
+
+        Args:
+            row: values by column.
+            where: the row's place, for messages.
+
+        Raises:
+            DataError: if the columns are not there, or hold something else than text.
+        """
+        layouts = self._layouts(list(row), where)
+        self.rows += 1
+        for layout in layouts:
+            if not all(_filled(row[layout[name]]) for name in layout if name not in _BESIDE):
+                continue
+            document, used = self._read(row, layout, where)
+            if document:
+                self._note_unread(row, used, document)
+                return self._mended(document, where)
+        sides = [
+            row[layout[name]]
+            for layout in layouts
+            for name in ("prompt", "answer")
+            if name in layout
+        ]
+        self._left_out["sides" if any(map(_filled, sides)) else "empty"] += 1
+        return None
+
+    def notes(self, source: str) -> list[str]:
+        """Return sentences about what was left out since the last `clear`."""
+        notes = [f"{source}: {count} {_SENTENCES[what]}" for what, count in self._left_out.items()]
+        if turns := self._counts["turns"]:
+            notes.append(f"{source}: {turns} turns of conversations are empty and were left out.")
+        parts = {
+            what.removeprefix("parts "): count
+            for what, count in self._counts.items()
+            if what.startswith("parts ")
+        }
+        if parts:
+            notes.append(
+                f"{source}: {sum(parts.values())} parts of messages are no text and were left out "
+                f"({_listed(parts)})."
             )
-        text = _text(message.get("content", message.get("value")), column, where)
-        if text is not None:
-            messages.append(Message(role=_ROLES.get(role, role), content=text))
-    return messages
+        if self._halved:
+            notes.append(
+                f"{source}: {self._halved} rows, the first at {self._first_halved}, hold half of a "
+                "surrogate pair, as of a cut emoji; each was replaced by U+FFFD."
+            )
+        if self._unread:
+            notes.append(
+                f"{source}: not read, though they hold text: the columns {_listed(self._unread)}."
+            )
+        return notes
+
+    def _layouts(self, columns: Sequence[str], where: str) -> list[Mapping[str, str]]:
+        """Return the layouts that the columns allow, at least one.
+
+        Raises:
+            DataError: if there is none.
+        """
+        if self._fields is not None:
+            missing = [column for column in self._fields.values() if column not in columns]
+            if missing:
+                raise DataError(
+                    f"{where}: fields names {', '.join(missing)}; the columns are "
+                    f"{', '.join(map(str, columns)) or '(none)'}. Name one of those."
+                )
+            return [self._fields]
+        there = set(columns)
+        found: list[Mapping[str, str]] = [
+            {**layout, **_beside(layout, there)}
+            for layout in _LAYOUTS
+            if there.issuperset(layout.values())
+        ]
+        if not found:
+            known = ", ".join("+".join(layout.values()) for layout in _LAYOUTS)
+            raise DataError(
+                f"{where}: has the columns {', '.join(map(str, columns)) or '(none)'}; "
+                f"one of {known} is needed. Rename the columns."
+            )
+        return found
+
+    def _read(
+        self, row: Mapping[str, Any], layout: Mapping[str, str], where: str
+    ) -> tuple[Document | None, set[str]]:
+        """Return what a row holds by a layout, and the columns that went into it."""
+        if "text" in layout:
+            return text_of(row[layout["text"]], layout["text"], where), {layout["text"]}
+        used = {column for name, column in layout.items() if name not in _BESIDE}
+        if "messages" in layout:
+            found = messages_of(row[layout["messages"]], layout["messages"], where, self._counts)
+            turns = Conversation(found)
+        else:
+            sides = [
+                self._turns(row[layout[name]], role, layout[name], where)
+                for name, role in (("prompt", "user"), ("answer", "assistant"))
+            ]
+            if not all(sides):
+                return None, used
+            turns = Conversation([*sides[0], *sides[1]])
+        if not turns:
+            return None, used
+        for name, column in layout.items():
+            if name in _BESIDE and _put(
+                turns, name, row[column], row[layout.get("prompt", column)]
+            ):
+                used.add(column)
+        return turns, used
+
+    def _turns(self, value: Any, role: str, column: str, where: str) -> list[Message]:
+        """Return one side of an exchange: a text said in that role, or messages already."""
+        if isinstance(value, list):
+            return messages_of(value, column, where, self._counts)
+        text = text_of(value, column, where)
+        return [] if text is None else [Message(role=role, content=text)]
+
+    def _note_unread(self, row: Mapping[str, Any], used: set[str], document: Document) -> None:
+        said = [document] if isinstance(document, str) else list(strings_in(document))
+        for column, value in row.items():
+            if column in used or column == LICENCE:
+                continue
+            # What the document says anyway, as the prompt that also begins it, is not lost.
+            if any(not any(one.strip() in text for text in said) for one in strings_in(value)):
+                self._unread[str(column)] += 1
+
+    def _mended(self, document: Document, where: str) -> Document:
+        """Return a document that every tokenizer can read."""
+        mended = _mend([document, tools_of(document)])
+        if mended is None:
+            return document
+        if not self._halved:  # the folder is nobody's business: notes are published
+            self._first_halved = where.rpartition("/")[2]
+        self._halved += 1
+        return mended[0] if isinstance(document, str) else Conversation(*mended)
+
+
+def _beside(layout: Mapping[str, str], there: set[str]) -> dict[str, str]:
+    """Return the columns that count beside a layout's own."""
+    names = () if "text" in layout else _BESIDE_MESSAGES if "messages" in layout else _BESIDE
+    return {
+        name: column
+        for name in names
+        if (column := next((c for c in _BESIDE[name] if c in there), None)) is not None
+    }
+
+
+def _filled(value: Any) -> bool:
+    return not (value is None or value == [] or (isinstance(value, str) and not value.strip()))
+
+
+def _put(turns: Conversation, name: str, value: Any, prompt: Any) -> bool:
+    """Put what stands beside a conversation into it; tell whether it is there then."""
+    if name == "tools":
+        turns.tools = tools_in(value) or []
+        return bool(turns.tools)
+    if not isinstance(value, str) or not value.strip():
+        return False
+    if name == "system" and not any(turn["role"] == "system" for turn in turns):
+        turns.insert(0, Message(role="system", content=value))
+        return True
+    asked = [turn for turn in turns if turn["role"] == "user"]
+    if name == "context" and isinstance(prompt, str) and asked:
+        asked[-1]["content"] += f"\n\n{value}"
+        return True
+    answers = [turn for turn in turns if turn["role"] == "assistant"]
+    if name == "reasoning" and answers and "reasoning_content" not in answers[-1]:
+        answers[-1]["reasoning_content"] = value
+        return True
+    return False
+
+
+def _mend(value: Any) -> Any:
+    """Return a value with U+FFFD for every lone surrogate in its texts; None if there is none."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return None
+    if not isinstance(value, Mapping | list):
+        return None
+    parts = value.items() if isinstance(value, Mapping) else enumerate(value)
+    mended = {key: new for key, one in parts if (new := _mend(one)) is not None}
+    if not mended:
+        return None
+    if isinstance(value, Mapping):
+        return {**value, **mended}
+    return [mended.get(index, one) for index, one in enumerate(value)]
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} ({count})" for name, count in counts.items())
+
+
+_SENTENCES = {
+    "empty": "rows hold no text in the columns that are read, and were left out.",
+    "sides": "rows hold a question without an answer or an answer without a question, and were "
+    "left out.",
+}

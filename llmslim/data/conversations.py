@@ -32,7 +32,7 @@ from jinja2 import TemplateError
 
 from llmslim.errors import DataError
 
-from .columns import Message
+from .messages import Message
 from .sampling import (
     Progress,
     cache_folder,
@@ -42,6 +42,7 @@ from .sampling import (
     longest_input,
     opening_prompts,
 )
+from .vocabulary import check_ids, embedding_rows, stop_tokens
 
 _LONGEST = 256  # tokens of one conversation; the cost of a token grows with those before it
 _LONGEST_QUESTION = 96
@@ -180,6 +181,9 @@ def _sample_batch(
     generator = torch.Generator().manual_seed(seed)
     stops = _end_tokens(model, tokenizer)
     frame = _frame(tokenizer, stops)
+    if frame is not None:
+        said = (*frame.before, *frame.between)
+        check_ids(said, tokenizer, embedding_rows(model), "data: self: the chat template")
     talks = [_Talk() for _ in range(rows)]
     if frame is not None:
         steps = [talk.converse(frame) for talk in talks]
@@ -257,9 +261,7 @@ def _frame(tokenizer: Any, stops: frozenset[int]) -> _Frame | None:
 
 def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     """Return the tokens after which nothing more is said."""
-    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    listed = configured if isinstance(configured, list) else [configured]
-    return frozenset(token for token in (*listed, *tokenizer.all_special_ids) if token is not None)
+    return stop_tokens(model).union(tokenizer.all_special_ids)
 
 
 def _longest(model: Any) -> int:

@@ -22,14 +22,15 @@ import numpy as np
 from llmslim.errors import DataError
 from llmslim.recipe.schema import Heal, HealSource
 
-from .columns import characters
+from .columns import characters, check_left, identity
 from .conversations import sampled_conversations
-from .mixture import HELD_OUT_SHARE, Part, join, passes, split
+from .mixture import HELD_OUT_SHARE, Part, join, passes, split, without_copies
 from .packing import Ints, Rows, cut
 from .prompts import REPORT_TAGS, Encoder
 from .sampling import Progress
 from .sources import Item, Source, open_source
 from .tokens import Tokens, tokenise
+from .vocabulary import check_ids, embedding_rows, stop_tokens
 
 _SELF_TOKENS = 2**18
 _CHARACTERS_PER_TOKEN = 8  # more than text has: so many characters are tokens enough
@@ -83,13 +84,15 @@ class _Job:
         if wanted is None or source.endless:
             limit = _with_held_out(wanted) if wanted is not None and source.stream else None
             tokens = self.tokenise(source, limit=limit)
-            sizes = tokens.lengths
+            sizes, identities = tokens.lengths, tokens.identities
         else:
-            sizes = self._measure(source)
+            sizes, identities = self._measure(source)
         if not sizes.any():
             raise DataError(_nothing_in(source, len(sizes), tokens))
+        left_out = int((sizes == 0).sum())
+        check_left(source.name, left_out, len(sizes), tokens.notes if tokens else source.notes())
         none = np.zeros(0, dtype=np.int64)
-        return Part(source, asked.weight, sizes, tokens, none, none)
+        return Part(source, asked.weight, sizes, tokens, none, none, identities)
 
     def tokenise(self, source: Source, **which: Any) -> Tokens:
         """Return a source's documents as ids."""
@@ -129,14 +132,16 @@ class _Job:
             filtered=asked.filter == "refusals",
         )
 
-    def _measure(self, source: Source) -> Ints:
-        """Return a lower bound of each document's tokens, 0 for an empty one."""
+    def _measure(self, source: Source) -> tuple[Ints, Ints]:
+        """Return a lower bound of each document's tokens, 0 for an empty one, and its identity."""
         sizes: list[int] = []
+        identities: list[int] = []
         for document in source.documents():
             sizes.append(characters(document) // _CHARACTERS_PER_TOKEN + 1 if document else 0)
+            identities.append(identity(document) if document else 0)
             if self.progress is not None and not len(sizes) % 1024:
                 self.progress(len(sizes), max(len(sizes), source.rows or 0), "measuring")
-        return np.array(sizes, dtype=np.int64)
+        return np.array(sizes, dtype=np.int64), np.array(identities, dtype=np.int64)
 
 
 def healing_text(
@@ -146,6 +151,7 @@ def healing_text(
     teacher: Any = None,
     context_length: int,
     evenly: bool = False,
+    model: Any = None,
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> HealingText:
@@ -158,6 +164,8 @@ def healing_text(
         context_length: tokens of one row.
         evenly: whether the rows are for `collate_apart`, which a model needs that would let samples
             in one row see each other.
+        model: what is to be healed: text with tokens that it has no embedding for is refused, and
+            its generation config says which tokens end an answer.
         cache: folder for ids and sampled text, so that a second run, a resumed one or another
             process need not make them again; in the user's cache if not given.
         progress: called with what is done, what there is in all (as far as known), and a word on
@@ -167,7 +175,8 @@ def healing_text(
         Rows to train on and rows held out.
 
     Raises:
-        DataError: if the data cannot be read, has other columns, or nothing is left of it.
+        DataError: if the data cannot be read, has other columns, less than half of its rows or
+            nothing is left of it, or it has tokens that the model does not know.
     """
     if tokenizer is None:
         raise DataError(
@@ -178,12 +187,15 @@ def healing_text(
             f"heal.context_length: {context_length}; a row needs 2 tokens or more. "
             "Something like 1024 is usual."
         )
-    job = _Job(spec, Encoder(tokenizer, spec.template, spec.loss_on), teacher, cache, progress)
+    vocabulary = None if model is None else embedding_rows(model)
+    encoder = Encoder(tokenizer, spec.template, spec.loss_on, stop_tokens(model))
+    job = _Job(spec, encoder, teacher, cache, progress)
     asked = [_as_source(one) for one in _listed(spec.data)]
     weights = sum(one.weight for one in asked)
     parts = [job.open(one, one.weight / weights) for one in asked]
     notes = list(job.notes)
     split(parts, spec)
+    notes += without_copies(parts)
     found = [one.cut(parts) for one in passes(parts, spec)]
     for index, part in enumerate(parts):
         if part.tokens is None:
@@ -193,6 +205,9 @@ def healing_text(
             wanted[part.held_out] = True
             part.tokens = job.tokenise(part.source, wanted=wanted)
             part.sizes = part.tokens.lengths
+            left_out = int((part.sizes[wanted] == 0).sum())
+            check_left(part.source.name, left_out, int(wanted.sum()), part.tokens.notes)
+        check_ids(part.tokens.ids, tokenizer, vocabulary, f"heal.data: {part.source.name}")
     tokens = [part.tokens for part in parts if part.tokens is not None]
     seen = join([one.cut(parts) for one in found], spec.seed)
     aside = np.repeat(np.arange(len(parts)), [len(part.held_out) for part in parts])
@@ -200,7 +215,7 @@ def healing_text(
 
     def packed(source: Ints, document: Ints) -> Rows:
         pieces = cut(tokens, source, document, context_length)
-        pad = _pad_token(tokenizer)
+        pad = _pad_token(tokenizer, vocabulary)
         return Rows(tokens, pieces, context_length, pad, spec.seed, evenly=evenly)
 
     train, held_out = packed(seen.source, seen.document), packed(aside, held)
@@ -224,9 +239,11 @@ def healing_text(
     )
 
 
-def _pad_token(tokenizer: Any) -> int:
+def _pad_token(tokenizer: Any, vocabulary: int | None) -> int:
+    """Return a token to fill rows up with; no loss falls on it, but the model must know it."""
     given = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    return next((token for token in given if token is not None), 0)
+    known = (one for one in given if one is not None and (vocabulary is None or one < vocabulary))
+    return next(known, 0)
 
 
 def _listed(data: Any) -> list[Any]:
@@ -243,7 +260,7 @@ def _with_held_out(tokens: int) -> int:
 
 
 def _nothing_in(source: Source, rows: int, tokens: Tokens | None) -> str:
-    refused = " ".join([*source.notes(), *(tokens.notes if tokens else ())])
+    refused = " ".join(tokens.notes if tokens else source.notes())
     if refused:
         return f"{source.name}: no text is left. {refused} Give other data."
     what = f"{rows} rows, none with text in it" if rows else "no rows"

@@ -1,7 +1,8 @@
 """Split sources into what is trained on and what is held out, and mix them into one pass.
 
 Split: a permutation of a source's documents drawn from the seed, as `datasets` draws it; the first
-ones are held out. With LaMini this is the split of the source report.
+ones are held out. With LaMini this is the split of the source report. Of the others, those that say
+the same as one that is held out, but for spaces, are not trained on.
 Weights: how often a pass sees each document of a source; 2.5 is twice, and a random half of them
 once more. Where a number of tokens is given, sources without an end (what the model samples, and
 streams) give their weight's share of it, and the others the rest.
@@ -9,7 +10,7 @@ streams) give their weight's share of it, and the others the rest.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -37,6 +38,8 @@ class Part:
     """None where only the documents chosen are to be tokenised."""
     held_out: Ints
     train: Ints
+    identities: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """Of each document: the same number for those that say the same, 0 for an empty one."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,39 @@ def split(parts: list[Part], spec: Heal) -> None:
             )
         order = np.random.default_rng(spec.seed).permutation(count)
         part.held_out, part.train = order[:aside], order[aside:]
+
+
+def without_copies(parts: list[Part]) -> list[str]:
+    """Take from what is trained on what is also held out, in any of the sources.
+
+    Args:
+        parts: the sources, split; `train` is changed.
+
+    Returns:
+        Sentences about it.
+    """
+    held = np.concatenate([part.identities[part.held_out] for part in parts])
+    held = held[held != 0]
+    copied = [np.isin(part.identities[part.train], held) for part in parts]
+    if all(
+        bool((part.sizes[part.train][~c] == 0).all()) for part, c in zip(parts, copied, strict=True)
+    ):
+        if not any(c.any() for c in copied):
+            return []
+        names = ", ".join(part.source.name for part in parts)
+        return [
+            f"{names}: every row says the same as one that is held out; they are trained on all "
+            "the same, so the held-out loss tells nothing of other text."
+        ]
+    notes = []
+    for part, copies in zip(parts, copied, strict=True):
+        part.train = part.train[~copies]
+        if copies.any():
+            notes.append(
+                f"{part.source.name}: {int(copies.sum())} rows say the same as rows that are held "
+                "out, and are not trained on."
+            )
+    return notes
 
 
 def passes(parts: list[Part], spec: Heal) -> list[Pass]:

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from .tokens import Tokens
+from .vocabulary import check_ids
 
 IGNORED = -100  # what transformers' losses pass over
 
@@ -127,6 +129,20 @@ class Rows(Dataset[dict[str, Tensor]]):
     def tokens(self) -> int:
         """Tokens in all rows, without padding."""
         return int(self._pieces.length.sum())
+
+    def check_known(self, tokenizer: Any, vocabulary: int | None) -> None:
+        """Refuse rows for a model without an embedding for some of their tokens.
+
+        Args:
+            tokenizer: says what the tokens are, where there is one.
+            vocabulary: how many tokens the model knows; None where that is not known.
+
+        Raises:
+            DataError: if there are other tokens.
+        """
+        for tokens in self._sources:
+            check_ids(tokens.ids, tokenizer, vocabulary, "heal.data")
+        check_ids([self._pad], tokenizer, vocabulary, "heal.data: padding")
 
     @property
     def padding(self) -> float:

@@ -1,14 +1,13 @@
 """Turn documents into token ids, and say on which of them the loss falls.
 
-A conversation is written out by the tokenizer's own chat template, or in the source report's form,
+A conversation is written out by the tokenizer's own chat template (chat.py), or in the source
+report's form,
 
     <|user|>{question}<|end|><|assistant|>{answer}<|end|><|endoftext|>
 
-and tokenised in one go, as the model will see it. Where an answer stands in the text is found
-without knowing the template: it is what writing out the turns up to and with it adds to the turns
-before it plus the generation prompt. That needs the shorter text to be the beginning of the longer
-one. Templates that rewrite earlier turns (some drop old reasoning) break this; then the loss falls
-on the whole conversation, which is counted.
+and tokenised in one go, as the model will see it. Where the answers stand in the text is found in
+masks.py; which tokens these are is read off the tokens' places in the whole text. A token that
+swallows the space around it, as many tags do, stands where it is without that space.
 
 A plain text begins as the tokenizer begins a text and ends with its end token.
 
@@ -25,18 +24,19 @@ from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
-from jinja2 import TemplateError
 from numpy.typing import NDArray
 
-from .columns import Document, Message
+from .chat import Chat, calls_as_text
+from .masks import Masks, Span, inside_by_pieces, within
+from .messages import Document, Message, tools_of
 from .sampling import leading_token
 
 Ids = NDArray[np.int32]
-Spans = tuple[tuple[int, int], ...]
+Spans = tuple[Span, ...]
 
 REPORT_TAGS = ("<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>")
 
-_WHOLE, _REFUSED, _SILENT = "whole", "refused", "silent"
+_WHOLE, _REFUSED, _SILENT, _LOST = "whole", "refused", "silent", "lost"
 
 
 @dataclass(frozen=True)
@@ -60,81 +60,102 @@ class Encoder:
         tokenizer: the model's.
         template: the tokenizer's chat template, or the source report's form.
         loss_on: every token, or only what the assistant says and the end of its turn.
+        stops: tokens at which the model stops to speak, where they are known: in some templates an
+            answer has no end but the tag of the next turn.
     """
 
     tokenizer: Any
     template: Literal["chat", "report"] = "chat"
     loss_on: Literal["all", "answers"] = "all"
+    stops: frozenset[int] = frozenset()
     counts: Counter[str] = field(default_factory=Counter)
     """How many documents turned out otherwise than asked for, by what happened."""
+    _unwritten: Counter[str] = field(default_factory=Counter)
 
     def __call__(self, documents: Sequence[Document | None]) -> list[Ids]:
         """Return the ids of each document, none for one that is empty or has nothing to learn."""
         written = [self._write(document) if document else _Written("") for document in documents]
-        masked = self.loss_on == "answers" and bool(getattr(self.tokenizer, "is_fast", False))
+        offsets = self.loss_on == "answers" and bool(getattr(self.tokenizer, "is_fast", False))
         encoded = self.tokenizer(
             [one.text for one in written],
             add_special_tokens=False,
             truncation=False,
-            return_offsets_mapping=masked,
+            return_offsets_mapping=offsets,
             verbose=False,
         )
-        offsets = encoded["offset_mapping"] if masked else [None] * len(written)
+        places = encoded["offset_mapping"] if offsets else [None] * len(written)
         return [
             self._finish(np.array(ids, dtype=np.int32), one, at)
-            for ids, one, at in zip(encoded["input_ids"], written, offsets, strict=True)
+            for ids, one, at in zip(encoded["input_ids"], written, places, strict=True)
         ]
+
+    def text(self, document: Document) -> str:
+        """Return a document as text, a conversation as its template writes it."""
+        return self._write(document).text
+
+    def clear(self) -> None:
+        """Count from zero."""
+        self.counts.clear()
+        self._unwritten.clear()
+        self._chat.unwritten.clear()
+        self._chat.moved = 0
 
     @property
     def key(self) -> str:
         """What the ids depend on beside the documents and the tokenizer's vocabulary."""
         template = self.tokenizer.chat_template if self.template == "chat" else self.template
-        return f"{self.loss_on} {template}"
+        stops = sorted(self.stops) if self.loss_on == "answers" else ""
+        return f"{self.loss_on} {stops} {template}"
 
     def notes(self, source: str) -> list[str]:
         """Return sentences about the documents that turned out otherwise than asked for."""
-        return [
-            f"{source}: {self.counts[what]} {sentence}"
+        notes = [
+            f"{source}: {sentence.format(self.counts[what])}"
             for what, sentence in _SENTENCES.items()
             if self.counts[what]
         ]
+        if self._unwritten:
+            what = ", ".join(f"{what} ({count})" for what, count in self._unwritten.items())
+            notes.append(f"{source}: not written without a chat template: {what}.")
+        return [*notes, *self._chat.notes(source)]
 
     def _write(self, document: Document) -> _Written:
         """Write a document out, and find the answers in it."""
         if isinstance(document, str):
             report = self.template == "report"
             return _Written(document + "<|endoftext|>" * report, ended=report)
-        if self.template == "report":
-            return _in_the_reports_form(document)
-        if not getattr(self.tokenizer, "chat_template", None):
-            return _plain(document)
-        try:
-            text = self._apply(document)
-            answers = self._answers(document, text) if self.loss_on == "answers" else None
-        except TemplateError:
+        if self.template == "report" or not getattr(self.tokenizer, "chat_template", None):
+            self._count_unwritten(document)
+            return _in_the_reports_form(document) if self.template == "report" else _plain(document)
+        found = self._chat.write(document)
+        if found is None:
             self.counts[_REFUSED] += 1
+            self._count_unwritten(document)
             return _plain(document)
-        said = document[-1]["content"]
-        if document[-1].get("unfinished") and said in text:
-            text = text[: text.rindex(said) + len(said)]
+        text, answers = found.text, None
+        if self.loss_on == "answers":
+            spans, lost = self._masks.answers(found)
+            answers = tuple(spans)
+            self.counts[_LOST] += lost
+        if document[-1].get("unfinished"):
+            said = document[-1]["content"]
+            said = said if said in text else said.strip()
+            text = text[: text.rindex(said) + len(said)] if said in text else text
         return _Written(text, answers, begun=True, ended=True)
 
-    def _answers(self, document: list[Message], text: str) -> Spans | None:
-        """Return where the assistant's turns stand in the text, None if that cannot be told."""
-        spans = []
-        for index, turn in enumerate(document):
-            if turn["role"] != "assistant":
-                continue
-            before = self._apply(document[:index], add_generation_prompt=True) if index else ""
-            last = index == len(document) - 1
-            behind = text if last else self._apply(document[: index + 1])
-            if not text.startswith(before) or not text.startswith(behind):
-                return None
-            spans.append((len(before), len(behind)))
-        return tuple(spans)
+    def _count_unwritten(self, document: list[Message]) -> None:
+        """Count what is written by chat templates only."""
+        self._unwritten["tools"] += len(tools_of(document))
+        self._unwritten["reasoning"] += sum("reasoning_content" in turn for turn in document)
+        self._unwritten = +self._unwritten
 
-    def _apply(self, messages: list[Message], **options: Any) -> str:
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    @cached_property
+    def _chat(self) -> Chat:
+        return Chat(self.tokenizer)
+
+    @cached_property
+    def _masks(self) -> Masks:
+        return Masks(self._chat)
 
     @cached_property
     def _first(self) -> int | None:
@@ -148,10 +169,16 @@ class Encoder:
             return ids
         learned = np.ones(len(ids), dtype=bool)
         if self.loss_on == "answers":
-            if offsets is None or written.answers is None:
+            if written.answers is None:
                 self.counts[_WHOLE] += 1
+            elif offsets is None:
+                learned = inside_by_pieces(
+                    self.tokenizer, written.text, ids.tolist(), written.answers
+                )
             else:
-                learned = _within(np.array(offsets), written.answers)
+                learned = within(self._places(ids, written.text, offsets), written.answers)
+            if self.stops and written.begun:
+                self._learn_stops(ids, learned)
         last = self.tokenizer.eos_token_id
         if not written.begun and self._first is not None and ids[0] != self._first:
             ids, learned = np.insert(ids, 0, self._first), np.insert(learned, 0, False)
@@ -162,14 +189,30 @@ class Encoder:
             return ids[:0]
         return np.where(learned, ids, ~ids)
 
+    def _learn_stops(self, ids: Ids, learned: NDArray[np.bool_]) -> None:
+        """Learn, too, the token behind an answer where that is what ends it; in place."""
+        stops = np.isin(ids, list(self.stops))
+        behind = np.flatnonzero(learned[:-1] & ~learned[1:]) + 1
+        for index in behind[stops[behind]]:
+            if not stops[max(0, index - 2) : index].any():  # an end, and perhaps a line end
+                learned[index] = True
 
-def _within(offsets_T2: NDArray[np.int64], spans: Spans) -> NDArray[np.bool_]:
-    """Tell which tokens reach into one of the spans; one that only begins before it does."""
-    starts, ends = offsets_T2.T
-    within = np.zeros(len(starts), dtype=bool)
-    for start, end in spans:
-        within |= (ends > start) & (starts < end)
-    return within
+    @cached_property
+    def _greedy(self) -> Ids:
+        """Tokens that swallow the space around them."""
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        which = [number for number, token in added.items() if token.lstrip or token.rstrip]
+        return np.array(which, dtype=np.int32)
+
+    def _places(self, ids: Ids, text: str, offsets: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
+        """Return where each token stands, without the space that it has swallowed."""
+        places = np.array(offsets)
+        for index in np.flatnonzero(np.isin(ids, self._greedy)):
+            start, end = places[index]
+            token = text[start:end]
+            if token.strip():
+                places[index] += len(token) - len(token.lstrip()), len(token.rstrip()) - len(token)
+        return places
 
 
 def _in_the_reports_form(document: list[Message]) -> _Written:
@@ -179,14 +222,15 @@ def _in_the_reports_form(document: list[Message]) -> _Written:
     for turn in document:
         text += f"<|{turn['role']}|>"
         start = len(text)
-        text += turn["content"]
+        text += _said(turn)
         if not turn.get("unfinished"):
             text += "<|end|>"
         if turn["role"] == "assistant":
             spans.append((start, len(text)))
     if not unfinished:
         text += "<|endoftext|>"
-        spans = [*spans[:-1], (spans[-1][0], len(text))] if spans else spans
+        if document[-1]["role"] == "assistant":
+            spans[-1] = spans[-1][0], len(text)
     return _Written(text, tuple(spans), ended=True)
 
 
@@ -195,20 +239,27 @@ def _plain(document: list[Message]) -> _Written:
     text, spans = "", []
     for turn in document:
         text += "\n\n" if text else ""
+        start = len(text)
+        text += _said(turn)
         if turn["role"] == "assistant":
-            spans.append((len(text), len(text) + len(turn["content"])))
-        text += turn["content"]
+            spans.append((start, len(text)))
     return _Written(text, tuple(spans), ended=bool(document[-1].get("unfinished")))
+
+
+def _said(turn: Message) -> str:
+    """Return what a turn says, its calls of tools as JSON behind it."""
+    return "\n".join(filter(None, (turn["content"], calls_as_text(turn))))
 
 
 _SENTENCES = {
     _REFUSED: (
-        "conversations are refused by the chat template, such as ones that do not alternate "
-        "between user and assistant; they were read as plain text."
+        "the chat template refuses {} conversations, such as ones that do not alternate between "
+        "user and assistant; they were read as plain text."
     ),
-    _WHOLE: (
-        "documents have no answers that can be told apart in the text; the loss falls on all of "
-        "each."
+    _WHOLE: "{} documents are plain text without turns; the loss falls on all of each.",
+    _LOST: (
+        "{} answers cannot be told apart in what the chat template writes, and were not learned "
+        "from."
     ),
-    _SILENT: "documents hold nothing to learn from, such as no answer, and were left out.",
+    _SILENT: "{} documents hold nothing to learn from, such as no answer, and were left out.",
 }

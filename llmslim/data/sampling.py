@@ -36,6 +36,8 @@ from torch import Tensor, nn
 
 from llmslim.errors import DataError
 
+from .vocabulary import check_ids, embedding_rows
+
 OPENERS = (
     "Hello!",
     "Tell me something interesting.",
@@ -133,7 +135,7 @@ def opening_prompts(
         rows: how many to draw.
         generator: what draws them.
     """
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = embedding_rows(model) or len(tokenizer)
     special: set[int] = set()
     first: list[int] = []
     chats: list[list[int]] = []
@@ -141,6 +143,7 @@ def opening_prompts(
         vocabulary = min(vocabulary, len(tokenizer))  # embeddings are often padded
         special = set(tokenizer.all_special_ids)
         leading = leading_token(tokenizer)
+        check_ids([leading or 0], tokenizer, vocabulary, "data: self: every text")
         first = [] if leading is None else [leading]
         chats = list(_chats(tokenizer, vocabulary))
     allowed = [token for token in range(vocabulary) if token not in special]

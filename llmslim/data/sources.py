@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llmslim.recipe.schema import HealSource
 
-from .columns import Document, check_fields, columns_of, document_of
+from .columns import LICENCE, RowReader, check_fields
 from .hub import downloaded_rows, hub_info, hub_page, stream_rows
+from .messages import Document
 from .tables import TABLES, count_rows, decode, kind, opened, read_rows
 from .text import local_file, shuffled
 
@@ -36,7 +37,6 @@ REFUSALS = (
 
 _LARGE_BYTES = 2**31
 _STRETCH_CHARACTERS = 8192
-_LICENCE = "license"  # the name of the column, where there is one
 _MOST_LICENCES = 20
 
 Item = tuple[Document | None, str | None]
@@ -65,6 +65,8 @@ class Source:
     """Whether rows that hold a refusal are left out."""
     held_out: int | None = None
     """Rows to hold out where nothing else is said, None for a share of them."""
+    reader: RowReader = field(default_factory=RowReader)
+    """Makes documents of the rows of a table, and counts what it leaves out."""
     licences: set[str] = field(default_factory=set)
     """What the rows of the last pass say their licence is."""
     _refusals: int = 0
@@ -77,6 +79,7 @@ class Source:
     def documents(self) -> Iterator[Document | None]:
         """Yield the document of each row, None for an empty one."""
         self._refusals = 0
+        self.reader.clear()
         self.licences.clear()
         for document, licence in self.items():
             if self.filtered and document and _refuses(document):
@@ -88,7 +91,7 @@ class Source:
 
     def notes(self) -> list[str]:
         """Return sentences about the last pass."""
-        notes = []
+        notes = self.reader.notes(self.name)
         if self._refusals:
             notes.append(f"{self.name}: {self._refusals} rows hold a refusal and were left out.")
         if self.stream:
@@ -128,13 +131,15 @@ def _open_file(path: Path, asked: HealSource, seed: int, *, in_part: bool) -> So
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
 
+    reader = RowReader(asked.fields)
+
     def items() -> Iterator[Item]:
         if kind(path) not in TABLES:
             yield from ((stretch, None) for stretch in _stretches(path))
             return
         order = random.Random(seed) if stream else None
-        for where, row in read_rows(path, _picker(str(path), asked.fields), order=order):
-            yield _item(row, where, asked.fields)
+        for where, row in read_rows(path, lambda names: reader.pick(names, str(path)), order=order):
+            yield _item(reader, row, where)
 
     return Source(
         name=path.name,
@@ -143,6 +148,7 @@ def _open_file(path: Path, asked: HealSource, seed: int, *, in_part: bool) -> So
         items=(lambda: _in_random_order(items(), seed)) if stream else items,
         rows=count_rows(path),
         stream=stream,
+        reader=reader,
     )
 
 
@@ -173,6 +179,7 @@ def _open_hub(asked: HealSource, seed: int, *, in_part: bool) -> Source:
         items=lambda: iter(()),
         stream=stream,
         held_out=5000 if lamini else None,
+        reader=RowReader(asked.fields),
     )
 
     def items() -> Iterator[Item]:
@@ -180,24 +187,16 @@ def _open_hub(asked: HealSource, seed: int, *, in_part: bool) -> Source:
             rows = stream_rows(asked.data, seed)
         else:
             source.rows, rows = downloaded_rows(asked.data)
-        for row in rows:
-            yield _item(row, asked.data, asked.fields)
+        for number, row in enumerate(rows, start=1):
+            yield _item(source.reader, row, f"{asked.data}: row {number}")
 
     source.items = (lambda: _in_random_order(items(), seed)) if stream else items
     return source
 
 
-def _picker(where: str, fields: Mapping[str, str] | None) -> Callable[[Sequence[str]], list[str]]:
-    def pick(columns: Sequence[str]) -> list[str]:
-        licence = [_LICENCE] if _LICENCE in columns else []
-        return list(dict.fromkeys([*columns_of(columns, where, fields), *licence]))
-
-    return pick
-
-
-def _item(row: Mapping[str, Any], where: str, fields: Mapping[str, str] | None) -> Item:
-    licence = row.get(_LICENCE)
-    return document_of(row, where, fields), str(licence) if licence else None
+def _item(reader: RowReader, row: Mapping[str, Any], where: str) -> Item:
+    licence = row.get(LICENCE)
+    return reader(row, where), str(licence) if licence else None
 
 
 def _in_random_order(items: Iterator[Item], seed: int) -> Iterator[Item]:

@@ -173,10 +173,12 @@ def _parquet(path: Path, pick: Pick, order: random.Random | None) -> Iterator[tu
             # Parquet is read from its end, which a compressed stream does not reach cheaply.
             packed = path.name.lower().endswith(".gz")
             table = parquet.ParquetFile(io.BytesIO(file.read()) if packed else file)
-            columns = list(pick(table.schema_arrow.names))
-            for batch in _batches(table, columns, order):
-                for row in batch.to_pylist():
-                    yield str(path), row
+            chosen = set(pick(table.schema_arrow.names))
+            # Pictures and sounds are not even read.
+            columns = [f.name for f in table.schema_arrow if f.name in chosen and _no_bytes(f.type)]
+            for numbers, batch in _batches(table, columns, order):
+                for number, row in zip(numbers, _rows(batch, path, numbers), strict=True):
+                    yield f"{path}: row {number + 1}", row
     except pyarrow.ArrowException as error:
         raise DataError(
             f"{path}: not a whole Parquet file ({str(error).splitlines()[0].rstrip('.')}). "
@@ -184,10 +186,49 @@ def _parquet(path: Path, pick: Pick, order: random.Random | None) -> Iterator[tu
         ) from error
 
 
-def _batches(table: Any, columns: list[str], order: random.Random | None) -> Iterator[Any]:
+def _no_bytes(kind: Any) -> bool:
+    """Tell whether a column's type has no bytes in it, at any depth."""
+    from pyarrow import types
+
+    if types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind):
+        return False
+    inner = kind.num_fields if types.is_nested(kind) else 0
+    return all(_no_bytes(kind.field(index).type) for index in range(inner))
+
+
+def _rows(batch: Any, path: Path, numbers: Sequence[int]) -> list[Row]:
+    """Return a batch's rows as dictionaries.
+
+    Raises:
+        DataError: if one holds bytes that are no text.
+    """
+    try:
+        return cast(list[Row], batch.to_pylist())
+    except UnicodeDecodeError:
+        for index, number in enumerate(numbers):
+            try:
+                batch.slice(index, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{path}: row {number + 1}: byte {error.start} of a text is not UTF-8, the "
+                    "only encoding that is read. Mend the row."
+                ) from error
+        raise
+
+
+def _batches(
+    table: Any, columns: list[str], order: random.Random | None
+) -> Iterator[tuple[Sequence[int], Any]]:
+    """Yield batches of rows, each with the numbers of its rows, from 0."""
     if order is None:
-        yield from table.iter_batches(batch_size=_BATCH, columns=columns)
+        done = 0
+        for batch in table.iter_batches(batch_size=_BATCH, columns=columns):
+            yield range(done, done + len(batch)), batch
+            done += len(batch)
         return
+    begins = [0]
+    for group in range(table.num_row_groups):
+        begins.append(begins[-1] + table.metadata.row_group(group).num_rows)
     groups = list(range(table.num_row_groups))
     order.shuffle(groups)
     for group in groups:
@@ -195,4 +236,5 @@ def _batches(table: Any, columns: list[str], order: random.Random | None) -> Ite
         indices = list(range(rows.num_rows))
         order.shuffle(indices)
         for start in range(0, len(indices), _BATCH):
-            yield rows.take(indices[start : start + _BATCH])
+            some = indices[start : start + _BATCH]
+            yield [begins[group] + index for index in some], rows.take(some)

@@ -18,8 +18,9 @@ from pathlib import Path
 
 from llmslim.errors import DataError
 
-from .columns import Document, characters, document_of, layout_of
+from .columns import RowReader, characters
 from .hub import HUB_NAME, stream_rows
+from .messages import Document
 from .tables import TABLES, decode, kind, opened, read_rows
 
 TEXT = (".txt", ".text", ".md", ".raw", ".tokens")
@@ -27,7 +28,9 @@ TEXT = (".txt", ".text", ".md", ".raw", ".tokens")
 _BUFFER_ROWS, _BUFFER_CHARACTERS = 10_000, 2**25
 
 
-def read_texts(name_or_path: str, *, seed: int = 0) -> Iterator[Document]:
+def read_texts(
+    name_or_path: str, *, seed: int = 0, reader: RowReader | None = None
+) -> Iterator[Document]:
     """Read documents, one after the other; nothing is opened before the first is asked for.
 
     Args:
@@ -35,6 +38,7 @@ def read_texts(name_or_path: str, *, seed: int = 0) -> Iterator[Document]:
             data set on the hub as `owner/name`, `name:config` or `name:config:split`. The split is
             `train` where none is given.
         seed: of the order in which rows come.
+        reader: makes documents of rows, and counts those that hold none.
 
     Yields:
         Texts, or conversations as lists of messages. Empty ones are passed over.
@@ -43,11 +47,13 @@ def read_texts(name_or_path: str, *, seed: int = 0) -> Iterator[Document]:
         DataError: if it cannot be found or read, or has no columns of a known layout.
     """
     order = random.Random(seed)
+    reader = reader or RowReader()
     path = local_file(name_or_path)
     if path is not None:
-        yield from _read_file(path, order)
+        yield from _read_file(path, order, reader)
         return
-    documents = (document_of(row, name_or_path) for row in stream_rows(name_or_path, seed))
+    rows = enumerate(stream_rows(name_or_path, seed), start=1)
+    documents = (reader(row, f"{name_or_path}: row {number}") for number, row in rows)
     yield from shuffled((document for document in documents if document), order)
 
 
@@ -94,15 +100,15 @@ def shuffled(documents: Iterable[Document], order: random.Random) -> Iterator[Do
     yield from buffer
 
 
-def _read_file(path: Path, order: random.Random) -> Iterator[Document]:
+def _read_file(path: Path, order: random.Random, reader: RowReader) -> Iterator[Document]:
     if kind(path) in TEXT:
         with opened(path) as file:
             text = decode(file.read(), str(path))
         if text.strip():
             yield text
         return
-    rows = read_rows(path, lambda columns: layout_of(columns, str(path)), order=order)
-    documents = (document_of(row, where) for where, row in rows)
+    rows = read_rows(path, lambda columns: reader.pick(columns, str(path)), order=order)
+    documents = (reader(row, where) for where, row in rows)
     there = (document for document in documents if document)
     yield from there if kind(path) == ".parquet" else shuffled(there, order)
 

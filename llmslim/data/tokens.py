@@ -1,7 +1,8 @@
 """Tokenise a source into one file, once; read it through the operating system's memory map.
 
 The file is safetensors: `ids`, all documents one after the other (int32, tokens without loss as
-~id, see prompts.py), and `lengths`, one for each document. It grows on disk while the source is
+~id, see prompts.py); `lengths`, one for each document; and `identities`, by which two that say the
+same are known. It grows on disk while the source is
 read, so that neither text nor tokens are ever held as a whole, and takes its name only when it is
 complete. Its name is a hash of everything that it depends on: the source's content, the tokenizer,
 the template. Where no cache can be written it is a temporary file that goes with the object.
@@ -22,7 +23,7 @@ import struct
 import tempfile
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,12 +33,13 @@ from safetensors import safe_open
 
 from llmslim.errors import DataError
 
-from .columns import Document, characters
+from .columns import characters, check_left, identity
+from .messages import Document
 from .prompts import Encoder, Ids
 from .sampling import Progress, cache_folder
 from .sources import Source
 
-_FORMAT = 1  # raised by whoever changes what is in the file
+_FORMAT = 2  # raised by whoever changes what is in the file
 _HEADER_BYTES = 2**16  # written last, when the sizes are known; the space for it comes first
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 1024, 2**22
 
@@ -56,6 +58,8 @@ class Tokens:
     """What the rows themselves say their licence is."""
     notes: tuple[str, ...] = ()
     """Sentences about what turned out otherwise than asked for."""
+    identities: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """The same number for documents that say the same; 0 for one of no length."""
 
 
 def tokenise(
@@ -145,11 +149,12 @@ def _write(
         DataError: if it cannot be written.
     """
     partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
-    encoder.counts.clear()
+    encoder.clear()
     documents: Iterator[Document | None] = source.documents()
     if wanted is not None:
         documents = (d if w else None for d, w in zip(documents, wanted, strict=True))
     lengths: list[NDArray[np.int32]] = []
+    identities: list[int] = []
     total = done = 0
     try:
         with partial.open("wb") as file:
@@ -158,16 +163,24 @@ def _write(
                 encoded = encoder(batch) if batch else []
                 file.writelines(ids.tobytes() for ids in encoded)
                 lengths.append(np.array([len(ids) for ids in encoded], dtype=np.int32))
+                identities += [
+                    identity(one) if one and len(ids) else 0
+                    for one, ids in zip(batch, encoded, strict=True)
+                ]
                 total, done = total + int(lengths[-1].sum()), done + len(batch)
                 if progress is not None:
                     progress(done, max(done, source.rows or 0), "tokenising")
                 if limit is not None and total >= limit:
                     break
+            if source.stream:  # which passes over rows without text, so they are not seen here
+                rows = source.reader
+                check_left(source.name, rows.left_out, rows.rows, source.notes())
             about = {
                 "licences": json.dumps(sorted(source.licences)),
                 "notes": json.dumps([*source.notes(), *encoder.notes(source.name)]),
             }
-            _finish(file, total, np.concatenate(lengths), about)
+            same = np.array(identities, dtype=np.int64)
+            _finish(file, total, np.concatenate(lengths), same, about)
         partial.replace(path)
     except OSError as error:
         full = error.errno == errno.ENOSPC
@@ -180,14 +193,22 @@ def _write(
         partial.unlink(missing_ok=True)
 
 
-def _finish(file: IO[bytes], total: int, lengths: NDArray[np.int32], about: dict[str, str]) -> None:
-    """Append the lengths, and fill in the header of the file."""
+def _finish(
+    file: IO[bytes],
+    total: int,
+    lengths: NDArray[np.int32],
+    identities: NDArray[np.int64],
+    about: dict[str, str],
+) -> None:
+    """Append what is known of each document, and fill in the header of the file."""
     file.write(lengths.tobytes())
-    ends = 4 * total, 4 * (total + len(lengths))
+    file.write(identities.tobytes())
+    ends = [4 * total, 4 * (total + len(lengths)), 4 * total + 12 * len(lengths)]
     header = {
         "__metadata__": about,
         "ids": {"dtype": "I32", "shape": [total], "data_offsets": [0, ends[0]]},
-        "lengths": {"dtype": "I32", "shape": [len(lengths)], "data_offsets": list(ends)},
+        "lengths": {"dtype": "I32", "shape": [len(lengths)], "data_offsets": ends[:2]},
+        "identities": {"dtype": "I64", "shape": [len(lengths)], "data_offsets": ends[1:]},
     }
     file.seek(0)
     file.write(struct.pack("<Q", _HEADER_BYTES))
@@ -202,6 +223,7 @@ def _read(path: Path) -> Tokens | None:
         with safe_open(path, "pt") as file:
             ids = file.get_tensor("ids").numpy()
             lengths = file.get_tensor("lengths").numpy().astype(np.int64)
+            identities = file.get_tensor("identities").numpy()
             about = file.metadata()
         licences, notes = json.loads(about["licences"]), json.loads(about["notes"])
     except Exception:  # cut short, something else: it is written again
@@ -209,4 +231,4 @@ def _read(path: Path) -> Tokens | None:
     ends = np.fromiter(itertools.accumulate(lengths.tolist()), np.int64, len(lengths))
     if len(ends) and ends[-1] != len(ids):
         return None
-    return Tokens(ids, lengths, ends - lengths, tuple(licences), tuple(notes))
+    return Tokens(ids, lengths, ends - lengths, tuple(licences), tuple(notes), identities)

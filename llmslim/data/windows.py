@@ -22,15 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
 from llmslim.errors import DataError
 from llmslim.recipe.schema import Calibration
 
-from .columns import Document
+from .columns import RowReader, check_left
+from .prompts import Encoder
 from .sampling import leading_token, longest_input, sampled_windows
 from .text import read_texts
+from .vocabulary import check_ids, embedding_rows
 
 OWN_TEXT = "the dense model's own text"
 """What `self` is called where people read of it."""
@@ -71,7 +72,8 @@ def calibration_windows(
     Args:
         spec: which data, how many tokens, how long the windows are, and the seed.
         tokenizer: the model's; `self` works without one.
-        model: the dense model: `self` samples from it; and no window may be longer than it reads.
+        model: the dense model: `self` samples from it; no window may be longer than it reads, nor
+            have tokens that it has no embedding for.
         progress: called with tokens done, tokens in all, and what is being done.
 
     Returns:
@@ -81,7 +83,7 @@ def calibration_windows(
 
     Raises:
         DataError: if the data cannot be read, is too short for two windows, is named twice, or the
-            windows are longer than the model reads.
+            windows are longer than the model reads or have tokens that it does not know.
     """
     _check_length(spec.sequence_length, model)
     for data in spec.texts:
@@ -136,6 +138,9 @@ def _windows_of(
     source = local.name if local.is_file() else data
     notes: list[str] = []
     ids_NL = _read_windows(data, spec, tokenizer, wanted, notes, progress)
+    if model is not None:
+        rows = embedding_rows(model)
+        check_ids(ids_NL.flatten().numpy(), tokenizer, rows, f"calibration.data: {source}")
     return _split(source, ids_NL, wanted, spec.seed, notes)
 
 
@@ -199,13 +204,12 @@ def _read_windows(
     stream: list[int] = []
     # Told apart from the windows' order, which is drawn from the same seed.
     order = random.Random(f"stretch {spec.seed}")
-    documents = read_texts(data, seed=spec.seed)
-    refused = 0
+    reader, writer = RowReader(), Encoder(tokenizer)
+    documents = read_texts(data, seed=spec.seed, reader=reader)
     while len(stream) < pool:
         texts = []
         for document in itertools.islice(documents, _BATCH):
-            text, plain = _render(document, tokenizer)
-            refused += plain
+            text = writer.text(document)
             texts.append(_stretch(text, pool * _CHARACTERS_PER_TOKEN, order))
         if not texts:
             break
@@ -213,11 +217,10 @@ def _read_windows(
             _append(stream, ids, tokenizer.eos_token_id)
         if progress is not None:
             progress(min(len(stream), pool), pool, "tokenising")
-    if refused:
-        notes.append(
-            f"{data}: the chat template refuses {refused} conversations, such as ones that "
-            "do not alternate between user and assistant; they were read as plain text."
-        )
+    source = Path(data).name if Path(data).expanduser().is_file() else data
+    left_out = [*reader.notes(source), *writer.notes(source)]
+    check_left(source, reader.left_out, reader.rows, left_out)
+    notes += left_out
     count = min(len(stream), pool) // inner
     if count < 2:
         raise DataError(
@@ -228,19 +231,6 @@ def _read_windows(
     if first is None:
         return ids_NL
     return torch.cat([torch.full((count, 1), first), ids_NL], dim=1)
-
-
-def _render(document: Document, tokenizer: Any) -> tuple[str, bool]:
-    """Return a document as text, and whether the tokenizer's chat template refused it."""
-    if isinstance(document, str):
-        return document, False
-    plain = "\n\n".join(message["content"] for message in document)
-    if not getattr(tokenizer, "chat_template", None):
-        return plain, False
-    try:
-        return str(tokenizer.apply_chat_template(document, tokenize=False)), False
-    except TemplateError:
-        return plain, True
 
 
 def _stretch(text: str, characters: int, order: random.Random) -> str:

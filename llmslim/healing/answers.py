@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from llmslim.data import longest_input
+from llmslim.data import embedding_rows, longest_input
 
 PROMPTS = (
     "What is the capital of France?",
@@ -46,7 +47,7 @@ def _answer(model: Any, tokenizer: Any, prompt: str) -> str:
     length = inputs["input_ids"].shape[-1]
     longest = longest_input(model)
     room = _LENGTH if longest is None else min(_LENGTH, longest - length)
-    if length == 0 or room < 1:
+    if length == 0 or room < 1 or not _known(inputs["input_ids"], model):
         return ""
     pad = tokenizer.pad_token_id
     ids = model.generate(
@@ -60,3 +61,9 @@ def _answer(model: Any, tokenizer: Any, prompt: str) -> str:
         top_k=None,
     )
     return str(tokenizer.decode(ids[0, length:], skip_special_tokens=True)).strip()
+
+
+def _known(ids: Tensor, model: Any) -> bool:
+    """Tell whether a model has an embedding for every token: a chat template may have others."""
+    rows = embedding_rows(model)
+    return rows is None or int(ids.max()) < rows

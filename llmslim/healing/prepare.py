@@ -19,7 +19,7 @@ from llmslim.checkpoint import (
     open_source,
     quiet,
 )
-from llmslim.data import healing_text, longest_input
+from llmslim.data import Rows, embedding_rows, healing_text, longest_input
 from llmslim.errors import HealingError
 from llmslim.healing.neighbours import sees_neighbours
 from llmslim.healing.processes import processes
@@ -160,6 +160,10 @@ def prepare(
                 "tokenizer files beside the weights, or give rows already made."
             )
         rows = _rows(ready, progress)
+    else:
+        for part in (rows.train, rows.held_out):
+            if isinstance(part, Rows):
+                part.check_known(ready.tokenizer, embedding_rows(ready.model))
     return replace(ready, text=rows)
 
 
@@ -221,5 +225,6 @@ def _rows(ready: Ready, progress: Progress) -> Any:
             teacher=ready.teacher,
             context_length=length,
             evenly=ready.mixes,
+            model=ready.model,
             progress=progress,
         )

@@ -95,8 +95,9 @@ def training_arguments(
         lr_scheduler_type="constant_with_warmup" if constant else "cosine",
         warmup_steps=math.ceil(spec.warmup * run.steps),
         max_grad_norm=spec.max_grad_norm,
-        seed=spec.seed,
-        data_seed=spec.seed,
+        # numpy, which the Trainer seeds too, takes no larger ones.
+        seed=spec.seed % 2**32,
+        data_seed=spec.seed % 2**32,
         logging_strategy="no",
         eval_strategy="steps" if evaluates else "no",
         eval_steps=run.every,

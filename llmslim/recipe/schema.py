@@ -150,7 +150,8 @@ class HealSource(Section):
     weight: Annotated[float, Field(gt=0)] = 1.0
     """How often each row is seen in one pass: 2 is twice, 0.5 a random half."""
     fields: Mapping[str, str] | None = None
-    """Columns: `{prompt: …, answer: …}` and perhaps `system: …`; or `{text: …}`; or `{messages: …}`."""
+    """Columns: `{prompt: …, answer: …}`, perhaps with `system`, `context`, `tools`, `reasoning`; or
+    `{messages: …}`, perhaps with `system` and `tools`; or `{text: …}`."""
     filter: Literal["refusals", "none"] | None = None
     """Whether rows that refuse are dropped; by default `refusals` for `lamini`, none for all else."""
 

@@ -141,13 +141,16 @@ def command(
             heal_and_show(out, healed, teacher=model, resume=True)
             return
     if dry_run:
-        from llmslim.conversion import asked_for
+        from llmslim.conversion import asked_for, try_text
 
         wanted = read or Recipe(name="kphi3")
         wanted, init = asked_for(wanted, init, calibration, calibration_tokens)
         made = api.plan(model, wanted, init=init, trust_remote_code=trust_remote_code)
         show_report(made.report())
         show_cost(made, device)
+        if made.needs_calibration:
+            for note in try_text(model, wanted, trust_remote_code=trust_remote_code):
+                click.echo(f"- {note}")
         click.echo("\ndry run: nothing was written")
         return
     with progress() as moved:
