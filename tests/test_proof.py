@@ -1,0 +1,91 @@
+"""Nothing is called written before what will be loaded computes what was made."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from helpers_streaming import RECIPES, in_memory, stored_model
+from tiny import logits, tiny_model, tokens
+
+from llmslim import CheckpointError, api
+from llmslim.anatomy import first_difference
+from llmslim.checkpoint import Pieces
+
+_SAVE = tf.PreTrainedModel.save_pretrained
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("field", ["rms_norm_eps", "hidden_act"])
+def test_a_config_that_says_something_else(
+    whole: bool, field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names, shapes and bytes agree: only what is computed differs."""
+
+    def save(self: Any, folder: Any, *args: Any, **kwargs: Any) -> None:
+        _SAVE(self, folder, *args, **kwargs)
+        config = json.loads((Path(folder) / "config.json").read_text())
+        config[field] = {"rms_norm_eps": 0.5, "hidden_act": "gelu"}[field]
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+
+    model = stored_model(tmp_path / "m")
+    monkeypatch.setattr(tf.PreTrainedModel, "save_pretrained", save)
+    convert = partial(in_memory, monkeypatch) if whole else api.convert
+    with pytest.raises(CheckpointError):
+        convert(model, RECIPES["random"], tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m"]
+
+
+@pytest.mark.parametrize("part", ["embed_tokens", "layers.2", "norm", "lm_head"])
+def test_a_piece_that_loads_as_something_else(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is in the files is right, and becomes something else on loading."""
+    real = Pieces.load
+
+    def load(pieces: Pieces, piece: Any) -> None:
+        real(pieces, piece)
+        if pieces.source.path != model and piece.name.endswith(part):
+            _, tensor = next(iter(pieces.tensors(piece)))
+            tensor.copy_(tensor.clone().flip(0))
+
+    model = stored_model(tmp_path / "m")
+    monkeypatch.setattr(Pieces, "load", load)
+    with pytest.raises(CheckpointError):
+        api.convert(model, RECIPES["random"], tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m"]
+
+
+def test_numbers_that_are_not_finite_are_equal_to_themselves(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.inf
+    model.save_pretrained(tmp_path / "m")
+    out = api.convert(tmp_path / "m", RECIPES["depth"], tmp_path / "out", allow_nonfinite=True)
+    assert out.path.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({}, True),
+        ({"rms_norm_eps": 1e-3}, False),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, False),
+        ({"attention_bias": True}, False),
+        ({"hidden_act": "gelu"}, False),
+        ({"intermediate_size": 100}, False),
+    ],
+)
+def test_likeness(changes: dict[str, Any], same: bool) -> None:
+    """What is found alike gives equal logits with equal weights, and what is not does not."""
+    one, other = tiny_model("llama"), tiny_model("llama", **changes)
+    assert (first_difference(one, other) == "") is same
+    shapes = [{k: v.shape for k, v in model.state_dict().items()} for model in (one, other)]
+    if shapes[0] == shapes[1]:
+        other.load_state_dict(one.state_dict())
+        assert torch.equal(logits(one, tokens()), logits(other, tokens())) is same
