@@ -85,7 +85,7 @@ class _Notes(TorchDispatchMode):
     """Notes operations, those in each layer and after it apart."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.inside: dict[int, list[Any]] = defaultdict(list)
         self.after: dict[int, list[Any]] = defaultdict(list)
         self._now: list[Any] = []

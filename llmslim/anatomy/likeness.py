@@ -124,7 +124,7 @@ def _equal(a: Any, b: Any, known: _Known) -> bool:
     if isinstance(a, PreTrainedConfig) and isinstance(b, PreTrainedConfig):
         pair = id(a), id(b)
         if pair not in known:
-            known[pair] = _fields(a) == _fields(b)
+            known[pair] = bool(_fields(a) == _fields(b))
         return known[pair]
     if isinstance(a, _PLAIN) or isinstance(b, _PLAIN):
         return bool(a == b) or (a != a and b != b)  # NaN, too
@@ -139,7 +139,7 @@ def _equal(a: Any, b: Any, known: _Known) -> bool:
     if isinstance(a, FunctionType):
         return a.__code__ is b.__code__ and _equal(_closed_over(a), _closed_over(b), known)
     if isinstance(a, torch.Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype
+        return bool(a.shape == b.shape and a.dtype == b.dtype)
     return True
 
 

@@ -82,7 +82,7 @@ def check_same_logits(made: PreTrainedModel, again: PreTrainedModel, where: str)
     Raises:
         CheckpointError: if what they give differs by more than the order of sums accounts for.
     """
-    vocabulary = made.get_input_embeddings().num_embeddings  # type: ignore[union-attr]
+    vocabulary = made.get_input_embeddings().num_embeddings
     ids = torch.arange(_TOKENS, device=made.device)[None] % int(vocabulary)  # type: ignore[arg-type]
     modes = [(module, module.training) for module in made.modules()]
     try:

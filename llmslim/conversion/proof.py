@@ -133,7 +133,7 @@ def _alone(module: nn.Module) -> Tensor | None:
     if weight is None or weight.dim() not in (1, 2):
         return None
     if hasattr(module, "num_embeddings"):
-        given = torch.arange(_TOKENS, device=weight.device)[None] % int(module.num_embeddings)
+        given = torch.arange(_TOKENS, device=weight.device)[None] % int(module.num_embeddings)  # type: ignore[arg-type]
     else:
         size = int(getattr(module, "in_features", weight.shape[-1]))
         given = _draw(torch.Size((1, _TOKENS, size)), module)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -31,10 +31,10 @@ class Conv1D(TransposedLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(out_features, in_features)
+        super().__init__(out_features, in_features)  # type: ignore[no-untyped-call]
         if not bias:
             raise ValueError("conv1d always has a bias")
-        kind = {"device": device, "dtype": dtype}
+        kind: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(in_features, out_features, **kind))
         self.bias = nn.Parameter(torch.zeros(out_features, **kind))
         nn.init.normal_(self.weight, std=0.02)

@@ -133,7 +133,7 @@ def base_of(model: Any) -> tuple[Any, Any]:
     )
     if not isinstance(model, SlimModelMixin):
         return base, copy.deepcopy(model.config)
-    slim: Any = model.config
+    slim: Any = model.config  # type: ignore[attr-defined]
     fields = {key: value for key, value in slim.to_dict().items() if key not in _SLIM_FIELDS}
     config = plain_class(slim).__bases__[0].from_dict(fields)
     if depth := slim.llmslim.get("depth"):

@@ -60,7 +60,7 @@ class _Watch(TorchDispatchMode):
     """Watches operations on the outputs of some projections, until another one reads them."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.mixed = False
         self._neurons: list[Tensor] = []
         self._ended = False
