@@ -22,7 +22,7 @@ RULE: dict[str, Any] = {"match": "*.mlp.*", "structure": "width", "keep_ratio": 
 @pytest.fixture(autouse=True)
 def in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run layers in float32 whatever the processor is fast at."""
-    monkeypatch.setattr("llmslim.surgery.sequential.fast_type", lambda _device: None)
+    monkeypatch.setattr("llmslim.surgery.sequential.fast_type", lambda *_: None)
 
 
 INPUTS = torch.randn(20, 1, 64, 8, generator=torch.Generator().manual_seed(1))
