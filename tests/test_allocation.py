@@ -119,6 +119,20 @@ def test_layers_that_matter_keep_more() -> None:
     assert max(share[index] for index in (0, 1, 3)) < 0.75
 
 
+def test_what_counts_is_the_predictions_and_not_the_size_of_outputs() -> None:
+    """Queries made smaller and keys larger: the same model, so the same choice."""
+    chosen = []
+    for factor in (1, 2**7):
+        model = tiny_model("llama", num_hidden_layers=2)
+        with torch.no_grad():
+            model.model.layers[0].self_attn.q_proj.weight.div_(factor)
+            model.model.layers[0].self_attn.k_proj.weight.mul_(factor)
+        rule = {"match": "*.self_attn.*", "structure": "auto"}
+        recipe = Recipe.of({"budget": 0.5, "replace": [rule]})
+        chosen.append(surgery.allocate(model, recipe, CALIBRATION).replace)
+    assert chosen[0] == chosen[1]
+
+
 def test_layers_that_go_have_no_share_in_the_budget() -> None:
     recipe = Recipe.of({"budget": 0.5, "depth": {"keep_layers": [0, 3]}, "replace": [AUTO_MLP]})
     model = tiny_model("llama")

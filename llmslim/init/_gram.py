@@ -39,8 +39,9 @@ def wide(values: Tensor) -> Tensor:
 class GramAccumulator:
     """Sums x xᵀ, and y xᵀ where there are targets, over chunks of tokens.
 
-    Products are float32, which is fast, or float64 where the tokens are, and sums float64. Rows of more than 30 times the median
-    length of their chunk are multiplied in float64: beside them float32 would lose the others.
+    Products are float32, which is fast, or float64 where the tokens are, and sums float64. Rows of
+    more than 30 times the median length of their chunk are multiplied in float64: beside them
+    float32 would lose the others.
 
     Args:
         in_features: I.

@@ -121,8 +121,7 @@ class LayerPair:
         return bool((whole - without - added).norm() < _ADDITIVE * added.norm())
 
     def added(self, module: nn.Module, x: Tensor) -> Any:
-        """Return what a module of the slim layer makes of an input; of a tensor, as wide as the
-        stream."""
+        """Return what a module of the slim layer makes of an input; a tensor as the stream is."""
         fast = self._autocast is not None
         with torch.autocast(x.device.type, self._autocast, enabled=fast):
             y = module(x if fast else x.to(next(module.parameters()).dtype))

@@ -365,7 +365,7 @@ def run_layer(
         stop_after_inputs: end the pass once every input was seen.
 
     Returns:
-        The layer's output, (N, L, D) in float32 or wider (None when stopped), and the inputs by name.
+        The layer's output, (N, L, D), at least float32 (None when stopped), and the inputs by name.
     """
     wanted = inputs_of or {}
     seen: dict[str, Tensor] = {}
