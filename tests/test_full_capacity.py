@@ -78,22 +78,26 @@ def with_everything_kept(structure: str, site: Site) -> dict[str, Any] | None:
     return {"structure": structure, **sizes}
 
 
-def slimmed(model: Any, init: str, rules: dict[str, Any]) -> surgery.Report:
+def slimmed(
+    model: Any, init: str, rules: dict[str, Any], calibration: surgery.Calibration = TEXT
+) -> surgery.Report:
     """Carry out one rule for each site, in place."""
     replace = [{"match": name, **rule} for name, rule in rules.items()]
     plan = surgery.plan(model, Recipe.of({"name": "f", "init": init, "replace": replace}))
-    text = TEXT if init == "least_squares" else None
+    text = calibration if init == "least_squares" else None
     return surgery.rewrite(model, plan, calibration=text)
 
 
-def given_back(model: Any, init: str, structure: str) -> float:
+def given_back(
+    model: Any, init: str, structure: str, calibration: surgery.Calibration = TEXT
+) -> float:
     """Put blocks of full capacity in place; return how far the logits moved."""
     dense, rules = logits(model), {}
     for name, site in sites_of(model).items():
         rule = with_everything_kept(structure, site)
         if rule is not None:
             rules[name] = rule
-    report = slimmed(model, init, rules)
+    report = slimmed(model, init, rules, calibration)
     assert sum(row.action == "replaced" for row in report.rows) == len(rules) > 0
     return apart(logits(model), dense)
 
@@ -114,6 +118,13 @@ def test_every_structure_gives_the_dense_model_back(structure: str, init: str) -
 def test_every_architecture_is_given_back(name: str) -> None:
     dtype, rounding = (torch.float32, 1e-5) if name in NOT_FLOAT64 else (torch.float64, 1e-12)
     assert given_back(dense_model(name, dtype), "least_squares", "low_rank") < rounding
+
+
+@pytest.mark.parametrize("name", ["bart", "gpt2", "llama", "olmo2", "zamba"])
+def test_without_held_out_text_the_step_itself_leads_nowhere(name: str) -> None:
+    """Held-out text would take a wrong step back, so that none could be seen."""
+    alone = surgery.Calibration(TEXT.windows, TEXT.held_out[:0])
+    assert given_back(dense_model(name), "least_squares", "low_rank", alone) < 1e-12
 
 
 @pytest.mark.slow
