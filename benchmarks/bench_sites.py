@@ -59,13 +59,14 @@ class Grams(NamedTuple):
 def gather(model: Any, names: set[str], fit_NL: Tensor, held_out_NL: Tensor) -> dict[str, Grams]:
     """Return the Gram matrices of the inputs of the named projections, from one pass each."""
     found = []
+    fast = fast_type(model.device, model.dtype)
     for ids_NL in (fit_NL, held_out_NL):
         sums = {name: GramAccumulator(model.get_submodule(name).in_features) for name in names}
 
         def see(gram: GramAccumulator, _module: Any, args: tuple[Tensor, ...]) -> None:
             gram.update(args[0])
 
-        with ExitStack() as hooks, torch.autocast("cpu", fast_type(), fast_type() is not None):
+        with ExitStack() as hooks, torch.autocast("cpu", fast, fast is not None):
             for name, gram in sums.items():
                 hook = model.get_submodule(name).register_forward_pre_hook(partial(see, gram))
                 hooks.callback(hook.remove)

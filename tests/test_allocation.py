@@ -30,7 +30,7 @@ AUTO_MLP: dict[str, Any] = {"match": "*.mlp.*", "structure": "auto"}
 def in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run layers in float32 whatever the processor is fast at."""
     for module in ("sequential", "allocation"):
-        monkeypatch.setattr(f"llmslim.surgery.{module}.fast_type", lambda _device: None)
+        monkeypatch.setattr(f"llmslim.surgery.{module}.fast_type", lambda *_: None)
 
 
 def weights_of(report: Any, ending: str = "") -> tuple[int, int]:
@@ -117,6 +117,20 @@ def test_layers_that_matter_keep_more() -> None:
     }
     assert share[2] == 1.0
     assert max(share[index] for index in (0, 1, 3)) < 0.75
+
+
+def test_what_counts_is_the_predictions_and_not_the_size_of_outputs() -> None:
+    """Queries made smaller and keys larger: the same model, so the same choice."""
+    chosen = []
+    for factor in (1, 2**7):
+        model = tiny_model("llama", num_hidden_layers=2)
+        with torch.no_grad():
+            model.model.layers[0].self_attn.q_proj.weight.div_(factor)
+            model.model.layers[0].self_attn.k_proj.weight.mul_(factor)
+        rule = {"match": "*.self_attn.*", "structure": "auto"}
+        recipe = Recipe.of({"budget": 0.5, "replace": [rule]})
+        chosen.append(surgery.allocate(model, recipe, CALIBRATION).replace)
+    assert chosen[0] == chosen[1]
 
 
 def test_layers_that_go_have_no_share_in_the_budget() -> None:

@@ -100,6 +100,18 @@ def test_the_held_out_windows_are_one_stretch_that_no_other_window_is_of(tmp_pat
     assert not set(fitted) & set(aside)
 
 
+def test_the_stretch_held_out_may_be_anywhere_in_the_text(tmp_path):
+    numbers = "".join(f"{n:08}" for n in range(100))
+    name = put(tmp_path / "a.txt", numbers.encode())
+    starts = set()
+    for seed in range(12):
+        windows = calibration_windows(spec(name, tokens=8 * 32, seed=seed), plain_tokenizer())
+        place = {tuple(ids_of(f"{n:08}")): n for n in range(100)}
+        starts.add(place[tuple(windows.held_out[0].tolist())])
+    assert len(starts) > 6
+    assert max(starts) > 50
+
+
 def test_documents_are_parted_by_the_end_token(tmp_path):
     name = jsonl(tmp_path / "a.jsonl", [{"text": "aaa"}, {"text": "bbb"}])
     windows = calibration_windows(spec(name, sequence_length=3), plain_tokenizer())

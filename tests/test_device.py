@@ -134,7 +134,7 @@ def test_a_fit_on_a_gpu_is_the_fit_on_the_processor(
     architecture: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Truth: the same sums, in the same type, on the processor."""
-    monkeypatch.setattr("llmslim.surgery.sequential.fast_type", lambda _device: None)
+    monkeypatch.setattr("llmslim.surgery.sequential.fast_type", lambda *_: None)
     errors = []
     for device in ("cpu", "cuda"):
         torch.manual_seed(0)

@@ -188,7 +188,7 @@ def test_packed_samples_are_as_each_alone(name: str) -> None:
 )
 def test_fit_to_text(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # As on machines that are fast at it: not every architecture's code expects two types.
-    monkeypatch.setattr("llmslim.surgery.sequential.fast_type", lambda _device: torch.bfloat16)
+    monkeypatch.setattr("llmslim.surgery.sequential.fast_type", lambda *_: torch.bfloat16)
     model = tiny_model(CLASSES[name])
     if name in NOT_FITTED:
         for way in (walk, fit_to_text):

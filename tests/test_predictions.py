@@ -23,7 +23,7 @@ RULE: dict[str, Any] = {"match": "*.mlp.*", "structure": "low_rank", "keep_ratio
 @pytest.fixture(autouse=True)
 def in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run layers in float32 whatever the processor is fast at."""
-    monkeypatch.setattr("llmslim.surgery.sequential.fast_type", lambda _device: None)
+    monkeypatch.setattr("llmslim.surgery.sequential.fast_type", lambda *_: None)
 
 
 def divergence(slim: Any, dense: Any, ids: torch.Tensor) -> torch.Tensor:

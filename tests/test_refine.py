@@ -22,7 +22,7 @@ RULE: dict[str, Any] = {"match": "*.mlp.*", "structure": "width", "keep_ratio": 
 @pytest.fixture(autouse=True)
 def in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run layers in float32 whatever the processor is fast at."""
-    monkeypatch.setattr("llmslim.surgery.sequential.fast_type", lambda _device: None)
+    monkeypatch.setattr("llmslim.surgery.sequential.fast_type", lambda *_: None)
 
 
 INPUTS = torch.randn(20, 1, 64, 8, generator=torch.Generator().manual_seed(1))
@@ -64,6 +64,23 @@ def test_steps_that_lead_nowhere_are_taken_back() -> None:
     )
     assert after == before
     assert torch.equal(layer.weight, weight)
+
+
+def test_steps_rise_in_a_tenth_of_them_and_fall_as_a_cosine() -> None:
+    """On a slope that is the same everywhere, Adam's steps are the rate itself."""
+    weight = nn.Parameter(torch.full((3,), 2.0, dtype=torch.float64))
+    met: list[float] = []
+
+    def slope(_window: int) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            met.append(float(weight[0].detach()))
+        return weight.sum()
+
+    descend(slope, [weight], [0], [0], each=1, steps=20, lr=0.01)
+    taken = -torch.tensor([*met, float(weight[0].detach())]).diff() / (2 * 0.01)
+    cosine = 0.5 * (1 + torch.cos(torch.pi * torch.arange(18) / 18))
+    expected = torch.cat((torch.tensor([0.5, 1.0]), cosine))
+    torch.testing.assert_close(taken, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

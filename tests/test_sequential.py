@@ -32,7 +32,7 @@ WINDOWS = Windows(tokens(64, 16), "random tokens", tokens(4, 16, seed=5))
 @pytest.fixture(autouse=True)
 def in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run layers in float32 whatever the processor is fast at."""
-    monkeypatch.setattr("llmslim.surgery.sequential.fast_type", lambda _device: None)
+    monkeypatch.setattr("llmslim.surgery.sequential.fast_type", lambda *_: None)
 
 
 def rows_of(report: llmslim.Report, ending: str) -> list[Any]:
@@ -344,7 +344,7 @@ def test_non_finite_activations_are_an_answer_or_an_error() -> None:
 
 
 def test_in_bfloat16_full_rank_is_near(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmslim.surgery.sequential.fast_type", lambda _device: torch.bfloat16)
+    monkeypatch.setattr("llmslim.surgery.sequential.fast_type", lambda *_: torch.bfloat16)
     model, dense = tiny_model("llama"), tiny_model("llama")
     rules = [{"match": "*.mlp.*", "structure": "low_rank", "rank": 48}]
     llmslim.slim(model, {"init": "least_squares", "replace": rules}, calibration=WINDOWS)
@@ -355,7 +355,7 @@ def test_in_bfloat16_full_rank_is_near(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_layer_norms_in_bfloat16_take_the_float32_stream(
     architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmslim.surgery.sequential.fast_type", lambda _device: torch.bfloat16)
+    monkeypatch.setattr("llmslim.surgery.sequential.fast_type", lambda *_: torch.bfloat16)
     dense = tiny_model(architecture)
     apart = {}
     for init in ("project", "least_squares"):

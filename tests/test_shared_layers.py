@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.fixture(autouse=True)
 def in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run layers in float32 whatever the processor is fast at."""
-    monkeypatch.setattr("llmslim.surgery.sequential.fast_type", lambda _device: None)
+    monkeypatch.setattr("llmslim.surgery.sequential.fast_type", lambda *_: None)
 
 
 def calibration(windows: int = 9) -> Calibration:

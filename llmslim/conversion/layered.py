@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from llmslim import surgery
 from llmslim.checkpoint import NotInPiecesError, Piece, Pieces
@@ -64,7 +65,7 @@ class LayersOnDisk(Visits):
     def go_on(self, streams: Streams) -> tuple[int, Streams]:
         """Return the first layer that is not finished, and the streams before it."""
         if self._first:
-            streams = self._files.read(self._first - 1, streams.dense[0].shape)
+            streams = self._files.read(self._first - 1, streams.dense[0])
         return self._first, streams
 
     @contextmanager
@@ -83,7 +84,7 @@ class LayersOnDisk(Visits):
         digest = self._files.write(index, streams)
         self._finished(self._piece(index), fitted, digest)
         self._files.remove(index - 2)  # the layer after that one is on the disk
-        return self._files.read(index, streams.dense[0].shape)
+        return self._files.read(index, streams.dense[0])
 
     def _piece(self, index: int) -> Piece:
         return self._pieces.piece_of(f"{self._layers.path}.{index}")
@@ -149,17 +150,17 @@ class _StreamFiles:
             os.fsync(file.fileno())
         return digest.hexdigest()
 
-    def read(self, index: int, shape: torch.Size) -> Streams:
+    def read(self, index: int, like: Tensor) -> Streams:
         """Return streams; on the processor, memory-mapped.
 
         Args:
             index: of the layer they come out of.
-            shape: of a window.
+            like: a window of the same shape and type.
         """
-        values, path = shape.numel(), self._path(index)
-        room = values + -values % (_ALIGNED // 4)
-        flat = torch.from_file(str(path), size=path.stat().st_size // 4, dtype=torch.float32)
-        windows = [part[:values].view(shape).to(self._device) for part in flat.split(room)]
+        values, size, path = like.numel(), like.element_size(), self._path(index)
+        room = values + -values % (_ALIGNED // size)
+        flat = torch.from_file(str(path), size=path.stat().st_size // size, dtype=like.dtype)
+        windows = [part[:values].view(like.shape).to(self._device) for part in flat.split(room)]
         half = len(windows) // 2
         return Streams(windows[:half], windows[half:])
 

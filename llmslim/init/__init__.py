@@ -9,6 +9,7 @@ from ._gram import equivalent_target as equivalent_target
 from ._gram import output_power as output_power
 from ._gram import relative_error as relative_error
 from ._gram import stable_cholesky as stable_cholesky
+from ._gram import wide as wide
 from .target import Method as Method
 from .target import Target as Target
 from .target import initialise as initialise

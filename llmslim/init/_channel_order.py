@@ -75,8 +75,8 @@ def learn_outputs(
     """Return an order of free outputs in which those of a group can do with the same channels.
 
     Args:
-        weight_PMI: maps that share their M outputs' order, as gate and up share the neurons; the
-            caller renumbers the outputs of all alike. float64.
+        weight_PMI: maps that share their M outputs' order, as gate and up share the neurons, and
+            each choose their own channels; the caller renumbers the outputs of all alike. float64.
         gram_II: H of their common input, positive definite, float64.
         groups: G.
         sweeps: how often at most channels and outputs are chosen in turn.
@@ -84,42 +84,53 @@ def learn_outputs(
     Returns:
         The output that stands at each position, (M,); as they were if nothing better was found.
     """
-    parts, outputs, in_features = weight_PMI.shape
-    weight_OI = weight_PMI.reshape(-1, in_features)
+    _, outputs, in_features = weight_PMI.shape
     as_is_M = torch.arange(outputs)
     if groups == 1:
         return as_is_M
-    cross_OI = weight_OI @ gram_II
+    cross_PMI = weight_PMI @ gram_II
     lost_I = _lost_alone(gram_II)
-    part_P1 = torch.arange(parts)[:, None] * outputs
 
-    def choose(outputs_M: Tensor, order_GS: Tensor) -> list[_Regression]:
+    def choose(outputs_M: Tensor, order_PGS: Tensor) -> list[list[_Regression]]:
         return [
-            _choose(_Regression(cross_OI[(part_P1 + some).flatten()], gram_II, channels_S), 2)
-            for some, channels_S in zip(outputs_M.chunk(groups), order_GS, strict=True)
+            [
+                _choose(_Regression(cross_MI[some], gram_II, channels_S), 2)
+                for some, channels_S in zip(outputs_M.chunk(groups), order_GS, strict=True)
+            ]
+            for cross_MI, order_GS in zip(cross_PMI, order_PGS, strict=True)
         ]
 
     def start(outputs_M: Tensor) -> Tensor:
-        worth_MI = (weight_PMI.square() * lost_I).sum(0)[outputs_M]
-        return order_by_value(worth_MI.reshape(groups, -1, in_features).sum(1))
+        worth_PMI = (weight_PMI.square() * lost_I)[:, outputs_M]
+        worth_PGI = worth_PMI.reshape(len(weight_PMI), groups, -1, in_features).sum(2)
+        return torch.stack([order_by_value(worth_GI) for worth_GI in worth_PGI])
+
+    def explained_by(chosen: list[list[_Regression]]) -> float:
+        return sum(group.explained for part in chosen for group in part)
 
     best_M = as_is_M
-    best = sum(group.explained for group in choose(as_is_M, start(as_is_M)))
+    best = explained_by(choose(as_is_M, start(as_is_M))) * (1 + _ROUNDING)
     needs_MI = (weight_PMI * lost_I.sqrt()).transpose(0, 1).reshape(outputs, -1)
     outputs_M = _cluster(needs_MI, groups)
-    order_GS, last = start(outputs_M), 0.0
+    order_PGS, last = start(outputs_M), 0.0
     for _ in range(sweeps):
-        chosen = choose(outputs_M, order_GS)
-        order_GS = torch.stack([group.channels_S for group in chosen])
-        explained = sum(group.explained for group in chosen)
+        chosen = choose(outputs_M, order_PGS)
+        order_PGS = torch.stack(
+            [torch.stack([group.channels_S for group in part]) for part in chosen]
+        )
+        explained = explained_by(chosen)
         if explained > best:
             best, best_M = explained, outputs_M
         if explained < (1 + 1e-3) * last:
             break
         last = explained
-        worth_OG = torch.stack([group.explains(cross_OI) for group in chosen], dim=1)
-        worth_MG = worth_OG.reshape(parts, outputs, groups).sum(0)
-        outputs_M = _assign(worth_MG, as_is_M // (outputs // groups))
+        worth_PMG = torch.stack(
+            [
+                torch.stack([group.explains(cross_MI) for group in part], dim=1)
+                for cross_MI, part in zip(cross_PMI, chosen, strict=True)
+            ]
+        )
+        outputs_M = _assign(worth_PMG.sum(0), as_is_M // (outputs // groups))
     return best_M
 
 

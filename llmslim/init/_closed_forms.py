@@ -7,7 +7,8 @@ parameters of the block B for which tr((W - B) H (W - B)ᵀ) is least:
 - low rank: with H = C Cᵀ the norm is ‖W C - B C‖, so B C is the truncated singular value
   decomposition of W C (Eckart and Young 1936). Only its left vectors U are needed: B = U Uᵀ W;
 - pivoted low rank: the same matrix, its rows as combinations of R of them;
-- block shuffle: a grid of low-rank blocks, each fitted in turn to what the others leave;
+- block shuffle: a grid of low-rank blocks, each fitted to its part of W, and then in turn to what
+  the others leave;
 - grouped low rank: io and low rank, each fitted in turn to what the other leaves.
 
 Each step of the last two is the exact minimum for its part, so the error never rises.
@@ -67,8 +68,10 @@ def io_weight(
     for g, seen in enumerate(io_channels(in_features, groups)):
         rows = slice(g * o, (g + 1) * o)
         channels = seen if order_GS is None else order_GS[g]
-        factor_SS = stable_cholesky(gram_II[channels][:, channels], _ROUNDING)[0]
-        fit_So = torch.cholesky_solve(cross_OI[rows][:, channels].t(), factor_SS)
+        factor_SS, lambda_S = stable_cholesky(gram_II[channels][:, channels], _ROUNDING)
+        # What is added to H pulls towards W: a matrix that the block can hold stays as it is.
+        wanted_oS = cross_OI[rows][:, channels] + weight_OI[rows][:, channels] * lambda_S
+        fit_So = torch.cholesky_solve(wanted_oS.t(), factor_SS)
         dense_OI[rows, channels] = fit_So.t()
         if order_GS is not None:
             parameter[g] = fit_So
@@ -170,23 +173,32 @@ def block_shuffle_factors(
     second = weight_OI.new_zeros(blocks, inner, o)
     # Inner channel j of input block b stands at j B + b after the shuffle.
     position_Bm = torch.arange(blocks)[:, None] + torch.arange(inner) * blocks
-    left_OI, errors = weight_OI.clone(), [output_power(weight_OI, gram_II)]
+    left_OI = weight_OI.clone()
+
+    def put(b: int, wanted_Oi: Tensor) -> None:
+        seen = columns[b]
+        for c in range(blocks):
+            rows = slice(c * o, (c + 1) * o)
+            slot_K = torch.nonzero(position_Bm[b] // inner == c).flatten()
+            k = min(len(slot_K), i, o)
+            u_ok, v_ki = balanced(
+                *low_rank_factors(wanted_Oi[rows], gram_II[seen, seen], k, factors[b])
+            )
+            first[b][:, slot_K[:k]] = v_ki.t()
+            second[c][position_Bm[b, slot_K[:k]] % inner] = u_ok.t()
+            left_OI[rows, seen] = weight_OI[rows, seen] - u_ok @ v_ki
+
+    # Begun with each block fitted to its own part of W: where all have the rank for it, that is W.
+    # From nothing, the first block would take over what only the others can do.
+    for b, seen in enumerate(columns):
+        put(b, weight_OI[:, seen])
+    errors = [output_power(left_OI, gram_II)]
     for _ in range(sweeps):
         for b, seen in enumerate(columns):
             fit_Oi = weight_OI[:, seen] - left_OI[:, seen]
             # What these columns should be, given all others: left over, seen through x[b].
             cross_Oi = left_OI @ gram_II[:, seen]
-            wanted_Oi = fit_Oi + torch.cholesky_solve(cross_Oi.t(), factors[b]).t()
-            for c in range(blocks):
-                rows = slice(c * o, (c + 1) * o)
-                slot_K = torch.nonzero(position_Bm[b] // inner == c).flatten()
-                k = min(len(slot_K), i, o)
-                u_ok, v_ki = balanced(
-                    *low_rank_factors(wanted_Oi[rows], gram_II[seen, seen], k, factors[b])
-                )
-                first[b][:, slot_K[:k]] = v_ki.t()
-                second[c][position_Bm[b, slot_K[:k]] % inner] = u_ok.t()
-                left_OI[rows, seen] = weight_OI[rows, seen] - u_ok @ v_ki
+            put(b, fit_Oi + torch.cholesky_solve(cross_Oi.t(), factors[b]).t())
         errors.append(output_power(left_OI, gram_II))
         if errors[-1] > (1 - _ENOUGH) * errors[-2]:
             break

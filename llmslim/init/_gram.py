@@ -31,11 +31,17 @@ _TRIES = 12
 _TINY = 1e-300
 
 
+def wide(values: Tensor) -> Tensor:
+    """Return values in float32, or in float64 if that is what they are in: nothing is rounded."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 class GramAccumulator:
     """Sums x xᵀ, and y xᵀ where there are targets, over chunks of tokens.
 
-    Products are float32, which is fast, and sums float64. Rows of more than 30 times the median
-    length of their chunk are multiplied in float64: beside them float32 would lose the others.
+    Products are float32, which is fast, or float64 where the tokens are, and sums float64. Rows of
+    more than 30 times the median length of their chunk are multiplied in float64: beside them
+    float32 would lose the others.
 
     Args:
         in_features: I.
@@ -98,8 +104,12 @@ class GramAccumulator:
             y: targets (..., O) of the same leading shape, if `out_features` was given.
         """
         assert (y is None) == (self._yx_OI is None)
-        x_TI = x.reshape(-1, x.shape[-1]).float()
-        y_TO = None if y is None else y.reshape(-1, y.shape[-1]).float()
+        x_TI = wide(x.reshape(-1, x.shape[-1]))
+        y_TO = None
+        if y is not None:
+            y_TO = wide(y.reshape(-1, y.shape[-1]))
+            both = torch.promote_types(x_TI.dtype, y_TO.dtype)
+            x_TI, y_TO = x_TI.to(both), y_TO.to(both)
         # Lengths in float64: that of a finite row must not overflow.
         length_T = torch.linalg.vector_norm(x_TI, dim=1, dtype=torch.float64)
         finite_T = length_T.isfinite()

@@ -130,8 +130,9 @@ def _fit_residual(block: GroupedPointwise, weight_OI: Tensor, gram_II: Tensor) -
         rows_GoI = rows_GoI.transpose(0, 1).reshape(rows_GoI.shape)
     for g in range(groups):
         seen = slice(g * i, (g + 1) * i)
-        factor_ii, _ = stable_cholesky(gram_II[seen, seen], 0.0)
-        block.weight[g] = torch.cholesky_solve((rows_GoI[g] @ gram_II[:, seen]).t(), factor_ii)
+        factor_ii, lambda_i = stable_cholesky(gram_II[seen, seen], 0.0)
+        wanted_oi = rows_GoI[g] @ gram_II[:, seen] + rows_GoI[g, :, seen] * lambda_i
+        block.weight[g] = torch.cholesky_solve(wanted_oi.t(), factor_ii)
     if block.second is not None:
         block.second.zero_()
         _descend(block, weight_OI, gram_II)

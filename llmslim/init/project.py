@@ -52,8 +52,8 @@ def _project(block: StructuredLinear, weight_OI: Tensor, seed: int) -> None:
         torch.manual_seed(seed)
         block.reset_parameters()
     dtype = next(block.parameters()).dtype
-    block.float()
-    identity = torch.eye(block.in_features, device=weight_OI.device)
+    block.to(weight_OI.dtype)
+    identity = torch.eye(block.in_features).to(weight_OI)
     scale = weight_OI.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
     optimizer = torch.optim.LBFGS(
         block.parameters(), max_iter=_LBFGS_STEPS, line_search_fn="strong_wolfe"

@@ -37,7 +37,7 @@ class Target:
     """A dense map that a block is to stand in for."""
 
     weight_OI: Tensor
-    """Weight as in `nn.Linear`, shape (O, I), float32."""
+    """Weight as in `nn.Linear`, shape (O, I), float32; float64 where the model is."""
     bias_O: Tensor | None = None
     """Bias, shape (O,)."""
     seed: int = 0

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
 from llmslim.errors import RecipeError
-from llmslim.init import low_rank_factors, output_power
+from llmslim.init import low_rank_factors, output_power, wide
 from llmslim.modeling.pivoted_low_rank import PivotedLowRank
 from llmslim.modeling.sizes import StaysDense, exact_ratio
 from llmslim.recipe import Recipe, first_rule
@@ -234,7 +234,7 @@ class _Measurement:
         self.fitting = len(fit)
         ids = [window[None].to(model.device) for window in torch.cat((fit, judged))]
         calls: Calls = record_calls(model, list(self.stack), ids)
-        self.autocast = type_taken(self.stack[0], calls, fast_type(model.device))
+        self.autocast = type_taken(self.stack[0], calls, fast_type(model.device, model.dtype))
         self.stream, self.extras = calls.hidden, calls.extras
         self.rest = Rest(model, list(self.stack), ids[0])
         self.probe_ids = ids[self.fitting :][: max(1, PROBE_TOKENS // length)]
@@ -285,7 +285,7 @@ class _Measurement:
                 if known is None:
                     known = moments.get(name) or Moments.of(seen.shape[-1], device=seen.device)
                     side = known.fit if batch < self.fitting else known.held_out
-                    x_NLI, counts = seen.float(), importance(output)
+                    x_NLI, counts = wide(seen), importance(output)
                     # As in the fit that follows: what an MLP adds counts for what the stream is,
                     # unless that is several side by side.
                     whole = name in weighted and counts.shape[:-1] == x_NLI.shape[:-1]
@@ -296,7 +296,7 @@ class _Measurement:
 
     def _narrowed(self, unit: _Unit, moments: Moments) -> _Fits:
         """Fit an MLP with fewer neurons, in every size."""
-        weight_OM = self._dense(unit.name).float()
+        weight_OM = wide(self._dense(unit.name))
         gram_MM, held_MM = moments.fit.gram_II, moments.held_out.gram_II
         neurons = weight_OM.shape[1]
         per_neuron = sum(self._dense(name).numel() for name in unit.sites) // neurons

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmslim.errors import SlimError
-from llmslim.init import Method, Target, initialise, method_named
+from llmslim.init import Method, Target, initialise, method_named, wide
 from llmslim.modeling.experts import Experts
 from llmslim.modeling.modeling_llmslim import set_module, site_weight
 from llmslim.modeling.structured import StructuredLinear, build
@@ -46,7 +46,7 @@ def fill_site(model: Any, site: SitePlan, seed_of: Callable[[str], int]) -> floa
     bias = None if old.bias is None else old.bias.data
     weight = dense_weight(old)
     if method_named(site.init).fits:  # the others do not look at it: spare the copy
-        weight = weight.float()
+        weight = wide(weight)
     return put_block(model, site, old, Target(weight, bias, seed_of(site.name)))
 
 
@@ -94,9 +94,9 @@ def put_experts(model: nn.Module, site: SitePlan, seed_of: Callable[[str], int])
     lost = whole = 0.0
     for expert, weight in enumerate(stack):
         # The others do not look at the weight: spare the copy.
-        weight_OI = (weight.t() if experts.transposed else weight).to(
-            torch.float32 if method.fits else weight.dtype
-        )
+        weight_OI = weight.t() if experts.transposed else weight
+        if method.fits:
+            weight_OI = wide(weight_OI)
         target = Target(weight_OI, None, seed_of(f"{site.name}.{expert}"))
         error = fill_expert(experts, expert, target, method)
         if error is not None:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmslim.init import GramAccumulator, Target, method_named, output_power
+from llmslim.init import GramAccumulator, Target, method_named, output_power, wide
 from llmslim.modeling.experts import Experts
 from llmslim.modeling.modeling_llmslim import set_module
 from llmslim.surgery.blocks import empty_experts, fill_expert
@@ -137,7 +137,7 @@ def fit_experts(
                 everything_II, rest = _pooled([*moments.values(), rest]), None
             for expert in group:
                 own = moments.pop(expert)
-                weight_OI = _matrix(stack, expert, watched.transposed).float()
+                weight_OI = wide(_matrix(stack, expert, watched.transposed))
                 seed = seed_of(f"{site.name}.{expert}")
                 gram_II = own.gram_II if own.tokens else everything_II
                 target = Target(weight_OI, None, seed, gram_II)

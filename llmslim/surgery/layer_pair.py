@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmslim.init import wide
 from llmslim.surgery.moments import Moments
 from llmslim.surgery.sites import is_projection, out_features_of
 from llmslim.surgery.streams import Extra, importance, run_layer
@@ -120,11 +121,11 @@ class LayerPair:
         return bool((whole - without - added).norm() < _ADDITIVE * added.norm())
 
     def added(self, module: nn.Module, x: Tensor) -> Any:
-        """Return what a module of the slim layer makes of an input; of a tensor, in float32."""
+        """Return what a module of the slim layer makes of an input; a tensor as the stream is."""
         fast = self._autocast is not None
         with torch.autocast(x.device.type, self._autocast, enabled=fast):
             y = module(x if fast else x.to(next(module.parameters()).dtype))
-        return y.float() if isinstance(y, Tensor) else y
+        return wide(y) if isinstance(y, Tensor) else y
 
     def tail(self, names: Sequence[str]) -> Tail | None:
         """Return the smallest end of the slim layer that holds some projections, if it has one.
@@ -185,7 +186,7 @@ class LayerPair:
                     self.ahead.dense.append(after)
                     self.ahead.parts.append((before, seen["x"]))
                 # The block keeps the bias, so it is no part of what the weight has to reach.
-                target = after - before if bias is None else after - before - bias.float()
+                target = after - before if bias is None else after - before - wide(bias)
                 yield window, seen["x"], target, importance(after)
 
         return self._gather(pairs())
@@ -204,7 +205,7 @@ class LayerPair:
             if moments is None:
                 moments = Moments.of(x.shape[-1], y.shape[-1], device=x.device)
             into = moments.fit if window < self.fitting else moments.held_out
-            x, y = x.float(), y.float()
+            x, y = wide(x), wide(y)
             if weight is not None:
                 x, y = x * weight, y * weight
             into.update(x, y)

@@ -8,10 +8,12 @@ Shapes: N = windows of L tokens, D = hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
 from torch import Tensor, nn
 
+from llmslim.init import wide
 from llmslim.recipe import Refine
 from llmslim.surgery.layer_pair import Ahead, LayerPair
 from llmslim.surgery.refine import LOGITS_LR, STEP_TOKENS, Loss, descend, only_moving, output_loss
@@ -51,8 +53,9 @@ def refine_layer(
     losses = [(output_loss(run, wanted), spec.steps, spec.lr)]
     if predicted is not None:
         losses.append((predicted(run), spec.logits_steps, LOGITS_LR * spec.lr))
-    dtype = next(pair.slim.parameters()).dtype
-    pair.slim.float()  # small steps would be lost in bfloat16
+    own = [(held, held.dtype) for held in _floats(pair.slim)]
+    for held, _ in own:  # small steps would be lost in bfloat16
+        held.data = wide(held.data)
     moving = [p for name in names for p in pair.slim.get_submodule(name).parameters()]
     every = range(len(wanted))
     with only_moving(model, moving):
@@ -67,7 +70,14 @@ def refine_layer(
                 lr=lr,
                 seed=seed,
             )
-    pair.slim.to(dtype)
+    for held, dtype in own:  # each its own: some models keep a few in float32
+        held.data = held.data.to(dtype)
     if tail is not None:
         # The module itself, not by way of the pair: a cycle would keep its streams alive.
         pair.ahead.parts, pair.ahead.add = tail.parts, tail.module
+
+
+def _floats(layer: nn.Module) -> Iterator[Tensor]:
+    """Yield a layer's parameters and buffers that are not integers."""
+    held = chain(layer.parameters(), layer.buffers())
+    return (tensor for tensor in held if tensor.is_floating_point())

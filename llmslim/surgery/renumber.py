@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from llmslim.init import damping, learn_outputs
+from llmslim.init import damping, learn_outputs, wide
 from llmslim.surgery.correction import corrected_weight
 from llmslim.surgery.layer_pair import LayerPair
 from llmslim.surgery.moments import Moments
@@ -66,7 +66,7 @@ def renumber(
     gram_II = gram_II + damping(gram_II).diag()
     wanted = []
     for name in mlp.up:
-        weight_OI = dense_weight(model.get_submodule(name)).float()
+        weight_OI = wide(dense_weight(model.get_submodule(name)))
         wanted.append(corrected_weight(moments, weight_OI, weight_OI))
     neurons = learn_outputs(torch.stack(wanted).cpu(), gram_II.cpu(), groups)
     inside = replace(

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmslim.init import GramAccumulator, Target, method_named
+from llmslim.init import GramAccumulator, Target, method_named, wide
 from llmslim.modeling.modeling_llmslim import other_names, set_module
 from llmslim.surgery.blocks import fill_site, put_block, put_experts
 from llmslim.surgery.correction import corrected_weight
@@ -108,7 +108,7 @@ class _Sequential:
             self.scrambled = len(more) // size
             self.fitting = self.scrambled + len(windows) // size
             calls = record_calls(model, list(self.stack), batches)
-            self.autocast = type_taken(self.stack[0], calls, fast_type(model.device))
+            self.autocast = type_taken(self.stack[0], calls, fast_type(model.device, model.dtype))
             self.predictions = None
             if self.spec is not None and self.spec.logits_steps:
                 gone = [index for index in range(len(self.stack)) if self._gone(index)]
@@ -301,7 +301,7 @@ class _Sequential:
         down = pair.slim.get_submodule(name)
         # An output that is normalised first, as in Gemma 2, is kept for itself.
         moments, writes = self._moments(pair, prefix, name)
-        through = None if writes else dense_weight(down).float()
+        through = None if writes else wide(dense_weight(down))
         self._tell_of_skipped(mlp.down, moments.fit)
         weight_OM = corrected_weight(moments, dense_weight(down), through)
         chosen = eliminate(weight_OM, moments.fit.gram_II, [plan.width])[plan.width]
@@ -346,11 +346,11 @@ class _Sequential:
             pair.ahead.add = lambda x: layer.get_submodule(names[0])(x)
         for site, name in zip(group, names, strict=True):
             module = pair.slim.get_submodule(name)
-            weight_OI = dense_weight(module).float()
+            weight_OI = wide(dense_weight(module))
             through = None if writes else weight_OI
             bias: Any = getattr(module, "bias", None)
             target = Target(
-                corrected_weight(moments, weight_OI, through).float(),
+                corrected_weight(moments, weight_OI, through).to(weight_OI),
                 None if bias is None else bias.data,
                 self.seed_of(site.name),
                 moments.fit.gram_II,

@@ -19,14 +19,25 @@ import torch
 from torch import Tensor, nn
 
 from llmslim.errors import TargetError
+from llmslim.init import wide
 from llmslim.surgery.sites import is_projection, out_features_of
 
 _TOGETHER = 4096
 """Tokens that a GPU is given at a time, at most."""
 
 
-def fast_type(device: torch.device) -> torch.dtype | None:
-    """Return the type a device multiplies fastest beside a float32 stream, None for none."""
+def fast_type(device: torch.device, own: torch.dtype) -> torch.dtype | None:
+    """Return the type to multiply in beside a float32 stream, None for a model's own throughout.
+
+    Args:
+        device: where the model is.
+        own: its type. A coarser one would be faster in many a place, and what it rounds away would
+            be fitted: full-rank blocks would not give the model back.
+    """
+    if own not in (torch.bfloat16, torch.float16):
+        return None
+    if own == torch.float16:
+        return own if device.type == "cuda" else None
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -150,7 +161,7 @@ class _Recording:
             kept = {key: value for key, value in kwargs.items() if "past_key_value" not in key}
             self._check(index, hidden, (*args[1:], *kept.values()))
             if index == 0:
-                self._calls.hidden.append(hidden.detach().float())
+                self._calls.hidden.append(wide(hidden.detach()))
             extra, known = (args[1:], kept), self._calls.extras[index]
             known.append(_kept_once(extra, known[0]) if known else extra)
             self._given, self._next = hidden, index + 1
@@ -346,7 +357,7 @@ def run_layer(
 
     Args:
         layer: the decoder layer.
-        hidden: its input, (N, L, D), float32; the stream itself is never rounded.
+        hidden: its input, (N, L, D), at least float32; the stream itself is never rounded.
         extra: its other arguments.
         autocast: type for its products; None runs it in its own.
         inputs_of: modules whose input is wanted, by name.
@@ -354,7 +365,7 @@ def run_layer(
         stop_after_inputs: end the pass once every input was seen.
 
     Returns:
-        The layer's output, (N, L, D) in float32 (None when stopped), and the inputs by name.
+        The layer's output, (N, L, D), at least float32 (None when stopped), and the inputs by name.
     """
     wanted = inputs_of or {}
     seen: dict[str, Tensor] = {}
@@ -388,4 +399,4 @@ def run_layer(
             handle.remove()
     if isinstance(output, tuple | list):
         output = output[0]
-    return (None if output is None else output.float()), seen
+    return (None if output is None else wide(output)), seen

@@ -44,7 +44,7 @@ class Fitted:
 
 
 class Streams(NamedTuple):
-    """Hidden states window by window, (1, L, D) each, float32; those to fit on come first."""
+    """Hidden states by window, (1, L, D) each, at least float32; those to fit on come first."""
 
     dense: list[Tensor]
     """The dense model's."""
