@@ -131,7 +131,7 @@ def test_an_unknown_name_lists_the_shipped_recipes_and_the_nearest():
         ),
         (
             "replace:\n  - match: '*'\n    structure: low_rank\n    ranks: 4\n",
-            "mine.yaml:4 replace[0].ranks: unknown key; allowed match, keep, structure, neurons, "
+            "mine.yaml:4 replace[0].ranks: unknown key; allowed match, role, keep, structure, neurons, "
             "groups, min_channels_per_group, keep_ratio, rank, blocks, inner_features, variant, "
             "activation, channel_order, init. "
             "Did you mean rank?",

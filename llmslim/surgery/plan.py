@@ -24,13 +24,14 @@ from llmslim.modeling.modeling_llmslim import other_names
 from llmslim.modeling.pivoted_low_rank import PivotedLowRank
 from llmslim.modeling.sizes import StaysDense, exact_ratio
 from llmslim.modeling.structured import StructuredLinear, structure_class
-from llmslim.recipe import Recipe, first_rule
+from llmslim.recipe import Recipe, rules_by_name
 from llmslim.surgery.depth import check_independent, depth_changes, kept_layers
 from llmslim.surgery.ledger import Entry, active_experts, entries
 from llmslim.surgery.planned import MlpPlan as MlpPlan
 from llmslim.surgery.planned import Plan as Plan
 from llmslim.surgery.planned import SitePlan as SitePlan
 from llmslim.surgery.report import Row
+from llmslim.surgery.roles import find_roles
 from llmslim.surgery.rules import AUTO, WIDTH, check_rules, init_of, method_exists
 from llmslim.surgery.sites import (
     Layers,
@@ -76,6 +77,8 @@ class _Planner:
         self.errors: list[SlimError] = []
         self.notes: list[str] = []
         self.sites = find_sites(model) | find_experts(model)
+        self.roles = find_roles(model)
+        self.rule_of = rules_by_name(recipe, self.roles)
         self.layers: Layers | None = None
         self._decoder = _layers_or_none(model)
         self.keep: tuple[int, ...] | None = None
@@ -92,7 +95,7 @@ class _Planner:
                 step()
             except SlimError as error:
                 self.errors.append(error)
-        told = check_rules(recipe, list(self.sites), type(self.model).__name__, self.init)
+        told = check_rules(recipe, self.roles, type(self.model).__name__, self.init)
         self.errors += told.errors
         self.notes += told.notes
         if recipe.has_auto:
@@ -142,6 +145,7 @@ class _Planner:
             self.model,
             self.recipe,
             self.layers or find_layers(self.model),
+            rule_of=self.rule_of,
             sites=self.sites,
             stays=lambda index: self.keep is None or index in self.keep,
             init=self.init,
@@ -171,7 +175,7 @@ class _Planner:
         if entry.site is None:
             return row
         row = self._resize(entry)
-        index = first_rule(self.recipe, row.name)
+        index = self.rule_of.get(row.name)
         if index is None:
             return replace(row, action="unmatched", reason=row.reason or "no rule matches")
         rule = self.recipe.replace[index]
@@ -183,7 +187,7 @@ class _Planner:
         """Yield a sentence for every rule that replaces nothing of what it matches."""
         met: dict[int, list[Row]] = defaultdict(list)
         for row in rows:
-            index = first_rule(self.recipe, row.name) if row.name in self.sites else None
+            index = self.rule_of.get(row.name)
             if index is not None and not self.recipe.replace[index].keep:
                 met[index].append(row)
         for index, matched in sorted(met.items()):
