@@ -163,7 +163,7 @@ def test_an_unknown_name_lists_the_shipped_recipes_and_the_nearest():
         ),
         (
             "replace:\n  - match: '*'\n    keep: true\n    groups: 2\n",
-            "mine.yaml:2 replace[0]: a rule with `keep: true` takes no other key than `match`.",
+            "mine.yaml:2 replace[0]: a rule with `keep: true` takes no other key than `match` and `role`.",
         ),
         (
             "heal:\n  train: everything\n",
