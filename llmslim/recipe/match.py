@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from .roles import plays
 from .schema import Recipe
 
 
@@ -25,9 +24,7 @@ def first_rule(recipe: Recipe, name: str, role: str = "") -> int | None:
         (0, None)
     """
     for index, rule in enumerate(recipe.replace):
-        if rule.role is not None and not any(plays(role, wanted) for wanted in rule.role):
-            continue
-        if any(fnmatchcase(name, glob) for glob in rule.globs):
+        if rule.is_for(role) and any(fnmatchcase(name, glob) for glob in rule.globs):
             return index
     return None
 

@@ -26,7 +26,7 @@ from pydantic import (
 
 from llmslim.errors import RecipeError
 
-from .roles import ROLES, known_role
+from .roles import ROLES, known_role, plays
 
 
 def _read_fraction(value: Any) -> Any:
@@ -125,6 +125,10 @@ class Rule(Section):
         if self.match is None:
             return ("*",)
         return (self.match,) if isinstance(self.match, str) else tuple(self.match)
+
+    def is_for(self, role: str) -> bool:
+        """Return whether the rule concerns projections of a role; any, where it names none."""
+        return self.role is None or any(plays(role, wanted) for wanted in self.role)
 
     def options(self) -> dict[str, Any]:
         """Return the structure's options that were given."""

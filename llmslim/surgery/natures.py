@@ -101,7 +101,9 @@ def token_mixer(modules: dict[str, nn.Module], name: str, top: str) -> str | Non
         module = modules[outer]
         if _is_mlp(module):
             break
-        leaf = outer.rpartition(".")[2]
+        if isinstance(module, nn.ModuleList):
+            continue
+        leaf = re.sub(r"(\.\d+)+$", "", outer).rpartition(".")[2]
         named = mixes_tokens(module) or (outer != top and re.fullmatch(_ATTENTION_LEAF, leaf))
         inner = (each for each in module.modules() if each is not module)
         # A decoder layer may be called after the kind of attention in it, and holds an MLP, too.
@@ -133,7 +135,7 @@ def is_recurrent(mixer: nn.Module, families: Iterable[str]) -> bool:
 def beside_the_map(modules: dict[str, nn.Module], name: str, top: str) -> bool:
     """Return whether a dense map serves a router or a norm, not the hidden states."""
     classes = [type(modules[outer]).__name__.lower() for outer in _around(name, top)]
-    return any(re.search(rf"{_ROUTER}|norm$", each) for each in classes[:-1])
+    return any(re.search(rf"{_ROUTER}|(?<!attention)norm$", each) for each in classes[:-1])
 
 
 def _around(name: str, top: str) -> Iterator[str]:

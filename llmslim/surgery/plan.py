@@ -165,7 +165,8 @@ class _Planner:
 
     def _decide(self, entry: Entry) -> Row:
         """Return the row with its action, its reason and what is left of it."""
-        row = entry.row
+        row = replace(entry.row, role=self.roles.get(entry.row.name, ""))
+        entry = replace(entry, row=row)
         if self.layers and self.keep is not None:
             index = self.layers.index_of(row.name)
             if index is not None and index not in self.keep:

@@ -12,7 +12,7 @@ from llmslim.errors import RecipeError, SlimError, TargetError
 from llmslim.init import method_named, method_names
 from llmslim.modeling import structured
 from llmslim.modeling.structured import StructuredLinear, structure_class
-from llmslim.recipe import ROLES, Recipe, close_names, plays, rules_by_name
+from llmslim.recipe import ROLES, Recipe, close_names, rules_by_name
 
 WIDTH = "width"
 """The structure of a whole MLP: fewer neurons, everything dense. No block, so no file of its own
@@ -130,21 +130,20 @@ def _explain_no_match(
             f"by replace[{earlier}] above it."
         )
         return
-    named = rule.model_copy(update={"role": None})
-    if rule.role is not None and rules_by_name(
-        alone.model_copy(update={"replace": (named,)}), roles
-    ):
-        known = [role for role in ROLES if any(plays(has, role) for has in roles.values())]
-        given = ", ".join(rule.role)
-        told = f"its roles are {', '.join(known)}" if known else "no projection of it has a role"
-        key = "role"
+    fitting = [name for name, role in roles.items() if rule.is_for(role)]
+    if rule.role is not None and not fitting:
+        key, given = "role", ", ".join(rule.role)
+        known = [role for role in ROLES if role in roles.values()]
+        told = f"it has {', '.join(known)}. Name one of those" if known else "none has one. Use `match`"
     else:
-        close = ", ".join(close_names(rule.globs, roles))
-        given = ", ".join(rule.globs)
+        key, given = "match", ", ".join(rule.globs)
+        close = ", ".join(close_names(rule.globs, fitting))
         told = f"closest are {close}" if close else "it has no dense projection left"
-        key = "match"
+    of_role = f" with role {', '.join(rule.role)}" if rule.role and key == "match" else ""
     where = recipe.where("replace", index, key)
-    found.errors.append(TargetError(f"{where}: {given} matches no projection of {model}; {told}."))
+    found.errors.append(
+        TargetError(f"{where}: {given} matches no projection of {model}{of_role}; {told}.")
+    )
 
 
 def _did_you_mean(structure: str) -> str:
