@@ -134,7 +134,11 @@ def _explain_no_match(
     if rule.role is not None and not fitting:
         key, given = "role", ", ".join(rule.role)
         known = [role for role in ROLES if role in roles.values()]
-        told = f"it has {', '.join(known)}. Name one of those" if known else "none has one. Use `match`"
+        told = (
+            f"it has {', '.join(known)}. Name one of those"
+            if known
+            else "none has one. Use `match`"
+        )
     else:
         key, given = "match", ", ".join(rule.globs)
         close = ", ".join(close_names(rule.globs, fitting))

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llmslim.errors import TargetError
+from llmslim.modeling.experts import Experts
 from llmslim.surgery.natures import beside_the_map, is_dense_map, obstacle, token_mixer
 
 
@@ -105,8 +106,8 @@ def find_experts(model: nn.Module) -> dict[str, Site]:
     """Return every parameter that stacks the dense maps of experts by name, in their order."""
     found = {}
     for name, module in model.named_modules():
-        if "expert" not in type(module).__name__.lower():
-            continue
+        if "expert" not in type(module).__name__.lower() or isinstance(module, Experts):
+            continue  # blocks of experts are no dense maps
         stacks = {k: p for k, p in module._parameters.items() if p is not None and p.dim() == 3}
         transposed = _is_transposed(module, stacks)
         for leaf, parameter in stacks.items():
@@ -187,8 +188,10 @@ def find_layers(model: Any) -> Layers:
         TargetError: if no module list is as long as the config says.
     """
     config = model.config.get_text_config()
-    # Longcat's num_hidden_layers counts attentions, of which each of its layers has two.
-    counts = [getattr(config, field, None) for field in ("num_hidden_layers", "num_layers")]
+    # Longcat's num_hidden_layers counts attentions, of which each of its layers has two;
+    # Blenderbot's the layers of an encoder.
+    fields = ("num_hidden_layers", "num_layers", "decoder_layers")
+    counts = [getattr(config, field, None) for field in fields]
     hidden = getattr(config, "hidden_size", None)
     # An image encoder may have as many layers as the text decoder, and come first.
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
@@ -200,13 +203,13 @@ def find_layers(model: Any) -> Layers:
         if isinstance(module, nn.ModuleList) and len(module) in counts
     ]
 
-    def rank(found: tuple[str, nn.ModuleList]) -> tuple[int, bool, bool, bool]:
+    def rank(found: tuple[str, nn.ModuleList]) -> tuple[bool, bool, int, bool]:
         name, stack = found
-        sizes = {site.in_features for name, m in stack.named_modules() if (site := as_site(name, m))}
+        maps = (as_site(inner, module) for inner, module in stack.named_modules())
         return (
+            name.startswith(towers),
+            hidden not in {site.in_features for site in maps if site},
             counts.index(len(stack)),
-            f"{name}.".startswith(towers),
-            hidden not in sizes,
             id(stack) not in inside,
         )
 
