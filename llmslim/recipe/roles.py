@@ -41,6 +41,6 @@ def known_role(name: str) -> str:
     """
     if name not in ROLES:
         close = difflib.get_close_matches(name, ROLES, n=1)
-        meant = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"no role of a projection; roles are {', '.join(ROLES)}{meant}")
+        meant = f". Did you mean {close[0]}?" if close else ""
+        raise ValueError(f"allowed {', '.join(ROLES)}{meant}")
     return name

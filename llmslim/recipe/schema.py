@@ -21,6 +21,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PrivateAttr,
+    WithJsonSchema,
     model_validator,
 )
 
@@ -47,17 +48,21 @@ Ratio = Annotated[
 Count = Annotated[int, Field(ge=1, le=1 << 53, strict=True)]
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
-Role = Annotated[str, AfterValidator(known_role), Field(json_schema_extra={"enum": [*ROLES]})]
+_NAMES = {"type": "string", "enum": [*ROLES]}
+Role = Annotated[str, AfterValidator(known_role)]
 
 
 def _as_list(value: Any) -> Any:
+    if not isinstance(value, str | list | tuple):
+        raise ValueError("a role, or a list of roles")
     return [value] if isinstance(value, str) else value
 
 
 Roles = Annotated[
     tuple[Role, ...],
     BeforeValidator(_as_list),
-    Field(min_length=1, json_schema_extra={"anyOf": [{"enum": [*ROLES]}, {"type": "array"}]}),
+    Field(min_length=1),
+    WithJsonSchema({"anyOf": [_NAMES, {"type": "array", "items": _NAMES, "minItems": 1}]}),
 ]
 
 

@@ -279,7 +279,9 @@ def find_groups(top: str, sites: Iterable[Site], hidden: int | None) -> list[Gro
     for holder in sorted(holders, key=lambda name: -holders[name]):
         inside = [site for site in rest if site.name.startswith(f"{holder}.")]
         # Most declare the projection that reads the neurons last; some between gate and up.
-        for down in sorted(reversed(inside), key=lambda site: "down" not in site.name):
+        likeliest = inside[::-1]
+        likeliest.sort(key=lambda site: "down" not in site.name)
+        for down in likeliest:
             up = tuple(site for site in inside if site is not down and _feeds(site, down))
             if up and hidden in (None, down.out_features):
                 found.append(Group(holder, up, down))
