@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,7 +183,7 @@ NOT_FITTED = {
 GENERAL = ("grouped-half", "grouped-third", "mlp-half", "mlp-third")
 """Shipped recipes for any architecture."""
 _NO_MLP = "it has no MLP; name its projections by `role: ssm`"
-_APART = "the fit of `mlp-*` needs one list of decoder layers with the MLPs in it"
+_APART = "a fit to text needs one list of decoder layers, with the MLPs in it"
 NOT_PLANNED: dict[str, tuple[str, str]] = {
     "blt": ("mlp", _APART),
     "dbrx": ("", "its experts are flat parameters, multiplied in a way of their own"),
@@ -234,13 +234,13 @@ def coverage(report: surgery.Report) -> Coverage:
     return Coverage(sum(row.params_before for row in inner), covered, dict(stays))
 
 
-def general_recipes(model: Any) -> dict[str, float]:
+def general_recipes(model: Any, names: Iterable[str] = GENERAL) -> dict[str, float]:
     """Return what share of a model's weights, embeddings left out, each general recipe leaves.
 
     1.0 where one saves nothing, or is refused because the model lacks what it needs.
     """
     shares = {}
-    for name in GENERAL:
+    for name in names:
         try:
             report = surgery.plan(model, Recipe.load(name)).report()
             shares[name] = report.totals.kept_ratio
