@@ -223,7 +223,7 @@ class _Planner:
         if structure == AUTO:
             structure, options = PivotedLowRank.name, {"keep_ratio": self.recipe.budget}
         if rule.neurons is not None and not narrower and rule.neurons < 1:
-            self.wrong[index, f"neurons is for {_an_mlp(site)}"].append(site.name)
+            self.wrong[index, f"neurons is for {_an_mlp(site, row.role)}"].append(site.name)
             return row
         if rule.neurons is not None and rule.keep_ratio is not None:
             if rule.keep_ratio > rule.neurons:
@@ -285,7 +285,7 @@ class _Planner:
             elif self.recipe.replace[index].keep_ratio == 1:
                 return row
             else:
-                cause = f"structure width is for {_an_mlp(site)}"
+                cause = f"structure width is for {_an_mlp(site, row.role)}"
             self.wrong[index, cause].append(site.name)
             return row
         return replace(
@@ -310,8 +310,13 @@ class _Planner:
         return (first,) if first in (*rule.options(), "init") else ()
 
 
-def _an_mlp(site: Site) -> str:
-    told = "; experts take any other structure" if site.experts else ""
+def _an_mlp(site: Site, role: str) -> str:
+    told = ""
+    if site.experts:
+        told = "; experts take any other structure"
+    elif role:
+        # An inner norm, adapters, a projection that is not called, or beside a wider MLP.
+        told = f"; this one ({role}) is not part of one whose neurons can come and go"
     return f"the projections of an MLP{told}"
 
 

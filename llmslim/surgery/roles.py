@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -120,13 +119,13 @@ class _Layer:
 
     def roles(self) -> dict[str, str]:
         mixers: dict[str, list[Site]] = defaultdict(list)
-        rest = []
+        rest: list[Site] = []
         for site in self.sites:
             if beside_the_map(self.modules, site.name, self.top):
                 continue
             mixer = token_mixer(self.modules, site.name, self.top)
             (rest if mixer is None else mixers[mixer]).append(site)
-        found = {}
+        found: dict[str, str] = {}
         for mixer, sites in mixers.items():
             if is_recurrent(self.modules[mixer], self.families):
                 found |= self._recurrence(mixer, sites)
@@ -185,20 +184,29 @@ class _Layer:
 
     def _mlps(self, sites: list[Site]) -> dict[str, str]:
         stacked = find_groups(self.top, [site for site in sites if site.experts], None)
-        experts = [group for group in stacked if not _is_shared(group.holder)]
+        experts = [group for group in stacked if not self._is_shared(group)]
         dense = find_groups(self.top, [site for site in sites if not site.experts], self.hidden)
         # Each expert a module of its own.
-        single = [g for g in dense if "expert" in g.holder and not _is_shared(g.holder)]
+        single = [
+            group
+            for group in dense
+            if "expert" in group.holder[len(self.top) :] and not self._is_shared(group)
+        ]
         blocks = [self._around_experts(group) for group in (*experts, *single)]
         # What only leads the hidden states to the experts and back.
         inner = {group.down.out_features for group in experts} - {self.hidden}
         others = [g for g in dense if g not in single and g.down.in_features not in inner]
-        found: dict[str, str] = {}
+        # A stack whose sizes do not tell what it is, is still of experts.
+        found = {
+            site.name: "shared_experts" if "shared" in site.name[len(self.top) :] else "experts"
+            for site in sites
+            if site.experts
+        }
         for group in (*experts, *single):
             found |= _parts("experts", group)
         for group in (*widest(others), *(g for g in stacked if g not in experts)):
             shared = blocks and (
-                _is_shared(group.holder) or any(group.holder.startswith(f"{b}.") for b in blocks)
+                self._is_shared(group) or any(group.holder.startswith(f"{b}.") for b in blocks)
             )
             found |= _parts("shared_experts" if shared else "mlp", group)
             if group.holder != self.top:
@@ -207,14 +215,13 @@ class _Layer:
                 found = {name: "mlp" for name in beside if not blocks} | found
         return found
 
+    def _is_shared(self, group: Group) -> bool:
+        return "shared" in group.holder[len(self.top) :]
+
     def _around_experts(self, group: Group) -> str:
         """Return the name of the module that holds a group of experts and their router."""
         holder = group.holder
         return holder.rpartition(".")[0] if "expert" in holder.rpartition(".")[2] else holder
-
-
-def _is_shared(name: str) -> bool:
-    return "shared" in name
 
 
 def _parts(whole: str, group: Group) -> dict[str, str]:
@@ -230,8 +237,3 @@ def _parts(whole: str, group: Group) -> dict[str, str]:
         gate = len(single) > 1 and name in gates
         found[name] = f"{whole}.{'gate' if gate else 'up'}"
     return found
-
-
-def roles_of(roles: Mapping[str, str]) -> list[str]:
-    """Return the roles that a model has, each once, in its order."""
-    return list(dict.fromkeys(role for role in roles.values() if role))
