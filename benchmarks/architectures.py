@@ -4,7 +4,7 @@
 
 Each architecture of transformers' causal-LM mapping is planned at its default size without memory,
 then a tiny random model of it is slimmed, saved, loaded and asked for text, and another one fitted
-to token ids (tests/every_architecture.py). Four minutes on one core; nothing is downloaded.
+to token ids (tests/every_architecture.py). Six minutes on one core; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
@@ -24,10 +25,12 @@ import transformers
 from every_architecture import (
     FILLED_IN,
     MLP_AND_ATTENTION,
+    NOT_PLANNED,
     config_classes,
     coverage,
     default_config,
     fit_to_text,
+    general_recipes,
     logits,
     round_trip,
     tiny_model,
@@ -53,15 +56,19 @@ and the output head left out, at the architecture's default size. *Stays* is the
 logits, and wrote text. *Fit to text*: whether a tiny one could be fitted to token ids
 (`init: least_squares`, `structure: auto`), or why not; `init: project` needs no text and does
 for all. Any model whose last layers read keys and values of earlier ones
-(`num_kv_shared_layers`, as in Gemma 3n) cannot be, either.
+(`num_kv_shared_layers`, as in Gemma 3n) cannot be, either. *Left* is what share of
+those parameters `mlp-half` and `grouped-half` leave; a dash where one saves nothing, for one of
+these reasons:
+
+{reasons}
 
 {total} architectures; {planned} can be built from their default config, and {filled} (*) once what
 it leaves empty is filled in (`FILLED_IN` there). {covered} of these are covered to 90 % or more;
 {trips} round trips, {fits} fits. Made by
 `python benchmarks/architectures.py > docs/architectures.md`.
 
-| Type | Class | Parameters | Covered | Stays | Round trip | Fit to text |
-|---|---|---:|---:|---|---|---|
+| Type | Class | Parameters | Covered | Stays | Round trip | Fit to text | Left |
+|---|---|---:|---:|---|---|---|---|
 """
 
 
@@ -77,8 +84,10 @@ def main() -> None:
             model: Any = model_on_meta(default_config(name, cls))
         except Exception as error:
             # What transformers cannot build at its default size, a user's checkpoint may be.
-            size, share, stays = "", "", f"no model of the default config: {type(error).__name__}"
+            size, share, left = "", "", ""
+            stays = f"no model of the default config: {type(error).__name__}"
         else:
+            left = _left(model)
             found = coverage(surgery.plan(model, MLP_AND_ATTENTION).report())
             planned += 1
             covered += found.share >= 0.9
@@ -97,7 +106,7 @@ def main() -> None:
         trips += trip == "yes"
         fit = "" if trip.startswith("not tried") else _fit(cls)
         fits += fit == "yes"
-        rows.append(f"| `{name}` | {kind} | {size} | {share} | {stays} | {trip} | {fit} |")
+        rows.append(f"| `{name}` | {kind} | {size} | {share} | {stays} | {trip} | {fit} | {left} |")
     head = HEAD.format(
         version=version("transformers"),
         shown="0.05 %",
@@ -107,8 +116,25 @@ def main() -> None:
         covered=covered,
         trips=trips,
         fits=fits,
+        reasons="\n".join(_reasons()),
     )
     print(head + "\n".join(rows))
+
+
+def _left(model: Any) -> str:
+    """Return what two general recipes leave of a model, in words."""
+    shares = general_recipes(model, ("mlp-half", "grouped-half")).values()
+    return ", ".join("-" if s == 1 else f"{s:.0%}".replace("%", " %") for s in shares)
+
+
+def _reasons() -> Iterator[str]:
+    """Yield a line for every reason why a general recipe saves nothing."""
+    concerned: dict[tuple[str, str], list[str]] = {}
+    for name, (beginning, why) in NOT_PLANNED.items():
+        concerned.setdefault((beginning, why), []).append(f"`{name}`")
+    for (beginning, why), names in concerned.items():
+        which = f" (`{beginning}-*`)" if beginning else ""
+        yield f"- {', '.join(names)}{which}: {why}."
 
 
 def _trip(name: str, cls: Any) -> tuple[str, str]:

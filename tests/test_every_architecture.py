@@ -200,7 +200,7 @@ def test_fit_to_text(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 LIKE_AN_MLP = {
-    "bert": 0,  # attention whose sizes are all equal; its MLPs are spread over modules
+    "bert": 2,  # attention whose sizes are all equal; its MLPs are spread over modules
     "bitnet": 0,  # a norm among the neurons
     "deepseek_v32": 4,  # what chooses tokens has the sizes of one
     "falcon_mamba": 0,
@@ -208,6 +208,7 @@ LIKE_AN_MLP = {
     "mamba": 0,
     "recurrent_gemma": 3,  # a recurrence, and an MLP whose name sounds like one
     "seed_oss": 2,  # the same
+    "xmod": 2,  # adapters
     "zamba": 1,  # in several layers; a recurrence in all
     "zamba2": 0,  # adapters of its own in each layer that shares it
 }

@@ -9,7 +9,7 @@ import pydantic
 import pytest
 
 from llmslim.errors import RecipeError
-from llmslim.recipe import Recipe, json_schema, shipped_recipes
+from llmslim.recipe import ROLES, Recipe, json_schema, shipped_recipes
 
 GOOD = """\
 # a comment
@@ -131,9 +131,9 @@ def test_an_unknown_name_lists_the_shipped_recipes_and_the_nearest():
         ),
         (
             "replace:\n  - match: '*'\n    structure: low_rank\n    ranks: 4\n",
-            "mine.yaml:4 replace[0].ranks: unknown key; allowed match, keep, structure, neurons, "
-            "groups, min_channels_per_group, keep_ratio, rank, blocks, inner_features, variant, "
-            "activation, channel_order, init. "
+            "mine.yaml:4 replace[0].ranks: unknown key; allowed match, role, keep, structure, "
+            "neurons, groups, min_channels_per_group, keep_ratio, rank, blocks, inner_features, "
+            "variant, activation, channel_order, init. "
             "Did you mean rank?",
         ),
         (
@@ -162,8 +162,27 @@ def test_an_unknown_name_lists_the_shipped_recipes_and_the_nearest():
             "mine.yaml:2 replace[0]: a rule says either `keep: true` or a `structure`.",
         ),
         (
+            "replace:\n  - role: mlp.dwn\n    keep: true\n",
+            f"mine.yaml:2 replace[0].role: 'mlp.dwn'; allowed {', '.join(ROLES)}. "
+            "Did you mean mlp.down?",
+        ),
+        (
+            "replace:\n  - keep: true\n    role:\n      - mlp\n      - head_of_state\n",
+            f"mine.yaml:5 replace[0].role[1]: 'head_of_state'; allowed {', '.join(ROLES)}.",
+        ),
+        (
+            "replace:\n  - role: 3\n    keep: true\n",
+            "mine.yaml:2 replace[0].role: 3; a role, or a list of roles.",
+        ),
+        (
+            "replace:\n  - keep: true\n",
+            "mine.yaml:2 replace[0]: a rule says which projections by `match`, by `role` or by "
+            "both.",
+        ),
+        (
             "replace:\n  - match: '*'\n    keep: true\n    groups: 2\n",
-            "mine.yaml:2 replace[0]: a rule with `keep: true` takes no other key than `match`.",
+            "mine.yaml:2 replace[0]: a rule with `keep: true` takes no other key than `match` and "
+            "`role`.",
         ),
         (
             "heal:\n  train: everything\n",

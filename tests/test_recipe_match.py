@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llmslim.recipe import Recipe, close_names, first_rule
+from llmslim.recipe import Recipe, close_names, first_rule, rules_by_name
 
 
 def recipe_of(*globs: str | list[str]) -> Recipe:
@@ -34,6 +34,29 @@ def test_the_first_rule_that_matches_wins():
     assert first_rule(recipe, "model.layers.1.mlp.up_proj") == 1
     assert first_rule(recipe, "lm_head") == 2
     assert first_rule(recipe_of("*.mlp.*"), "lm_head") is None
+
+
+@pytest.mark.parametrize(
+    ("wanted", "role", "matches"),
+    [
+        ("mlp", "mlp.up", True),  # a whole has its parts
+        ("mlp", "mlp", True),
+        ("mlp.up", "mlp", False),
+        ("mlp.up", "mlp.gate_up", False),
+        ("experts", "shared_experts.up", False),
+        (["mlp", "attention.q"], "attention.q", True),
+        ("mlp", "", False),
+    ],
+)
+def test_a_role_matches_itself_and_its_parts(wanted, role, matches):
+    recipe = Recipe.of({"replace": [{"role": wanted, "keep": True}]})
+    assert (first_rule(recipe, "any.name", role) == 0) is matches
+
+
+def test_a_role_and_a_glob_must_both_hold():
+    recipe = Recipe.of({"replace": [{"role": "mlp", "match": "*.0.*", "keep": True}]})
+    roles = {"l.0.up": "mlp.up", "l.1.up": "mlp.up", "l.0.q": "attention.q", "l.0.x": ""}
+    assert rules_by_name(recipe, roles) == {"l.0.up": 0}
 
 
 def test_close_names_come_best_first():

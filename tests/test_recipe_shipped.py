@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.pytorch_utils import Conv1D
 
 from llmslim.modeling.structured import structure_class
-from llmslim.recipe import Recipe, first_rule, shipped_recipes
+from llmslim.recipe import Recipe, first_rule, rules_by_name, shipped_recipes
+from llmslim.surgery.roles import find_roles
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 NAMES = sorted(path.stem for path in FOLDER.rglob("*.yaml"))
@@ -58,13 +57,13 @@ def non_embedding_params(recipe: Recipe) -> int:
     if recipe.budget is not None:  # neurons of every MLP, until it is measured which keeps how much
         mlp = int(mlp * Fraction(recipe.budget).limit_denominator(100))
     per_layer = 2 * HIDDEN  # its two norms
-    for projection, inputs, outputs in (
-        ("self_attn.qkv_proj", HIDDEN, 3 * HIDDEN),
-        ("self_attn.o_proj", HIDDEN, HIDDEN),
-        ("mlp.gate_up_proj", HIDDEN, 2 * mlp),
-        ("mlp.down_proj", mlp, HIDDEN),
+    for projection, role, inputs, outputs in (
+        ("self_attn.qkv_proj", "attention.qkv", HIDDEN, 3 * HIDDEN),
+        ("self_attn.o_proj", "attention.o", HIDDEN, HIDDEN),
+        ("mlp.gate_up_proj", "mlp.gate_up", HIDDEN, 2 * mlp),
+        ("mlp.down_proj", "mlp.down", mlp, HIDDEN),
     ):
-        index = first_rule(recipe, f"model.layers.0.{projection}")
+        index = first_rule(recipe, f"model.layers.0.{projection}", role)
         weights = inputs * outputs
         if index is not None and recipe.replace[index].structure != "auto":
             rule = recipe.replace[index]
@@ -151,11 +150,7 @@ def matched(recipe: Recipe, model_type: str) -> set[str]:
     config.layer_types = None if model_type == "gpt_neo" else ["full_attention"]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    return {
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and first_rule(recipe, name) is not None
-    }
+    return set(rules_by_name(recipe, find_roles(model)))
 
 
 @pytest.mark.parametrize("model_type", MLPS)

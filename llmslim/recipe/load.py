@@ -205,7 +205,8 @@ def _sentence(problem: Any, path: Path_) -> str:
     message = str(problem["msg"]).removeprefix("Value error, ")
     given = problem.get("input")
     shown = "" if isinstance(given, dict | Section) else f"{_short(repr(given))}; "
-    return f"{shown}{message[0].lower()}{message[1:]}."
+    end = "" if message.endswith("?") else "."
+    return f"{shown}{message[0].lower()}{message[1:]}{end}"
 
 
 def _keys_at(path: Path_) -> list[str]:

@@ -14,9 +14,20 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    WithJsonSchema,
+    model_validator,
+)
 
 from llmslim.errors import RecipeError
+
+from .roles import ROLES, known_role, plays
 
 
 def _read_fraction(value: Any) -> Any:
@@ -36,6 +47,23 @@ Ratio = Annotated[
 ]
 Count = Annotated[int, Field(ge=1, le=1 << 53, strict=True)]
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+
+_NAMES = {"type": "string", "enum": [*ROLES]}
+Role = Annotated[str, AfterValidator(known_role)]
+
+
+def _as_list(value: Any) -> Any:
+    if not isinstance(value, str | list | tuple):
+        raise ValueError("a role, or a list of roles")
+    return [value] if isinstance(value, str) else value
+
+
+Roles = Annotated[
+    tuple[Role, ...],
+    BeforeValidator(_as_list),
+    Field(min_length=1),
+    WithJsonSchema({"anyOf": [_NAMES, {"type": "array", "items": _NAMES, "minItems": 1}]}),
+]
 
 
 class Section(BaseModel):
@@ -63,10 +91,12 @@ class Width(Section):
 
 
 class Rule(Section):
-    """What happens to the projections whose names match; the first rule that matches wins."""
+    """What happens to the projections it matches; the first rule that matches wins."""
 
-    match: str | Annotated[list[str], Field(min_length=1)]
+    match: str | Annotated[list[str], Field(min_length=1)] | None = None
     """A glob, or several, on dotted module names; `*` also matches dots: `*.mlp.*`."""
+    role: Roles | None = None
+    """What a projection is in its decoder layer, or several such: `mlp`, `attention.q`; with `match`, both must hold."""
     keep: Literal[True] | None = None
     """Leave these projections as they are."""
     structure: Name | None = None
@@ -96,20 +126,28 @@ class Rule(Section):
 
     @property
     def globs(self) -> tuple[str, ...]:
-        """The rule's globs, always as a tuple."""
+        """The rule's globs, always as a tuple; all names where it gives none."""
+        if self.match is None:
+            return ("*",)
         return (self.match,) if isinstance(self.match, str) else tuple(self.match)
+
+    def is_for(self, role: str) -> bool:
+        """Return whether the rule concerns projections of a role; any, where it names none."""
+        return self.role is None or any(plays(role, wanted) for wanted in self.role)
 
     def options(self) -> dict[str, Any]:
         """Return the structure's options that were given."""
-        fixed = {"match", "keep", "structure", "neurons", "init"}
+        fixed = {"match", "role", "keep", "structure", "neurons", "init"}
         return self.model_dump(exclude=fixed, exclude_none=True)
 
     @model_validator(mode="after")
     def _one_outcome(self) -> Rule:
+        if self.role is None and self.match is None:
+            raise ValueError("a rule says which projections by `match`, by `role` or by both")
         if (self.keep is None) == (self.structure is None):
             raise ValueError("a rule says either `keep: true` or a `structure`")
         if self.keep and (self.options() or self.init or self.neurons):
-            raise ValueError("a rule with `keep: true` takes no other key than `match`")
+            raise ValueError("a rule with `keep: true` takes no other key than `match` and `role`")
         return self
 
 

@@ -39,11 +39,12 @@ from llmslim.errors import RecipeError
 from llmslim.init import low_rank_factors, output_power, wide
 from llmslim.modeling.pivoted_low_rank import PivotedLowRank
 from llmslim.modeling.sizes import StaysDense, exact_ratio
-from llmslim.recipe import Recipe, first_rule
+from llmslim.recipe import Recipe, rules_by_name
 from llmslim.surgery.depth import kept_layers
 from llmslim.surgery.moments import Moments
 from llmslim.surgery.neurons import eliminate
 from llmslim.surgery.rewrite import Calibration, Progress, quietly
+from llmslim.surgery.roles import find_roles
 from llmslim.surgery.rules import AUTO, WIDTH, init_of
 from llmslim.surgery.sites import (
     dense_weight,
@@ -141,7 +142,8 @@ def allocate(
     was_training = model.training
     model.eval()
     try:
-        units = _find_units(model, recipe)
+        rule_of = rules_by_name(recipe, find_roles(model))
+        units = _find_units(model, recipe, rule_of)
         measured = _Measurement(model, recipe, units, calibration).run(progress or quietly)
     finally:
         model.train(was_training)
@@ -154,7 +156,8 @@ def allocate(
             f"{recipe.where('budget')}: {recipe.budget:g}; these projections reach {least:.3f} at "
             "the least. Give a larger one."
         )
-    return _concrete(recipe, units, chosen, init, list(find_experts(model)))
+    experts = {name: rule_of[name] for name in find_experts(model) if name in rule_of}
+    return _concrete(recipe, units, chosen, init, experts)
 
 
 def choose(candidates: Sequence[Sequence[Candidate]], budget: int) -> list[Candidate] | None:
@@ -189,14 +192,14 @@ def choose(candidates: Sequence[Sequence[Candidate]], budget: int) -> list[Candi
     return [c for c, taken in zip(flat, found.x, strict=True) if taken > 0.5]
 
 
-def _find_units(model: Any, recipe: Recipe) -> list[_Unit]:
+def _find_units(model: Any, recipe: Recipe, matched: Mapping[str, int]) -> list[_Unit]:
     """Return what is to be decided, in the model's order."""
     layers = find_layers(model)
     every = range(layers.count)
     stay = every if recipe.depth is None else kept_layers(recipe, layers.count)
     rule_of = {}
     for name in find_sites(model):
-        layer, index = layers.index_of(name), first_rule(recipe, name)
+        layer, index = layers.index_of(name), matched.get(name)
         if layer not in stay:
             continue  # what goes with its layer has no share in the budget
         if index is not None and recipe.replace[index].structure == AUTO:
@@ -395,7 +398,7 @@ def _concrete(
     units: list[_Unit],
     chosen: list[Candidate],
     init: str | None,
-    experts: list[str],
+    experts: Mapping[str, int],
 ) -> Recipe:
     """Write the choice as rules: one for all units of a rule that become the same.
 
@@ -413,7 +416,7 @@ def _concrete(
             rules.append(rule.model_dump(mode="json", exclude_unset=True))
             continue
         method = init_of(recipe, index, init)
-        if names := [name for name in experts if first_rule(recipe, name) == index]:
+        if names := [name for name, rule_index in experts.items() if rule_index == index]:
             same = {"structure": PivotedLowRank.name, "keep_ratio": recipe.budget}
             rules.append({"match": names, **same, "init": method})
         for (structure, share), names in sorted(outcomes[index].items(), key=_by_share):

@@ -16,6 +16,7 @@ import dis
 import functools
 import inspect
 import re
+from collections.abc import Iterable, Iterator
 from types import CodeType
 from typing import Any
 
@@ -26,8 +27,11 @@ from transformers import PreTrainedModel
 _LOADS = ("LOAD_ATTR", "LOAD_METHOD")
 
 _RECURRENCE = r"mamba|ssm|lru|rwkv|delta|recurrent|forgetgate|mixer"
+_MIXERS = rf"attention|attn|indexer|mla$|lstm|shortconv|{_RECURRENCE}"
+_ATTENTION_LEAF = r"(\w+_)?(attn|attention)"
+_ROUTER = r"router|topk|moegate|moestatics"
 _BY_CLASS = (
-    (r"router|topk|moegate|moestatics", "a router: it chooses the experts"),
+    (_ROUTER, "a router: it chooses the experts"),
     (r"norm", "a norm"),
     (r"embedding", "an embedding"),
     (_RECURRENCE, "parameters of a recurrence"),
@@ -76,9 +80,71 @@ def nature(module: nn.Module, parameters: dict[str, nn.Parameter]) -> str:
 def mixes_tokens(module: nn.Module) -> bool:
     """Return whether a module is attention, or what chooses its tokens, or a recurrence."""
     name = type(module).__name__.lower()
-    if "mlp" in name:  # of a model whose name sounds like one: RecurrentGemmaMlp, SeedOssMLP
-        return False
-    return re.search(rf"attention|attn|indexer|{_RECURRENCE}", name) is not None
+    # Of a model whose name sounds like a recurrence: RecurrentGemmaMlp, RwkvFeedForward.
+    return not _is_mlp(module) and re.search(_MIXERS, name) is not None
+
+
+def _is_mlp(module: nn.Module) -> bool:
+    return re.search("mlp|feedforward|ffn", type(module).__name__.lower()) is not None
+
+
+def token_mixer(modules: dict[str, nn.Module], name: str, top: str) -> str | None:
+    """Return the name of the module around a dense map that mixes tokens, None if none does.
+
+    Args:
+        modules: all modules of the model by name.
+        name: of the dense map.
+        top: name of the decoder layer around it.
+    """
+    found = None
+    for outer in _around(name, top):
+        module = modules[outer]
+        if _is_mlp(module):
+            break
+        if isinstance(module, nn.ModuleList):
+            continue
+        leaf = re.sub(r"(\.\d+)+$", "", outer).rpartition(".")[2]
+        named = mixes_tokens(module) or (outer != top and re.fullmatch(_ATTENTION_LEAF, leaf))
+        inner = (each for each in module.modules() if each is not module)
+        # A decoder layer may be called after the kind of attention in it, and holds an MLP, too.
+        holds = any(map(mixes_tokens if outer == top else _is_mlp, inner)) if named else False
+        if named and not holds:
+            found = outer
+    return found
+
+
+def is_recurrent(mixer: nn.Module, families: Iterable[str]) -> bool:
+    """Return whether what mixes tokens is a recurrence, linear attention or a convolution.
+
+    Args:
+        mixer: a module that mixes tokens.
+        families: what transformers calls the model's types; no class is what its model is called.
+    """
+    name = type(mixer).__name__.lower()
+    for family in families:
+        name = name.removeprefix(family.replace("_", "").replace("-", ""))
+    held = [key.rpartition(".")[2].lower() for key, _ in mixer.named_parameters()]
+    held += [key.rpartition(".")[2].lower() for key, _ in mixer.named_buffers()]
+    if any(re.search(r"a_log|time_|decay", leaf) for leaf in held):
+        return True
+    return re.search(r"delta|lightning|linearatt", name) is not None or not re.search(
+        r"att|mla$|indexer", name
+    )
+
+
+def beside_the_map(modules: dict[str, nn.Module], name: str, top: str) -> bool:
+    """Return whether a dense map serves a router or a norm, not the hidden states."""
+    classes = [type(modules[outer]).__name__.lower() for outer in _around(name, top)]
+    return any(re.search(rf"{_ROUTER}|(?<!attention)norm$", each) for each in classes[:-1])
+
+
+def _around(name: str, top: str) -> Iterator[str]:
+    """Yield the names of the modules around another one, from the inside up to `top`."""
+    outer = name.rpartition(".")[0]
+    while len(outer) > len(top):
+        yield outer
+        outer = outer.rpartition(".")[0]
+    yield top
 
 
 def is_dense_map(cls: Any) -> bool:

@@ -24,7 +24,7 @@ from llmslim.modeling.modeling_llmslim import other_names
 from llmslim.modeling.pivoted_low_rank import PivotedLowRank
 from llmslim.modeling.sizes import StaysDense, exact_ratio
 from llmslim.modeling.structured import StructuredLinear, structure_class
-from llmslim.recipe import Recipe, first_rule
+from llmslim.recipe import Recipe, rules_by_name
 from llmslim.surgery.depth import DepthPlan, check_independent, kept_layers, plan_depth
 from llmslim.surgery.finalise import check_described
 from llmslim.surgery.ledger import Entry, active_experts, entries
@@ -32,6 +32,7 @@ from llmslim.surgery.planned import MlpPlan as MlpPlan
 from llmslim.surgery.planned import Plan as Plan
 from llmslim.surgery.planned import SitePlan as SitePlan
 from llmslim.surgery.report import Row
+from llmslim.surgery.roles import find_roles
 from llmslim.surgery.rules import AUTO, WIDTH, check_rules, init_of, method_exists
 from llmslim.surgery.sites import (
     Layers,
@@ -77,6 +78,8 @@ class _Planner:
         self.errors: list[SlimError] = []
         self.notes: list[str] = []
         self.sites = find_sites(model) | find_experts(model)
+        self.roles = find_roles(model)
+        self.rule_of = rules_by_name(recipe, self.roles)
         self.layers: Layers | None = None
         self._decoder = _layers_or_none(model)
         self.keep: tuple[int, ...] | None = None
@@ -94,7 +97,7 @@ class _Planner:
                 step()
             except SlimError as error:
                 self.errors.append(error)
-        told = check_rules(recipe, list(self.sites), type(self.model).__name__, self.init)
+        told = check_rules(recipe, self.roles, type(self.model).__name__, self.init)
         self.errors += told.errors
         self.notes += told.notes
         if recipe.has_auto:
@@ -147,6 +150,7 @@ class _Planner:
             self.model,
             self.recipe,
             self.layers or find_layers(self.model),
+            rule_of=self.rule_of,
             sites=self.sites,
             stays=lambda index: self.keep is None or index in self.keep,
             init=self.init,
@@ -165,7 +169,8 @@ class _Planner:
 
     def _decide(self, entry: Entry) -> Row:
         """Return the row with its action, its reason and what is left of it."""
-        row = entry.row
+        row = replace(entry.row, role=self.roles.get(entry.row.name, ""))
+        entry = replace(entry, row=row)
         if self.layers and self.keep is not None:
             index = self.layers.index_of(row.name)
             if index is not None and index not in self.keep:
@@ -175,7 +180,7 @@ class _Planner:
         if entry.site is None:
             return row
         row = self._resize(entry)
-        index = first_rule(self.recipe, row.name)
+        index = self.rule_of.get(row.name)
         if index is None:
             return replace(row, action="unmatched", reason=row.reason or "no rule matches")
         rule = self.recipe.replace[index]
@@ -187,7 +192,7 @@ class _Planner:
         """Yield a sentence for every rule that replaces nothing of what it matches."""
         met: dict[int, list[Row]] = defaultdict(list)
         for row in rows:
-            index = first_rule(self.recipe, row.name) if row.name in self.sites else None
+            index = self.rule_of.get(row.name)
             if index is not None and not self.recipe.replace[index].keep:
                 met[index].append(row)
         for index, matched in sorted(met.items()):
@@ -222,7 +227,7 @@ class _Planner:
         if structure == AUTO:
             structure, options = PivotedLowRank.name, {"keep_ratio": self.recipe.budget}
         if rule.neurons is not None and not narrower and rule.neurons < 1:
-            self.wrong[index, f"neurons is for {_an_mlp(site)}"].append(site.name)
+            self.wrong[index, f"neurons is for {_an_mlp(site, row.role)}"].append(site.name)
             return row
         if rule.neurons is not None and rule.keep_ratio is not None:
             if rule.keep_ratio > rule.neurons:
@@ -284,7 +289,7 @@ class _Planner:
             elif self.recipe.replace[index].keep_ratio == 1:
                 return row
             else:
-                cause = f"structure width is for {_an_mlp(site)}"
+                cause = f"structure width is for {_an_mlp(site, row.role)}"
             self.wrong[index, cause].append(site.name)
             return row
         return replace(
@@ -309,8 +314,13 @@ class _Planner:
         return (first,) if first in (*rule.options(), "init") else ()
 
 
-def _an_mlp(site: Site) -> str:
-    told = "; experts take any other structure" if site.experts else ""
+def _an_mlp(site: Site, role: str) -> str:
+    told = ""
+    if site.experts:
+        told = "; experts take any other structure"
+    elif role:
+        # An inner norm, adapters, a projection that is not called, or beside a wider MLP.
+        told = f"; this one ({role}) is not part of one whose neurons can come and go"
     return f"the projections of an MLP{told}"
 
 

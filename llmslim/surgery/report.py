@@ -53,6 +53,8 @@ class Row:
     flops_per_token_after: int = 0
     init_error: float | None = None
     """Relative squared error of the block against the dense map, once fitted."""
+    role: str = ""
+    """What a projection is in its decoder layer, as recipes name it; empty where it has none."""
 
     @property
     def counts_as_embedding(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from llmslim.errors import RecipeError, SlimError, TargetError
 from llmslim.init import method_named, method_names
 from llmslim.modeling import structured
 from llmslim.modeling.structured import StructuredLinear, structure_class
-from llmslim.recipe import Recipe, close_names, first_rule
+from llmslim.recipe import ROLES, Recipe, close_names, rules_by_name
 
 WIDTH = "width"
 """The structure of a whole MLP: fewer neurons, everything dense. No block, so no file of its own
@@ -48,12 +49,12 @@ def method_exists(name: str) -> bool:
     return name in method_names()
 
 
-def check_rules(recipe: Recipe, sites: list[str], model: str, init: str | None) -> Findings:
-    """Check every rule against the names it could match.
+def check_rules(recipe: Recipe, roles: Mapping[str, str], model: str, init: str | None) -> Findings:
+    """Check every rule against the projections it could match.
 
     Args:
         recipe: the recipe.
-        sites: names of all dense maps of the model.
+        roles: role of every dense map of the model by name, empty where it has none.
         model: the model's class, for messages.
         init: the method the caller asked for in place of the recipe's.
 
@@ -61,10 +62,10 @@ def check_rules(recipe: Recipe, sites: list[str], model: str, init: str | None) 
         All problems found; sizes are not looked at here.
     """
     found = Findings()
-    matched = Counter(first_rule(recipe, name) for name in sites)
+    matched = Counter(rules_by_name(recipe, roles).values())
     for index, rule in enumerate(recipe.replace):
         if not matched[index]:
-            _explain_no_match(recipe, index, sites, model, found)
+            _explain_no_match(recipe, index, roles, model, found)
         if rule.structure is not None:
             _check_init(recipe, index, init, found)
             _check_options(recipe, index, rule.structure, found)
@@ -116,26 +117,36 @@ def _check_option_names(
 
 
 def _explain_no_match(
-    recipe: Recipe, index: int, sites: list[str], model: str, found: Findings
+    recipe: Recipe, index: int, roles: Mapping[str, str], model: str, found: Findings
 ) -> None:
-    """Tell whether a rule's globs fit nothing, or only what earlier rules have taken."""
+    """Tell whether a rule fits nothing by itself, or only what earlier rules have taken."""
     rule = recipe.replace[index]
     alone = recipe.model_copy(update={"replace": (rule,)})
-    taken = [name for name in sites if first_rule(alone, name) == 0]
+    taken = list(rules_by_name(alone, roles))
     if taken:
-        earlier = first_rule(recipe, taken[0])
+        earlier = rules_by_name(recipe, roles)[taken[0]]
         found.notes.append(
             f"{recipe.where('replace', index)}: all {len(taken)} projections it matches are taken "
             f"by replace[{earlier}] above it."
         )
         return
-    close = ", ".join(close_names(rule.globs, sites))
-    closest = f"closest are {close}" if close else "it has no dense projection left"
-    where = recipe.where("replace", index, "match")
-    found.errors.append(
-        TargetError(
-            f"{where}: {', '.join(rule.globs)} matches no projection of {model}; {closest}."
+    fitting = [name for name, role in roles.items() if rule.is_for(role)]
+    if rule.role is not None and not fitting:
+        key, given = "role", ", ".join(rule.role)
+        known = [role for role in ROLES if role in roles.values()]
+        told = (
+            f"it has {', '.join(known)}. Name one of those"
+            if known
+            else "none has one. Use `match`"
         )
+    else:
+        key, given = "match", ", ".join(rule.globs)
+        close = ", ".join(close_names(rule.globs, fitting))
+        told = f"closest are {close}" if close else "it has no dense projection left"
+    of_role = f" with role {', '.join(rule.role)}" if rule.role and key == "match" else ""
+    where = recipe.where("replace", index, key)
+    found.errors.append(
+        TargetError(f"{where}: {given} matches no projection of {model}{of_role}; {told}.")
     )
 
 

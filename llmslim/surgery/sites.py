@@ -2,8 +2,8 @@
 
 Nothing here knows a model family by name. A site is a module that is a dense map (`nn.Linear`, or
 GPT-2's transposed `Conv1D`), or a parameter that stacks one for each expert; the decoder layers are
-the module list as long as the config says; an MLP is a group of sites with one parent whose sizes
-fit each other.
+the module list as long as the config says; an MLP is a group of sites in one layer whose
+sizes fit each other.
 
 Shapes: E = experts, I = in_features, O = out_features, M = neurons, D = hidden size.
 """
@@ -11,16 +11,18 @@ Shapes: E = experts, I = in_features, O = out_features, M = neurons, D = hidden 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llmslim.errors import TargetError
+from llmslim.modeling.experts import Experts
 from llmslim.surgery.elementwise import has_independent_neurons
-from llmslim.surgery.natures import is_dense_map, mixes_tokens, obstacle
+from llmslim.surgery.natures import beside_the_map, is_dense_map, obstacle, token_mixer
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,12 @@ class Layers:
         rest = name.removeprefix(self.path + ".")
         return None if rest == name else int(rest.partition(".")[0])
 
+    def layer_of(self, name: str) -> str | None:
+        """Return the name of the decoder layer around a module, None for modules outside."""
+        index = self.index_of(name)
+        layer = f"{self.path}.{index}"
+        return layer if index is not None and name.startswith(f"{layer}.") else None
+
     def renamed(self, name: str, new_index: dict[int, int]) -> str:
         """Return a module's name once layers have moved to their new indices."""
         index = self.index_of(name)
@@ -64,7 +72,7 @@ class Mlp:
     """The sites that make one MLP."""
 
     name: str
-    """Name of the module that holds them."""
+    """Name of the innermost module around them all."""
     width: int
     """Number of neurons."""
     up: tuple[str, ...]
@@ -101,8 +109,8 @@ def find_experts(model: nn.Module) -> dict[str, Site]:
     """Return every parameter that stacks the dense maps of experts by name, in their order."""
     found = {}
     for name, module in model.named_modules():
-        if "expert" not in type(module).__name__.lower():
-            continue
+        if "expert" not in type(module).__name__.lower() or isinstance(module, Experts):
+            continue  # blocks of experts are no dense maps
         stacks = {k: p for k, p in module._parameters.items() if p is not None and p.dim() == 3}
         transposed = _is_transposed(module, stacks)
         for leaf, parameter in stacks.items():
@@ -156,6 +164,23 @@ def out_features_of(module: Any) -> int:
     return int(dense_weight(module).shape[0] if known is None else known)
 
 
+def find_towers(model: Any) -> tuple[str, ...]:
+    """Return the names, each with a dot at its end, of the models inside that read no tokens.
+
+    They are encoders of images or sound, and what leads from those to the text decoder: they take
+    another input, or have a config that is neither the model's own nor its text decoder's.
+    """
+    config = model.config
+    text = config.get_text_config()
+    known = (type(config), type(text))
+    return tuple(
+        f"{name}."
+        for name, module in model.named_modules()
+        if name and isinstance(module, PreTrainedModel) and type(module.config) not in known
+        if text is not config or module.main_input_name != "input_ids"
+    )
+
+
 def find_layers(model: Any) -> Layers:
     """Return the stack of decoder layers.
 
@@ -166,19 +191,30 @@ def find_layers(model: Any) -> Layers:
         TargetError: if no module list is as long as the config says.
     """
     config = model.config.get_text_config()
-    # Longcat's num_hidden_layers counts attentions, of which each of its layers has two.
-    counts = [getattr(config, field, None) for field in ("num_hidden_layers", "num_layers")]
+    # Longcat's num_hidden_layers counts attentions, of which each of its layers has two;
+    # Blenderbot's the layers of an encoder.
+    fields = ("num_hidden_layers", "num_layers", "decoder_layers")
+    counts = [getattr(config, field, None) for field in fields]
+    hidden = getattr(config, "hidden_size", None)
     # An image encoder may have as many layers as the text decoder, and come first.
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     inside = set() if decoder is None else {id(module) for module in decoder.modules()}
+    towers = find_towers(model)
     stacks = [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) in counts
     ]
 
-    def rank(found: tuple[str, nn.ModuleList]) -> tuple[int, bool]:
-        return counts.index(len(found[1])), id(found[1]) not in inside
+    def rank(found: tuple[str, nn.ModuleList]) -> tuple[bool, bool, int, bool]:
+        name, stack = found
+        maps = (as_site(inner, module) for inner, module in stack.named_modules())
+        return (
+            name.startswith(towers),
+            hidden not in {site.in_features for site in maps if site},
+            counts.index(len(stack)),
+            id(stack) not in inside,
+        )
 
     for name, module in sorted(stacks, key=rank):
         return Layers(name, len(module))
@@ -200,57 +236,103 @@ def find_mlps(model: Any, layers: Layers) -> list[Mlp]:
         layers: its decoder layers.
     """
     hidden = model.config.get_text_config().hidden_size
-    by_parent: dict[str, list[Site]] = defaultdict(list)
-    for site in find_sites(model).values():
-        if layers.index_of(site.name) is not None:
-            by_parent[site.name.rpartition(".")[0]].append(site)
-    by_layer: dict[int | None, list[Mlp]] = defaultdict(list)
-    for parent, sites in by_parent.items():
-        mlp = None if mixes_tokens(model.get_submodule(parent)) else _as_mlp(parent, sites, hidden)
-        if mlp is not None:
-            by_layer[layers.index_of(parent)].append(mlp)
-    widest = [
-        mlp
-        for mlps in by_layer.values()
-        for mlp in mlps
-        if mlp.width == max(other.width for other in mlps)
-    ]
-    return [mlp for mlp in widest if _owns_neurons(model, layers, mlp)]
+    modules = dict(model.named_modules())
+    by_layer: dict[str, list[Site]] = defaultdict(list)
+    fixed = set()
+    for site, reason in _dense_maps(model):
+        top = layers.layer_of(site.name)
+        if top and not token_mixer(modules, site.name, top):
+            by_layer[top].append(site)
+            fixed |= {site.name} if reason else set()
+    found = []
+    for top, sites in by_layer.items():
+        served = [site for site in sites if not beside_the_map(modules, site.name, top)]
+        for group in widest(find_groups(top, served, hidden)):
+            mlp = _as_mlp(group)
+            if mlp and not fixed & {*mlp.up, mlp.down} and _owns_neurons(modules, top, mlp):
+                found.append(mlp)
+    return found
 
 
-def _as_mlp(parent: str, sites: list[Site], hidden: int) -> Mlp | None:
-    """Return sites of one parent as an MLP, None where their sizes do not make one."""
-    # Most declare the projection that reads the neurons last; some between gate and up.
-    for down in reversed(sites):
-        up = [site for site in sites if site is not down]
-        width = down.in_features
-        sizes = [site.out_features for site in up]
-        fits = down.out_features == hidden and all(site.in_features == hidden for site in up)
-        if fits and sizes in ([width], [width, width], [2 * width]):
-            return Mlp(
-                name=parent,
-                width=width,
-                up=tuple(site.name for site in up),
-                down=down.name,
-                fused=sizes == [2 * width],
-            )
-    return None
+@dataclass(frozen=True)
+class Group:
+    """Dense maps, or stacks of them, that have the sizes of one MLP."""
+
+    holder: str
+    """Name of the innermost module around them all."""
+    up: tuple[Site, ...]
+    down: Site
 
 
-def _owns_neurons(model: nn.Module, layers: Layers, mlp: Mlp) -> bool:
+def find_groups(top: str, sites: Iterable[Site], hidden: int | None) -> list[Group]:
+    """Return the groups of sites with the sizes of an MLP, those of inner modules first.
+
+    Args:
+        top: name of the module around all of them.
+        sites: to group, in the model's order.
+        hidden: what an MLP reads and writes; None for any size.
+    """
+    rest = list(sites)
+    holders = {
+        ".".join(parts[:n]): n
+        for parts in (site.name.split(".") for site in rest)
+        for n in range(top.count(".") + 1, len(parts))
+    }
+    found = []
+    for holder in sorted(holders, key=lambda name: -holders[name]):
+        inside = [site for site in rest if site.name.startswith(f"{holder}.")]
+        # Most declare the projection that reads the neurons last; some between gate and up.
+        likeliest = inside[::-1]
+        likeliest.sort(key=lambda site: "down" not in site.name)
+        for down in likeliest:
+            up = tuple(site for site in inside if site is not down and _feeds(site, down))
+            if up and hidden in (None, down.out_features):
+                found.append(Group(holder, up, down))
+                rest = [site for site in rest if site not in (*up, down)]
+                break
+    return found
+
+
+def _feeds(up: Site, down: Site) -> bool:
+    """Return whether one site's sizes let it produce the neurons that another one reads."""
+    produced = (down.in_features, 2 * down.in_features)
+    return up.in_features == down.out_features and up.out_features in produced
+
+
+def widest(groups: list[Group]) -> list[Group]:
+    """Return the groups with the most neurons."""
+    most = max((group.down.in_features for group in groups), default=0)
+    return [group for group in groups if group.down.in_features == most]
+
+
+def _as_mlp(group: Group) -> Mlp | None:
+    """Return a group as an MLP, None where its sizes leave open what is what."""
+    width = group.down.in_features
+    sizes = [site.out_features for site in group.up]
+    if sizes not in ([width], [width, width], [2 * width]):
+        return None
+    return Mlp(
+        name=group.holder,
+        width=width,
+        up=tuple(site.name for site in group.up),
+        down=group.down.name,
+        fused=sizes == [2 * width],
+    )
+
+
+def _owns_neurons(modules: dict[str, nn.Module], top: str, mlp: Mlp) -> bool:
     """Return whether neurons can come and go.
 
     That is, nothing beside the projections has parameters for each, and none looks at others.
     """
-    if mlp.name.rpartition(".")[0] == layers.path:
-        return True  # the projections stand in the decoder layer itself, among attention
     widths = {mlp.width, 2 * mlp.width} if mlp.fused else {mlp.width}
-    holder = model.get_submodule(mlp.name)
+    holder = modules[mlp.name]
     if any(
         f"{mlp.name}.{name}".rpartition(".")[0] not in (*mlp.up, mlp.down)
         and widths.intersection(parameter.shape)
+        and not token_mixer(modules, f"{mlp.name}.{name}", top)
         for name, parameter in holder.named_parameters()
     ):
         return False
-    up, down = [model.get_submodule(name) for name in mlp.up], model.get_submodule(mlp.down)
+    up, down = [modules[name] for name in mlp.up], modules[mlp.down]
     return has_independent_neurons(holder, up, down, dense_weight(down))

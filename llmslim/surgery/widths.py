@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from llmslim.errors import TargetError
 from llmslim.modeling.sizes import exact_ratio
-from llmslim.recipe import Recipe, Rule, first_rule
+from llmslim.recipe import Recipe, Rule
 from llmslim.surgery.planned import MlpPlan
 from llmslim.surgery.rules import AUTO, WIDTH, init_of
 from llmslim.surgery.sites import Layers, Mlp, Site, find_mlps
@@ -45,6 +45,7 @@ def plan_widths(
     recipe: Recipe,
     layers: Layers,
     *,
+    rule_of: Mapping[str, int],
     sites: Mapping[str, Site],
     stays: Callable[[int | None], bool],
     init: str | None,
@@ -56,6 +57,7 @@ def plan_widths(
         model: a causal language model.
         recipe: what to do.
         layers: the model's decoder layers.
+        rule_of: index of the rule for every dense map that one matches, by name.
         sites: its dense maps by name.
         stays: whether a decoder layer stays.
         init: a method that takes the place of the recipe's.
@@ -72,7 +74,7 @@ def plan_widths(
             f"{type(model).__name__} whose sizes fit each other and whose neurons nothing else "
             "depends on. Leave `width` out."
         )
-    wanted = _wanted(found, recipe, init, wrong)
+    wanted = _wanted(found, recipe, rule_of, init, wrong)
     plan.mlps = [each for each in wanted if each.width != each.mlp.width]
     for each in plan.mlps:
         mlp, hidden = each.mlp, sites[each.mlp.down].out_features
@@ -105,11 +107,17 @@ def narrows(rule: Rule) -> bool:
     return rule.structure in (WIDTH, AUTO) or rule.neurons is not None
 
 
-def _wanted(mlps: list[Mlp], recipe: Recipe, init: str | None, wrong: Wrong) -> list[MlpPlan]:
+def _wanted(
+    mlps: list[Mlp],
+    recipe: Recipe,
+    rule_of: Mapping[str, int],
+    init: str | None,
+    wrong: Wrong,
+) -> list[MlpPlan]:
     """Return every MLP that is given a width, with it."""
     planned = []
     for mlp in mlps:
-        index = first_rule(recipe, mlp.down)
+        index = rule_of.get(mlp.down)
         rule = None if index is None else recipe.replace[index]
         if rule is None or index is None or not narrows(rule):
             if recipe.width is not None:
@@ -117,7 +125,7 @@ def _wanted(mlps: list[Mlp], recipe: Recipe, init: str | None, wrong: Wrong) -> 
                 planned.append(MlpPlan(mlp, width, init or recipe.init))
         elif recipe.width is not None:
             wrong[index, "the section `width` sets the width already"].append(mlp.down)
-        elif {first_rule(recipe, up) for up in mlp.up} != {index}:
+        elif {rule_of.get(up) for up in mlp.up} != {index}:
             if rule.structure != AUTO:
                 cause = f"the rule must match all of {', '.join((*mlp.up, mlp.down))}"
                 wrong[index, cause].append(mlp.down)
