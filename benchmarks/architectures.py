@@ -25,17 +25,16 @@ import transformers
 from every_architecture import (
     FILLED_IN,
     MLP_AND_ATTENTION,
-    NOT_PLANNED,
     config_classes,
     coverage,
     default_config,
     fit_to_text,
-    general_recipes,
     logits,
     round_trip,
     tiny_model,
     walk,
 )
+from general_recipes import NOT_PLANNED, general_recipes
 from transformers import AutoModelForCausalLM
 
 from llmslim import SlimError, surgery

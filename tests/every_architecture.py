@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llmslim import surgery
 from llmslim.data import collate, collate_apart
-from llmslim.errors import SlimError
 from llmslim.healing.neighbours import sees_neighbours, takes_position_ids
 from llmslim.recipe import Recipe
 from llmslim.surgery.sites import Mlp, find_layers, find_mlps
@@ -180,23 +179,6 @@ NOT_FITTED = {
 """What cannot be fitted to text, and what is said of it."""
 
 
-GENERAL = ("grouped-half", "grouped-third", "mlp-half", "mlp-third")
-"""Shipped recipes for any architecture."""
-_NO_MLP = "it has no MLP; name its projections by `role: ssm`"
-_APART = "a fit to text needs one list of decoder layers, with the MLPs in it"
-NOT_PLANNED: dict[str, tuple[str, str]] = {
-    "blt": ("mlp", _APART),
-    "dbrx": ("", "its experts are flat parameters, multiplied in a way of their own"),
-    "deepseek_v2": ("grouped", "its 1407 neurons share no divisor with its other sizes"),
-    "falcon_mamba": ("", _NO_MLP),
-    "hrm_text": ("mlp", _APART),
-    "mamba": ("", _NO_MLP),
-    "mamba2": ("", _NO_MLP),
-    "xlm": ("mlp", _APART),
-}
-"""What general recipes save nothing of at the default size: how their names begin, and why."""
-
-
 @dataclass(frozen=True)
 class Coverage:
     """What the recipe reaches of one architecture."""
@@ -232,21 +214,6 @@ def coverage(report: surgery.Report) -> Coverage:
             stays[row.reason] += row.params_before
     covered = sum(row.params_before for row in inner if row.action == "replaced")
     return Coverage(sum(row.params_before for row in inner), covered, dict(stays))
-
-
-def general_recipes(model: Any, names: Iterable[str] = GENERAL) -> dict[str, float]:
-    """Return what share of a model's weights, embeddings left out, each general recipe leaves.
-
-    1.0 where one saves nothing, or is refused because the model lacks what it needs.
-    """
-    shares = {}
-    for name in names:
-        try:
-            report = surgery.plan(model, Recipe.load(name)).report()
-            shares[name] = report.totals.kept_ratio
-        except SlimError:
-            shares[name] = 1.0
-    return shares
 
 
 def tiny_config(cls: Any) -> Any:

@@ -10,14 +10,13 @@ import pytest
 import torch
 import transformers as tf
 from every_architecture import (
-    NOT_PLANNED,
     config_classes,
     default_config,
-    general_recipes,
     logits,
     tiny_config,
     tiny_model,
 )
+from general_recipes import NOT_PLANNED, general_recipes
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
