@@ -20,6 +20,8 @@ HANDED_ON = {
     "zaya": 1,
 }
 """What layers hand each other beside the hidden states, as second output: the argument it is."""
+_USUAL = ("layers", "layer", "h", "blocks", "block")
+"""What lists of decoder layers are called, beside others that run one after the other."""
 
 
 class UndefinedError(Exception):
@@ -38,69 +40,67 @@ class Call:
 class Truth:
     """A dense model that can be run with some of its layers skipped."""
 
-    def __init__(
-        self, model: nn.Module, count: int, run: Callable[[nn.Module], Tensor], kind: str
-    ) -> None:
-        """Run the model once and look at its layers.
+    def __init__(self, model: Any, run: Callable[[Any], Tensor]) -> None:
+        """Run the model once and look for its layers: what runs one after the other.
 
         Args:
             model: the dense model; its layers' `forward` is exchanged while it is run otherwise.
-            count: how many decoder layers its config says.
             run: returns its logits.
-            kind: its model type.
 
         Raises:
             UndefinedError: if its layers cannot be told from the rest.
         """
         self.model, self.run = model, run
-        self.handed_on = HANDED_ON.get(kind)
-        self.layers, self.calls, self.dense = _watch(model, count, run)
+        self.handed_on = HANDED_ON.get(model.config.get_text_config().model_type.removesuffix("_text"))
+        self.path, self.layers, self.calls = _watch(model, run)
 
     def skipping(self, keep: Sequence[int]) -> Tensor:
         """Return the logits with only `keep` at work, in the dense model's order."""
-
-        def through(index: int) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                call = self.calls[index]
-                return self._output(call.output, _hidden(args, kwargs, call.output), args, kwargs)
-
-            return forward
-
         gone = [index for index in range(len(self.layers)) if index not in keep]
-        return self._with({index: through(index) for index in gone})
+        return self._with({index: self._through(index) for index in gone})
 
     def in_order(self, keep: Sequence[int]) -> Tensor:
-        """Return the logits with the layers `keep` at work in their order, all in the first's place.
+        """Return the logits with the layers `keep` at work in their order, in the first's place.
 
         Raises:
             UndefinedError: if more goes on between the layers than that one calls the next.
         """
         some = [index for index in range(len(self.layers)) if index % 3 != 1]
-        if self.handed_on is not None or _far(self._chain(some), self.skipping(some)):
+        if self.handed_on is not None or difference(self._chain(some), self.skipping(some)) > 1e-5:
             raise UndefinedError("more goes on between its layers than that one calls the next")
         return self._chain(keep)
 
     def _chain(self, keep: Sequence[int]) -> Tensor:
         forwards = [layer.forward for layer in self.layers]
+        # Some layers wait for an image, and do nothing here.
+        called = [index for index, call in enumerate(self.calls) if call is not None]
+        first, *others = called
 
         def chain(*args: Any, **kwargs: Any) -> Any:
-            output = None
-            hidden = _hidden(args, kwargs, self.calls[0].output)
+            hidden = _hidden(args, kwargs, self._call(first).output)
+            output = self._output(self._call(first).output, hidden, args, kwargs)
             for index in keep:
-                call = self.calls[index]
-                args, kwargs = _with_hidden(call, hidden)
-                output = forwards[index](*args, **kwargs)
-                hidden = _first_like(output, hidden)
+                if index in called:
+                    args, kwargs = _with_hidden(self._call(index), hidden)
+                    output = forwards[index](*args, **kwargs)
+                    hidden = _first_like(output, hidden)
             return output
 
-        def through(index: int) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                call = self.calls[index]
-                return self._output(call.output, _hidden(args, kwargs, call.output), args, kwargs)
+        return self._with({first: chain} | {index: self._through(index) for index in others})
 
-            return forward
+    def _call(self, index: int) -> Call:
+        call = self.calls[index]
+        assert call is not None
+        return call
 
-        return self._with({0: chain} | {i: through(i) for i in range(1, len(self.layers))})
+    def _through(self, index: int) -> Callable[..., Any]:
+        """Return what takes the place of a layer's forward, and does nothing."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            output = self._call(index).output
+            return self._output(output, _hidden(args, kwargs, output), args, kwargs)
+
+        return forward
 
     def _with(self, forwards: dict[int, Callable[..., Any]]) -> Tensor:
         for index, forward in forwards.items():
@@ -127,39 +127,48 @@ class Truth:
 
 
 def _watch(
-    model: nn.Module, count: int, run: Callable[[nn.Module], Tensor]
-) -> tuple[list[nn.Module], list[Call], Tensor]:
-    """Return the layers that a forward pass goes through one after the other, and how."""
-    stacks = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
-    ]
-    seen: dict[int, list[Call]] = {}
-    order: list[int] = []
-    handles = []
-    for module in {id(m): m for stack in stacks for m in stack}.values():
+    model: Any, run: Callable[[Any], Tensor]
+) -> tuple[str, list[nn.Module], list[Call | None]]:
+    """Return the decoder layers: the list of modules that runs one after the other, and how."""
+    stacks = {
+        name: list(module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) > 1
+    }
+    calls: dict[nn.Module, list[Call]] = {m: [] for stack in stacks.values() for m in stack}
+    order: list[nn.Module] = []
 
-        def see(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            seen.setdefault(id(module), []).append(Call(args, dict(kwargs), output))
-            order.append(id(module))
+    def see(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        calls[module].append(Call(args, dict(kwargs), output))
+        order.append(module)
 
-        handles.append(module.register_forward_hook(see, with_kwargs=True))
+    handles = [module.register_forward_hook(see, with_kwargs=True) for module in calls]
     try:
-        dense = run(model)
+        run(model)
     finally:
         for handle in handles:
             handle.remove()
-    ran = [stack for stack in stacks if [len(seen.get(id(m), ())) for m in stack] == [1] * count]
-    ran = [
-        stack
-        for stack in ran
-        if [place for place in order if place in {id(m) for m in stack}] == [id(m) for m in stack]
-    ]
-    if len(ran) != 1:
-        raise UndefinedError(f"{len(ran)} lists of {count} layers run one after the other")
-    layers = list(ran[0])
-    return layers, [seen[id(layer)][0] for layer in layers], dense
+    # Layers that only images need are not called for text.
+    ran = {
+        name: stack
+        for name, stack in stacks.items()
+        if 2 * sum(bool(calls[module]) for module in stack) > len(stack)
+        and [module for module in order if module in set(stack)]
+        == [module for module in stack if calls[module]]
+    }
+    if model.config.is_encoder_decoder:
+        inside = set(model.get_decoder().modules())
+        ran = {name: stack for name, stack in ran.items() if inside.issuperset(stack)}
+    usual = {name: stack for name, stack in ran.items() if name.rpartition(".")[2] in _USUAL}
+    ran = usual or ran
+    if not ran or not usual and len(ran) > 1:
+        raise UndefinedError(f"{len(ran)} lists of modules run one after the other")
+
+    def size(name: str) -> int:
+        return sum(p.numel() for module in ran[name] for p in module.parameters())
+
+    path = max(ran, key=size)
+    return path, ran[path], [calls[layer][0] if calls[layer] else None for layer in ran[path]]
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
@@ -197,17 +206,8 @@ def _first_like(output: Any, hidden: Tensor) -> Tensor:
     return found
 
 
-def _far(one: Tensor, other: Tensor) -> bool:
-    return bool((one - other).abs().max() > 1e-5 * other.std())
-
-
 def difference(one: Tensor, other: Tensor) -> float:
     """Return the largest difference, in standard deviations of the second; infinite where NaN."""
     if one.shape != other.shape or not bool(one.isfinite().all()):
         return float("inf")
     return float((one.double() - other.double()).abs().max() / other.double().std())
-
-
-def same(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors are bitwise the same."""
-    return torch.equal(one, other)

@@ -52,7 +52,7 @@ import transformers
 from _common import machine, markdown
 from _truth import Truth, UndefinedError, difference
 from every_architecture import MLP_AND_ATTENTION
-from six_layers import LAYERS, Subject, subjects
+from six_layers import LAYERS, Subject, inputs, subjects
 from torch import Tensor
 
 import llmslim
@@ -93,15 +93,15 @@ class TooLong(BaseException):
     """A case took longer than it may; no library's `except Exception` is to catch it."""
 
 
-def recipes(model: Any) -> dict[str, dict[str, Any]]:
+def recipes(model: Any, truth: Truth | None) -> dict[str, dict[str, Any]]:
     """Return every change by name: recipes for one model, read off its sizes."""
+    path, count = ("*", LAYERS) if truth is None else (truth.path, len(truth.layers))
     try:
-        layers = find_layers(model)
-        path, count = layers.path, layers.count
-        mlps = find_mlps(model, layers)
+        mlps = find_mlps(model, find_layers(model))
     except (SlimError, AttributeError):
-        path, count, mlps = "*", LAYERS, []
-    width = min((mlp.width for mlp in mlps), default=96)
+        mlps = []
+    widths = {mlp.width for mlp in mlps} or {96}
+    fewer, more = max(8, min(widths) // 2), max(widths) * 3 // 2
     inside = [
         f"{path}.{glob}" for rule in MLP_AND_ATTENTION.replace for glob in _globs(rule.match)
     ]
@@ -116,13 +116,13 @@ def recipes(model: Any) -> dict[str, dict[str, Any]]:
         "depth, a count": {"depth": {"keep_layers": few}},
         "depth, a list": {"depth": {"keep_layers": listed}},
         "depth, reordered": {"depth": {"keep_layers": swapped}},
-        "width, fewer": {"width": {"intermediate_size": max(8, width // 2)}},
-        "width, more": {"width": {"intermediate_size": width + width // 2}},
+        "width, fewer": {"width": {"intermediate_size": fewer}},
+        "width, more": {"width": {"intermediate_size": more}},
         "structure": {"replace": [structure]},
         "width of a layer": {"replace": [narrow]},
         "depth, width, structure": {
             "depth": {"keep_layers": few},
-            "width": {"intermediate_size": max(8, width // 2)},
+            "width": {"intermediate_size": fewer},
             "replace": [structure],
         },
     }
@@ -142,11 +142,7 @@ def _globs(match: str | list[str]) -> list[str]:
 @torch.no_grad()
 def logits(model: Any) -> Tensor:
     """Return what a model says of a few tokens."""
-    ids = torch.randint(3, 90, (2, 10), generator=torch.Generator().manual_seed(1))
-    given: dict[str, Any] = {"input_ids": ids}
-    if getattr(model.config, "is_encoder_decoder", False) and model.can_generate():
-        given["decoder_input_ids"] = ids
-    found: Tensor = model(**given, use_cache=False).logits
+    found: Tensor = model(**inputs(model), use_cache=False).logits
     return found.float()
 
 
@@ -175,11 +171,10 @@ class Bench:
         if self.known or difference(self.truth_logits, built) > SAME:
             return "transformers does not load back what it saves of it"
         try:
-            count = find_layers(loaded).count
-            self.truth: Truth | str = Truth(loaded, count, logits, self.subject.model_type)
-        except (SlimError, UndefinedError) as error:
-            self.truth = _short(error)
-        self.recipes = recipes(model)
+            self.truth: Truth | None = Truth(loaded, logits)
+        except UndefinedError:
+            self.truth = None
+        self.recipes = recipes(model, self.truth)
         return ""
 
     def judge(self, change: str) -> list[Case]:
@@ -187,18 +182,21 @@ class Bench:
         name, recipe = self.subject.name, self.recipes[change]
         begun = time.perf_counter()
         model = self._load(self.dense)[0]
-        refusals = [_refusal(lambda: llmslim.plan(it, recipe)) for it in (model, self.dense)]
         found: list[Case] = []
-        for way in _WAYS:
-            case = self._way(way, model, recipe, refusals, change)
+        self.memory: Tensor | None = None
+        self.off: float | None = None
+        for way, given in (("save", model), ("convert", self.dense)):
+            refused = _refusal(lambda it=given: llmslim.plan(it, recipe))
+            case = self._way(way, model, recipe, refused, change)
             took = time.perf_counter() - begun
             found.append(Case(name, change, way, **case, seconds=round(took, 2)))
             begun = time.perf_counter()
         return found
 
     def _way(
-        self, way: str, model: Any, recipe: dict[str, Any], refusals: list[str | None], change: str
+        self, way: str, model: Any, recipe: dict[str, Any], refused: str | None, change: str
     ) -> dict[str, Any]:
+        """Make a change one way, as its plan said or did not say, and judge what came of it."""
         out = self.folder / way
         shutil.rmtree(out, ignore_errors=True)
 
@@ -209,23 +207,20 @@ class Bench:
                 llmslim.slim(model, recipe)
                 model.save_pretrained(out)
 
-        if any(told is not None and told.startswith("!") for told in refusals):
-            return _fault("plan: " + str(next(t for t in refusals if t)).lstrip("!"))
-        if (refusals[0] is None) != (refusals[1] is None):
-            which = "the folder" if refusals[0] is None else "the model"
-            return _fault(f"plan refuses {which} only: {refusals[0] or refusals[1]}")
-        if refusals[0] is not None:
+        if refused is not None and refused.startswith("!"):
+            return _fault(f"plan: {refused[1:]}")
+        if refused is not None:
             late = _refusal(make)
             if late is None or late.startswith("!") or out.exists():
-                return _fault(f"plan refuses, {way} does not: {refusals[0]}")
-            return {"outcome": "refused", "detail": refusals[0]}
+                return _fault(f"plan refuses, {way} does not: {refused}")
+            return {"outcome": "refused", "detail": refused}
         try:
             make()
         except Exception as error:
             return _fault(f"error after the plan: {type(error).__name__}: {_short(error)}")
         if way == "save":
             try:
-                self.memory, self.off = logits(model), None
+                self.memory = logits(model)
                 self.off = self._off(change, recipe)
             except Exception as error:
                 return _fault(f"slim in memory: {type(error).__name__}: {_short(error)}")
@@ -241,6 +236,8 @@ class Bench:
             told = ", ".join(f"{len(keys)} {what.replace('_', ' ')}" for what, keys in odd.items())
             first = next(iter(odd.values()))[0]
             return _fault(f"loads with {told} ({first})")
+        if self.memory is None:
+            return _fault("there is nothing in memory to hold it against")
         try:
             differs = difference(logits(loaded), self.memory)
         except Exception as error:
@@ -257,9 +254,10 @@ class Bench:
 
     def _off(self, change: str, recipe: dict[str, Any]) -> float | None:
         """Return how far what slim left is from what is true, None where that is not known."""
+        assert self.memory is not None
         if change == "width, more":
             return difference(self.memory, self.truth_logits)
-        if not change.startswith("depth") or len(recipe) > 2 or isinstance(self.truth, str):
+        if not change.startswith("depth") or len(recipe) > 2 or self.truth is None:
             return None
         keep = recipe["depth"]["keep_layers"]
         if isinstance(keep, int):

@@ -43,6 +43,7 @@ BUILT: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"] * 2},
     "hunyuan_v1_moe": {"head_dim": 16, "num_key_value_heads": 2, "num_experts": 4, "moe_topk": 2},
     "lfm2_moe": {"layer_types": _CONVOLUTIONS, "num_hidden_layers": 6, "num_dense_layers": 2},
+    "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention", "mamba", "mlp", "moe"]},
     "recurrent_gemma": {"num_hidden_layers": 6},
     "whisper": {"decoder_layers": 6},
     "zamba": {"num_hidden_layers": 6, "layers_block_type": _TWICE},
@@ -62,8 +63,15 @@ BUILT |= {
 }
 BUILT |= {
     "chameleon": {"vocabulary_map": {"<image>": 5}},
-    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse", "sparse"] * 2}},
-    "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2}},
+    "deepseek_ocr2": {
+        "text_config": {
+            "mlp_layer_types": ["dense", "sparse", "sparse"] * 2,
+            "num_experts_per_tok": 2,
+        }
+    },
+    "diffusion_gemma": {
+        "text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
+    },
     "ernie4_5_vl_moe": {
         "text_config": {
             "rope_parameters": {
@@ -73,12 +81,16 @@ BUILT |= {
     },
     "glm4v_moe": {"text_config": {"rope_parameters": {**_MROPE, "mrope_section": [2, 1, 1]}}},
     "glm5_next": {"text_config": {"index_kpool": 2}},
-    "granite4_vision": {"deepstack_layer_map": []},
+    "granite4_vision": {"deepstack_layer_map": [], "downsample_rate": "4/8"},
     "granite_docling": {"vision_config": {"out_hidden_size": 64}},
-    "hunyuan_vl": {"text_config": {"head_dim": 16}},
+    "hunyuan_vl": {"text_config": {"head_dim": 16, "rope_parameters": {**_MROPE, "mrope_section": [2, 2, 2, 2]}}},
     "inkling2": {"vision_config": {"text_hidden_size": 64}},
     "molmo2": {"adapter_config": {"vision_feature_layer": [5, 3]}},
     "muse_spark": {"audio_config": {"out_hidden_size": 64}},
+    "qwen2_vl": {
+        "text_config": {"rope_parameters": _MROPE},
+        "vision_config": {"depth": 2, "embed_dim": 64, "hidden_size": 64, "num_heads": 4},
+    },
     "step3p7": {"text_config": {"sliding_window": 4}},
 }
 
@@ -204,6 +216,23 @@ class Subject:
                     # A variance is none below zero.
                     tensor.add_(noise.abs() if name.endswith("_var") else noise, alpha=0.05)
         return model
+
+
+def inputs(model: Any) -> dict[str, Any]:
+    """Return a few tokens, and what else a model must be given to read them."""
+    ids = torch.randint(3, 90, (2, 10), generator=torch.Generator().manual_seed(1))
+    given: dict[str, Any] = {"input_ids": ids}
+    config = model.config
+    if config.is_encoder_decoder:
+        given["decoder_input_ids"] = ids
+    if config.model_type == "udop":
+        given["bbox"] = torch.zeros(2, 10, 4)
+    if config.model_type == "idefics":
+        size = config.vision_config.embed_dim
+        noise = torch.Generator().manual_seed(2)
+        given["image_encoder_embeddings"] = torch.randn(2, 1, 5, size, generator=noise)
+        given["image_attention_mask"] = torch.ones(2, 10, 1)
+    return given
 
 
 def subjects(only: tuple[str, ...] = ()) -> list[Subject]:
