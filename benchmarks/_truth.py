@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 HANDED_ON = {
@@ -51,7 +50,9 @@ class Truth:
             UndefinedError: if its layers cannot be told from the rest.
         """
         self.model, self.run = model, run
-        self.handed_on = HANDED_ON.get(model.config.get_text_config().model_type.removesuffix("_text"))
+        self.handed_on = HANDED_ON.get(
+            model.config.get_text_config().model_type.removesuffix("_text")
+        )
         self.path, self.layers, self.calls = _watch(model, run)
 
     def skipping(self, keep: Sequence[int]) -> Tensor:
@@ -112,7 +113,11 @@ class Truth:
                 del self.layers[index].forward
 
     def _output(self, like: Any, hidden: Tensor, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Return what a layer would that does nothing."""
+        """Return what a layer would that does nothing.
+
+        Raises:
+            UndefinedError: if its output is of another kind.
+        """
         if isinstance(like, Tensor):
             return hidden
         if type(like) not in (tuple, list):
@@ -129,7 +134,11 @@ class Truth:
 def _watch(
     model: Any, run: Callable[[Any], Tensor]
 ) -> tuple[str, list[nn.Module], list[Call | None]]:
-    """Return the decoder layers: the list of modules that runs one after the other, and how."""
+    """Return the decoder layers: the list of modules that runs one after the other, and how.
+
+    Raises:
+        UndefinedError: if there is none, or no telling which.
+    """
     stacks = {
         name: list(module)
         for name, module in model.named_modules()
@@ -161,7 +170,7 @@ def _watch(
         ran = {name: stack for name, stack in ran.items() if inside.issuperset(stack)}
     usual = {name: stack for name, stack in ran.items() if name.rpartition(".")[2] in _USUAL}
     ran = usual or ran
-    if not ran or not usual and len(ran) > 1:
+    if not ran or (not usual and len(ran) > 1):
         raise UndefinedError(f"{len(ran)} lists of modules run one after the other")
 
     def size(name: str) -> int:
@@ -172,7 +181,11 @@ def _watch(
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
-    """Return the hidden states among a layer's arguments: the first that comes out as large."""
+    """Return the hidden states among a layer's arguments: the first that comes out as large.
+
+    Raises:
+        UndefinedError: if there are none.
+    """
     shapes = [t.shape for t in _tensors(output)]
     given = [*args, *kwargs.values()]
     for value in given:
@@ -189,7 +202,9 @@ def _with_hidden(call: Call, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str,
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    return [t for t in ([output] if isinstance(output, Tensor) else output) if isinstance(t, Tensor)]
+    return [
+        t for t in ([output] if isinstance(output, Tensor) else output) if isinstance(t, Tensor)
+    ]
 
 
 def _place(output: Sequence[Any], hidden: Tensor) -> int:

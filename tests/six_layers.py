@@ -75,7 +75,9 @@ BUILT |= {
     "ernie4_5_vl_moe": {
         "text_config": {
             "rope_parameters": {
-                "rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [3, 3, 2],
+                "rope_type": "default",
+                "rope_theta": 10_000.0,
+                "mrope_section": [3, 3, 2],
             }
         }
     },
@@ -83,7 +85,12 @@ BUILT |= {
     "glm5_next": {"text_config": {"index_kpool": 2}},
     "granite4_vision": {"deepstack_layer_map": [], "downsample_rate": "4/8"},
     "granite_docling": {"vision_config": {"out_hidden_size": 64}},
-    "hunyuan_vl": {"text_config": {"head_dim": 16, "rope_parameters": {**_MROPE, "mrope_section": [2, 2, 2, 2]}}},
+    "hunyuan_vl": {
+        "text_config": {
+            "head_dim": 16,
+            "rope_parameters": {**_MROPE, "mrope_section": [2, 2, 2, 2]},
+        }
+    },
     "inkling2": {"vision_config": {"text_hidden_size": 64}},
     "molmo2": {"adapter_config": {"vision_feature_layer": [5, 3]}},
     "muse_spark": {"audio_config": {"out_hidden_size": 64}},
@@ -243,7 +250,7 @@ def subjects(only: tuple[str, ...] = ()) -> list[Subject]:
     """
     causal = sorted(AutoModelForCausalLM._model_mapping._model_mapping)
     images = sorted(AutoModelForImageTextToText._model_mapping._model_mapping)
-    kinds = {name: "causal" for name in causal}
+    kinds = dict.fromkeys(causal, "causal")
     kinds |= {name: "image" for name in images if name not in causal}
     found = []
     for name, kind in kinds.items():
