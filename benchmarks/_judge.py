@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -148,7 +149,7 @@ class Bench:
         self.memory: Tensor | None = None
         self.off: float | None = None
         for way, given in (("save", model), ("convert", self.dense)):
-            refused = _refusal(lambda it=given: llmslim.plan(it, recipe))
+            refused = _refusal(partial(llmslim.plan, given, recipe))
             case = self._way(way, model, recipe, refused, change)
             took = time.perf_counter() - begun
             found.append(Case(name, change, way, **case, seconds=round(took, 2)))

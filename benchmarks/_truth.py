@@ -105,7 +105,7 @@ class Truth:
 
     def _with(self, forwards: dict[int, Callable[..., Any]]) -> Tensor:
         for index, forward in forwards.items():
-            self.layers[index].forward = forward  # type: ignore[method-assign]
+            self.layers[index].forward = forward
         try:
             return self.run(self.model)
         finally:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import re
 import sys
@@ -51,7 +52,7 @@ from six_layers import Subject, subjects
 def try_subject(subject: Subject, changes: list[str], seconds: float) -> list[Case]:
     """Make changes to one architecture, each by itself; never raises."""
     warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    transformers.logging.set_verbosity(logging.CRITICAL)
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     found: list[Case] = []

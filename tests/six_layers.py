@@ -81,6 +81,9 @@ BUILT |= {
             }
         }
     },
+    "florence2": {
+        "vision_config": {"embed_dim": [16, 32, 32, 64], "depths": [1, 1, 1, 1]},
+    },
     "glm4v_moe": {"text_config": {"rope_parameters": {**_MROPE, "mrope_section": [2, 1, 1]}}},
     "glm5_next": {"text_config": {"index_kpool": 2}},
     "granite4_vision": {"deepstack_layer_map": [], "downsample_rate": "4/8"},
@@ -92,8 +95,15 @@ BUILT |= {
         }
     },
     "inkling2": {"vision_config": {"text_hidden_size": 64}},
+    "janus": {
+        "vq_config": {"base_channels": 32, "channel_multiplier": [1, 1], "num_embeddings": 64}
+    },
     "molmo2": {"adapter_config": {"vision_feature_layer": [5, 3]}},
-    "muse_spark": {"audio_config": {"out_hidden_size": 64}},
+    "muse_spark": {
+        "audio_config": {"out_hidden_size": 64, "hidden_sizes": [8, 16, 16, 32], "depths": [1] * 4},
+        "out_hidden_size": 64,
+        "projector_hidden_size": 64,
+    },
     "qwen2_vl": {
         "text_config": {"rope_parameters": _MROPE},
         "vision_config": {"depth": 2, "embed_dim": 64, "hidden_size": 64, "num_heads": 4},
@@ -199,7 +209,7 @@ class Subject:
     def config(self) -> Any:
         """Return the config: six layers, small, every sliding window of few tokens."""
         extra = {**BUILT.get(self.model_type, {}), **self.extra}
-        config = tiny_config(CONFIG_MAPPING[self.model_type], LAYERS, **extra)
+        config = tiny_config(CONFIG_MAPPING[self.model_type], extra, LAYERS)
         for part in (config, config.get_text_config()):
             for name in _WINDOWS:
                 if isinstance(getattr(part, name, None), int):
