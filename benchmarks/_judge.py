@@ -21,7 +21,7 @@ from six_layers import LAYERS, Subject, inputs
 from torch import Tensor
 
 import llmslim
-from llmslim import SlimError, surgery
+from llmslim import SlimError
 from llmslim.surgery.sites import find_layers, find_mlps
 
 SAME = 1e-5
@@ -109,6 +109,24 @@ def logits(model: Any) -> Tensor:
     return found.float()
 
 
+@torch.no_grad()
+def off_with_cache(model: Any) -> float | None:
+    """Return how far the last tokens' logits are if those before are in a cache.
+
+    None where the model has no cache of the usual kind.
+    """
+    given = inputs(model)
+    if set(given) != {"input_ids"}:
+        return None
+    before, after = given["input_ids"].split([8, 2], dim=1)
+    try:
+        cache = model(input_ids=before, use_cache=True).past_key_values
+        found = model(input_ids=after, past_key_values=cache, use_cache=True).logits
+    except Exception:  # a state of another name, no cache at all
+        return None
+    return difference(found.float(), logits(model)[:, -2:])
+
+
 class Bench:
     """One architecture, written dense to a folder, to be changed again and again."""
 
@@ -133,6 +151,8 @@ class Bench:
         self.known = {key for keys in info.values() for key in keys}
         if self.known or difference(self.truth_logits, built) > SAME:
             return "transformers does not load back what it saves of it"
+        off = off_with_cache(loaded)
+        self.caches = off is not None and off < CLOSE
         try:
             self.truth: Truth | None = Truth(loaded, logits)
         except UndefinedError:
@@ -187,9 +207,9 @@ class Bench:
                 self.off = self._off(change, recipe)
             except Exception as error:
                 return _fault(f"slim in memory: {type(error).__name__}: {short(error)}")
-        return self._read_back(out, change)
+        return self._read_back(out, model, change)
 
-    def _read_back(self, out: Path, change: str) -> dict[str, Any]:
+    def _read_back(self, out: Path, model: Any, change: str) -> dict[str, Any]:
         try:
             loaded, info = self._load(out)
         except Exception as error:
@@ -203,6 +223,7 @@ class Bench:
             return _fault("there is nothing in memory to hold it against")
         try:
             differs = difference(logits(loaded), self.memory)
+            cached = [off_with_cache(each) for each in (model, loaded)] if self.caches else []
         except Exception as error:
             return _fault(f"loads, does not run: {type(error).__name__}: {short(error)}")
         measured = {"difference": differs, "truth": self.off}
@@ -213,6 +234,8 @@ class Bench:
         if self.off is not None and self.off > near:
             what = "the dense model" if wider else "the kept layers"
             return {**_fault(f"slim in memory is not what {what} computed"), **measured}
+        if any(off is None or off > CLOSE for off in cached):
+            return {**_fault(f"computes something else with a cache ({cached})"), **measured}
         return {"outcome": "same", **measured}
 
     def _off(self, change: str, recipe: dict[str, Any]) -> float | None:
@@ -223,9 +246,9 @@ class Bench:
         if not change.startswith("depth") or len(recipe) > 2 or self.truth is None:
             return None
         keep = recipe["depth"]["keep_layers"]
-        if isinstance(keep, int):
-            made = surgery.plan(self._load(self.dense)[0], llmslim.Recipe.of(recipe))
-            keep = made.keep_layers
+        if isinstance(keep, int):  # spread evenly, both ends included
+            step = (len(self.truth.layers) - 1) / max(1, keep - 1)
+            keep = [int(index * step + 0.5) for index in range(keep)]
         try:
             way = self.truth.skipping if list(keep) == sorted(keep) else self.truth.in_order
             return difference(self.memory, way(keep))

@@ -8,9 +8,9 @@ layers, and so are configs that tell kinds of layers by counters and indices (te
 Each change is made two ways: `slim` and `save_pretrained`, and `convert`. Three outcomes are right:
 
 - *same*: what was written loads, without a weight left over or drawn at random, and computes what
-  `slim` left in memory. That in turn computes what is true where the truth is known: with fewer
-  layers alone, what the dense model does whose other layers let the hidden states through
-  (`_truth.py`); with more neurons, what the dense model does.
+  `slim` left in memory, with a cache too. That in turn computes what is true where the truth is
+  known: with fewer layers alone, what the dense model does whose other layers let the hidden states
+  through (`_truth.py`); with more neurons, what the dense model does.
 - *refused*: `plan` says why not, and so do `slim` and `convert`, before anything is written.
 - *not judged*: transformers itself builds no such model, or does not load back what it saves.
 

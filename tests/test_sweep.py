@@ -122,6 +122,20 @@ def test_another_function_is_a_fault(bench: Bench, monkeypatch: pytest.MonkeyPat
     assert convert.difference > 1e-3
 
 
+def test_layers_that_share_a_place_in_the_cache_are_a_fault(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def off(model: Any, recipe: Any) -> Any:
+        report = api.slim(model, recipe)
+        model.model.layers[1].self_attn.layer_idx = 0
+        return report
+
+    monkeypatch.setattr("llmslim.slim", off)
+    save, _ = bench.judge("depth, a list")
+    assert (save.outcome, save.difference, save.truth) == ("fault", 0, 0)
+    assert "with a cache" in save.detail
+
+
 def test_an_error_after_the_plan_is_a_fault(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> None:
         raise RuntimeError("no")
