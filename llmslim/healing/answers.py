@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from llmslim.data import longest_input
+from llmslim.healing.restoring import evaluating
 
 PROMPTS = (
     "What is the capital of France?",
@@ -26,11 +27,8 @@ def answers(model: Any, tokenizer: Any) -> list[str]:
     """
     if tokenizer is None:
         return []
-    training = model.training
-    model.eval()
-    said = [_answer(model, tokenizer, prompt) for prompt in PROMPTS]
-    model.train(training)
-    return said
+    with evaluating(model):
+        return [_answer(model, tokenizer, prompt) for prompt in PROMPTS]
 
 
 def _answer(model: Any, tokenizer: Any, prompt: str) -> str:
