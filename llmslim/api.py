@@ -245,7 +245,7 @@ def heal(
             ready.model,
             ready.text,
             ready.spec,
-            place=Place(folder, resume=resume, overwrite=overwrite),
+            place=Place(folder, resume=resume, overwrite=overwrite, hold=True),
             tokenizer=ready.tokenizer,
             teacher=ready.teacher,
             narrowed=ready.folder.narrowed(ready.model),

@@ -1,15 +1,15 @@
 """Round trained weights to the type that they are stored in, and lose nothing on average.
 
-A step of training moves most weights by less than half the distance of two bfloat16 numbers. Rounded
-to the nearest one they end where they began, and what was learned is gone. Here a weight becomes
-one of its two neighbours by chance, the nearer one the likelier:
+Training moves most weights by less than half the distance of two bfloat16 numbers. Rounded to the
+nearest one they end where they began, and what was learned is gone. Here a weight becomes one of
+its two neighbours by chance, the nearer one the likelier:
 
     P(up) = (w - down) / (up - down)      so that the mean of what is stored is w
 
-(stochastic rounding, Gupta et al. 2015, https://arxiv.org/abs/1502.02551). What a layer sums up over
-thousands of weights keeps the update; the noise is that of any rounding to the type. A weight that
-the type holds stays as it is, so what was not trained does not change. Chance is drawn on the CPU
-from the seed and the weight's name: the same weights always become the same.
+(stochastic rounding, Gupta et al. 2015, https://arxiv.org/abs/1502.02551). What a layer sums up
+over thousands of weights keeps the update; the noise is that of any rounding to the type. A weight
+that the type holds stays as it is, so what was not trained does not change. Chance is drawn on the
+CPU from the seed and the weight's name: the same weights always become the same.
 
 Left out: carrying each rounding error over to the next weight of a row, which keeps a row's sum and
 was far worse when measured (docs/benchmarks.md).
@@ -55,8 +55,8 @@ def rounded(weight: Tensor, dtype: torch.dtype, *, seed: int, name: str) -> Tens
 def _rounded(w: Tensor, dtype: torch.dtype, chance: torch.Generator) -> Tensor:
     """Round one piece; `w` is flat."""
     if (w.dtype, dtype) == (torch.float32, torch.bfloat16):
-        # bfloat16 is the upper half of float32; the lower half is the chance of a carry. This is far
-        # faster than what follows, which is the same for any two types.
+        # bfloat16 is the upper half of float32; the lower half is the chance of a carry. This is
+        # far faster than what follows, which is the same for any two types.
         draws = torch.empty(-(-len(w) // 4), dtype=torch.int64)
         draws.random_(-(1 << 63), None, generator=chance)
         lower = draws.view(torch.int16)[: len(w)].to(w.device, torch.int32) & 0xFFFF

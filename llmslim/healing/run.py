@@ -50,6 +50,8 @@ class Place:
     """Whether to go on with what is there; with nothing there, a healing begins."""
     overwrite: bool = False
     """Whether an unfinished healing that is there may be thrown away."""
+    hold: bool = False
+    """Whether to keep other processes out until `Work.release` or `Work.remove`."""
 
 
 def heal_model(
@@ -84,8 +86,7 @@ def heal_model(
         progress: told of every step.
 
     Returns:
-        What was done, without a path, and the working folder, locked, which is the caller's to
-        remove or to release.
+        What was done, without a path, and the working folder, which is the caller's to remove.
 
     Raises:
         HealingError: if it cannot be done, or the loss stops being a number; the last good state
@@ -101,7 +102,7 @@ def heal_model(
     work = Work(place.folder)
     narrowed = list(narrowed)
     blend: Blend | None = None
-    opened = done = False
+    opened = held = False
     with (
         quiet(),
         as_it_was(model),
@@ -168,7 +169,7 @@ def heal_model(
             if trained.model is not given:
                 give_back(trained.model, given)
                 trained.model = given
-            done = True
+            held = place.hold
         except Exception as error:
             if opened:  # else it is another's, or another healing's
                 kept = work.last_checkpoint() is not None or is_begun(work.path)
@@ -181,7 +182,7 @@ def heal_model(
                 blend.remove()
             if trained.model is given:
                 trained.release()
-            if not done:
+            if not held:
                 work.release()
     start = measured["start"]
     report = HealReport(

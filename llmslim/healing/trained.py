@@ -5,8 +5,8 @@
 - `lora`: what surgery changed in full, and LoRA matrices beside every dense map inside the decoder
   layers that it left. They are multiplied out at the end: a healed model has no LoRA in it.
 
-Parameters are float32 while they are trained, whatever the checkpoint stores; `rounding.py` says how
-they become its type again. Whatever is measured is measured on what would be stored.
+Parameters are float32 while they are trained, whatever the checkpoint stores; `rounding.py` says
+how they become its type again. Whatever is measured is measured on what would be stored.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Trained:
         for name in self.lora:
             set_module(self.model, name, self.model.get_submodule(name).get_base_layer())
         if self.lora:
-            del self.model.peft_config
+            del self.model.get_submodule(find_layers(self.model).path).peft_config
         for name, parameter in self.model.named_parameters():
             parameter.data = parameter.data.to(self.stored[name])
             parameter.requires_grad_(self.gradients[name])
@@ -291,12 +291,20 @@ def _add_lora(model: Any, names: tuple[str, ...], spec: Heal) -> None:
         return
     from peft import LoraConfig, inject_adapter_in_model
 
+    stack = find_layers(model).path
+    inside = [name.removeprefix(f"{stack}.") for name in names]
     config = LoraConfig(
         r=spec.lora_rank,
         lora_alpha=ALPHA_PER_RANK * spec.lora_rank,
         # A pattern, since a plain list matches names by their ends.
-        target_modules="|".join(map(re.escape, names)),
+        target_modules="|".join(map(re.escape, inside)),
         fan_in_fan_out=type(model.get_submodule(names[0])).__name__ == "Conv1D",
     )
     torch.manual_seed(spec.seed)  # one of the two matrices is random
-    inject_adapter_in_model(config, model)
+    # The layers alone: of a whole model peft knows the family, and of many with experts other names.
+    inject_adapter_in_model(config, model.get_submodule(stack))
+    without = [name for name in names if not hasattr(model.get_submodule(name), "merge")]
+    if without:
+        raise HealingError(
+            f"heal.train: lora, but peft puts none beside {without[0]}. Train `all` or `blocks`."
+        )

@@ -262,7 +262,7 @@ class HealingTrainer(Trainer):
             share = partial(rate_share, spec=self.spec, steps=num_training_steps)
             self.lr_scheduler = LambdaLR(optimizer or cast(Any, self.optimizer), share)
             self._created_lr_scheduler = True
-        return cast(LambdaLR, self.lr_scheduler)
+        return self.lr_scheduler
 
     def save_model(
         self,
