@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 _CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
+_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks")
 
 
 @contextmanager
@@ -42,7 +43,11 @@ def as_it_was(model: Any, *, weights: bool = False) -> Iterator[None]:
         yield
         return
     modules = {
-        module: (module.training, {k: vars(module)[k] for k in _CHECKPOINTING if k in vars(module)})
+        module: (
+            module.training,
+            {key: vars(module)[key] for key in _CHECKPOINTING if key in vars(module)},
+            {key: dict(vars(module)[key]) for key in _HOOKS},
+        )
         for module in model.modules()
     }
     own = set(vars(model))
@@ -52,8 +57,11 @@ def as_it_was(model: Any, *, weights: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, (mode, checkpointing) in modules.items():
+        for module, (mode, checkpointing, hooks) in modules.items():
             module.training = mode
+            for key, known in hooks.items():
+                vars(module)[key].clear()
+                vars(module)[key].update(known)
             for key in _CHECKPOINTING:
                 vars(module).pop(key, None)
             vars(module).update(checkpointing)
