@@ -148,7 +148,8 @@ def test_a_while_in_evaluation_mode_is_that_of_each_module(monkeypatch):
             seen.extend(module.training for module in model.modules())
             raise ZeroDivisionError
 
-    pytest.raises(ZeroDivisionError, fails)
+    with pytest.raises(ZeroDivisionError):
+        fails()
     assert not any(seen)
     assert [module.training for module in model.modules()] == modes
     monkeypatch.setattr(answers, "_answer", lambda *_: "")

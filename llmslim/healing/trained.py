@@ -286,7 +286,11 @@ def _dense_maps(model: Any, changed: list[str]) -> tuple[str, ...]:
 
 
 def _add_lora(model: Any, names: tuple[str, ...], spec: Heal) -> None:
-    """Put LoRA matrices beside dense maps, in place; they compute nothing yet."""
+    """Put LoRA matrices beside dense maps, in place; they compute nothing yet.
+
+    Raises:
+        HealingError: if peft leaves one of them without.
+    """
     if not names:
         return
     from peft import LoraConfig, inject_adapter_in_model
@@ -301,7 +305,7 @@ def _add_lora(model: Any, names: tuple[str, ...], spec: Heal) -> None:
         fan_in_fan_out=type(model.get_submodule(names[0])).__name__ == "Conv1D",
     )
     torch.manual_seed(spec.seed)  # one of the two matrices is random
-    # The layers alone: of a whole model peft knows the family, and of many with experts other names.
+    # The layers alone: of a whole model peft knows the family, and other names for its parts.
     inject_adapter_in_model(config, model.get_submodule(stack))
     without = [name for name in names if not hasattr(model.get_submodule(name), "merge")]
     if without:
