@@ -11,9 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import safetensors
 import torch
-import transformers
 from torch import Tensor
 
 from llmslim._version import __version__
@@ -23,10 +21,9 @@ _PIECE = 1 << 24  # numbers that are hashed at once
 _PASSING = ("_name_or_path", "transformers_version", "_commit_hash")  # where a config is from
 
 
-def versions() -> dict[str, str]:
+def versions(*libraries: Any) -> dict[str, str]:
     """Return the versions of llmslim and of what it computes with, as parts of a key."""
-    libraries = {one.__name__: one.__version__ for one in (torch, transformers, safetensors)}
-    known = {"llmslim": __version__, **libraries}
+    known = {"llmslim": __version__, **{one.__name__: one.__version__ for one in libraries}}
     return {f"version of {name}": str(version) for name, version in known.items()}
 
 

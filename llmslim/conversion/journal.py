@@ -17,6 +17,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import safetensors
+import torch
+import transformers
+
 from llmslim.checkpoint import input_files, versions, what_changed
 from llmslim.data import Windows
 from llmslim.errors import CheckpointError
@@ -194,7 +198,7 @@ def key_of(job: Job, text: Windows | None = None) -> dict[str, str]:
         "--max-shard-size": str(job.max_shard_size),
         "--calibration": ", ".join(job.calibration) or "None",
         "--calibration-tokens": str(job.calibration_tokens),
-        **versions(),
+        **versions(torch, transformers, safetensors),
     }
     for path in input_files(job.source):
         about = path.stat()

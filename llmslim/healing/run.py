@@ -11,6 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import accelerate
+import safetensors
+import torch
+import transformers
 from accelerate import PartialState
 from torch import Tensor
 
@@ -232,7 +236,7 @@ def _key(
         "sharded": is_sharded(state),
         "source": text.source,
         "rows": [len(text.train), len(text.held_out)],
-        **versions(),
+        **versions(torch, transformers, safetensors, accelerate),
     }
 
 
