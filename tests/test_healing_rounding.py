@@ -30,21 +30,21 @@ def test_each_becomes_one_of_its_two_neighbours_as_often_as_keeps_the_mean(dtype
     numbers = every_number(dtype)
     above = torch.searchsorted(numbers, w.double()).clamp(1)
     down, up = numbers[above - 1], numbers[above]
-    many = torch.stack([rounded(w, dtype, seed=seed, name="w").double() for seed in range(2000)])
+    many = torch.stack([rounded(w, dtype, seed=seed, name="w").double() for seed in range(500)])
     assert ((many == down) | (many == up)).all()
     share = (many == up).double().mean(0)
     expected = (w.double() - down) / (up - down)
-    # Five standard deviations of 2000 draws.
-    assert (share - expected).abs().max() < 5 * 0.5 / 2000**0.5
+    # Five standard deviations of 500 draws.
+    assert (share - expected).abs().max() < 5 * 0.5 / 500**0.5
 
 
 def test_float64_in_float32():
     w = torch.tensor([1.0, 1 + 2.0**-26, -(1 + 2.0**-24), 3e-40], dtype=torch.float64)
-    many = torch.stack([rounded(w, torch.float32, seed=n, name="w").double() for n in range(4000)])
+    many = torch.stack([rounded(w, torch.float32, seed=n, name="w").double() for n in range(2000)])
     assert set(many[:, 0].tolist()) == {1.0}
     assert set(many[:, 1].tolist()) == {1.0, 1 + 2.0**-23}
-    assert (many[:, 1] > 1).double().mean() == pytest.approx(1 / 8, abs=0.03)
-    assert (many[:, 2] < -1).double().mean() == pytest.approx(1 / 2, abs=0.04)
+    assert (many[:, 1] > 1).double().mean() == pytest.approx(1 / 8, abs=0.04)
+    assert (many[:, 2] < -1).double().mean() == pytest.approx(1 / 2, abs=0.05)
 
 
 def test_chance_is_that_of_seed_and_name_alone():

@@ -69,6 +69,11 @@ def what_changed(begun: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 def _difference(name: str, begun: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     if name.startswith("the "):
-        return f"{name[:80]} has changed"
-    was, is_now = (str(key.get(name))[:80] for key in (begun, now))
-    return f"{name[:80]} was {was} and is {is_now}"
+        return f"{_shown(name)} has changed"
+    return f"{_shown(name)} was {_shown(begun.get(name))} and is {_shown(now.get(name))}"
+
+
+def _shown(value: Any) -> str:
+    """Return a value in a few words; it may be from a file that somebody else wrote."""
+    text = str(value)[:80]
+    return text if text.isprintable() else repr(text)
