@@ -6,6 +6,7 @@ Each is a few calls into the layers below; none prints.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -215,51 +216,59 @@ def heal(
     from llmslim.conversion.healed import write_healed
     from llmslim.healing import Place, heal_model, working_folder
     from llmslim.healing.processes import processes
+    from llmslim.healing.restoring import as_it_was
 
     state = processes()
     tell = (progress if state.is_main_process else None) or quietly
-    target, ready = _ready_to_heal(
-        model,
-        out,
-        recipe=recipe,
-        data=data,
-        teacher=teacher,
-        asked={"train": train, "tokens": tokens, "epochs": epochs, "seed": seed},
-        settings=settings,
-        overwrite=overwrite,
-        tokenizer=tokenizer,
-        progress=tell,
-    )
-    with TemporaryDirectory(prefix="llmslim-") as temporary:
-        folder = Path(temporary) / "run" if target is None else working_folder(target)
+    with ExitStack() as stack:
+        # Text is sampled from a teacher, and attention chosen, before any training begins.
+        stack.enter_context(as_it_was(model))
+        stack.enter_context(as_it_was(teacher, weights=True))
+        target, ready = _ready_to_heal(
+            model,
+            out,
+            recipe=recipe,
+            data=data,
+            teacher=teacher,
+            asked={"train": train, "tokens": tokens, "epochs": epochs, "seed": seed},
+            settings=settings,
+            overwrite=overwrite,
+            tokenizer=tokenizer,
+            progress=tell,
+        )
+        if target is None:
+            temporary = stack.enter_context(TemporaryDirectory(prefix="llmslim-"))
+            folder = Path(temporary) / "run"
+        else:
+            folder = working_folder(target)
         report, work = heal_model(
             ready.model,
             ready.text,
             ready.spec,
-            place=Place(folder, resume=resume, overwrite=overwrite),
+            place=Place(folder, resume=resume, overwrite=overwrite, hold=True),
             tokenizer=ready.tokenizer,
             teacher=ready.teacher,
             narrowed=ready.folder.narrowed(ready.model),
             teacher_layers=ready.folder.teacher_layers(),
-            origin=ready.origin,
             mixes=ready.mixes,
             progress=tell,
         )
-    if target is None:
+        stack.callback(work.release)
+        if target is None:
+            return report
+        report = replace(report, path=target)
+        if state.is_main_process:
+            tell(0, 0, "writing and reading back")
+            try:
+                write_healed(ready, report, target, overwrite=overwrite)
+            except CheckpointError as error:
+                raise UnfinishedError(
+                    f"{error} What was trained is kept in {folder}: resume (--resume), and it is "
+                    "written again."
+                ) from error
+            work.remove()
+        state.wait_for_everyone()
         return report
-    report = replace(report, path=target)
-    if state.is_main_process:
-        tell(0, 0, "writing and reading back")
-        try:
-            write_healed(ready, report, target, overwrite=overwrite)
-        except CheckpointError as error:
-            raise UnfinishedError(
-                f"{error} What was trained is kept in {folder}: resume (--resume), and it is "
-                "written again."
-            ) from error
-        work.remove()
-    state.wait_for_everyone()
-    return report
 
 
 def plan_heal(

@@ -75,5 +75,17 @@ def healed(model: Any, folder: Path, rows: Text | None = None, **options: Any) -
     return report
 
 
+def independent_loss(model: Any, rows: Rows) -> float:
+    """Return the held-out loss as transformers counts it, one sample at a time, unpacked."""
+    total, count = 0.0, 0
+    half = LENGTH // 2
+    for index in range(len(rows)):
+        for ids in rows[index]["input_ids"].reshape(2, half):
+            with torch.no_grad():
+                loss = model(ids[None], labels=ids[None]).loss
+            total, count = total + float(loss) * (half - 1), count + half - 1
+    return total / count
+
+
 def losses(report: HealReport) -> list[float]:
     return [line["loss"] for line in report.history if "loss" in line]

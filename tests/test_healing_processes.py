@@ -68,29 +68,30 @@ def _own_cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Return a folder with `dense`, `slim` in float32, and an odd number of rows to heal with."""
+    """Return a folder with `dense` and `slim` in float32, `slim16`, and an odd number of rows."""
     folder = tmp_path_factory.mktemp("models")
     llmslim.save(tiny_model(), folder / "dense", tokenizer=tiny_tokenizer())
     llmslim.convert(folder / "dense", RECIPE, folder / "slim")
+    llmslim.convert(folder / "dense", RECIPE, folder / "slim16", dtype="bfloat16")
     rows = [{"instruction": f"{n} {n}", "response": f"{n + 1}" * 3} for n in range(20)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
-def alone(folders, out, **settings):
+def alone(folders, out, model="slim", **settings):
     teacher = folders / "dense"
     llmslim.heal(
-        folders / "slim", out, data=folders / "rows.jsonl", teacher=teacher, settings=settings
+        folders / model, out, data=folders / "rows.jsonl", teacher=teacher, settings=settings
     )
 
 
-def together(folders, out, how, *options, more="", works=True, **settings):
+def together(folders, out, how, *options, more="", works=True, model="slim", **settings):
     """Heal with two processes; return what they print."""
     program = out.with_suffix(".py")
     program.write_text(PROGRAM.format(more=more))
     command = [sys.executable, "-m", "accelerate.commands.launch", *how, "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--main_process_port", "0", program, "heal", folders / "slim", "-o", out, *options]
+    command += ["--main_process_port", "0", program, "heal", folders / model, "-o", out, *options]
     command += ["--data", folders / "rows.jsonl", "--teacher", folders / "dense"]
     command += [f"--set={key}={value}" for key, value in settings.items()]
     done = subprocess.run(
@@ -138,8 +139,13 @@ def test_a_model_spread_over_two_processes_ends_as_in_one(folders, tmp_path):
     assert said.count("\nwrote ") == 1
     report = assert_same(tmp_path / "one", tmp_path / "two", SPREAD)
     # What was written has the loss that healing ended with, and is loaded as anybody would.
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "two")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "two")
+    assert loss_of(tmp_path / "two", folders) == pytest.approx(report["loss_after"], abs=1e-4)
+
+
+def loss_of(path, folders):
+    """Return the held-out loss of a checkpoint, worked out in plain torch."""
+    model = AutoModelForCausalLM.from_pretrained(path).float()
+    tokenizer = AutoTokenizer.from_pretrained(path)
     spec = Heal(**RECIPE["heal"], data=str(folders / "rows.jsonl"))
     rows = healing_text(spec, tokenizer, context_length=48).held_out
     total, count = 0.0, 0
@@ -151,7 +157,7 @@ def test_a_model_spread_over_two_processes_ends_as_in_one(folders, tmp_path):
             logits = model(**given, use_cache=False).logits[0, :-1]
         total += float(cross_entropy(logits, labels, reduction="sum"))
         count += int((labels != -100).sum())
-    assert total / count == pytest.approx(report["loss_after"], abs=1e-4)
+    return total / count
 
 
 @pytest.mark.slow
@@ -171,6 +177,28 @@ def test_two_processes_learn_what_one_does(folders, tmp_path, how, settings):
     together(folders, tmp_path / "two", how, **settings)
     whole = "Trained by 2 processes, a whole model in each."
     assert_same(tmp_path / "one", tmp_path / "two", SPREAD if how is SHARDED else whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "train"),
+    [(SHARDED, "all"), (SHARDED, "blocks"), (WHOLE, "all"), (WHOLE, "lora")],
+    ids=["spread all", "spread blocks", "whole all", "whole lora"],
+)
+def test_two_processes_tell_the_loss_of_what_they_store(folders, tmp_path, how, train):
+    """In bfloat16, with passes that end in the middle of a step."""
+    settings = {"train": train, "micro_batch": 1, "batch_size": 4, "epochs": 2}
+    settings |= {"precision": "fp32"}
+    alone(folders, tmp_path / "one", model="slim16", **settings)
+    together(folders, tmp_path / "two", how, model="slim16", **settings)
+    mine, theirs = history(tmp_path / "one"), history(tmp_path / "two")
+    for a, b in zip(mine, theirs, strict=True):
+        for key in a.keys() & {"loss", "grad_norm", "learning_rate", "tokens"}:
+            assert a[key] == pytest.approx(b[key], rel=1e-3), (key, a, b)
+    report = json.loads((tmp_path / "two" / "llmslim_report.json").read_text())["healing"]
+    assert {tensor.dtype for tensor in stored(tmp_path / "two").values()} == {torch.bfloat16}
+    assert report["loss_after"] == pytest.approx(loss_of(tmp_path / "two", folders), abs=1e-4)
+    assert report["loss_unrounded"] is not None
 
 
 @pytest.mark.slow

@@ -5,6 +5,10 @@ from .finite import blamed_on as blamed_on
 from .finite import check_finite as check_finite
 from .finite import nonfinite_tensors as nonfinite_tensors
 from .finite import told_of_nonfinite as told_of_nonfinite
+from .identity import add_tensor as add_tensor
+from .identity import model_digest as model_digest
+from .identity import versions as versions
+from .identity import what_changed as what_changed
 from .layout import MAX_SHARD_SIZE as MAX_SHARD_SIZE
 from .layout import Layout as Layout
 from .layout import parse_size as parse_size
@@ -12,6 +16,9 @@ from .load import load_model as load_model
 from .load import load_tokenizer as load_tokenizer
 from .load import told_of_types as told_of_types
 from .load import told_of_unused as told_of_unused
+from .lock import LOCK as LOCK
+from .lock import lock as lock
+from .lock import locked as locked
 from .manifest import Verification as Verification
 from .manifest import input_files as input_files
 from .manifest import verify_folder as verify_folder

@@ -21,8 +21,7 @@ import safetensors
 import torch
 import transformers
 
-from llmslim._version import __version__
-from llmslim.checkpoint import input_files
+from llmslim.checkpoint import input_files, versions, what_changed
 from llmslim.data import Windows
 from llmslim.errors import CheckpointError
 from llmslim.recipe import recipe_yaml
@@ -32,7 +31,6 @@ from .job import Job
 FORMAT = 2
 _MAX_LINE = 1 << 26
 _HEAD = 1 << 20
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -112,12 +110,10 @@ class Journal:
         if not isinstance(begun, dict):
             self.begin(key)  # killed before the first line was whole
             return
-        changed = sorted(name for name in {*begun, *key} if begun.get(name) != key.get(name))
+        changed = what_changed(begun, key)
         if changed:
-            more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
-            said = "; ".join(_difference(name, begun, key) for name in changed[:_SHOWN])
             raise CheckpointError(
-                f"{self.path.parent}: another conversion was begun here; {said}{more}. Resume with "
+                f"{self.path.parent}: another conversion was begun here; {changed}. Resume with "
                 "the same model, recipe and options, or begin anew (--overwrite)."
             )
         self.done = {}
@@ -205,10 +201,8 @@ def key_of(job: Job, text: Windows | None = None) -> dict[str, str]:
         "--max-shard-size": str(job.max_shard_size),
         "--calibration": ", ".join(job.calibration) or "None",
         "--calibration-tokens": str(job.calibration_tokens),
-        "version of llmslim": __version__,
+        **versions(torch, transformers, safetensors),
     }
-    for library in (torch, transformers, safetensors):
-        key[f"version of {library.__name__}"] = str(library.__version__)
     for path in input_files(job.source):
         about = path.stat()
         with path.open("rb") as file:
@@ -226,9 +220,3 @@ def key_of(job: Job, text: Windows | None = None) -> dict[str, str]:
             digest.update(f"{tuple(ids.shape)}".encode() + ids.contiguous().numpy().tobytes())
         key["the calibration text"] = digest.hexdigest()
     return key
-
-
-def _difference(name: str, begun: Mapping[str, Any], now: Mapping[str, str]) -> str:
-    if name.startswith(("--", "version")):
-        return f"{name} was {str(begun.get(name))[:80]} and is {now.get(name)}"
-    return f"{name[:80]} has changed"

@@ -18,21 +18,16 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
-from llmslim.checkpoint import REPORT, disk_problem, publish, resolved
+from llmslim.checkpoint import LOCK, REPORT, disk_problem, locked, publish, resolved
 from llmslim.errors import CheckpointError, SlimError, UnfinishedError
 from llmslim.surgery import Report
 
 from .journal import Journal
 
-try:
-    import fcntl
-except ImportError:  # Windows: two processes there are the user's to keep apart
-    fcntl = None  # type: ignore[assignment]
-
-_LOCK, _JOURNAL, _CONFIG = "lock", "journal.jsonl", "config"
+_JOURNAL, _CONFIG = "journal.jsonl", "config"
 
 
 class Work:
@@ -65,7 +60,7 @@ class Work:
         if not self.exists:
             return
         known = {
-            *(_LOCK, _JOURNAL, _CONFIG),
+            *(LOCK, _JOURNAL, _CONFIG),
             *(self.checkpoint.name, self.streams.name, self._old.name),
         }
         if self.path.is_symlink() or not self.path.is_dir() or set(os.listdir(self.path)) - known:  # noqa: PTH208
@@ -219,24 +214,5 @@ class Work:
             journal.close()
         shutil.rmtree(self.path, ignore_errors=True)
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Keep other processes out.
-
-        Raises:
-            CheckpointError: if one is in.
-        """
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-        lock = os.open(self.path / _LOCK, flags, 0o644)
-        try:
-            if fcntl is not None:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError as error:
-                    raise CheckpointError(
-                        f"{self.path}: another process is converting to this place. Wait for it, "
-                        "or choose another name."
-                    ) from error
-            yield
-        finally:
-            os.close(lock)
+    def _locked(self) -> AbstractContextManager[None]:
+        return locked(self.path, "converting", CheckpointError)

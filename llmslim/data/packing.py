@@ -125,6 +125,11 @@ class Rows(Dataset[dict[str, Tensor]]):
         arrays = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
+    def tokens_in(self, index: int) -> int:
+        """Return the tokens of one row, without padding."""
+        first = self._ends[index - 1] if index else 0
+        return int(self._pieces.length[first : self._ends[index]].sum())
+
     @property
     def tokens(self) -> int:
         """Tokens in all rows, without padding."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llmslim.data import embedding_rows, longest_input
+from llmslim.healing.restoring import evaluating
 
 PROMPTS = (
     "What is the capital of France?",
@@ -27,11 +28,8 @@ def answers(model: Any, tokenizer: Any) -> list[str]:
     """
     if tokenizer is None:
         return []
-    training = model.training
-    model.eval()
-    said = [_answer(model, tokenizer, prompt) for prompt in PROMPTS]
-    model.train(training)
-    return said
+    with evaluating(model):
+        return [_answer(model, tokenizer, prompt) for prompt in PROMPTS]
 
 
 def _answer(model: Any, tokenizer: Any, prompt: str) -> str:

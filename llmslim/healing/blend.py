@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from llmslim.errors import HealingError
 from llmslim.healing.phases import paired_layers
+from llmslim.healing.restoring import to_compute
 from llmslim.modeling.structured import StructuredLinear
 from llmslim.surgery.sites import as_site, find_layers
 
@@ -69,10 +70,10 @@ class Blend:
         if self.alpha == 0:
             self.remove()
 
-    def to(self, device: torch.device, dtype: torch.dtype | None) -> None:
-        """Move the dense modules; `dtype` None leaves theirs."""
+    def to(self, device: torch.device, *, bf16: bool) -> None:
+        """Move the dense modules, and widen them unless the arithmetic is bfloat16."""
         for dense in self.dense.values():
-            dense.to(device=device, dtype=dtype)
+            to_compute(dense, device, bf16=bf16)
 
     def remove(self) -> None:
         """Leave the model as it was without, and let go of the dense modules."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llmslim.checkpoint import quiet
+from llmslim.healing.restoring import evaluating
 
 _TOKENS = 8  # of each of the two samples
 
@@ -30,15 +31,11 @@ def sees_neighbours(model: Any) -> bool:
     Args:
         model: a causal language model on any device; it is left as it is.
     """
-    training = model.training
-    model.eval()
     try:
-        with quiet():
+        with quiet(), evaluating(model):
             gradient_LH = _gradient(model)
     except Exception:  # in as many classes as there are models
         return True
-    finally:
-        model.train(training)
     return bool((gradient_LH[:_TOKENS] != 0).any())
 
 

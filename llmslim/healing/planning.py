@@ -86,7 +86,7 @@ def plan_healing(ready: Ready) -> HealingPlan:
         trained_parameters=trained.count(),
         parameters=sum(weight.numel() for weight in model.parameters()),
         steps=run.steps,
-        tokens=round(run.steps * run.tokens_per_step),
+        tokens=run.tokens,
         held_out_rows=len(text.held_out),
         arithmetic="bf16" if bf16 else "fp32",
         source=text.source,

@@ -39,6 +39,9 @@ class HealReport:
     loss_before: float | None
     """Mean of -log p(next token) on held-out text, in nats; None where there is no such text."""
     loss_after: float | None
+    """Of the weights as they are stored."""
+    loss_unrounded: float | None
+    """Before they were rounded to the type they are stored in; None where nothing was rounded."""
     loss_teacher: float | None
     """The dense model's on the same text, where it was there."""
     history: tuple[Mapping[str, Any], ...]

@@ -11,19 +11,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import accelerate
+import safetensors
 import torch
+import transformers
 from accelerate import PartialState
 from torch import Tensor
 
-from llmslim.checkpoint import quiet
+from llmslim.checkpoint import model_digest, quiet, versions
 from llmslim.data import collate, collate_apart, collate_flat
 from llmslim.healing.answers import PROMPTS, answers
 from llmslim.healing.blend import Blend
 from llmslim.healing.neighbours import takes_position_ids
-from llmslim.healing.order import Filled
+from llmslim.healing.order import Filled, text_digest
 from llmslim.healing.phases import checked_phases, paired_layers, uses_layers
 from llmslim.healing.processes import is_sharded, process_notes, processes
 from llmslim.healing.report import Answer, HealReport
+from llmslim.healing.restoring import as_it_was, to_compute
 from llmslim.healing.sharding import give_back, lend
 from llmslim.healing.sizes import (
     Sizes,
@@ -35,7 +39,7 @@ from llmslim.healing.stored import Numbered, numbered
 from llmslim.healing.storing import ask_once, is_begun
 from llmslim.healing.trained import changed_modules, keep_activations, make_trainable
 from llmslim.healing.trainer import HealingTrainer
-from llmslim.healing.watch import Progress, blended_steps, held_out, should_stop
+from llmslim.healing.watch import Progress, blended_steps, should_stop, tokens_seen
 from llmslim.healing.work import FORMAT, Work, explain_full_disk
 from llmslim.recipe import Heal
 from llmslim.surgery import quietly
@@ -50,6 +54,8 @@ class Place:
     """Whether to go on with what is there; with nothing there, a healing begins."""
     overwrite: bool = False
     """Whether an unfinished healing that is there may be thrown away."""
+    hold: bool = False
+    """Whether to keep other processes out until `Work.release` or `Work.remove`."""
 
 
 def heal_model(
@@ -62,7 +68,6 @@ def heal_model(
     teacher: Any = None,
     narrowed: Iterable[str] = (),
     teacher_layers: Sequence[int] | None = None,
-    origin: str = "",
     mixes: bool = False,
     progress: Progress | None = None,
 ) -> tuple[HealReport, Work]:
@@ -76,12 +81,11 @@ def heal_model(
         spec: the options.
         place: where to keep what is needed to go on after a kill.
         tokenizer: for answers before and after; none are asked without it.
-        teacher: the dense model; put in evaluation mode and frozen. With `store_teacher` it leaves
-            the device before training, and one that `spec.teacher` names leaves memory too: its
-            parameters are then empty.
+        teacher: the dense model; left as it was. With `store_teacher` it is off the device while
+            the model trains, and one that `spec.teacher` names leaves memory too: its parameters
+            are then empty.
         narrowed: names of dense maps that surgery made narrower.
         teacher_layers: which of the teacher's layers each layer stands for; the same by default.
-        origin: what the model was loaded from: a healing goes on only with the same.
         mixes: whether samples in one row would see each other; each then gets a row of its own.
         progress: told of every step.
 
@@ -98,30 +102,27 @@ def heal_model(
     state = processes()
     run = Sizes.of(spec, text, state.num_processes)
     phases = [(one, round(share * run.steps)) for one, share in chosen]
-    if teacher is not None:
-        teacher.eval().requires_grad_(requires_grad=False)
     bf16 = uses_bf16(spec, state.device)
-    settings = {
-        **spec.model_dump(mode="json"),
-        "steps": run.steps,
-        "arithmetic": "bf16" if bf16 else "fp32",
-        "processes": state.num_processes,
-        "sharded": is_sharded(state),
-        "origin": origin,
-        "source": text.source,
-        "rows": [len(text.train), len(text.held_out)],
-    }
     work = Work(place.folder)
     narrowed = list(narrowed)
     blend: Blend | None = None
-    use_cache = model.config.use_cache
-    given, model = model, lend(model) if is_sharded(state) else model
-    layers = paired_layers(model, teacher, teacher_layers) if uses_layers(phases) else ()
-    with quiet():
+    opened = held = False
+    with (
+        quiet(),
+        as_it_was(model),
+        # One that was loaded for this alone may go once it was asked.
+        as_it_was(teacher, weights=spec.teacher is None),
+    ):
+        if teacher is not None:
+            teacher.eval().requires_grad_(requires_grad=False)
+        key = _key(model, text, teacher, spec, run, state, bf16=bf16)
+        given, model = model, lend(model) if is_sharded(state) else model
+        layers = paired_layers(model, teacher, teacher_layers) if uses_layers(phases) else ()
         trained = make_trainable(model, spec, narrowed)
-        keep_activations(model, keep=not spec.gradient_checkpointing)
         try:
-            measured = _open(work, place, settings, state)
+            keep_activations(model, keep=not spec.gradient_checkpointing)
+            measured = _open(work, place, key, state)
+            opened = True
             if spec.blend_share:
                 blend = Blend(
                     model,
@@ -140,7 +141,7 @@ def heal_model(
                 bf16=bf16,
                 position_ids=takes_position_ids(model),
                 work=work,
-                tokens_per_step=run.tokens_per_step,
+                run=run,
                 progress=tell if state.is_main_process else quietly,
                 args=training_arguments(spec, run, work.path, evaluates=len(text.held_out) > 0),
                 train_dataset=Filled(
@@ -153,9 +154,9 @@ def heal_model(
             if spec.store_teacher:
                 ask_once(trainer, text.train, measured, state, tell)
             elif teacher is not None:
-                teacher.to(device=trainer.args.device, dtype=None if bf16 else torch.float32)
+                to_compute(teacher, trainer.args.device, bf16=bf16)
             if blend is not None:
-                blend.to(trainer.args.device, None if bf16 else torch.float32)
+                blend.to(trainer.args.device, bf16=bf16)
                 trainer.blend = blend
 
             def begin() -> None:
@@ -167,37 +168,39 @@ def heal_model(
 
             trainer.begin = begin
             result = _train(trainer, work, run, state)
-            loss_after = min(held_out(work.history), default=None)
-            if trained.round_to_stored() and loss_after is not None:
-                loss_after = trainer.measure(trainer.model)
+            losses = _settled_losses(trainer)
             after = _answers(trainer, tokenizer)
             if trained.model is not given:
                 give_back(trained.model, given)
                 trained.model = given
+            held = place.hold
         except Exception as error:
-            kept = work.last_checkpoint() is not None or is_begun(work.path)
-            if state.is_main_process and work.exists and not kept:
-                work.remove()  # there is nothing to go on with
-            explain_full_disk(error, work.path, kept=kept)
+            if opened:  # else it is another's, or another healing's
+                kept = work.last_checkpoint() is not None or is_begun(work.path)
+                if state.is_main_process and not kept:
+                    work.remove()  # there is nothing to go on with
+                explain_full_disk(error, work.path, kept=kept)
             raise
         finally:
             if blend is not None:
                 blend.remove()
             if trained.model is given:
                 trained.release()
-            given.config.use_cache = use_cache
+            if not held:
+                work.release()
     start = measured["start"]
     report = HealReport(
         path=None,
         objective=", ".join(one.name for one, end in phases if end > 0),
         train=spec.train,
         steps=result.steps,
-        tokens=round(result.steps * run.tokens_per_step),
+        tokens=tokens_seen(work.history, result.steps),
         padding=text.padding,
         tokens_per_second=round(trainer.watch.tokens_per_second, 1),
         trained_parameters=result.trained_parameters,
         loss_before=start["loss"],
-        loss_after=loss_after,
+        loss_after=losses.stored,
+        loss_unrounded=losses.unrounded,
         loss_teacher=start["teacher"],
         history=tuple(work.history),
         answers=tuple(
@@ -212,10 +215,49 @@ def heal_model(
             *run.notes,
             *process_notes(state),
             *packing_notes(mixes=mixes),
-            *_notes(start["loss"], loss_after, result, run),
+            *_notes(start["loss"], losses, result, run),
         ),
     )
     return report, work
+
+
+def _key(
+    model: Any, text: Any, teacher: Any, spec: Heal, run: Sizes, state: PartialState, *, bf16: bool
+) -> dict[str, Any]:
+    """Return what the result of a healing depends on, part by part."""
+    return {
+        "the model": model_digest(model),
+        "the text": text_digest(text),
+        "the teacher": None if teacher is None else model_digest(teacher),
+        **spec.model_dump(mode="json"),
+        "steps": run.steps,
+        "arithmetic": "bf16" if bf16 else "fp32",
+        "processes": state.num_processes,
+        "sharded": is_sharded(state),
+        "source": text.source,
+        "rows": [len(text.train), len(text.held_out)],
+        **versions(torch, transformers, safetensors, accelerate),
+    }
+
+
+@dataclass(frozen=True)
+class _Losses:
+    """Of the result, on held-out text."""
+
+    stored: float | None
+    unrounded: float | None
+    """Before rounding; None where nothing was rounded."""
+    types: tuple[str, ...]
+    """That it was rounded to."""
+
+
+def _settled_losses(trainer: HealingTrainer) -> _Losses:
+    """Make the model what will be stored; return its loss as that, and what it was before."""
+    trained, types = trainer.trained, trainer.trained.rounds_to
+    measures = trainer.eval_dataset is not None
+    unrounded = trainer.measure(trainer.model) if measures and types else None
+    trained.settle()
+    return _Losses(trainer.measure(trainer.model) if measures else None, unrounded, types)
 
 
 @dataclass(frozen=True)
@@ -261,9 +303,7 @@ def _collator(model: Any, *, mixes: bool) -> Callable[[list[dict[str, Tensor]]],
     return collate_flat if model.config._attn_implementation == "flash_attention_2" else collate
 
 
-def _open(
-    work: Work, place: Place, settings: dict[str, Any], state: PartialState
-) -> dict[str, Any]:
+def _open(work: Work, place: Place, key: dict[str, Any], state: PartialState) -> dict[str, Any]:
     """Make the working folder or find it as it should be; return what was measured already.
 
     Raises:
@@ -272,12 +312,14 @@ def _open(
     going_on = place.resume and work.exists
     work.check_free(resume=place.resume, overwrite=place.overwrite)
     state.wait_for_everyone()  # all have looked, before one changes what they looked at
-    if going_on:
-        return work.load(settings)
     if state.is_main_process:
-        work.begin(settings)
+        work.hold()
+    if going_on:
+        return work.load(key)
+    if state.is_main_process:
+        work.begin(key)
     state.wait_for_everyone()
-    return {"format": FORMAT, "settings": settings}
+    return {"format": FORMAT, "key": key}
 
 
 def _measure(trainer: HealingTrainer, tokenizer: Any, teacher_loss: float | None) -> dict[str, Any]:
@@ -305,8 +347,13 @@ def _answers(trainer: HealingTrainer, tokenizer: Any) -> list[str]:
         return answers(trainer.model, tokenizer)
 
 
-def _notes(before: float | None, after: float | None, result: _Result, run: Sizes) -> list[str]:
-    notes = []
+def _notes(before: float | None, losses: _Losses, result: _Result, run: Sizes) -> list[str]:
+    notes, after = [], losses.stored
+    if after is not None and losses.unrounded is not None:
+        notes.append(
+            f"Rounding the trained weights to {', '.join(losses.types)}, the type they are stored "
+            f"in, changed the held-out loss from {losses.unrounded:.4f} to {after:.4f}."
+        )
     if before is None or after is None:
         notes.append("No text was held out: whether the model got better was not measured.")
     elif after >= before:

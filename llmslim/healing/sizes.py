@@ -25,7 +25,10 @@ class Sizes:
     """Passes of one step in each process."""
     every: int
     """Steps between measurements."""
-    tokens_per_step: float
+    rows: int
+    """Rows that are trained on, each as often as it comes."""
+    tokens: int
+    """Tokens in these, padding not counted; exact for whole passes."""
     notes: tuple[str, ...]
 
     @classmethod
@@ -39,13 +42,41 @@ class Sizes:
                 f"heal.batch_size: {spec.batch_size} rows, but {processes} processes take "
                 f"{spec.micro_batch} each; {rows} rows were taken."
             )
-        per_row = text.train.tokens / len(text.train)
+        there = len(text.train)
         if spec.tokens is None:
-            steps = math.ceil(spec.epochs * len(text.train) / rows)
+            wanted = math.ceil(round(spec.epochs * there, 6))  # 0.1 * 30 is a little over 3
         else:
-            steps = math.ceil(spec.tokens / (rows * per_row))
+            wanted = math.ceil(spec.tokens * there / text.train.tokens)
+        # Every pass ends with what is left of the rows; no step has rows of two passes.
+        passes, rest = divmod(wanted, there)
+        last = math.ceil(rest / rows)
+        steps = passes * math.ceil(there / rows) + last
+        if spec.tokens is not None:
+            rest = min(there, last * rows)  # whole steps
         every = spec.evaluate_every or math.ceil(steps / EVALUATIONS)
-        return cls(steps, rows // together, every, rows * per_row, tuple(notes))
+        seen = passes * there + rest
+        tokens = round(seen * text.train.tokens / there)
+        return cls(steps, rows // together, every, seen, tokens, tuple(notes))
+
+
+def rate_share(step: int, spec: Heal, steps: int) -> float:
+    """Return a step's share of the peak learning rate; it is 0 in none of them.
+
+    Args:
+        step: counted from 0.
+        spec: `warmup` and `schedule`.
+        steps: how many there are.
+
+    Example:
+        >>> [round(rate_share(step, Heal(warmup=0.25), 8), 3) for step in range(8)]
+        [0.333, 0.667, 1.0, 0.933, 0.75, 0.5, 0.25, 0.067]
+    """
+    rising = min(math.ceil(spec.warmup * steps), steps - 1)  # a single step is at the peak
+    if step < rising:
+        return (step + 1) / (rising + 1)
+    if spec.schedule == "constant":
+        return 1.0
+    return (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising))) / 2
 
 
 def uses_bf16(spec: Heal, device: torch.device) -> bool:
@@ -84,7 +115,6 @@ def training_arguments(
         folder: where checkpoints go.
         evaluates: whether there are rows held out.
     """
-    constant = spec.schedule == "constant"
     cuda = torch.cuda.is_available()
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -92,8 +122,6 @@ def training_arguments(
         per_device_train_batch_size=spec.micro_batch,
         gradient_accumulation_steps=run.accumulate,
         learning_rate=spec.learning_rate,
-        lr_scheduler_type="constant_with_warmup" if constant else "cosine",
-        warmup_steps=math.ceil(spec.warmup * run.steps),
         max_grad_norm=spec.max_grad_norm,
         # numpy, which the Trainer seeds too, takes no larger ones.
         seed=spec.seed % 2**32,

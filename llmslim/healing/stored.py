@@ -29,6 +29,7 @@ from torch.utils.data import Dataset
 from llmslim.errors import HealingError
 from llmslim.healing.held_out import Collate
 from llmslim.healing.objectives import Taught
+from llmslim.healing.order import tokens_in
 
 FILE = "teacher_logits.safetensors"
 
@@ -49,14 +50,24 @@ class Numbered(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {**self.rows[index], "row": torch.tensor(index)}
 
+    def tokens_in(self, index: int) -> int:
+        """Return the tokens of one row, without padding."""
+        return tokens_in(self.rows, index)
+
 
 def numbered(collate: Collate) -> Collate:
-    """Return what puts rows together and, where they say which they are, adds that as `rows`."""
+    """Return what puts rows together, and lists as `rows` and `tokens` what they say of themselves.
+
+    That is which they are, and how many tokens are in them.
+    """
 
     def both(batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        rows = [row["row"] for row in batch if "row" in row]
-        plain = [{key: row[key] for key in row if key != "row"} for row in batch]
-        return {**collate(plain), **({"rows": torch.stack(rows)} if rows else {})}
+        joined = collate([{k: row[k] for k in row if k not in ("row", "tokens")} for row in batch])
+        for key, name in (("row", "rows"), ("tokens", "tokens")):
+            said = [row[key] for row in batch if key in row]
+            if said:
+                joined[name] = torch.stack(said)
+        return joined
 
     return both
 

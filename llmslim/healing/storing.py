@@ -27,6 +27,7 @@ from torch import Tensor
 from llmslim.errors import HealingError
 from llmslim.healing.held_out import Collate
 from llmslim.healing.objectives._chunks import CHUNK_NUMBERS
+from llmslim.healing.restoring import to_compute
 from llmslim.healing.stored import FILE, StoredLogits
 from llmslim.healing.trainer import HealingTrainer
 from llmslim.healing.watch import Progress
@@ -73,7 +74,8 @@ def ask_once(
 
     def load() -> Any:
         model.to("cpu")
-        return teacher.to(device=device, dtype=None if trainer.bf16 else torch.float32)
+        to_compute(teacher, device, bf16=trainer.bf16)
+        return teacher
 
     trainer.stored = store(
         trainer.work.path,

@@ -5,21 +5,25 @@
 - `lora`: what surgery changed in full, and LoRA matrices beside every dense map inside the decoder
   layers that it left. They are multiplied out at the end: a healed model has no LoRA in it.
 
-Parameters are float32 while they are trained, whatever the checkpoint stores.
+Parameters are float32 while they are trained, whatever the checkpoint stores; `rounding.py` says
+how they become its type again. Whatever is measured is measured on what would be stored.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from llmslim.errors import HealingError
-from llmslim.healing.sharding import settled
+from llmslim.healing.rounding import rounded
+from llmslim.healing.sharding import overwrite, settled, whole
 from llmslim.modeling.modeling_llmslim import set_module
 from llmslim.modeling.structured import StructuredLinear
 from llmslim.recipe import Heal
@@ -36,12 +40,19 @@ class Trained:
     model: Any
     changed: frozenset[str]
     """Names of parameters that belong to what surgery changed."""
-    dtypes: dict[str, torch.dtype]
-    """Types that parameters had, by name."""
+    given: dict[str, torch.dtype]
+    """Types that parameters had, by the names they had."""
+    stored: dict[str, torch.dtype]
+    """Types that they are stored in."""
     gradients: dict[str, bool]
     """Whether parameters wanted gradients before, by name."""
+    device: torch.device
+    """Where they were."""
+    seed: int
+    """Of chance in rounding."""
     lora: tuple[str, ...] = field(default=())
     """Names of dense maps with LoRA beside them."""
+    _settled: bool = field(default=False)
 
     def names(self) -> list[str]:
         """Return the names of the parameters that are trained."""
@@ -51,37 +62,140 @@ class Trained:
         """Return how many numbers are trained."""
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
-    @torch.no_grad()
-    def round_to_stored(self) -> bool:
-        """Round parameters to the types they are stored in, still as float32, in place.
+    @property
+    def rounds_to(self) -> tuple[str, ...]:
+        """Names of the types that anything is rounded to, sorted."""
+        types = {self.stored[name] for name, _ in self._rounding()}
+        return tuple(sorted(str(one).removeprefix("torch.") for one in types))
 
-        Returns:
-            Whether that changed anything that could be measured.
+    @contextmanager
+    def as_stored(self) -> Iterator[None]:
+        """Let the model be what would be stored now, in place, for as long as the context lasts.
+
+        What parameters were meanwhile is kept in main memory, where there is most room.
+
+        Raises:
+            HealingError: if a weight is too large for its type.
         """
-        narrow = {n: p for n, p in settled(self.model).items() if p.requires_grad}
-        narrow = {n: p for n, p in narrow.items() if self.dtypes.get(n, p.dtype) != p.dtype}
-        for name, parameter in narrow.items():
-            parameter.copy_(parameter.to(self.dtypes[name]))
-        return bool(narrow)
+        if self._settled or not (self.lora or self._rounding()):
+            yield
+            return
+        before = self._store()
+        try:
+            yield
+        finally:
+            self._take_back(before)
+
+    def settle(self) -> None:
+        """Make the model for good what is stored, in place: LoRA multiplied out, all rounded.
+
+        Types stay those of the training.
+
+        Raises:
+            HealingError: if a weight is too large for its type.
+        """
+        if not self._settled:
+            self._store(keep=False)
+            self._settled = True
 
     def release(self) -> None:
         """Undo what training did to the model besides training it, in place."""
         keep_activations(self.model, keep=True)
-        self.model.to("cpu").eval()
+        self.model.zero_grad()
+        self.model.to(self.device).eval()
         self.finish()
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Multiply LoRA out and give every parameter the type it had, in place."""
+        """Settle, and give every parameter the type it is stored in, in place."""
+        if not self._settled:
+            self._store(keep=False, check=False)
+            self._settled = True
         for name in self.lora:
-            layer = self.model.get_submodule(name)
-            layer.merge()
-            set_module(self.model, name, layer.get_base_layer())
+            set_module(self.model, name, self.model.get_submodule(name).get_base_layer())
         if self.lora:
-            del self.model.peft_config
+            del self.model.get_submodule(find_layers(self.model).path).peft_config
         for name, parameter in self.model.named_parameters():
-            parameter.data = parameter.data.to(self.dtypes[name])
+            parameter.data = parameter.data.to(self.stored[name])
             parameter.requires_grad_(self.gradients[name])
+
+    def _rounding(self) -> dict[tuple[str, str], bool]:
+        """Return the parameters that storing rounds, and whether they moved.
+
+        Each goes by the name that it had, and the name that it has beside LoRA.
+        """
+        found, lora = {}, set(self.lora)
+        for name, parameter in self.model.named_parameters():
+            first, beside, last = name.partition(".base_layer.")
+            with_lora = bool(beside) and first in lora
+            before = f"{first}.{last}" if with_lora else name
+            if before not in self.stored:  # a LoRA matrix
+                continue
+            moved = parameter.requires_grad or (with_lora and last == "weight")
+            if self.stored[before] != parameter.dtype and (
+                moved or self.stored[before] != self.given[before]
+            ):
+                found[before, name] = moved
+        return found
+
+    @torch.no_grad()
+    def _store(self, *, keep: bool = True, check: bool = True) -> dict[str, Tensor]:
+        """Multiply LoRA out and round; return what parameters were, if that is to be kept."""
+        before = {}
+        weights = settled(self.model)
+        rounds = self._rounding()
+        if keep:
+            # What LoRA is merged into was not trained: the type that it had holds it.
+            merged = {f"{name}.base_layer.weight": f"{name}.weight" for name in self.lora}
+            before = {now: _copy(weights[now], self.given[name]) for now, name in merged.items()}
+            for _, now in rounds:
+                if now not in merged:
+                    before[now] = _copy(weights[now], weights[now].dtype)
+        for name in self.lora:
+            self.model.get_submodule(name).merge()
+        try:
+            for (name, now), moved in rounds.items():
+                value, dtype = whole(weights[now].detach()), self.stored[name]
+                if moved:
+                    stored = rounded(value, dtype, seed=self.seed, name=name)
+                else:
+                    stored = value.to(dtype)
+                if check:
+                    _check_held(name, value, stored)
+                overwrite(weights[now], stored.to(value.dtype))
+        except BaseException:
+            self._take_back(before)
+            raise
+        return before
+
+    @torch.no_grad()
+    def _take_back(self, before: dict[str, Tensor]) -> None:
+        weights = settled(self.model)
+        for name, value in before.items():
+            weights[name].copy_(value)
+        for name in self.lora if before else ():
+            self.model.get_submodule(name).merged_adapters.clear()
+
+
+def _check_held(name: str, weight: Tensor, stored: Tensor) -> None:
+    """Refuse a weight that its type cannot hold.
+
+    Raises:
+        HealingError: if there are such numbers in it.
+    """
+    if not stored.isfinite().all():
+        raise HealingError(
+            f"{name}: trained to {float(weight.abs().max()):.3g}, which is too large for "
+            f"{str(stored.dtype).removeprefix('torch.')}, the type it is stored in. Take a lower "
+            "learning_rate, or `store_dtype: float32`."
+        )
+
+
+def _copy(weight: nn.Parameter, dtype: torch.dtype) -> Tensor:
+    """Return a copy in main memory; of a weight in pieces, a copy of the piece where it is."""
+    if isinstance(weight, DTensor):
+        return weight.detach().clone()
+    return weight.detach().to("cpu", dtype, copy=True)
 
 
 def keep_activations(model: Any, *, keep: bool) -> None:
@@ -130,24 +244,30 @@ def make_trainable(model: Any, spec: Heal, narrowed: Iterable[str] = ()) -> Trai
             "heal.train: blocks, but this model has none: no structured blocks and no narrowed "
             "MLPs; allowed are `all` and `lora`. Train `all`, or slim the model first."
         )
-    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    lora = _dense_maps(model, modules) if spec.train == "lora" else ()
+    if spec.train == "lora" and not lora and not modules:
+        raise HealingError("heal.train: lora, but the model has no dense maps. Train `all`.")
+    given = {name: parameter.dtype for name, parameter in model.named_parameters()}
     gradients = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    asked = None if spec.store_dtype is None else getattr(torch, spec.store_dtype)
+    device = model.device
+    if asked is not None:  # buffers are no less a part of what is stored
+        for name, buffer in model.named_buffers():
+            if name in model.state_dict() and buffer.is_floating_point():
+                buffer.data = buffer.data.to(asked)
     for parameter in model.parameters():
-        parameter.data = parameter.data.float()
         parameter.requires_grad_(spec.train == "all")
-    lora: tuple[str, ...] = ()
-    if spec.train == "lora":
-        lora = _dense_maps(model, modules)
-        if not lora and not modules:
-            raise HealingError("heal.train: lora, but the model has no dense maps. Train `all`.")
-        _add_lora(model, lora, spec)
+        if parameter.element_size() < 4:
+            parameter.data = parameter.data.float()
+    _add_lora(model, lora, spec)
     changed = frozenset(
         f"{name}.{inner}" for name in modules for inner, _ in _own_parameters(model, name)
     )
     for name, parameter in model.named_parameters():
         if name in changed:
             parameter.requires_grad_(requires_grad=True)
-    return Trained(model, changed, dtypes, gradients, lora)
+    stored = {name: asked or dtype for name, dtype in given.items()}
+    return Trained(model, changed, given, stored, gradients, device, spec.seed, lora)
 
 
 def _own_parameters(model: nn.Module, name: str) -> list[tuple[str, nn.Parameter]]:
@@ -166,17 +286,29 @@ def _dense_maps(model: Any, changed: list[str]) -> tuple[str, ...]:
 
 
 def _add_lora(model: Any, names: tuple[str, ...], spec: Heal) -> None:
-    """Put LoRA matrices beside dense maps, in place; they compute nothing yet."""
+    """Put LoRA matrices beside dense maps, in place; they compute nothing yet.
+
+    Raises:
+        HealingError: if peft leaves one of them without.
+    """
     if not names:
         return
     from peft import LoraConfig, inject_adapter_in_model
 
+    stack = find_layers(model).path
+    inside = [name.removeprefix(f"{stack}.") for name in names]
     config = LoraConfig(
         r=spec.lora_rank,
         lora_alpha=ALPHA_PER_RANK * spec.lora_rank,
         # A pattern, since a plain list matches names by their ends.
-        target_modules="|".join(map(re.escape, names)),
+        target_modules="|".join(map(re.escape, inside)),
         fan_in_fan_out=type(model.get_submodule(names[0])).__name__ == "Conv1D",
     )
     torch.manual_seed(spec.seed)  # one of the two matrices is random
-    inject_adapter_in_model(config, model)
+    # The layers alone: of a whole model peft knows the family, and other names for its parts.
+    inject_adapter_in_model(config, model.get_submodule(stack))
+    without = [name for name in names if not hasattr(model.get_submodule(name), "merge")]
+    if without:
+        raise HealingError(
+            f"heal.train: lora, but peft puts none beside {without[0]}. Train `all` or `blocks`."
+        )

@@ -4,6 +4,7 @@ What is different from the Trainer as it is:
 
 - the loss is an objective's, summed over tokens and divided by the tokens of the whole step, so
   that a step is the same step however it is split into passes and processes;
+- what is measured on held-out text is the model as it would be stored;
 - bf16 is autocast around the forward pass only; accelerate's own would copy all logits to float32;
 - a loss or gradient that is not finite ends the training before the optimiser sees it;
 - checkpoints hold the trained parameters under their plain names, nothing that did not change.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +24,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
 from llmslim.errors import HealingError
@@ -31,6 +34,7 @@ from llmslim.healing.objectives import Objective, Step
 from llmslim.healing.order import Filled, Order
 from llmslim.healing.processes import is_sharded
 from llmslim.healing.sharding import check_sharding, overwrite, settled, whole
+from llmslim.healing.sizes import Sizes, rate_share
 from llmslim.healing.stored import StoredLogits
 from llmslim.healing.trained import Trained
 from llmslim.healing.watch import Progress, Watch
@@ -53,7 +57,7 @@ class HealingTrainer(Trainer):
         bf16: whether the arithmetic is in bfloat16.
         position_ids: whether the model takes these.
         work: the working folder.
-        tokens_per_step: for the history.
+        run: how much there is to do.
         progress: told of every step.
         options: for `Trainer`.
     """
@@ -69,11 +73,11 @@ class HealingTrainer(Trainer):
         bf16: bool,
         position_ids: bool,
         work: Work,
-        tokens_per_step: float,
+        run: Sizes,
         progress: Progress,
         **options: Any,
     ) -> None:
-        self.spec, self.trained, self.phases = spec, trained, phases
+        self.spec, self.trained, self.phases, self.run = spec, trained, phases, run
         super().__init__(model=trained.model, **options)
         # Our losses are divided by the tokens of the step already.
         self.model_accepts_loss_kwargs = True
@@ -82,11 +86,11 @@ class HealingTrainer(Trainer):
         self.stored: StoredLogits | None = None
         self.blend: Blend | None = None
         self.begin: Callable[[], None] | None = None
-        self.step_loss, self.grad_norm = 0.0, 0.0
+        self.step_loss, self.grad_norm, self.step_tokens = 0.0, 0.0, 0
         for callback in list(self.callback_handler.callbacks):
             if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
                 self.remove_callback(callback)
-        self.watch = Watch(self, tokens_per_step, progress)
+        self.watch = Watch(self, progress)
         self.add_callback(self.watch)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -116,7 +120,8 @@ class HealingTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Order:
         """Return the order of the rows, which does not depend on the number of processes."""
-        return Order(train_dataset or cast(Filled, self.train_dataset), self.spec.seed)
+        rows = train_dataset or cast(Filled, self.train_dataset)
+        return Order(rows, self.spec.seed, self.run.rows)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -124,8 +129,11 @@ class HealingTrainer(Trainer):
         """Return the passes of a step, and how many tokens all processes predict in it."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         predicted = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in samples)
-        count = torch.tensor(float(predicted), device=device)
-        return samples, self.accelerator.reduce(count, "sum").clamp(min=1)
+        seen = sum(int(batch.pop("tokens").sum()) for batch in samples)
+        counts = torch.tensor([float(predicted), float(seen)], device=device)
+        counts = self.accelerator.reduce(counts, "sum")
+        self.step_tokens = int(counts[1])
+        return samples, counts[0].clamp(min=1)
 
     def compute_loss(
         self,
@@ -194,7 +202,8 @@ class HealingTrainer(Trainer):
         Raises:
             HealingError: if it is not finite; nothing is saved then.
         """
-        loss = self.measure(self.model_wrapped)
+        with self.trained.as_stored():
+            loss = self.measure(self.model_wrapped)
         step = self.state.global_step
         if not math.isfinite(loss):
             raise self._not_finite(step, "held-out loss", loss)
@@ -234,6 +243,7 @@ class HealingTrainer(Trainer):
                 {
                     "params": parameters,
                     "lr": rates[changed],
+                    "changed": changed,
                     # Norms and biases are vectors.
                     "weight_decay": spec.weight_decay if matrix else 0.0,
                 }
@@ -243,6 +253,16 @@ class HealingTrainer(Trainer):
             fused=True,  # one pass over memory: on a CPU six times as fast
         )
         return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> LambdaLR:
+        """Make the schedule of the learning rates, of which none is 0."""
+        if self.lr_scheduler is None:
+            share = partial(rate_share, spec=self.spec, steps=num_training_steps)
+            self.lr_scheduler = LambdaLR(optimizer or cast(Any, self.optimizer), share)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def save_model(
         self,

@@ -20,21 +20,22 @@ class Watch(TrainerCallback):
 
     Args:
         trainer: what it watches.
-        tokens_per_step: padding not counted.
         progress: told of every step.
     """
 
-    def __init__(self, trainer: Any, tokens_per_step: float, progress: Progress) -> None:
-        self.trainer, self.tokens_per_step, self.progress = trainer, tokens_per_step, progress
-        self.seconds, self.steps, self.began, self.rate = 0.0, 0, 0.0, 0.0
+    def __init__(self, trainer: Any, progress: Progress) -> None:
+        self.trainer, self.progress = trainer, progress
+        self.seconds, self.tokens, self.seen, self.began = 0.0, 0, 0, 0.0
+        self.rates: dict[bool, float] = {}
 
     @property
     def tokens_per_second(self) -> float:
         """While training; measuring and saving not counted."""
-        return self.steps * self.tokens_per_step / self.seconds if self.seconds else 0.0
+        return self.tokens / self.seconds if self.seconds else 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        """Measure the model as it is."""
+        """Measure the model as it is; count on from where training goes on."""
+        self.seen = tokens_seen(self.trainer.work.history)
         if self.trainer.begin is not None:
             self.trainer.begin()
 
@@ -42,23 +43,27 @@ class Watch(TrainerCallback):
         """Start the clock."""
         self.began = time.perf_counter()
         self.trainer.step_loss = 0.0
-        self.rate = cast(Any, self.trainer.optimizer).param_groups[0]["lr"]
+        groups = cast(Any, self.trainer.optimizer).param_groups
+        self.rates = {group["changed"]: group["lr"] for group in groups}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """Note the step, and tell of it."""
         trainer = self.trainer
         self.seconds += time.perf_counter() - self.began
-        self.steps += 1
+        self.tokens += trainer.step_tokens
+        self.seen += trainer.step_tokens
         step = state.global_step
         entry = {
             "step": step,
             "objective": next((o.name for o, end in trainer.phases if step <= end), ""),
             "loss": trainer.step_loss,
             "grad_norm": trainer.grad_norm,
-            "learning_rate": self.rate,
-            "tokens": round(step * self.tokens_per_step),
+            "learning_rate": self.rates.get(False, self.rates.get(True)),
+            "tokens": self.seen,
             "tokens_per_second": round(self.tokens_per_second, 1),
         }
+        if trainer.spec.block_learning_rate is not None and True in self.rates:
+            entry["block_learning_rate"] = self.rates[True]
         if trainer.blend is not None and step <= trainer.blend.end:
             entry["blend"] = trainer.blend.alpha
         trainer.work.note(entry, write=args.should_save)
@@ -79,6 +84,12 @@ class Watch(TrainerCallback):
 def held_out(history: list[dict[str, Any]]) -> list[float]:
     """Return the held-out losses of a history, in order."""
     return [line["held_out_loss"] for line in history if "held_out_loss" in line]
+
+
+def tokens_seen(history: list[dict[str, Any]], step: float = math.inf) -> int:
+    """Return how many tokens were trained on, up to a step or in all."""
+    lines = (line for line in history if "tokens" in line and line["step"] <= step)
+    return max((int(line["tokens"]) for line in lines), default=0)
 
 
 def blended_steps(spec: Heal, steps: int) -> int:

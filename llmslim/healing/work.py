@@ -1,7 +1,8 @@
 """The folder of a healing that is not finished: what is needed to go on after a kill.
 
     OUT.healing/
-        run.json         the settings, and what was measured before the first step
+        lock             held by the process that works here
+        run.json         what the result depends on, and what was measured before the first step
         history.jsonl    a line per step and per measurement
         teacher_logits.safetensors    with `store_teacher`
         checkpoint-N/    the Trainer's: trained parameters, optimiser, schedule, random numbers
@@ -13,21 +14,26 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from llmslim.checkpoint import LOCK, lock, locked, what_changed
 from llmslim.errors import HealingError, UnfinishedError
 
-FORMAT = 1
+FORMAT = 2
 RUN = "run.json"
 HISTORY = "history.jsonl"
 TRAINER_STATE = "trainer_state.json"
 """The last file that the Trainer writes into a checkpoint: with it, the checkpoint is whole."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """How systems say that a disk is full."""
+_OTHERS = re.compile(r"(checkpoint-\d+|tmp-checkpoint-\d+|teacher_logits\.safetensors(\..+)?)$")
 
 
 def working_folder(out: Path) -> Path:
@@ -45,6 +51,7 @@ class Work:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.history: list[dict[str, Any]] = []
+        self._unlock: Callable[[], Any] | None = None
 
     @property
     def exists(self) -> bool:
@@ -62,26 +69,53 @@ class Work:
             HealingError: if it is there and neither is so.
         """
         if self.exists and not resume and not overwrite:
+            with suppress(OSError), locked(self.path, "healing", HealingError):
+                pass  # what another process is working at is not unfinished
             raise HealingError(
                 f"{self.path}: an unfinished healing is here. Go on with it (--resume), or throw "
                 "it away (--overwrite)."
             )
 
-    def begin(self, settings: Mapping[str, Any]) -> None:
-        """Make the folder anew.
+    def hold(self) -> None:
+        """Keep other processes out, until `release` or until this one ends; make the folder.
 
         Raises:
-            HealingError: if something else is there.
+            HealingError: if another process works here, or something else is here.
         """
-        if self.path.exists() and not self.exists and any(self.path.iterdir()):
+        if self.path.is_symlink() or (self.path.exists() and not self._is_ours()):
             raise HealingError(
                 f"{self.path}: holds files, but no unfinished healing; it is where one would be "
                 "kept. Move it away."
             )
-        shutil.rmtree(self.path, ignore_errors=True)
-        self.path.mkdir(parents=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._unlock = weakref.finalize(self, os.close, lock(self.path, "healing", HealingError))
+
+    def release(self) -> None:
+        """Let other processes in."""
+        if self._unlock is not None:
+            self._unlock()
+            self._unlock = None
+
+    def _is_ours(self) -> bool:
+        """Return whether all that is here is a healing's, a killed one's included."""
+        if not self.path.is_dir():
+            return False
+        names = {entry.name.removeprefix(".") for entry in self.path.iterdir()}
+        return all(name in (LOCK, RUN, HISTORY) or _OTHERS.match(name) for name in names)
+
+    def begin(self, key: Mapping[str, Any]) -> None:
+        """Empty the folder, which is held, and begin.
+
+        Args:
+            key: what the result depends on.
+        """
+        for entry in self.path.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            elif entry.name != LOCK:
+                entry.unlink()
         self.history = []
-        self.save({"format": FORMAT, "settings": settings})
+        self.save({"format": FORMAT, "key": key})
 
     def save(self, data: Mapping[str, Any]) -> None:
         """Write run.json, whole or not at all."""
@@ -89,31 +123,31 @@ class Work:
         partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
         partial.replace(self.path / RUN)
 
-    def load(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+    def load(self, key: Mapping[str, Any]) -> dict[str, Any]:
         """Return run.json of a healing that is to go on.
 
         Args:
-            settings: what is asked for now.
+            key: what the result depends on now.
 
         Raises:
             HealingError: if that is not what was begun.
         """
         try:
             data: dict[str, Any] = json.loads((self.path / RUN).read_text(encoding="utf-8"))
-            begun, known = data["settings"], data["format"] == FORMAT
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise HealingError(f"{self.path / RUN}: cannot be read ({error}).") from error
-        asked = json.loads(json.dumps(settings))
-        changed = sorted(
-            key for key in {*begun, *asked} if begun.get(key) != asked.get(key) or not known
-        )
-        if changed:
-            shown = "; ".join(
-                f"{key} was {begun.get(key)!r} and is {asked.get(key)!r}" for key in changed[:5]
-            )
+            if data["format"] != FORMAT:
+                raise HealingError(
+                    f"{self.path}: a healing was begun here by another version of llmslim. Begin "
+                    "anew (--overwrite)."
+                )
+            changed = what_changed(data["key"], json.loads(json.dumps(key)))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise HealingError(
-                f"{self.path}: another healing was begun here; {shown}. Resume with the same "
-                "settings, or begin anew (--overwrite)."
+                f"{self.path / RUN}: cannot be read ({error}). Begin anew (--overwrite)."
+            ) from error
+        if changed:
+            raise HealingError(
+                f"{self.path}: another healing was begun here; {changed}. Resume with the same "
+                "model, text, teacher and settings, or begin anew (--overwrite)."
             )
         return data
 
@@ -172,6 +206,7 @@ class Work:
     def remove(self) -> None:
         """Remove the folder: its healing is finished."""
         shutil.rmtree(self.path, ignore_errors=True)
+        self.release()
 
 
 def history_text(lines: Iterable[Mapping[str, Any]]) -> str:

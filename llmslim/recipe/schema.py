@@ -251,6 +251,8 @@ class Heal(Section):
     """Compute activations twice rather than keep them: slower, much less memory."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of the arithmetic; weights and optimiser are float32. `auto` is bf16 where the machine is fast at it."""
+    store_dtype: Literal["float32"] | None = None
+    """float32 stores all weights as they were trained; by default they are rounded to the type they had."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """`auto` is FlashAttention-2 where GPU and package allow it, SDPA otherwise."""
     evaluate_every: Count | None = None

@@ -33,9 +33,10 @@ def facts(healing: Mapping[str, Any]) -> list[tuple[str, str]]:
     for key, name in (
         ("loss_before", "held-out loss before"),
         ("loss_after", "held-out loss after"),
+        ("loss_unrounded", "the same before rounding to the stored type"),
         ("loss_teacher", "held-out loss of the dense model"),
     ):
-        if healing[key] is not None:
+        if healing.get(key) is not None:  # older reports do not have them all
             rows.append((name, f"{healing[key]:.4f}"))
     if healing["gap_closed"] is not None:
         rows.append(("share of the gap closed", f"{100 * healing['gap_closed']:.1f} %"))
