@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from llmslim._version import __version__
 from llmslim.errors import CheckpointError
+from llmslim.modeling.base_class import auto_class_of
 from llmslim.modeling.configuration_llmslim import MODEL_TYPE, register
 
 from .config import check_config
@@ -128,7 +129,8 @@ def weight_problems(folder: Path) -> list[str]:
         check_config(config, folder / "config.json")
         entries = read_weights(folder)
         with quiet(), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+            loaded = AutoConfig.from_pretrained(folder)
+            model = auto_class_of(loaded).from_config(loaded)
     except CheckpointError as error:
         return list(error.problems)
     except Exception as error:  # whatever a changed config makes of the classes

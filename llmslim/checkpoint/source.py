@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from llmslim.errors import CheckpointError
+from llmslim.modeling.base_class import auto_class_of
 from llmslim.modeling.configuration_llmslim import MODEL_TYPE, register
 
 from .config import check_config, check_folder
@@ -107,7 +108,7 @@ def empty_model(
     """Return the model that a config describes, on the meta device: no memory for its weights.
 
     Args:
-        config: of a causal language model.
+        config: of a language model, with parts that read images or sound or without.
         where: whose config it is, for messages.
         trust_remote_code: as for `open_source`.
 
@@ -116,8 +117,9 @@ def empty_model(
     """
     register()
     try:
+        auto = auto_class_of(config, trust_remote_code=trust_remote_code)
         with quiet(), torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            model: PreTrainedModel = auto.from_config(
                 copy.deepcopy(config), trust_remote_code=trust_remote_code
             )
     except Exception as error:  # sizes that do not fit, in as many classes as there are models

@@ -18,13 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmslim.errors import CheckpointError
+from llmslim.modeling.base_class import auto_class_of
 from llmslim.modeling.configuration_llmslim import register
 
 from .layout import MAX_SHARD_SIZE
@@ -145,9 +142,9 @@ def _check_model(model: PreTrainedModel, folder: Path) -> None:
     register()
     try:
         with quiet():
-            again: Any = AutoModelForCausalLM.from_pretrained(
-                folder, trust_remote_code=model.is_remote_code()
-            )
+            trusted = model.is_remote_code()
+            auto = auto_class_of(model.config, trust_remote_code=trusted)
+            again: Any = auto.from_pretrained(folder, trust_remote_code=trusted)
     except Exception as error:  # the loaders' own errors are of many classes
         raise CheckpointError(
             f"{folder.name}: what was written does not load ({first_line(error)})."
@@ -155,7 +152,7 @@ def _check_model(model: PreTrainedModel, folder: Path) -> None:
     if type(again).__name__ != type(model).__name__:
         raise CheckpointError(
             f"{folder.name}: written as {type(model).__name__}, loads as {type(again).__name__}; "
-            "only causal language models that AutoModelForCausalLM finds can be written."
+            "only language models that transformers' Auto classes find can be written."
         )
     wanted, loaded = model.state_dict(), again.state_dict()
     different = sorted(wanted.keys() ^ loaded.keys()) or [

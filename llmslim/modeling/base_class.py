@@ -1,0 +1,108 @@
+"""Which of transformers' Auto classes a config is loaded with, and which class that gives.
+
+A model that reads images or sound besides text is listed under other Auto classes than one of
+text alone, some under both: `Llama4Config` is a `Llama4ForCausalLM` to `AutoModelForCausalLM`,
+its text part, and a `Llama4ForConditionalGeneration` to `AutoModelForImageTextToText`. Which of
+them a checkpoint holds, the `architectures` of its config says.
+
+These files travel inside checkpoints: they import torch and transformers only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import transformers
+from transformers import PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+_NAMES = (
+    "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForMultimodalLM",
+    "AutoModelForSeq2SeqLM",
+)
+"""Auto classes of models that write text, in the order in which they are tried."""
+_LAST = _NAMES[-1]
+
+
+def auto_classes(config_class: type) -> dict[str, Any]:
+    """Return the Auto classes that find a model for a base config class, by name.
+
+    Encoder-decoder models of text alone have a class of another kind there, and are left out; what
+    reads sound into a decoder is at times listed among them, and nowhere else.
+
+    Args:
+        config_class: one of transformers' own.
+
+    Example:
+        >>> list(auto_classes(transformers.LlavaConfig))
+        ['AutoModelForImageTextToText', 'AutoModelForMultimodalLM']
+    """
+    found: dict[str, Any] = {}
+    for name in _NAMES:
+        auto = getattr(transformers, name, None)
+        if auto is None or config_class not in auto._model_mapping:
+            continue
+        if name == _LAST and (
+            found or "text_config" not in getattr(config_class, "sub_configs", {})
+        ):
+            continue
+        found[name] = auto
+    return found
+
+
+def auto_class_of(config: Any, *, trust_remote_code: bool = False) -> Any:
+    """Return the Auto class that loads, or builds, the class that a config names.
+
+    Args:
+        config: of any model; where its `architectures` is empty, the first Auto class that knows
+            its type counts.
+        trust_remote_code: whether code that comes with it is to be used.
+    """
+    named = getattr(config, "auto_map", None) or {}
+    if trust_remote_code and (brought := [name for name in _NAMES if name in named]):
+        return getattr(transformers, brought[0])
+    known = auto_classes(type(config))
+    wanted = (getattr(config, "architectures", None) or [""])[0]
+    for auto in known.values():
+        if wanted in (cls.__name__ for cls in _listed(auto, type(config))):
+            return auto
+    return next(iter(known.values()), transformers.AutoModelForCausalLM)
+
+
+def base_class_of(config: Any) -> type[PreTrainedModel]:
+    """Return the class that a slim model was made from.
+
+    Args:
+        config: a slim config: with `base_model_type`, and `architectures` of one name.
+
+    Raises:
+        ValueError: if this transformers has no such class.
+    """
+    config_class = CONFIG_MAPPING[config.base_model_type]
+    name = str((config.architectures or [""])[0]).removeprefix("Slim")
+    listed = [
+        cls for auto in auto_classes(config_class).values() for cls in _listed(auto, config_class)
+    ]
+    for cls in listed:
+        if cls.__name__ == name:
+            return cls
+    # The text part of a config that is listed (Emu3, Mllama).
+    base: Any = getattr(transformers, name, None)
+    if getattr(base, "config_class", None) is config_class and issubclass(base, PreTrainedModel):
+        part: type[PreTrainedModel] = base
+        return part
+    if listed:
+        return listed[0]
+    raise ValueError(
+        f"config.json: architectures {config.architectures}: no language model of "
+        f"{config.base_model_type} that this transformers knows"
+    )
+
+
+def _listed(auto: Any, config_class: type) -> Iterator[type[PreTrainedModel]]:
+    """Yield the classes that an Auto class has for a config class; the first is the usual one."""
+    found = auto._model_mapping[config_class]
+    yield from found if isinstance(found, tuple | list) else (found,)
