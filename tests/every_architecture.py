@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -216,16 +216,16 @@ def coverage(report: surgery.Report) -> Coverage:
     return Coverage(sum(row.params_before for row in inner), covered, dict(stays))
 
 
-def tiny_config(cls: Any) -> Any:
+def tiny_config(cls: Any, more: Mapping[str, Any] = {}) -> Any:
     """Return a config of the same architecture with few and small layers.
 
     Every kind of layer that the default has is in it; fields of names that are not known stay as
-    they are.
+    they are, or are as `more` says, for a part of the config by its name.
     """
-    return _shrunk(cls, cls())
+    return _shrunk(cls, cls(), more)
 
 
-def _shrunk(cls: Any, default: Any) -> Any:
+def _shrunk(cls: Any, default: Any, more: Mapping[str, Any] = {}) -> Any:
     fields = default.to_dict()
     count = next((fields[name] for name in _LAYERS if isinstance(fields.get(name), int)), 0)
     layers = min(count, _enough_layers(fields, count))
@@ -239,7 +239,7 @@ def _shrunk(cls: Any, default: Any) -> Any:
     for name, value in fields.items():
         if name in default.sub_configs and value is not None:
             part = getattr(default, name)
-            changes[name] = _shrunk(type(part), part).to_dict()
+            changes[name] = _shrunk(type(part), part, more.get(name, {})).to_dict()
         elif name in _LAYERS and isinstance(value, int):
             changes[name] = min(value, layers)
         elif name in small and isinstance(value, int) and not isinstance(value, bool):
@@ -258,6 +258,7 @@ def _shrunk(cls: Any, default: Any) -> Any:
         else:
             changes[name] = value
     changes |= _EXTRA.get(cls.model_type, {})
+    changes |= {k: v for k, v in more.items() if k not in default.sub_configs}
     return cls(**{k: v for k, v in changes.items() if k not in ("model_type", "architectures")})
 
 

@@ -24,6 +24,7 @@ from llmslim.errors import CheckpointError
 from llmslim.modeling.base_class import auto_class_of
 from llmslim.modeling.configuration_llmslim import MODEL_TYPE, register
 
+from .companions import PROCESSORS, TEMPLATES
 from .config import check_config
 from .quiet import quiet
 from .shards import INDEX, read_json, read_weights, weight_files
@@ -32,7 +33,10 @@ from .source import Source, first_line
 FORMAT = 1
 MANIFEST = "llmslim_manifest.json"
 
-_INPUTS = ("config.json", "generation_config.json", "tokenizer*", "*.model", "vocab.*", INDEX)
+_INPUTS = (
+    *("config.json", "generation_config.json", "tokenizer*", "*.model", "vocab.*", INDEX),
+    *(*PROCESSORS, *TEMPLATES),
+)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from llmslim.errors import CheckpointError
 from llmslim.modeling.base_class import auto_class_of
 from llmslim.modeling.configuration_llmslim import register
 
+from .companions import LEGACY_TEMPLATE, bring_companions
 from .layout import MAX_SHARD_SIZE
 from .load import load_tokenizer
 from .manifest import write_manifest
@@ -56,7 +57,7 @@ def write_checkpoint(
     Args:
         model: the model; all its weights of one type, its own config's.
         out: the folder to write.
-        source: the model it was made from; listed in the manifest.
+        source: the model it was made from; listed in the manifest, and its processors come along.
         tokenizer: saved beside the weights, with its chat template.
         report: written as `llmslim_report.json`.
         recipe_text: written as `recipe.yaml`.
@@ -76,6 +77,8 @@ def write_checkpoint(
             model.save_pretrained(partial, max_shard_size=max_shard_size)
         write_companions(
             partial,
+            source=source,
+            trusted=model.is_remote_code(),
             tokenizer=tokenizer,
             report=report,
             recipe_text=recipe_text,
@@ -93,6 +96,8 @@ def write_checkpoint(
 def write_companions(
     folder: Path,
     *,
+    source: Source | None = None,
+    trusted: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
     report: dict[str, Any] | None = None,
     recipe_text: str | None = None,
@@ -103,6 +108,8 @@ def write_companions(
 
     Args:
         folder: holds config and weights.
+        source: the model it was made from, whose processors come with it.
+        trusted: as for `bring_companions`.
         tokenizer: with its chat template.
         report: written as `llmslim_report.json`.
         recipe_text: written as `recipe.yaml`.
@@ -110,8 +117,13 @@ def write_companions(
         files: more files by name, written as they are.
     """
     if tokenizer is not None:
+        # Files of its templates beside a processor's of the legacy kind are refused, or taken for
+        # the processor's.
+        home = None if source is None else source.path
+        legacy = home is not None and (home / LEGACY_TEMPLATE).is_file()
         with quiet():
-            tokenizer.save_pretrained(folder)
+            tokenizer.save_pretrained(folder, save_jinja_files=not legacy)
+    bring_companions(folder, source, trusted=trusted)
     if report is not None:
         _write_text(folder / REPORT, json.dumps(report, indent=2) + "\n")
     if recipe_text is not None:
@@ -172,7 +184,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     Raises:
         CheckpointError: if it does not load, or encodes or chats differently.
     """
-    again = load_tokenizer(folder)
+    brought = type(tokenizer).__module__.startswith("transformers_modules.")
+    again = load_tokenizer(folder, trust_remote_code=brought)
     if (
         again is None
         or again.get_vocab() != tokenizer.get_vocab()

@@ -34,7 +34,7 @@ def convert_in_memory(job: Job, notes: tuple[str, ...] = ()) -> Conversion:
     weights = loaded.state_dict().items()
     nonfinite = check_finite(weights, source.given, allow_nonfinite=job.allow_nonfinite)
     made = surgery.plan(loaded, chosen, model_name=source.name, init=job.init)
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, trust_remote_code=job.trust_remote_code)
     if made.needs_calibration:
         loaded.to(job.device)  # type: ignore[arg-type]
     windows = read_text(job, tokenizer, loaded) if made.needs_calibration else None

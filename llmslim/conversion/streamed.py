@@ -74,7 +74,7 @@ def convert_streamed(
     """
     plan = surgery.plan(pieces.model, job.recipe, model_name=job.source.name, init=job.init)
     outcome = Outcome(pieces, plan, job.max_shard_size)
-    tokenizer = load_tokenizer(job.source)
+    tokenizer = load_tokenizer(job.source, trust_remote_code=job.trust_remote_code)
     text = read_text(job, tokenizer, pieces.model) if plan.needs_calibration else None
     key = key_of(job, text)
     sizes, streams = outcome.layout.sizes, 0
@@ -194,6 +194,7 @@ class _Streamed:
         )
         write_companions(
             folder,
+            source=job.source,
             tokenizer=tokenizer,
             report=report.to_dict(),
             recipe_text=recipe_text,
