@@ -67,7 +67,7 @@ def auto_class_of(config: Any, *, trust_remote_code: bool = False) -> Any:
     known = auto_classes(type(config))
     wanted = (getattr(config, "architectures", None) or [""])[0]
     for auto in known.values():
-        if wanted in (cls.__name__ for cls in _listed(auto, type(config))):
+        if wanted in (cls.__name__ for cls in listed_classes(auto, type(config))):
             return auto
     return next(iter(known.values()), transformers.AutoModelForCausalLM)
 
@@ -84,7 +84,9 @@ def base_class_of(config: Any) -> type[PreTrainedModel]:
     config_class = CONFIG_MAPPING[config.base_model_type]
     name = str((config.architectures or [""])[0]).removeprefix("Slim")
     listed = [
-        cls for auto in auto_classes(config_class).values() for cls in _listed(auto, config_class)
+        cls
+        for auto in auto_classes(config_class).values()
+        for cls in listed_classes(auto, config_class)
     ]
     for cls in listed:
         if cls.__name__ == name:
@@ -102,7 +104,12 @@ def base_class_of(config: Any) -> type[PreTrainedModel]:
     )
 
 
-def _listed(auto: Any, config_class: type) -> Iterator[type[PreTrainedModel]]:
-    """Yield the classes that an Auto class has for a config class; the first is the usual one."""
+def listed_classes(auto: Any, config_class: type) -> Iterator[type[PreTrainedModel]]:
+    """Yield the classes that an Auto class has for a config class; the first is the usual one.
+
+    Args:
+        auto: knows that config class.
+        config_class: one of transformers' own.
+    """
     found = auto._model_mapping[config_class]
     yield from found if isinstance(found, tuple | list) else (found,)
