@@ -17,7 +17,7 @@ from llmslim.modeling.modeling_llmslim import SlimModelMixin
 from llmslim.recipe import recipe_yaml
 from llmslim.reporting.card import model_card
 
-from .calibrate import read_text, token_ids
+from .calibrate import read_text, token_ids, told_of_overflow
 from .job import Conversion, Job
 
 
@@ -38,6 +38,7 @@ def convert_in_memory(job: Job, notes: tuple[str, ...] = ()) -> Conversion:
     if made.needs_calibration:
         loaded.to(job.device)  # type: ignore[arg-type]
     windows = read_text(job, tokenizer, loaded) if made.needs_calibration else None
+    overflow = () if nonfinite else told_of_overflow(loaded, windows, source.given)
     ids = token_ids(windows)
     if ids is not None and chosen.has_auto:
         chosen = surgery.allocate(loaded, chosen, ids, init=job.init, progress=tell)
@@ -53,7 +54,7 @@ def convert_in_memory(job: Job, notes: tuple[str, ...] = ()) -> Conversion:
         report = surgery.rewrite(loaded, made, seed=job.seed, calibration=ids, progress=fitting)
     loaded.to("cpu")  # type: ignore[arg-type]
     written = told_of_types(source, loaded.dtype, job.dtype)
-    notes = (*nonfinite, *(() if windows is None else windows.notes), *written, *notes)
+    notes = (*nonfinite, *overflow, *(() if windows is None else windows.notes), *written, *notes)
     report = replace(
         report,
         problems=(*report.problems, *notes),
