@@ -13,6 +13,7 @@ from llmslim.checkpoint import (
     told_of_types,
     write_checkpoint,
 )
+from llmslim.modeling.base_class import auto_class_name
 from llmslim.modeling.modeling_llmslim import SlimModelMixin
 from llmslim.recipe import recipe_yaml
 from llmslim.reporting.card import model_card
@@ -73,9 +74,10 @@ def convert_in_memory(job: Job, notes: tuple[str, ...] = ()) -> Conversion:
             recipe_text=recipe_yaml(chosen),
             base_model=source.given,
             slim=isinstance(loaded, SlimModelMixin),
+            auto_class=auto_class_name(loaded.config),
         ),
         max_shard_size=job.max_shard_size,
         overwrite=job.overwrite,
     )
     tell(steps + 1, steps + 1, "done")
-    return Conversion(job.target, report)
+    return Conversion(job.target, report, auto_class_name(job.source.config))

@@ -45,6 +45,7 @@ from llmslim.checkpoint import (
     write_manifest,
 )
 from llmslim.data import Windows
+from llmslim.modeling.base_class import auto_class_name
 from llmslim.recipe import recipe_yaml
 from llmslim.reporting.card import model_card
 from llmslim.surgery import Fitted, Plan, Report
@@ -95,7 +96,7 @@ def convert_streamed(
         report = conversion.finish(tokenizer, text, (*written, *notes))
         work.publish(journal)
     job.tell(conversion.total + 1, conversion.total + 1, "done")
-    return Conversion(job.target, report)
+    return Conversion(job.target, report, auto_class_name(job.source.config))
 
 
 class _Streamed:
@@ -191,6 +192,7 @@ class _Streamed:
             recipe_text=recipe_text,
             base_model=job.source.given,
             slim=outcome.is_slim,
+            auto_class=auto_class_name(outcome.model.config),
         )
         write_companions(
             folder,

@@ -72,6 +72,24 @@ def auto_class_of(config: Any, *, trust_remote_code: bool = False) -> Any:
     return next(iter(known.values()), transformers.AutoModelForCausalLM)
 
 
+def auto_class_name(config: Any) -> str:
+    """Return the name of the Auto class that says most about what a model reads.
+
+    Args:
+        config: of a slim or an ordinary model.
+    """
+    slim = hasattr(config, "base_model_type")
+    config_class = type(config).__bases__[0] if slim else type(config)
+    wanted = str((getattr(config, "architectures", None) or [""])[0]).removeprefix("Slim")
+    known = auto_classes(config_class)
+    for name in (*_NAMES[1:], _NAMES[0]):
+        if name in known and wanted in (
+            c.__name__ for c in listed_classes(known[name], config_class)
+        ):
+            return name
+    return str(auto_class_of(config).__name__)
+
+
 def base_class_of(config: Any) -> type[PreTrainedModel]:
     """Return the class that a slim model was made from.
 
