@@ -1,10 +1,11 @@
-"""Write docs/architectures.md: what a recipe reaches of every causal language model there is.
+"""Write docs/architectures.md: what a recipe reaches of every language model there is.
 
     python benchmarks/architectures.py > docs/architectures.md
 
 Each architecture of transformers' causal-LM mapping is planned at its default size without memory,
 then a tiny random model of it is slimmed, saved, loaded and asked for text, and another one fitted
-to token ids (tests/every_architecture.py). Six minutes on one core; nothing is downloaded.
+to token ids (tests/every_architecture.py). Then the same for what reads images or sound besides
+text (tests/every_multimodal.py). Ten minutes on one core; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import every_multimodal as multimodal
 import torch
 import transformers
 from every_architecture import (
@@ -71,41 +74,47 @@ it leaves empty is filled in (`FILLED_IN` there). {covered} of these are covered
 """
 
 
+MULTIMODAL = """
+## Models that read images or sound
+
+What transformers lists for image-text-to-text or as multimodal, and not above. The same recipe; it
+reaches what encodes images or sound, too, where modules there have such names. *Round trip*: loaded
+with each Auto class that the source loads with. *Fit to text*: the layers of the text decoder; a
+model that answers to no text alone keeps to `init: project`.
+
+{total} architectures; {planned} can be built from their default config. {trips} round trips,
+{fits} fits. `python benchmarks/architectures.py multimodal` prints this part alone.
+
+| Type | Class | Parameters | Covered | Stays | Round trip | Fit to text |
+|---|---|---:|---:|---|---|---|
+"""
+
+
 def main() -> None:
     """Print the document."""
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
+    if sys.argv[1:] != ["multimodal"]:
+        _causal()
+    _multimodal()
+
+
+def _causal() -> None:
+    """Print the table of causal language models."""
     rows, planned, filled, covered, trips, fits = [], 0, 0, 0, 0, 0
     for name, cls in sorted(config_classes().items()):
-        try:
-            model: Any = model_on_meta(default_config(name, cls))
-        except Exception as error:
-            # What transformers cannot build at its default size, a user's checkpoint may be.
-            size, share, left = "", "", ""
-            stays = f"no model of the default config: {type(error).__name__}"
-        else:
-            left = _left(model)
-            found = coverage(surgery.plan(model, MLP_AND_ATTENTION).report())
-            planned += 1
-            covered += found.share >= 0.9
-            filled += name in FILLED_IN
-            mark = " *" if name in FILLED_IN else ""
-            size, share = (
-                f"{_short(found.parameters)}{mark}",
-                f"{found.share:.1%}".replace("%", " %"),
-            )
-            stays = "; ".join(
-                f"{reason} {part / found.parameters:.1%}".replace("%", " %")
-                for reason, part in sorted(found.stays.items(), key=lambda item: -item[1])
-                if part >= _SHOWN * found.parameters
-            )
-        kind, trip = _trip(name, cls)
+        shown, share, left = _at_default_size(partial(default_config, name, cls), name in FILLED_IN)
+        planned += share is not None
+        filled += share is not None and name in FILLED_IN
+        covered += share is not None and share >= 0.9
+        listed = AutoModelForCausalLM._model_mapping._model_mapping[name]
+        kind = listed if isinstance(listed, str) else listed[0]
+        trip, fit = _tried(partial(tiny_model, cls), round_trip)
         trips += trip == "yes"
-        fit = "" if trip.startswith("not tried") else _fit(cls)
         fits += fit == "yes"
-        rows.append(f"| `{name}` | {kind} | {size} | {share} | {stays} | {trip} | {fit} | {left} |")
+        rows.append(f"| `{name}` | {kind} | {shown} | {trip} | {fit} | {left} |")
     head = HEAD.format(
         version=version("transformers"),
         shown="0.05 %",
@@ -136,29 +145,61 @@ def _reasons() -> Iterator[str]:
         yield f"- {', '.join(names)}{which}: {why}."
 
 
-def _trip(name: str, cls: Any) -> tuple[str, str]:
-    """Return the model's class, and whether the round trip worked or why not."""
-    listed = AutoModelForCausalLM._model_mapping._model_mapping[name]
-    kind = listed if isinstance(listed, str) else listed[0]
+def _multimodal() -> None:
+    """Print the table of what reads more than text."""
+    rows, planned, trips, fits = [], 0, 0, 0
+    for name in sorted(multimodal.of_images_or_sound()):
+        shown, share, _ = _at_default_size(partial(multimodal.default_config, name), False)
+        planned += share is not None
+        trip, fit = _tried(
+            partial(multimodal.tiny_multimodal, name), multimodal.round_trip, multimodal.answer
+        )
+        trips += trip.startswith("yes")
+        fits += fit == "yes"
+        rows.append(f"| `{name}` | {multimodal.LISTED[name]} | {shown} | {trip} | {fit} |")
+    head = MULTIMODAL.format(total=len(rows), planned=planned, trips=trips, fits=fits)
+    print(head + "\n".join(rows))
+
+
+def _at_default_size(config: Callable[[], Any], filled: bool) -> tuple[str, float | None, str]:
+    """Return columns about a default config's model, the share covered, and what recipes leave."""
+    try:
+        model: Any = model_on_meta(config())
+    except Exception as error:
+        # What transformers cannot build at its default size, a user's checkpoint may be.
+        return f" |  | no model of the default config: {type(error).__name__}", None, ""
+    found = coverage(surgery.plan(model, MLP_AND_ATTENTION).report())
+    stays = "; ".join(
+        f"{reason} {part / found.parameters:.1%}".replace("%", " %")
+        for reason, part in sorted(found.stays.items(), key=lambda item: -item[1])
+        if part >= _SHOWN * found.parameters
+    )
+    size = f"{_short(found.parameters)}{' *' if filled else ''}"
+    return f"{size} | {found.share:.1%} | ".replace("%", " %") + stays, found.share, _left(model)
+
+
+def _tried(
+    make: Callable[[], Any], trip: Callable[[Any], None], answer: Callable[[Any], Any] = logits
+) -> tuple[str, str]:
+    """Return whether the round trip of a tiny model worked, and a fit of it to text, or why not."""
     with redirect_stdout(sys.stderr):  # some models print
         try:
-            model = tiny_model(cls)
-            logits(model)
+            answer(make())
         except Exception as error:
-            return kind, f"not tried: no tiny model ({type(error).__name__})"
+            return f"not tried: no tiny model ({type(error).__name__})", ""
         try:
-            round_trip(model)
+            trip(make())
         except Exception as error:
-            return kind, f"no: {type(error).__name__}"
-    return kind, "yes"
+            return f"no: {type(error).__name__}", _fit(make)
+    return "yes", _fit(make)
 
 
-def _fit(cls: Any) -> str:
+def _fit(make: Callable[[], Any]) -> str:
     """Return whether a tiny model could be fitted to text, or why not."""
     with redirect_stdout(sys.stderr):
         try:
-            walk(tiny_model(cls))
-            fit_to_text(tiny_model(cls))
+            walk(make())
+            fit_to_text(make())
         except SlimError as error:
             return "no: " + error.problems[0].partition(": ")[2].partition(";")[0]
         except Exception as error:

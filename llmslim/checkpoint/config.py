@@ -18,7 +18,7 @@ from typing import Any
 
 from llmslim.errors import CheckpointError
 
-from .shards import is_inside
+from .shards import is_inside, read_json
 
 _LAYERS = re.compile(r"(^|_)n?_?layers?$|(^|_)depths?$")
 _PARTS = re.compile(r"_(heads?|experts?|blocks?)$")
@@ -30,6 +30,7 @@ _MOST = (
     *((_COUNT, 1 << 20), (_SIZE, 1 << 32)),
 )
 """What integers may be at most; the first pattern that fits a key holds."""
+ADAPTER = "adapter_config.json"
 _FETCHES_CODE = ("attn_implementation", "experts_implementation")
 _READ = (
     *("*.json", "*.jinja", "*.model", "*.txt", "*.py", "*.tiktoken", "*.spm", "*.safetensors"),
@@ -79,12 +80,34 @@ def check_folder(folder: Path) -> None:
                 f"{path}: a link to a place outside {folder}; a model's files are plain files "
                 "inside its folder. Copy it there, or remove it."
             )
-    if (folder / "adapter_config.json").exists():
+    if (folder / ADAPTER).exists():
         raise CheckpointError(
-            f"{folder}: holds an adapter (adapter_config.json), which would be applied to the "
+            f"{folder}: holds an adapter ({ADAPTER}), which would be applied to the "
             "weights on loading. Merge it into the model first (peft: merge_and_unload), or "
             "remove it."
         )
+
+
+def told_of_adapter(folder: Path) -> str | None:
+    """Say so where a folder holds an adapter and no model; None where it does not.
+
+    Args:
+        folder: without a config.json.
+    """
+    path = folder / ADAPTER
+    if not path.is_file() or not is_inside(path, folder):
+        return None
+    try:
+        base = read_json(path).get("base_model_name_or_path")
+    except CheckpointError:
+        base = None
+    named = isinstance(base, str) and bool(base.strip()) and base.isprintable()
+    of = f"of {str(base)[:200]!r}" if named else "of a model that it does not name"
+    return (
+        f"{folder}: an adapter ({ADAPTER}) {of}, without the model itself; a model folder holds "
+        "config.json and the weights. Merge it into that model (peft: merge_and_unload, then "
+        "save_pretrained), and give the folder of the merged one."
+    )
 
 
 def _entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
     PreTrainedModel,
@@ -24,6 +23,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from llmslim.errors import CheckpointError
+from llmslim.modeling.base_class import auto_class_of
 from llmslim.modeling.configuration_llmslim import register
 
 from .quantised import unpacking
@@ -279,7 +279,8 @@ def _from_pretrained(source: Source, options: dict[str, Any]) -> PreTrainedModel
     register()
     try:
         with quiet():
-            loader: Any = AutoModelForCausalLM
+            trusted = options.get("trust_remote_code", False)
+            loader = auto_class_of(source.config, trust_remote_code=trusted)
             model, info = loader.from_pretrained(source.path, output_loading_info=True, **options)
     except Exception as error:  # config and model classes fail each in their own way
         raise CheckpointError(

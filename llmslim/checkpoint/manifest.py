@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from llmslim._version import __version__
 from llmslim.errors import CheckpointError
+from llmslim.modeling.base_class import auto_class_of
 from llmslim.modeling.configuration_llmslim import MODEL_TYPE, register
 
+from .companions import PROCESSORS, TEMPLATES
 from .config import check_config
 from .quiet import quiet
 from .shards import INDEX, read_json, read_weights, weight_files
@@ -31,7 +33,10 @@ from .source import Source, first_line
 FORMAT = 1
 MANIFEST = "llmslim_manifest.json"
 
-_INPUTS = ("config.json", "generation_config.json", "tokenizer*", "*.model", "vocab.*", INDEX)
+_INPUTS = (
+    *("config.json", "generation_config.json", "tokenizer*", "*.model", "vocab.*", INDEX),
+    *(*PROCESSORS, *TEMPLATES),
+)
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,8 @@ def weight_problems(folder: Path) -> list[str]:
         check_config(config, folder / "config.json")
         entries = read_weights(folder)
         with quiet(), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+            loaded = AutoConfig.from_pretrained(folder)
+            model = auto_class_of(loaded).from_config(loaded)
     except CheckpointError as error:
         return list(error.problems)
     except Exception as error:  # whatever a changed config makes of the classes

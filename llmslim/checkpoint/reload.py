@@ -50,7 +50,7 @@ def check_loads(
     if type(pieces.model).__name__ != kind:
         raise CheckpointError(
             f"{folder.name}: written as {kind}, loads as {type(pieces.model).__name__}; "
-            "only causal language models that AutoModelForCausalLM finds can be written."
+            "only language models that transformers' Auto classes find can be written."
         )
     loaded = pieces.model.state_dict()
     different = sorted({*pieces.unused, *(tensors.keys() ^ loaded.keys())}) or [

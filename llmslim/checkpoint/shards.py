@@ -238,17 +238,31 @@ def read_json(path: Path, *, once: bool = False) -> dict[str, Any]:
 def is_inside(path: Path, folder: Path) -> bool:
     """Return whether a path, once every link is followed, lies below `folder`.
 
-    The hub's cache is one place with its folders: there, files are links to ../../blobs.
+    The hub's cache is one place with its folders: there, files are links to blobs beside them.
     """
     home = folder.resolve()
     allowed = [home]
-    if home.parent.name == "snapshots":
-        allowed.append(home.parents[1] / "blobs")
+    snapshot = hub_snapshot(home)
+    if snapshot is not None:
+        allowed.append(snapshot.parents[1] / "blobs")
     try:
         real = path.resolve()
     except (OSError, RuntimeError):  # links in a circle
         return False
     return any(root in real.parents for root in allowed)
+
+
+def hub_snapshot(folder: Path) -> Path | None:
+    """Return the snapshot in the hub's cache that a folder is, or is in; None for others.
+
+    Args:
+        folder: without links; the cache has `models--OWNER--NAME/snapshots/REVISION`.
+    """
+    for place in (folder, *folder.parents):
+        if place.parent.name == "snapshots":
+            inside = place == folder or place.parents[1].name.startswith("models--")
+            return place if inside else None
+    return None
 
 
 def _weight_map(folder: Path) -> dict[str, str]:

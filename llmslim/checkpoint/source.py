@@ -17,16 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from llmslim.errors import CheckpointError
+from llmslim.modeling.base_class import auto_class_of
 from llmslim.modeling.configuration_llmslim import MODEL_TYPE, register
 
-from .config import check_config, check_folder
+from .config import check_config, check_folder, told_of_adapter
 from .gguf_header import check_gguf
+from .heads import check_head
 from .quantised import check_quantisation
 from .quiet import quiet
-from .shards import read_json, read_weights
+from .shards import hub_snapshot, read_json, read_weights
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _MAX_HUB_ID = 200
@@ -48,8 +50,17 @@ class Source:
 
     @property
     def name(self) -> str:
-        """The last part of what was given: `SmolLM2-135M` for `HuggingFaceTB/SmolLM2-135M`."""
-        return Path(self.given).expanduser().resolve().name.removesuffix(".gguf")
+        """The last part of what was given: `SmolLM2-135M` for `HuggingFaceTB/SmolLM2-135M`.
+
+        A snapshot in the hub's cache has the name of its repository, not of its revision; a folder
+        inside one, both names.
+        """
+        place = Path(self.given).expanduser().resolve()
+        snapshot = hub_snapshot(place)
+        if snapshot is None or not snapshot.parents[1].name.startswith("models--"):
+            return place.name.removesuffix(".gguf")
+        repository = snapshot.parents[1].name.rpartition("--")[2]
+        return "-".join([repository, *place.relative_to(snapshot).parts]).removesuffix(".gguf")
 
 
 def open_source(
@@ -87,6 +98,9 @@ def open_source(
             )
         return _open_gguf(given, ggufs[0])
     if not (folder / "config.json").is_file():
+        adapter = told_of_adapter(folder)
+        if adapter is not None:
+            raise CheckpointError(adapter)
         raise CheckpointError(
             f"{given}: has no config.json; a model folder holds config.json and "
             f"{'safetensors weights' if weights else 'may hold weights'}, or one .gguf file."
@@ -98,6 +112,8 @@ def open_source(
         check_quantisation(config_dict, given)
         read_weights(folder)
     is_kphi3, config = _read_config(given, folder, config_dict, trust_remote_code)
+    if not is_kphi3:
+        check_head(config, folder, given)
     return Source(given, folder, None, config, is_kphi3)
 
 
@@ -107,7 +123,7 @@ def empty_model(
     """Return the model that a config describes, on the meta device: no memory for its weights.
 
     Args:
-        config: of a causal language model.
+        config: of a language model, with parts that read images or sound or without.
         where: whose config it is, for messages.
         trust_remote_code: as for `open_source`.
 
@@ -116,8 +132,9 @@ def empty_model(
     """
     register()
     try:
+        auto = auto_class_of(config, trust_remote_code=trust_remote_code)
         with quiet(), torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            model: PreTrainedModel = auto.from_config(
                 copy.deepcopy(config), trust_remote_code=trust_remote_code
             )
     except Exception as error:  # sizes that do not fit, in as many classes as there are models

@@ -18,15 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmslim.errors import CheckpointError
+from llmslim.modeling.base_class import auto_class_of
 from llmslim.modeling.configuration_llmslim import register
 
+from .companions import LEGACY_TEMPLATE, bring_companions
 from .layout import MAX_SHARD_SIZE
 from .load import load_tokenizer
 from .manifest import write_manifest
@@ -60,7 +58,7 @@ def write_checkpoint(
     Args:
         model: the model; all its weights of one type, its own config's.
         out: the folder to write.
-        source: the model it was made from; listed in the manifest.
+        source: the model it was made from; listed in the manifest, and its processors come along.
         tokenizer: saved beside the weights, with its chat template.
         report: written as `llmslim_report.json`.
         recipe_text: written as `recipe.yaml`.
@@ -80,6 +78,8 @@ def write_checkpoint(
             model.save_pretrained(partial, max_shard_size=max_shard_size)
         write_companions(
             partial,
+            source=source,
+            trusted=model.is_remote_code(),
             tokenizer=tokenizer,
             report=report,
             recipe_text=recipe_text,
@@ -97,6 +97,8 @@ def write_checkpoint(
 def write_companions(
     folder: Path,
     *,
+    source: Source | None = None,
+    trusted: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
     report: dict[str, Any] | None = None,
     recipe_text: str | None = None,
@@ -107,6 +109,8 @@ def write_companions(
 
     Args:
         folder: holds config and weights.
+        source: the model it was made from, whose processors come with it.
+        trusted: as for `bring_companions`.
         tokenizer: with its chat template.
         report: written as `llmslim_report.json`.
         recipe_text: written as `recipe.yaml`.
@@ -114,8 +118,13 @@ def write_companions(
         files: more files by name, written as they are.
     """
     if tokenizer is not None:
+        # Files of its templates beside a processor's of the legacy kind are refused, or taken for
+        # the processor's.
+        home = None if source is None else source.path
+        legacy = home is not None and (home / LEGACY_TEMPLATE).is_file()
         with quiet():
-            tokenizer.save_pretrained(folder)
+            tokenizer.save_pretrained(folder, save_jinja_files=not legacy)
+    bring_companions(folder, source, trusted=trusted)
     if report is not None:
         _write_text(folder / REPORT, json.dumps(report, indent=2) + "\n")
     if recipe_text is not None:
@@ -147,9 +156,9 @@ def _check_model(model: PreTrainedModel, folder: Path) -> None:
     register()
     try:
         with quiet():
-            again: Any = AutoModelForCausalLM.from_pretrained(
-                folder, trust_remote_code=model.is_remote_code()
-            )
+            trusted = model.is_remote_code()
+            auto = auto_class_of(model.config, trust_remote_code=trusted)
+            again: Any = auto.from_pretrained(folder, trust_remote_code=trusted)
     except Exception as error:  # the loaders' own errors are of many classes
         raise CheckpointError(
             f"{folder.name}: what was written does not load ({first_line(error)})."
@@ -157,7 +166,7 @@ def _check_model(model: PreTrainedModel, folder: Path) -> None:
     if type(again).__name__ != type(model).__name__:
         raise CheckpointError(
             f"{folder.name}: written as {type(model).__name__}, loads as {type(again).__name__}; "
-            "only causal language models that AutoModelForCausalLM finds can be written."
+            "only language models that transformers' Auto classes find can be written."
         )
     wanted, loaded = model.state_dict(), again.state_dict()
     different = sorted(wanted.keys() ^ loaded.keys()) or [
@@ -178,7 +187,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     Raises:
         CheckpointError: if it does not load, or encodes or chats differently.
     """
-    again = load_tokenizer(folder)
+    brought = type(tokenizer).__module__.startswith("transformers_modules.")
+    again = load_tokenizer(folder, trust_remote_code=brought)
     if (
         again is None
         or again.get_vocab() != tokenizer.get_vocab()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from llmslim import surgery
@@ -77,6 +78,43 @@ def try_text(model: str, recipe: Recipe, *, trust_remote_code: bool = False) -> 
     tokens = -(-spec.tokens // len(spec.texts)) * len(files)
     spec = spec.model_copy(update={"data": files, "tokens": tokens})
     return (*calibration_windows(spec, load_tokenizer(source), empty).notes, *others)
+
+
+@torch.no_grad()
+def told_of_overflow(
+    model: PreTrainedModel, windows: Windows | None, given: str
+) -> tuple[str, ...]:
+    """Say so where a dense model overflows its own type: no recipe is to blame for that.
+
+    Args:
+        model: with weights that are finite.
+        windows: text that it is fitted to, if any.
+        given: the model, for the message.
+
+    Returns:
+        A sentence for the report, where a window of text shows it.
+    """
+    if windows is None or model.dtype != torch.float16:
+        return ()
+    try:
+        logits = model(input_ids=windows.ids[:1].to(model.device), use_cache=False).logits
+    except (RuntimeError, TypeError, ValueError):
+        return ()  # what does not run on text alone is refused by the fit, with a reason
+    return () if logits.isfinite().all() else (overflow_told(given, "predictions of text are"),)
+
+
+def overflow_told(given: str, what: str) -> str:
+    """Return the sentence about a model whose type is too narrow for it.
+
+    Args:
+        given: the model.
+        what: what shows it, with its verb.
+    """
+    most = torch.finfo(torch.float16).max
+    return (
+        f"{given}: its own {what} not finite in float16, which holds numbers up to {most:,.0f}, "
+        "whatever the recipe. Pass dtype (--dtype) bfloat16 or float32 for a model that computes."
+    )
 
 
 def token_ids(windows: Windows | None) -> surgery.Calibration | None:

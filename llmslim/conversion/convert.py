@@ -18,6 +18,7 @@ from llmslim.checkpoint import (
     told_of_unused,
 )
 from llmslim.errors import CheckpointError, RecipeError
+from llmslim.modeling.base_class import auto_class_name
 from llmslim.recipe import Recipe
 from llmslim.surgery import Progress, quietly
 
@@ -120,7 +121,7 @@ def convert(
     work = Work(target)
     published = work.published(key_of(job)) if resume and work.exists else None
     if published is not None:
-        return Conversion(target, published)
+        return Conversion(target, published, auto_class_name(source.config))
     check_target(target, overwrite)
     check_apart(target, source.path, source.given)
     work.check(resume=resume, overwrite=overwrite)

@@ -10,6 +10,7 @@ from llmslim.checkpoint import write_checkpoint
 from llmslim.healing.prepare import Ready, without_paths
 from llmslim.healing.report import HealReport
 from llmslim.healing.work import history_text
+from llmslim.modeling.base_class import auto_class_name
 from llmslim.recipe import Recipe, recipe_yaml
 from llmslim.reporting.card import model_card
 from llmslim.reporting.healed import picture
@@ -52,6 +53,7 @@ def write_healed(ready: Ready, report: HealReport, target: Path, *, overwrite: b
             recipe_text=recipe_text,
             base_model=folder.base_model or "",
             slim=model.config.model_type == "llmslim",
+            auto_class=auto_class_name(model.config),
             healing=done,
             losses=None if drawn is None else _PICTURE,
         ),

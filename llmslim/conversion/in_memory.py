@@ -13,11 +13,12 @@ from llmslim.checkpoint import (
     told_of_types,
     write_checkpoint,
 )
+from llmslim.modeling.base_class import auto_class_name
 from llmslim.modeling.modeling_llmslim import SlimModelMixin
 from llmslim.recipe import recipe_yaml
 from llmslim.reporting.card import model_card
 
-from .calibrate import read_text, token_ids
+from .calibrate import read_text, token_ids, told_of_overflow
 from .job import Conversion, Job
 
 
@@ -34,10 +35,11 @@ def convert_in_memory(job: Job, notes: tuple[str, ...] = ()) -> Conversion:
     weights = loaded.state_dict().items()
     nonfinite = check_finite(weights, source.given, allow_nonfinite=job.allow_nonfinite)
     made = surgery.plan(loaded, chosen, model_name=source.name, init=job.init)
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, trust_remote_code=job.trust_remote_code)
     if made.needs_calibration:
         loaded.to(job.device)  # type: ignore[arg-type]
     windows = read_text(job, tokenizer, loaded) if made.needs_calibration else None
+    overflow = () if nonfinite else told_of_overflow(loaded, windows, source.given)
     ids = token_ids(windows)
     if ids is not None and chosen.has_auto:
         chosen = surgery.allocate(loaded, chosen, ids, init=job.init, progress=tell)
@@ -53,7 +55,7 @@ def convert_in_memory(job: Job, notes: tuple[str, ...] = ()) -> Conversion:
         report = surgery.rewrite(loaded, made, seed=job.seed, calibration=ids, progress=fitting)
     loaded.to("cpu")  # type: ignore[arg-type]
     written = told_of_types(source, loaded.dtype, job.dtype)
-    notes = (*nonfinite, *(() if windows is None else windows.notes), *written, *notes)
+    notes = (*nonfinite, *overflow, *(() if windows is None else windows.notes), *written, *notes)
     report = replace(
         report,
         problems=(*report.problems, *notes),
@@ -72,9 +74,10 @@ def convert_in_memory(job: Job, notes: tuple[str, ...] = ()) -> Conversion:
             recipe_text=recipe_yaml(chosen),
             base_model=source.given,
             slim=isinstance(loaded, SlimModelMixin),
+            auto_class=auto_class_name(loaded.config),
         ),
         max_shard_size=job.max_shard_size,
         overwrite=job.overwrite,
     )
     tell(steps + 1, steps + 1, "done")
-    return Conversion(job.target, report)
+    return Conversion(job.target, report, auto_class_name(job.source.config))

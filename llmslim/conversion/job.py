@@ -46,3 +46,5 @@ class Conversion:
     path: Path
     """The checkpoint's folder."""
     report: Report
+    auto_class: str = "AutoModelForCausalLM"
+    """Name of the class of transformers' that loads it."""

@@ -24,6 +24,7 @@ from llmslim.checkpoint import NotInPiecesError, Piece, Pieces
 from llmslim.surgery import Fitted, Plan, Streams, Visits
 from llmslim.surgery.sites import Layers, find_layers
 
+from .calibrate import overflow_told
 from .journal import Done
 
 _ALIGNED = 64
@@ -51,6 +52,7 @@ class LayersOnDisk(Visits):
         self._layers = find_layers(pieces.model)
         self._files = _StreamFiles(streams, pieces.device)
         self._first = self._first_to_fit(done)
+        self._overflowed = False
 
     @contextmanager
     def beginning(self) -> Iterator[None]:
@@ -81,10 +83,21 @@ class LayersOnDisk(Visits):
 
     def finished(self, index: int, fitted: Fitted, streams: Streams) -> Streams:
         """Write the streams after a layer, and hand the layer over."""
+        fitted.notes += self._told_of_overflow(streams)
         digest = self._files.write(index, streams)
         self._finished(self._piece(index), fitted, digest)
         self._files.remove(index - 2)  # the layer after that one is on the disk
         return self._files.read(index, streams.dense[0])
+
+    def _told_of_overflow(self, streams: Streams) -> list[str]:
+        """Say once where the dense stream, which is kept in float32, is too large for float16."""
+        dtype = self._pieces.model.dtype
+        if self._overflowed or dtype != torch.float16:
+            return []
+        most = torch.finfo(dtype).max
+        self._overflowed = any(bool((window.abs() > most).any()) for window in streams.dense)
+        told = overflow_told(self._pieces.source.given, "hidden states are")
+        return [told] if self._overflowed else []
 
     def _piece(self, index: int) -> Piece:
         return self._pieces.piece_of(f"{self._layers.path}.{index}")

@@ -46,6 +46,7 @@ from llmslim.checkpoint import (
     write_manifest,
 )
 from llmslim.data import Windows
+from llmslim.modeling.base_class import auto_class_name
 from llmslim.recipe import recipe_yaml
 from llmslim.reporting.card import model_card
 from llmslim.surgery import Fitted, Plan, Report
@@ -76,7 +77,7 @@ def convert_streamed(
     """
     plan = surgery.plan(pieces.model, job.recipe, model_name=job.source.name, init=job.init)
     outcome = Outcome(pieces, plan, job.max_shard_size)
-    tokenizer = load_tokenizer(job.source)
+    tokenizer = load_tokenizer(job.source, trust_remote_code=job.trust_remote_code)
     text = read_text(job, tokenizer, pieces.model) if plan.needs_calibration else None
     key = key_of(job, text)
     sizes, streams = outcome.layout.sizes, 0
@@ -98,7 +99,7 @@ def convert_streamed(
         report = conversion.finish(tokenizer, text, (*written, *notes))
         work.publish(journal)
     job.tell(conversion.total + 1, conversion.total + 1, "done")
-    return Conversion(job.target, report)
+    return Conversion(job.target, report, auto_class_name(job.source.config))
 
 
 class _Streamed:
@@ -197,9 +198,11 @@ class _Streamed:
             recipe_text=recipe_text,
             base_model=job.source.given,
             slim=outcome.is_slim,
+            auto_class=auto_class_name(outcome.model.config),
         )
         write_companions(
             folder,
+            source=job.source,
             tokenizer=tokenizer,
             report=report.to_dict(),
             recipe_text=recipe_text,

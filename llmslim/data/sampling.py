@@ -223,7 +223,7 @@ def draw(logits_BV: Tensor, greedy_B: Tensor, generator: torch.Generator) -> Ten
     if not last_B1.isfinite().all():
         raise DataError(
             "data: self, but the model's logits are not finite, so nothing can be sampled from it. "
-            "Check its weights, or name a file."
+            "Check its weights and their type (float16 overflows: --dtype), or name a file."
         )
     at_B1 = torch.rand(len(logits_BV), 1, generator=generator).to(last_B1) * last_B1
     # The first sum above the number, so that a token of probability 0 is never drawn.

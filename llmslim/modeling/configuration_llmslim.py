@@ -68,9 +68,11 @@ def slim_config_class(base: type[PreTrainedConfig]) -> Any:
     # Only a model class needs the rest, and importing it first would import it in a circle.
     from transformers import AutoModelForCausalLM
 
+    from .base_class import auto_classes
     from .modeling_llmslim import SlimForCausalLM
 
-    AutoModelForCausalLM.register(cls, SlimForCausalLM, exist_ok=True)
+    for auto in auto_classes(base).values() or (AutoModelForCausalLM,):
+        auto.register(cls, SlimForCausalLM, exist_ok=True)
     _classes[base] = cls
     return cls
 

@@ -25,21 +25,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import PreTrainedModel
 
+from .base_class import auto_classes, base_class_of
 from .configuration_llmslim import FORMAT, SlimConfig, slim_config_class
 from .depth import build_kept, plain_class, restore_original
 from .structured import build, structure_class
 
 ENTRY_FILE = "llmslim_entry.py"
 """Generated beside the weights; imports the structures used, so that transformers copies them."""
-AUTO_MAP = {
-    "AutoConfig": "llmslim_entry.SlimConfig",
-    "AutoModelForCausalLM": "llmslim_entry.SlimForCausalLM",
-}
 
 
 _SLIM_FIELDS = ("llmslim", "base_model_type", "auto_map", "model_type", "architectures")
@@ -92,7 +87,7 @@ class SlimModelMixin:
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Save as the base class does, and the files that load it again beside the weights."""
-        self.config.auto_map = dict(AUTO_MAP)  # type: ignore[attr-defined]
+        self.config.auto_map = auto_map(self.config)  # type: ignore[attr-defined]
         # Names are the module's own: model_type llmslim has no conversion to undo on loading.
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
@@ -105,7 +100,7 @@ _classes: dict[type, Any] = {}
 
 
 def slim_model_class(base: Any) -> Any:
-    """Return the slim subclass of a causal language model class."""
+    """Return the slim subclass of a model class."""
     if base not in _classes:
         _classes[base] = type(
             f"Slim{base.__name__}",
@@ -142,7 +137,7 @@ def base_of(model: Any) -> tuple[Any, Any]:
 
 
 class SlimForCausalLM:
-    """Factory for slim models, as AutoModelForCausalLM uses it.
+    """Factory for slim models, as AutoModelForCausalLM and the other Auto classes use it.
 
     It has no `config_class`: the Auto classes compare that by name, and there is one per base.
     """
@@ -164,20 +159,18 @@ class SlimForCausalLM:
 
     @staticmethod
     def _model_class(config: Any) -> Any:
-        base_config = CONFIG_MAPPING[config.base_model_type]
-        base: Any
-        if base_config in AutoModelForCausalLM._model_mapping:
-            base = AutoModelForCausalLM._model_mapping[base_config]
-        else:  # the text part of a config that is listed (Emu3, Mllama)
-            name = str((config.architectures or [""])[0]).removeprefix("Slim")
-            base = getattr(transformers, name, None)
-            if getattr(base, "config_class", None) is not base_config:
-                raise ValueError(
-                    f"config.json: architectures {config.architectures}: no causal language model "
-                    f"of {config.base_model_type} that this transformers knows"
-                )
-        # A few config classes list several models; the first is the plain decoder.
-        return slim_model_class(base[0] if isinstance(base, tuple | list) else base)
+        return slim_model_class(base_class_of(config))
+
+
+def auto_map(config: Any) -> dict[str, str]:
+    """Return what a slim config.json says of the files that load it.
+
+    Args:
+        config: a slim config; it loads with the Auto classes that its base loads with.
+    """
+    known = auto_classes(plain_class(config).__bases__[0]) or ("AutoModelForCausalLM",)
+    models = dict.fromkeys(known, "llmslim_entry.SlimForCausalLM")
+    return {"AutoConfig": "llmslim_entry.SlimConfig", **models}
 
 
 def replace_sites(model: nn.Module, sites: dict[str, dict[str, Any]]) -> None:
@@ -283,7 +276,7 @@ def become_slim(
     """Turn a model whose sites were replaced into a slim model, in place: class and config.
 
     Args:
-        model: a causal language model with blocks at `sites`.
+        model: a language model with blocks at `sites`.
         sites: module name to block spec, of all its blocks.
         depth: the record of the layers it keeps of an original, see `depth`.
     """
@@ -295,7 +288,7 @@ def become_slim(
     model.config.llmslim = {"format": FORMAT, "sites": sites}
     if depth:
         model.config.llmslim["depth"] = depth
-    model.config.auto_map = dict(AUTO_MAP)
+    model.config.auto_map = auto_map(model.config)
     model.config.architectures = [type(model).__name__]
     refresh_ties(model)
 
@@ -324,7 +317,8 @@ def write_code(folder: Path, structures: set[str]) -> list[Path]:
     parts = [getattr(structure_class(name), "parts", ()) for name in structures]
     structures = structures.union(*parts)
     modules = sorted(
-        {"configuration_llmslim", "depth", "modeling_llmslim", "sizes", "structured", *structures}
+        {"base_class", "configuration_llmslim", "depth", "modeling_llmslim", "sizes", "structured"}
+        | structures
     )
     written = []
     for module in modules:

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from llmslim.errors import SizeError, SlimError, TargetError, raise_together
 from llmslim.init import method_named
+from llmslim.modeling.base_class import auto_class_of
 from llmslim.modeling.experts import Experts
 from llmslim.modeling.modeling_llmslim import other_names
 from llmslim.modeling.pivoted_low_rank import PivotedLowRank
@@ -46,9 +46,9 @@ from llmslim.surgery.widths import Widths, narrows, plan_widths
 
 
 def model_on_meta(config: Any) -> nn.Module:
-    """Build a causal language model from its config without memory for its weights."""
+    """Build a language model from its config without memory for its weights."""
     with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        model: nn.Module = auto_class_of(config).from_config(copy.deepcopy(config))
     return model
 
 

@@ -18,8 +18,8 @@ wrote {path}
 what next
   llmslim generate {quoted} "What is the capital of France?"
   llmslim report {quoted} --full
-  python: import llmslim; from transformers import AutoModelForCausalLM
-          model = AutoModelForCausalLM.from_pretrained({path!r})
+  python: import llmslim; from transformers import {auto}
+          model = {auto}.from_pretrained({path!r})
 """
 _HONEST = """\
 Nothing was trained after the change: expect the model to be worse than its base until it is
@@ -174,7 +174,8 @@ def command(
     settings().written = result.path
     show_report(result.report)
     path = str(result.path)
-    click.echo(_NEXT.format(path=path, quoted=shlex.quote(path)), nl=False)
+    shown = _NEXT.format(path=path, quoted=shlex.quote(path), auto=result.auto_class)
+    click.echo(shown, nl=False)
     totals = result.report.totals
     if healed is not None:
         heal_and_show(result.path, healed, teacher=model, resume=resume, overwrite=overwrite)

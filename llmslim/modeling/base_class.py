@@ -1,0 +1,135 @@
+"""Which of transformers' Auto classes a config is loaded with, and which class that gives.
+
+A model that reads images or sound besides text is listed under other Auto classes than one of
+text alone, some under both: `Llama4Config` is a `Llama4ForCausalLM` to `AutoModelForCausalLM`,
+its text part, and a `Llama4ForConditionalGeneration` to `AutoModelForImageTextToText`. Which of
+them a checkpoint holds, the `architectures` of its config says.
+
+These files travel inside checkpoints: they import torch and transformers only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import transformers
+from transformers import PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .depth import plain_class
+
+_NAMES = (
+    "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForMultimodalLM",
+    "AutoModelForSeq2SeqLM",
+)
+"""Auto classes of models that write text, in the order in which they are tried."""
+_LAST = _NAMES[-1]
+
+
+def auto_classes(config_class: type) -> dict[str, Any]:
+    """Return the Auto classes that find a model for a base config class, by name.
+
+    Encoder-decoder models of text alone have a class of another kind there, and are left out; what
+    reads sound into a decoder is at times listed among them, and nowhere else.
+
+    Args:
+        config_class: one of transformers' own.
+
+    Example:
+        >>> list(auto_classes(transformers.LlavaConfig))
+        ['AutoModelForImageTextToText', 'AutoModelForMultimodalLM']
+    """
+    found: dict[str, Any] = {}
+    for name in _NAMES:
+        auto = getattr(transformers, name, None)
+        if auto is None or config_class not in auto._model_mapping:
+            continue
+        if name == _LAST and (
+            found or "text_config" not in getattr(config_class, "sub_configs", {})
+        ):
+            continue
+        found[name] = auto
+    return found
+
+
+def auto_class_of(config: Any, *, trust_remote_code: bool = False) -> Any:
+    """Return the Auto class that loads, or builds, the class that a config names.
+
+    Args:
+        config: of any model; where its `architectures` is empty, the first Auto class that knows
+            its type counts.
+        trust_remote_code: whether code that comes with it is to be used.
+    """
+    named = getattr(config, "auto_map", None) or {}
+    if trust_remote_code and (brought := [name for name in _NAMES if name in named]):
+        return getattr(transformers, brought[0])
+    known = auto_classes(plain_class(config))
+    wanted = (getattr(config, "architectures", None) or [""])[0]
+    for auto in known.values():
+        if wanted in (cls.__name__ for cls in listed_classes(auto, plain_class(config))):
+            return auto
+    return next(iter(known.values()), transformers.AutoModelForCausalLM)
+
+
+def auto_class_name(config: Any) -> str:
+    """Return the name of the Auto class that says most about what a model reads.
+
+    Args:
+        config: of a slim or an ordinary model.
+    """
+    slim = hasattr(config, "base_model_type")
+    config_class = plain_class(config).__bases__[0] if slim else plain_class(config)
+    wanted = str((getattr(config, "architectures", None) or [""])[0]).removeprefix("Slim")
+    known = auto_classes(config_class)
+    for name in (*_NAMES[1:], _NAMES[0]):
+        if name in known and wanted in (
+            c.__name__ for c in listed_classes(known[name], config_class)
+        ):
+            return name
+    return str(auto_class_of(config).__name__)
+
+
+def base_class_of(config: Any) -> type[PreTrainedModel]:
+    """Return the class that a slim model was made from.
+
+    Args:
+        config: a slim config: with `base_model_type`, and `architectures` of one name.
+
+    Raises:
+        ValueError: if this transformers has no such class.
+    """
+    config_class = CONFIG_MAPPING[config.base_model_type]
+    name = str((config.architectures or [""])[0]).removeprefix("Slim")
+    listed = [
+        cls
+        for auto in auto_classes(config_class).values()
+        for cls in listed_classes(auto, config_class)
+    ]
+    for cls in listed:
+        if cls.__name__ == name:
+            return cls
+    # The text part of a config that is listed (Emu3, Mllama).
+    base: Any = getattr(transformers, name, None)
+    if getattr(base, "config_class", None) is config_class and issubclass(base, PreTrainedModel):
+        part: type[PreTrainedModel] = base
+        return part
+    if listed:
+        return listed[0]
+    raise ValueError(
+        f"config.json: architectures {config.architectures}: no language model of "
+        f"{config.base_model_type} that this transformers knows"
+    )
+
+
+def listed_classes(auto: Any, config_class: type) -> Iterator[type[PreTrainedModel]]:
+    """Yield the classes that an Auto class has for a config class; the first is the usual one.
+
+    Args:
+        auto: knows that config class.
+        config_class: one of transformers' own.
+    """
+    found = auto._model_mapping[config_class]
+    yield from found if isinstance(found, tuple | list) else (found,)
