@@ -31,6 +31,7 @@ from .job import Job
 FORMAT = 2
 _MAX_LINE = 1 << 26
 _HEAD = 1 << 20
+_SAMPLES, _SAMPLE = 64, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -184,8 +185,9 @@ class Journal:
 def key_of(job: Job, text: Windows | None = None) -> dict[str, str]:
     """Return what the result of a conversion depends on, part by part.
 
-    A file of weights goes by its size, the time of its last change and its header; a small file by
-    its content. `allow_nonfinite` changes no byte of the weights and may be added later.
+    A file of weights goes by its size, the time of its last change, its header and samples of its
+    content, since reading all of it would take as long as the conversion; a small file by its
+    content. `allow_nonfinite` changes no byte of the weights and may be added later.
 
     Args:
         job: the conversion.
@@ -205,11 +207,7 @@ def key_of(job: Job, text: Windows | None = None) -> dict[str, str]:
     }
     for path in input_files(job.source):
         about = path.stat()
-        with path.open("rb") as file:
-            content = file.read(_HEAD)
-            if path.suffix == ".safetensors":
-                content = content[:8] + content[8 : 8 + int.from_bytes(content[:8], "little")]
-        parts = [str(about.st_size), hashlib.sha256(content).hexdigest()]
+        parts = [str(about.st_size), _content(path, about.st_size)]
         if path.suffix == ".safetensors":
             parts.append(str(about.st_mtime_ns))
         key[f"the file {path.name}"] = " ".join(parts)
@@ -220,3 +218,17 @@ def key_of(job: Job, text: Windows | None = None) -> dict[str, str]:
             digest.update(f"{tuple(ids.shape)}".encode() + ids.contiguous().numpy().tobytes())
         key["the calibration text"] = digest.hexdigest()
     return key
+
+
+def _content(path: Path, size: int) -> str:
+    """Return the SHA-256 of a file's beginning and, of weights, of samples spread over the rest."""
+    with path.open("rb") as file:
+        content = file.read(_HEAD)
+        if path.suffix != ".safetensors":
+            return hashlib.sha256(content).hexdigest()
+        start = 8 + int.from_bytes(content[:8], "little")
+        digest = hashlib.sha256(content[:start])
+        for sample in range(_SAMPLES):
+            file.seek(start + max(0, size - start - _SAMPLE) * sample // (_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()
