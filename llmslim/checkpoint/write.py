@@ -122,7 +122,7 @@ def write_companions(
         home = None if source is None else source.path
         legacy = home is not None and (home / LEGACY_TEMPLATE).is_file()
         with quiet():
-            tokenizer.save_pretrained(folder, save_jinja_files=not legacy)
+            tokenizer.save_pretrained(folder, **({"save_jinja_files": False} if legacy else {}))
     bring_companions(folder, source, trusted=trusted)
     if report is not None:
         _write_text(folder / REPORT, json.dumps(report, indent=2) + "\n")
