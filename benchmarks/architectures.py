@@ -146,7 +146,10 @@ def _at_default_size(config: Callable[[], Any], filled: bool) -> tuple[str, floa
     except Exception as error:
         # What transformers cannot build at its default size, a user's checkpoint may be.
         return f" |  | no model of the default config: {type(error).__name__}", None
-    found = coverage(surgery.plan(model, MLP_AND_ATTENTION).report())
+    try:
+        found = coverage(surgery.plan(model, MLP_AND_ATTENTION).report())
+    except SlimError as error:
+        return f" |  | no plan: {type(error).__name__}", None
     stays = "; ".join(
         f"{reason} {part / found.parameters:.1%}".replace("%", " %")
         for reason, part in sorted(found.stays.items(), key=lambda item: -item[1])
