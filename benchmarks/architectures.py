@@ -165,14 +165,14 @@ def _tried(
     """Return whether the round trip of a tiny model worked, and a fit of it to text, or why not."""
     with redirect_stdout(sys.stderr):  # some models print
         try:
-            answer(make())
+            said = answer(make())
         except Exception as error:
             return f"not tried: no tiny model ({type(error).__name__})", ""
         try:
             trip(make())
         except Exception as error:
-            return f"no: {type(error).__name__}", _fit(make)
-    return "yes", _fit(make)
+            return f"no: {type(error).__name__}", ""
+    return "yes", "no: it answers to no text alone" if said is None else _fit(make)
 
 
 def _fit(make: Callable[[], Any]) -> str:
