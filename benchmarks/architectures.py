@@ -168,7 +168,10 @@ def _at_default_size(config: Callable[[], Any], filled: bool) -> tuple[str, floa
     except Exception as error:
         # What transformers cannot build at its default size, a user's checkpoint may be.
         return f" |  | no model of the default config: {type(error).__name__}", None, ""
-    found = coverage(surgery.plan(model, MLP_AND_ATTENTION).report())
+    try:
+        found = coverage(surgery.plan(model, MLP_AND_ATTENTION).report())
+    except SlimError as error:
+        return f" |  | no plan: {type(error).__name__}", None, ""
     stays = "; ".join(
         f"{reason} {part / found.parameters:.1%}".replace("%", " %")
         for reason, part in sorted(found.stays.items(), key=lambda item: -item[1])
@@ -184,14 +187,14 @@ def _tried(
     """Return whether the round trip of a tiny model worked, and a fit of it to text, or why not."""
     with redirect_stdout(sys.stderr):  # some models print
         try:
-            answer(make())
+            said = answer(make())
         except Exception as error:
             return f"not tried: no tiny model ({type(error).__name__})", ""
         try:
             trip(make())
         except Exception as error:
-            return f"no: {type(error).__name__}", _fit(make)
-    return "yes", _fit(make)
+            return f"no: {type(error).__name__}", ""
+    return "yes", "no: it answers to no text alone" if said is None else _fit(make)
 
 
 def _fit(make: Callable[[], Any]) -> str:

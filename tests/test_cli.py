@@ -160,7 +160,9 @@ def test_ctrl_c_is_130(monkeypatch):
 
 
 def test_ctrl_c_after_the_folder_is_whole_says_so(monkeypatch, tmp_path):
-    made = SimpleNamespace(path=tmp_path / "out", report=Report("m", "r", ()))
+    made = SimpleNamespace(
+        path=tmp_path / "out", report=Report("m", "r", ()), auto_class="AutoModelForCausalLM"
+    )
     stub(monkeypatch, "convert", made)
 
     def interrupted(*args, **kwargs):

@@ -75,7 +75,7 @@ def test_convert_dry_run_tells_the_cost_of_the_text_asked_for(dense, recipe, tmp
 
 
 def test_convert_hands_every_option_on(monkeypatch, tmp_path):
-    made = SimpleNamespace(path=tmp_path, report=Report("m", "r", ()))
+    made = SimpleNamespace(path=tmp_path, report=Report("m", "r", ()), auto_class="A")
     calls = stub(monkeypatch, "convert", made)
     options = ["--init", "random", "--dtype", "bfloat16", "--seed", "7", "--trust-remote-code"]
     options += ["--calibration", "text.txt", "--calibration-tokens", "99", "--allow-nonfinite"]

@@ -30,16 +30,20 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # what other people's models 
 
 USUAL = {"llava", "gemma3", "qwen2_vl"}
 NOT_BUILT = {
-    "cosmos3_edge", "diffusion_gemma", "evolla", "fast_vlm", "gemma3n", "granite4_vision",
+    "diffusion_gemma", "evolla", "fast_vlm", "gemma3n", "granite4_vision",
     "kyutai_speech_to_text", "nemo_speechlm", "perception_lm", "qwen3_omni_moe",
 }  # fmt: skip
 """What no tiny model is built of: sizes that fit each other are not found generically."""
+NO_TRIP = {
+    "qwen2_5_omni",  # to load it takes a file of speakers that is neither config nor weights
+    "udop",  # its modules have none of the names that the sweep's recipe looks for
+}
 RULE = {"match": "*language_model*.mlp.*", "structure": "low_rank", "rank": 8}
 RECIPE = {"name": "r", "replace": [RULE]}
 
 
 def every(usual: set[str]) -> list[Any]:
-    names = sorted(set(LISTED) - NOT_BUILT)
+    names = sorted(set(LISTED) - NOT_BUILT - NO_TRIP)
     return [pytest.param(n, marks=[] if n in usual else pytest.mark.slow) for n in names]
 
 
@@ -230,3 +234,15 @@ def test_writing_a_model_that_was_made_in_memory(tmp_path: Path) -> None:
     llmslim.slim(model, RECIPE)
     llmslim.save(model, tmp_path / "slim")
     assert torch.equal(of_an_image(llmslim.load(tmp_path / "slim")), of_an_image(model))
+
+
+def test_the_document_is_up_to_date() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "architectures.md").read_text(encoding="utf-8")
+    part = text.partition("\n## Models that read images or sound")[2]
+    rows = [line.split(" | ") for line in part.splitlines() if line.startswith("| `")]
+    shown = {row[0].strip("| `"): row for row in rows}
+    assert set(shown) == set(of_images_or_sound())
+    assert all(row[1] == LISTED[name] for name, row in shown.items())
+    not_tried = {name for name, row in shown.items() if row[5].startswith("not tried")}
+    assert not_tried == NOT_BUILT & set(shown)
+    assert {name for name, row in shown.items() if row[5].startswith("no:")} == NO_TRIP

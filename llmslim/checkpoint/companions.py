@@ -37,8 +37,9 @@ def bring_companions(folder: Path, source: Source | None, *, trusted: bool = Fal
         trusted: whether the class of the model that was written is in Python files of the source.
     """
     home = source.path if source is not None and source.gguf_file is None else None
-    for path in () if home is None else _found(home, (*PROCESSORS, *TEMPLATES)):
-        _copy(path, folder / path.relative_to(home))
+    if home is not None:
+        for path in _found(home, (*PROCESSORS, *TEMPLATES)):
+            _copy(path, folder / path.relative_to(home))
     if trusted:
         _copy_code(home, folder)
     config = _read(folder / "config.json")
@@ -48,11 +49,6 @@ def bring_companions(folder: Path, source: Source | None, *, trusted: bool = Fal
         if any(_is_in(home, name) for name in _names(_read(path))):
             _copy_code(home, folder)
         _keep_names(path, _modules(folder))
-
-
-def has_processor(folder: Path) -> bool:
-    """Return whether a checkpoint has a processor besides its tokenizer."""
-    return any(True for _ in _found(folder, PROCESSORS))
 
 
 def _found(folder: Path, patterns: tuple[str, ...]) -> Iterator[Path]:

@@ -122,8 +122,9 @@ def write_companions(
         # the processor's.
         home = None if source is None else source.path
         legacy = home is not None and (home / LEGACY_TEMPLATE).is_file()
+        form: dict[str, Any] = {"save_jinja_files": False} if legacy else {}
         with quiet():
-            tokenizer.save_pretrained(folder, save_jinja_files=not legacy)
+            tokenizer.save_pretrained(folder, **form)
     bring_companions(folder, source, trusted=trusted)
     if report is not None:
         _write_text(folder / REPORT, json.dumps(report, indent=2) + "\n")
