@@ -160,7 +160,7 @@ def text_configs(model: Any) -> list[PreTrainedConfig]:
         config = vars(module).get("config")
         if isinstance(config, PreTrainedConfig):
             own = config.get_text_config()
-            if type(own) is type(text):
+            if isinstance(own, type(text)) or isinstance(text, type(own)):
                 found.setdefault(id(own), own)
     return list(found.values())
 
