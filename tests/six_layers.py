@@ -98,6 +98,9 @@ BUILT |= {
     "janus": {
         "vq_config": {"base_channels": 32, "channel_multiplier": [1, 1], "num_embeddings": 64}
     },
+    "kosmos-2.5": {
+        "text_config": {"layers": 6, "embed_dim": 64, "ffn_dim": 96, "attention_heads": 4}
+    },
     "molmo2": {"adapter_config": {"vision_feature_layer": [5, 3]}},
     "muse_spark": {
         "audio_config": {"out_hidden_size": 64, "hidden_sizes": [8, 16, 16, 32], "depths": [1] * 4},
@@ -136,6 +139,7 @@ RULES: dict[str, list[dict[str, Any]]] = {
         {"num_kv_shared_layers": 2, "layer_types": _MIXED, "use_double_wide_mlp": True},
         {"layer_types": _MIXED},
     ],
+    "glm4v_moe": [{"text_config": {"first_k_dense_replace": 2}}],
     "glm4_moe": [{"first_k_dense_replace": 2}],
     "gpt2": [
         {"scale_attn_by_inverse_layer_idx": True},
@@ -156,6 +160,11 @@ RULES: dict[str, list[dict[str, Any]]] = {
         {"moe_layers": [1, 4]},
         {"no_rope_layers": [1, 0, 1, 1, 0, 1]},
     ],
+    "mistral_large4": [
+        {"text_config": {"kv_source_layers": [0, 1, 1, 3, 3, 5]}},
+        {"text_config": {"no_rope_layers": [1, 0, 1, 1, 0, 1]}},
+    ],
+    "molmo2": [{"text_config": {"rope_scaling_layers": [1, 4]}}],
     "minicpm3": [{"scale_depth": 3.0}],
     "mistral4": [{"first_k_dense_replace": 2}],
     "mllama": [{"text_config": {"cross_attention_layers": [1, 4]}}],
@@ -171,6 +180,10 @@ RULES: dict[str, list[dict[str, Any]]] = {
         {"decoder_sparse_step": 2},
         {"decoder_sparse_step": 2, "mlp_only_layers": [3]},
     ],
+    "qwen3_vl_moe": [
+        {"text_config": {"mlp_only_layers": [0, 3]}},
+        {"text_config": {"decoder_sparse_step": 2}},
+    ],
     "qwen3_next": [{"mlp_only_layers": [0, 3]}, {"decoder_sparse_step": 2}],
     "recurrent_gemma": [{"block_types": ["recurrent", "attention"]}],
     "rwkv": [{"rescale_every": 2}],
@@ -185,6 +198,10 @@ RULES: dict[str, list[dict[str, Any]]] = {
     ],
 }
 """Configs in which a layer is what it is by its index or by the number of layers: what they set."""
+
+
+_BY_IMAGES = ("mllama",)
+"""Listed in both mappings; the causal class is saved with a config that no Auto class knows."""
 
 
 @dataclass(frozen=True)
@@ -208,7 +225,11 @@ class Subject:
 
     def config(self) -> Any:
         """Return the config: six layers, small, every sliding window of few tokens."""
-        extra = {**BUILT.get(self.model_type, {}), **self.extra}
+        built = BUILT.get(self.model_type, {})
+        extra = {**built, **self.extra}
+        for name, part in built.items():
+            if isinstance(part, dict) and isinstance(extra[name], dict):
+                extra[name] = {**part, **extra[name]}
         config = tiny_config(CONFIG_MAPPING[self.model_type], extra, LAYERS)
         for part in (config, config.get_text_config()):
             for name in _WINDOWS:
@@ -261,7 +282,7 @@ def subjects(only: tuple[str, ...] = ()) -> list[Subject]:
     causal = sorted(AutoModelForCausalLM._model_mapping._model_mapping)
     images = sorted(AutoModelForImageTextToText._model_mapping._model_mapping)
     kinds = dict.fromkeys(causal, "causal")
-    kinds |= {name: "image" for name in images if name not in causal}
+    kinds |= {name: "image" for name in images if name not in causal or name in _BY_IMAGES}
     found = []
     for name, kind in kinds.items():
         found.append(Subject(name, kind))
