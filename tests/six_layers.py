@@ -263,9 +263,10 @@ def inputs(model: Any) -> dict[str, Any]:
     config = model.config
     if config.is_encoder_decoder:
         given["decoder_input_ids"] = ids
-    if config.model_type == "udop":
+    kind = getattr(config, "base_model_type", config.model_type)  # a slim model's says what it was
+    if kind == "udop":
         given["bbox"] = torch.zeros(2, 10, 4)
-    if config.model_type == "idefics":
+    if kind == "idefics":
         size = config.vision_config.embed_dim
         noise = torch.Generator().manual_seed(2)
         given["image_encoder_embeddings"] = torch.randn(2, 1, 5, size, generator=noise)
