@@ -73,7 +73,9 @@ def recipes(model: Any, truth: Truth | None) -> dict[str, dict[str, Any]]:
         mlps = []
     widths = {mlp.width for mlp in mlps} or {96}
     fewer, more = max(8, min(widths) // 2), max(widths) * 3 // 2
-    inside = [f"{path}.{glob}" for rule in MLP_AND_ATTENTION.replace for glob in _globs(rule.match)]
+    inside = [
+        f"{path}.{glob}" for rule in MLP_AND_ATTENTION.replace for glob in _globs(rule.match or [])
+    ]
     structure = {"match": inside, "structure": "low_rank", "keep_ratio": 0.5}
     chosen = mlps[len(mlps) // 2] if mlps else None
     names = [f"{path}.1.*mlp*"] if chosen is None else [*chosen.up, chosen.down]
