@@ -190,6 +190,8 @@ def test_blocks_in_layers_at_other_places(tmp_path: Path) -> None:
     [
         # A norm that layer 0 alone has; it runs by its index.
         (tf.RwkvConfig(vocab_size=96, hidden_size=48, num_hidden_layers=4), [1, 2]),
+        # Its cache counts tokens in layers of attention, of which none would be left.
+        (_configs()["jamba"][0], [1, 2]),
         # Lists of modules beside the list of layers.
         (tf.XLMConfig(vocab_size=96, emb_dim=48, n_layers=4, n_heads=4), [0, 2]),
         # Its last layers read keys and values of others.

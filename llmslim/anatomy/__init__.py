@@ -1,7 +1,6 @@
 """What a model is and computes, read off without its weights."""
 
 from .dry_run import CannotRunError as CannotRunError
-from .dry_run import check_runs as check_runs
 from .dry_run import layer_operations as layer_operations
 from .likeness import changed_attributes as changed_attributes
 from .likeness import differences as differences

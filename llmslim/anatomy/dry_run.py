@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _TOKENS = 4
@@ -29,12 +28,16 @@ class CannotRunError(Exception):
     """This model does not run without weights; the text says why."""
 
 
-def layer_operations(model: Any, stack: str) -> list[tuple[list[Any], list[Any]]]:
+def layer_operations(
+    model: Any, stack: str, *, cached: bool = False
+) -> list[tuple[list[Any], list[Any]]]:
     """Return what each decoder layer computes when the model reads text.
 
     Args:
         model: a causal language model on the meta device.
         stack: name of the list of its decoder layers.
+        cached: read one more token with a cache of the text before it, and return what is computed
+            then.
 
     Returns:
         For each layer the operations in it, and those between it and the next one; comparable with
@@ -44,41 +47,30 @@ def layer_operations(model: Any, stack: str) -> list[tuple[list[Any], list[Any]]
         CannotRunError: if its code asks for more than shapes.
     """
     layers: Any = model.get_submodule(stack)
-    notes = _run(model, layers)
-    found = [(notes.inside[index], notes.after[index]) for index in range(len(layers))]
-    found[-1] = (found[-1][0], [])
-    return found
-
-
-def check_runs(model: Any) -> None:
-    """Run a model on the meta device.
-
-    Raises:
-        CannotRunError: if its code raises.
-    """
-    _run(model, ())
-
-
-def _run(model: Any, layers: Iterable[nn.Module]) -> _Notes:
     notes = _Notes()
     training = model.training
     ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
-    with ExitStack() as stack:
+    with ExitStack() as context:
         for index, layer in enumerate(layers):
-            enter = partial(notes.turn_to, notes.inside[index])
-            leave = partial(notes.turn_to, notes.after[index])
-            stack.callback(layer.register_forward_pre_hook(enter).remove)
-            stack.callback(layer.register_forward_hook(leave).remove)
-        stack.callback(model.train, training)
+            enter = partial(notes.turn_to, notes.inside, index)
+            leave = partial(notes.turn_to, notes.after, index)
+            context.callback(layer.register_forward_pre_hook(enter).remove)
+            context.callback(layer.register_forward_hook(leave).remove)
+        context.callback(model.train, training)
         model.eval()
-        for context in (torch.no_grad(), torch.device("meta"), notes):
-            stack.enter_context(context)
+        for each in (torch.no_grad(), torch.device("meta"), notes):
+            context.enter_context(each)
         try:
-            model(input_ids=ids, use_cache=False)
+            given = model(input_ids=ids, use_cache=cached)
+            if cached:
+                notes.forget()
+                model(input_ids=ids[:, :1], past_key_values=given.past_key_values, use_cache=True)
         except Exception as error:  # each architecture fails in its own way
             text = f"{type(error).__name__}: {error}".partition("\n")[0]
             raise CannotRunError(text) from error
-    return notes
+    found = [(notes.inside[index], notes.after[index]) for index in range(len(layers))]
+    found[-1] = (found[-1][0], [])
+    return found
 
 
 class _Notes(TorchDispatchMode):
@@ -90,9 +82,14 @@ class _Notes(TorchDispatchMode):
         self.after: dict[int, list[Any]] = defaultdict(list)
         self._now: list[Any] = []
 
-    def turn_to(self, notes: list[Any], *_: Any) -> None:
-        """Note what comes in another list."""
-        self._now = notes
+    def turn_to(self, notes: dict[int, list[Any]], index: int, *_: Any) -> None:
+        """Note what comes for another place."""
+        self._now = notes[index]
+
+    def forget(self) -> None:
+        """Begin with empty notes."""
+        self.inside.clear()
+        self.after.clear()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

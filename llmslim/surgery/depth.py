@@ -188,18 +188,19 @@ class _Search:
         Raises:
             ValueError: if they do not.
         """
-        try:
-            right = layer_operations(self._original, self._stack)
-        except CannotRunError:
-            return  # what is written is compared with what was made all the same
-        try:
-            found = layer_operations(made, self._stack)
-        except CannotRunError as error:
-            raise ValueError(f"what is left does not run ({error})") from error
-        for new, old in enumerate(self._keep):
-            (inside, after), (wanted, then) = found[new], right[old]
-            if inside != wanted or (after and then and after != then):
-                raise ValueError(f"layer {old} would compute something else at another place")
+        for cached, how in ((False, ""), (True, " with a cache")):
+            try:
+                right = layer_operations(self._original, self._stack, cached=cached)
+            except CannotRunError:
+                continue  # what is written is compared with what was made all the same
+            try:
+                found = layer_operations(made, self._stack, cached=cached)
+            except CannotRunError as error:
+                raise ValueError(f"what is left does not run{how} ({error})") from error
+            for new, old in enumerate(self._keep):
+                (inside, after), (wanted, then) = found[new], right[old]
+                if inside != wanted or (after and then and after != then):
+                    raise ValueError(f"layer {old} would compute something else elsewhere{how}")
 
     def _build(self, fields: Fields) -> nn.Module:
         """Build the original with other fields, from what its config.json would be."""

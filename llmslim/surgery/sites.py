@@ -206,12 +206,13 @@ def find_layers(model: Any) -> Layers:
         if isinstance(module, nn.ModuleList) and len(module) in counts
     ]
 
-    def rank(found: tuple[str, nn.ModuleList]) -> tuple[bool, bool, int, bool]:
+    def rank(found: tuple[str, nn.ModuleList]) -> tuple[bool, bool, bool, int, bool]:
         name, stack = found
         maps = (as_site(inner, module) for inner, module in stack.named_modules())
         return (
             name.startswith(towers),
             hidden not in {site.in_features for site in maps if site},
+            "encoder" in name.split("."),  # where there is a decoder as well
             counts.index(len(stack)),
             id(stack) not in inside,
         )
