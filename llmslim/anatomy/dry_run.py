@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,10 +29,20 @@ class CannotRunError(Exception):
     """This model does not run without weights; the text says why."""
 
 
-def layer_operations(
-    model: Any, stack: str, *, cached: bool = False
-) -> list[tuple[list[Any], list[Any]]]:
-    """Return what each decoder layer computes when the model reads text.
+@dataclass(frozen=True)
+class Operations:
+    """What a model computes, apart from what follows the last decoder layer."""
+
+    before: list[Any]
+    """Operations before the first layer."""
+    inside: list[list[Any]]
+    """Those in each layer."""
+    between: list[list[Any]]
+    """Those between each layer and the next one."""
+
+
+def layer_operations(model: Any, stack: str, *, cached: bool = False) -> Operations:
+    """Return what a model computes when it reads text.
 
     Args:
         model: a causal language model on the meta device.
@@ -40,8 +51,7 @@ def layer_operations(
             then.
 
     Returns:
-        For each layer the operations in it, and those between it and the next one; comparable with
-        `==`. What comes before the first layer and after the last one is left out.
+        What each operation is given beside tensors, and their shapes; comparable with `==`.
 
     Raises:
         CannotRunError: if its code asks for more than shapes.
@@ -68,9 +78,12 @@ def layer_operations(
         except Exception as error:  # each architecture fails in its own way
             text = f"{type(error).__name__}: {error}".partition("\n")[0]
             raise CannotRunError(text) from error
-    found = [(notes.inside[index], notes.after[index]) for index in range(len(layers))]
-    found[-1] = (found[-1][0], [])
-    return found
+    count = len(layers)
+    return Operations(
+        before=notes.after[-1],
+        inside=[notes.inside[index] for index in range(count)],
+        between=[notes.after[index] for index in range(count - 1)],
+    )
 
 
 class _Notes(TorchDispatchMode):
@@ -80,7 +93,7 @@ class _Notes(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.inside: dict[int, list[Any]] = defaultdict(list)
         self.after: dict[int, list[Any]] = defaultdict(list)
-        self._now: list[Any] = []
+        self._now = self.after[-1]
 
     def turn_to(self, notes: dict[int, list[Any]], index: int, *_: Any) -> None:
         """Note what comes for another place."""
@@ -90,6 +103,7 @@ class _Notes(TorchDispatchMode):
         """Begin with empty notes."""
         self.inside.clear()
         self.after.clear()
+        self._now = self.after[-1]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

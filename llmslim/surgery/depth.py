@@ -198,9 +198,14 @@ class _Search:
             except CannotRunError as error:
                 raise ValueError(f"what is left does not run{how} ({error})") from error
             for new, old in enumerate(self._keep):
-                (inside, after), (wanted, then) = found[new], right[old]
-                if inside != wanted or (after and then and after != then):
+                after = new == len(found.between) or old == len(right.between)
+                if found.inside[new] != right.inside[old] or not (
+                    after or found.between[new] == right.between[old]
+                ):
                     raise ValueError(f"layer {old} would compute something else elsewhere{how}")
+            # Masks for kinds of layers that are gone are not made any more.
+            if any(operation not in right.before for operation in found.before):
+                raise ValueError(f"layers would be given something else{how}")
 
     def _build(self, fields: Fields) -> nn.Module:
         """Build the original with other fields, from what its config.json would be."""
