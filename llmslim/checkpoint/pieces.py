@@ -166,6 +166,8 @@ class Pieces:
         Raises:
             NotInPiecesError: if that takes the model's weights.
         """
+        if self._tables:
+            return  # transformers works out each module once: a second time would leave them empty
         unstored = dict(self.model.named_non_persistent_buffers())
         self._tables = {k: torch.empty_like(b, device=self.device) for k, b in unstored.items()}
         self._put_tables()
@@ -174,6 +176,9 @@ class Pieces:
         try:
             self.model.initialize_weights()
         except Exception as error:  # each architecture has its own way
+            self._tables = unstored
+            self._put_tables()
+            self._tables = {}
             raise NotInPiecesError(first_line(error)) from error
 
     def _put_tables(self) -> None:
