@@ -160,7 +160,8 @@ def text_configs(model: Any) -> list[PreTrainedConfig]:
         config = vars(module).get("config")
         if isinstance(config, PreTrainedConfig):
             own = config.get_text_config()
-            if type(own) is type(text):
+            # A copy need not be of the class that the model's own was given since.
+            if isinstance(text, plain_class(own)) or isinstance(own, plain_class(text)):
                 found.setdefault(id(own), own)
     return list(found.values())
 
