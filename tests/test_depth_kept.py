@@ -214,6 +214,13 @@ def test_blocks_in_layers_at_other_places(tmp_path: Path) -> None:
             ),
             [0, 5],
         ),
+        # Without attention its cache cannot say how long it is.
+        (
+            tf.RecurrentGemmaConfig(
+                **_SIZES, num_key_value_heads=1, lru_width=48, attention_window_size=4
+            ),
+            [0, 3],
+        ),
     ],
     ids=lambda given: getattr(given, "model_type", ""),
 )  # fmt: skip

@@ -50,16 +50,20 @@ def layer_operations(model: Any, stack: str) -> list[tuple[list[Any], list[Any]]
     return found
 
 
-def check_runs(model: Any) -> None:
+def check_runs(model: Any, *, use_cache: bool = False) -> None:
     """Run a model on the meta device.
+
+    Args:
+        model: a causal language model.
+        use_cache: whether it fills a cache, as it does when it generates.
 
     Raises:
         CannotRunError: if its code raises.
     """
-    _run(model, ())
+    _run(model, (), use_cache)
 
 
-def _run(model: Any, layers: Iterable[nn.Module]) -> _Notes:
+def _run(model: Any, layers: Iterable[nn.Module], use_cache: bool = False) -> _Notes:
     notes = _Notes()
     training = model.training
     ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
@@ -74,7 +78,7 @@ def _run(model: Any, layers: Iterable[nn.Module]) -> _Notes:
         for context in (torch.no_grad(), torch.device("meta"), notes):
             stack.enter_context(context)
         try:
-            model(input_ids=ids, use_cache=False)
+            model(input_ids=ids, use_cache=use_cache)
         except Exception as error:  # each architecture fails in its own way
             text = f"{type(error).__name__}: {error}".partition("\n")[0]
             raise CannotRunError(text) from error

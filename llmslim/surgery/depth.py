@@ -12,6 +12,7 @@ import copy
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import nn
 from llmslim.anatomy import (
     CannotRunError,
     changed_attributes,
+    check_runs,
     differences,
     first_difference,
     layer_operations,
@@ -202,6 +204,12 @@ class _Search:
             found = layer_operations(made, self._stack)
         except CannotRunError as error:
             raise ValueError(f"what is left does not run ({error})") from error
+        with suppress(CannotRunError):  # the original may have no cache
+            check_runs(self._original, use_cache=True)
+            try:
+                check_runs(made, use_cache=True)
+            except CannotRunError as error:
+                raise ValueError(f"what is left does not run with a cache ({error})") from error
         for new, old in enumerate(self._keep):
             (inside, after), (wanted, then) = found[new], right[old]
             if inside != wanted or (after and then and after != then):
