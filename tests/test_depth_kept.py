@@ -84,6 +84,13 @@ def _configs() -> dict[str, tuple[Any, bool]]:
             ),
             True,
         ),
+        "recurrent_gemma": (
+            tf.RecurrentGemmaConfig(
+                **_SIZES, num_key_value_heads=1, lru_width=48, attention_window_size=4,
+                block_types=["recurrent", "recurrent", "attention"],
+            ),
+            False,
+        ),
         "bart": (
             tf.BartConfig(
                 vocab_size=96, d_model=48, encoder_layers=6, decoder_layers=6,
@@ -156,11 +163,16 @@ def _check_cache(model: Any) -> None:
     )
 
 
-def test_fewer_layers_twice(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("name", ["diffllama", "recurrent_gemma"])
+def test_fewer_layers_twice(name: str, stored: bool, tmp_path: Path) -> None:
     """The record is of the original, however often layers were dropped."""
-    model = _model("diffllama")
-    expected = _skipping(_model("diffllama"), [2, 4])
+    model = _model(name)
+    expected = _skipping(_model(name), [2, 4])
     llmslim.slim(model, {"depth": {"keep_layers": [0, 2, 3, 4]}})
+    if stored:
+        model.save_pretrained(tmp_path / "first")
+        model = llmslim.load(tmp_path / "first")
     llmslim.slim(model, {"depth": {"keep_layers": [1, 3]}})
     assert model.config.llmslim["depth"]["keep"] == [2, 4]
     torch.testing.assert_close(logits(model, tokens()), expected, rtol=0, atol=1e-5)
@@ -203,6 +215,13 @@ def test_blocks_in_layers_at_other_places(tmp_path: Path) -> None:
                 activation_sparsity_pattern=[0.0] * 6,
             ),
             [0, 5],
+        ),
+        # Without attention its cache cannot say how long it is.
+        (
+            tf.RecurrentGemmaConfig(
+                **_SIZES, num_key_value_heads=1, lru_width=48, attention_window_size=4
+            ),
+            [0, 3],
         ),
     ],
     ids=lambda given: getattr(given, "model_type", ""),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from every_architecture import config_classes, logits, tiny_model
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from llmslim import surgery
 from llmslim.recipe import Recipe
@@ -140,6 +142,20 @@ def test_neurons_of_a_shared_mlp_move_in_every_layer_that_has_it() -> None:
     order = torch.randperm(mlp.width, generator=torch.Generator().manual_seed(0))
     keep_neurons(model, mlp, order, dense_weight(model.get_submodule(mlp.down))[:, order])
     torch.testing.assert_close(logits(model), dense, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rule", [{"structure": "pivoted_low_rank", "keep_ratio": 0.5}, GROUPED])
+@pytest.mark.parametrize("name", SHARING)
+def test_an_order_of_channels_is_shared_too(
+    name: str, rule: dict[str, Any], tmp_path: Path
+) -> None:
+    """It is stored, but no parameter."""
+    model = tiny_model(CLASSES[name])
+    made = surgery.plan(model, Recipe.of({"replace": [{"match": "*shared_transf*", **rule}]}))
+    assert surgery.rewrite(model, made).totals.params_after < made.report().totals.params_before
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("init", ["project", "least_squares"])

@@ -294,7 +294,8 @@ def test_tables_that_no_file_holds_are_those_of_the_whole_model(name: str) -> No
     tiny(config_classes()[name]).save_pretrained("m")
     source = open_source("m")
     pieces, whole = Pieces(source), load_model(source)
-    pieces.make_tables()
+    for _ in range(2):  # whoever needs them makes sure of them
+        pieces.make_tables()
     for piece in pieces.all:
         pieces.load(piece)
         pieces.release(piece)

@@ -96,7 +96,6 @@ class Pieces:
             raise NotInPiecesError("its files are of a kind of their own")
         self.source, self.device = source, torch.device(device)
         self._tables: dict[str, Tensor] = {}
-        self._has_tables = False
         self._where = {key: path for path in weight_files(source.path) for key in read_header(path)}
         entries = read_weights(source.path)
         check_size(source, entries, trust_remote_code)
@@ -167,8 +166,8 @@ class Pieces:
         Raises:
             NotInPiecesError: if that takes the model's weights.
         """
-        if self._has_tables:
-            return  # modules count as initialised from the first time on
+        if self._tables:
+            return  # transformers works out each module once: a second time would leave them empty
         unstored = dict(self.model.named_non_persistent_buffers())
         self._tables = {k: torch.empty_like(b, device=self.device) for k, b in unstored.items()}
         self._put_tables()
@@ -177,8 +176,10 @@ class Pieces:
         try:
             self.model.initialize_weights()
         except Exception as error:  # each architecture has its own way
+            self._tables = unstored
+            self._put_tables()
+            self._tables = {}
             raise NotInPiecesError(first_line(error)) from error
-        self._has_tables = True
 
     def _put_tables(self) -> None:
         for name, table in self._tables.items():

@@ -141,7 +141,8 @@ def _alone(module: nn.Module) -> Tensor | None:
         output = module(given)
     except Exception:  # a module of some architecture's own
         return None
-    return output if isinstance(output, Tensor) and output.is_floating_point() else None
+    usable = isinstance(output, Tensor) and output.is_floating_point() and not output.is_meta
+    return output if usable else None
 
 
 def _draw(shape: torch.Size, module: nn.Module) -> Tensor:

@@ -121,16 +121,19 @@ def set_config(config: PreTrainedConfig, fields: Mapping[str, Any]) -> None:
     Raises:
         AttributeError: if it has no field of one of the names.
     """
+    derived = {}
     for key, value in fields.items():
         real = config.attribute_map.get(key, key)
         if not hasattr(config, real):
             raise AttributeError(f"config has no field {key!r}")
-        derived = getattr(type(config), real, None)
-        if isinstance(derived, property) or real in vars(type(config)).get(_CONSTANTS, ()):
-            if getattr(config, real) != value:
-                _fix(config, real, value)
+        given = getattr(type(config), real, None)
+        if isinstance(given, property) or real in vars(type(config)).get(_CONSTANTS, ()):
+            derived[real] = value
         else:
             object.__setattr__(config, real, value)
+    for real, value in derived.items():  # once what they are worked out from is known
+        if getattr(config, real) != value:
+            _fix(config, real, value)
 
 
 _CONSTANTS = "_llmslim_constants"
@@ -160,7 +163,8 @@ def text_configs(model: Any) -> list[PreTrainedConfig]:
         config = vars(module).get("config")
         if isinstance(config, PreTrainedConfig):
             own = config.get_text_config()
-            if isinstance(own, type(text)) or isinstance(text, type(own)):
+            # A copy need not be of the class that the model's own was given since.
+            if isinstance(text, plain_class(own)) or isinstance(own, plain_class(text)):
                 found.setdefault(id(own), own)
     return list(found.values())
 

@@ -44,6 +44,8 @@ _SLIM_FIELDS = ("llmslim", "base_model_type", "auto_map", "model_type", "archite
 class SlimModelMixin:
     """What a slim model does on top of its base class: build its blocks, refuse half a load."""
 
+    all_tied_weights_keys: dict[str, str]
+
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         depth = config.llmslim.get("depth")
         if depth:  # see `depth`: the original is built, and layers are taken out of it
@@ -84,6 +86,21 @@ class SlimModelMixin:
         """
         base: Any = next(base for base in cls.__mro__ if not issubclass(base, SlimModelMixin))
         return bool(base.is_custom_code())
+
+    def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
+        """Do as the base class does, which takes all that is tied for parameters.
+
+        Blocks have buffers that are stored, too: a learned order of channels.
+        """
+        tied = self.all_tied_weights_keys
+        buffers = {name for name, _ in self.named_buffers(remove_duplicate=False)}  # type: ignore[attr-defined]
+        for name in buffers & tied.keys():
+            self.get_buffer(name)._is_hf_initialized = True  # type: ignore[attr-defined]
+        self.all_tied_weights_keys = {k: v for k, v in tied.items() if k not in buffers}
+        try:
+            super().mark_tied_weights_as_initialized(loading_info)  # type: ignore[misc]
+        finally:
+            self.all_tied_weights_keys = tied
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Save as the base class does, and the files that load it again beside the weights."""

@@ -26,7 +26,13 @@ from llmslim.anatomy import (
     layer_operations,
 )
 from llmslim.errors import TargetError
-from llmslim.modeling.depth import drop_layers, set_attributes, set_config, set_fields
+from llmslim.modeling.depth import (
+    drop_layers,
+    plain_class,
+    set_attributes,
+    set_config,
+    set_fields,
+)
 from llmslim.modeling.modeling_llmslim import base_of
 from llmslim.recipe import Recipe
 from llmslim.surgery.sites import Layers
@@ -320,7 +326,8 @@ class _Search:
 
     def _derived(self, text: Any) -> Fields:
         """Return what a config works out for each layer, for those that stay."""
-        names = [n for n in dir(type(text)) if isinstance(getattr(type(text), n), property)]
+        cls = plain_class(text)
+        names = [name for name in dir(cls) if isinstance(getattr(cls, name), property)]
         values = {name: getattr(text, name, None) for name in names}
         return {
             name: [value[index] for index in self._keep]
