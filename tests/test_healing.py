@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import every_architecture
 import pytest
 import torch
 from helpers_healing import LENGTH, Rows, Text, healed, independent_loss, losses, slimmed, text
@@ -303,3 +304,9 @@ def test_layers_that_pass_no_gradient_on_are_told(tmp_path):
     )
     healed(model, tmp_path / "w", train="all")
     assert not torch.equal(state(model)["lm_head.decoder.weight"], before["lm_head.decoder.weight"])
+
+
+def test_lora_needs_decoder_layers(tmp_path):
+    model = every_architecture.tiny_model(every_architecture.config_classes()["hrm_text"])
+    with pytest.raises(HealingError, match="no list of decoder layers"):
+        healed(model, tmp_path / "w", train="lora")
