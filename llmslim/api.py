@@ -29,8 +29,8 @@ from llmslim.checkpoint import (
     write_checkpoint,
 )
 from llmslim.conversion import Conversion, RecipeLike, calibration_spec, convert, token_ids
-from llmslim.data import Windows, calibration_windows
-from llmslim.errors import CheckpointError, UnfinishedError
+from llmslim.data import Windows, calibration_windows, embedding_rows
+from llmslim.errors import CheckpointError, DataError, UnfinishedError
 from llmslim.recipe import Heal, Recipe
 from llmslim.surgery import Plan, Progress, Report, quietly
 
@@ -99,6 +99,7 @@ def slim(
 
     Raises:
         SlimError: with every problem found; the model is then untouched.
+        DataError: if `calibration` is no windows, or has tokens that the model does not know.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -113,6 +114,13 @@ def slim(
     if calibration is None and made.needs_calibration:
         spec = calibration_spec(recipe, model, (), None)
         calibration = calibration_windows(spec, tokenizer, model, progress=progress)
+    elif calibration is not None:
+        if not isinstance(calibration, Windows):
+            raise DataError(
+                f"calibration: {type(calibration).__name__}; windows of tokens are needed, as "
+                "llmslim.data.calibration_windows gives them."
+            )
+        calibration.check_known(tokenizer, embedding_rows(model))
     windows = token_ids(calibration)
     if windows is not None and recipe.has_auto and made.needs_calibration:
         recipe = surgery.allocate(model, recipe, windows, init=init, progress=progress)

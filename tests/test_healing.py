@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import every_architecture
 import pytest
 import torch
 from helpers_healing import LENGTH, Rows, Text, healed, independent_loss, losses, slimmed, text
@@ -283,3 +284,29 @@ def test_progress_tells_loss_and_speed(tmp_path):
     assert told[0][2] == "measuring the model as it is"
     assert "held-out" in told[-1][2]
     assert "tokens/s" in told[-1][2]
+
+
+def test_layers_that_pass_no_gradient_on_are_told(tmp_path):
+    from transformers import ReformerConfig, ReformerModelWithLMHead
+
+    config = ReformerConfig(
+        vocab_size=100, hidden_size=32, feed_forward_size=64, num_attention_heads=2,
+        attention_head_size=16, num_hidden_layers=2, attn_layers=["local", "local"],
+        local_attn_chunk_length=4, axial_pos_embds=False, is_decoder=True,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    model = ReformerModelWithLMHead(config)
+    before = state(model)
+    with pytest.raises(HealingError, match="Train `all`"):
+        healed(model, tmp_path / "w", train="lora")
+    assert {name: float((t - before[name]).abs().max()) for name, t in state(model).items()} == (
+        dict.fromkeys(before, 0.0)
+    )
+    healed(model, tmp_path / "w", train="all")
+    assert not torch.equal(state(model)["lm_head.decoder.weight"], before["lm_head.decoder.weight"])
+
+
+def test_lora_needs_decoder_layers(tmp_path):
+    model = every_architecture.tiny_model(every_architecture.config_classes()["hrm_text"])
+    with pytest.raises(HealingError, match="no list of decoder layers"):
+        healed(model, tmp_path / "w", train="lora")

@@ -220,3 +220,64 @@ def test_a_tokenizer_that_tells_no_places():
     _, learned, counts = masked(tokenizer, TALK)
     assert learned == ["A1 y<|end|>\n", "A2<|end|></s>"]  # </s> swallows the line end
     assert not counts
+
+
+ASKING = [
+    ASK, turn("assistant", "I look.", tool_calls=[CALL]), turn("tool", "20 C"), ANSWER, *TALK[2:],
+]  # fmt: skip
+NAMED = "{% set ns = namespace(name='') %}{% for m in messages %}{% set c = m.tool_calls or [] %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "truth"),
+    [
+        # What a tool says stands behind the name of the function, before what the assistant says.
+        (
+            NAMED + "{% if m.role != 'tool' %}{{ '<turn>' + m.role + '\\n' }}{% endif %}"
+            "{% if m.role == 'tool' %}{% elif c %}{{ '<call>' + c[0].function.name + '</call>' }}"
+            "{% set next = messages[loop.index] if not loop.last %}{% if next.role == 'tool' %}"
+            "{{ '<reply>' + c[0].function.name + ':' + next.content + '</reply>' }}{% endif %}"
+            "{{ m.content }}{% else %}{{ m.content }}{% endif %}"
+            "{% if m.role != 'tool' %}{{ '</turn>\\n' }}{% endif %}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<turn>assistant\\n' }}{% endif %}",
+            ["<call>weather</call>", "I look.</turn>\n", "A1 y</turn>\n", "A2</turn>\n"],
+        ),
+        # A tool's turn has the name of the function; calls end otherwise than answers.
+        (
+            NAMED + "{% if c %}{% set ns.name = c[0].function.name %}"
+            "{{ '<start>assistant to=' + ns.name + '<message>' + m.content }}"
+            "{{ '<call>' if loop.index0 < messages | length - 1 else '<end>' }}"
+            "{% elif m.role == 'tool' %}"
+            "{{ '<start>' + ns.name + '<message>' + m.content + '<end>' }}"
+            "{% else %}{{ '<start>' + m.role + '<message>' + m.content + '<end>' }}{% endif %}"
+            "{% endfor %}{% if add_generation_prompt %}{{ '<start>assistant' }}{% endif %}",
+            [" to=weather<message>I look.<call>"] + [f"<message>{a}<end>" for a in ("A1 y", "A2")],
+        ),
+    ],
+)
+def test_what_tools_say_is_not_learned_where_it_stands_within_a_turn(template, truth):
+    whole, learned, _ = masked(tokenizer_of(template), Conversation(ASKING, [TOOL]))
+    assert "20 C" in whole
+    assert learned == truth
+
+
+def test_a_prompt_may_end_in_more_line_ends_than_the_answer_begins_with():
+    template = (
+        "{% for m in messages %}\n  {{ '<' + m.role + '>\\n' + m.content + '</s>\\n' }}\n"
+        "{% endfor %}\n{% if add_generation_prompt %}\n  {{ '<assistant>\\n' }}\n{% endif %}"
+    )
+    tokenizer = tokenizer_of(template)
+    assert tokenizer.apply_chat_template(
+        TALK[:1], tokenize=False, add_generation_prompt=True
+    ).endswith("<assistant>\n\n")
+    assert [one.rstrip() for one in masked(tokenizer, TALK)[1]] == ["A1 y</s>", "A2</s>"]
+
+
+def test_a_header_that_is_always_written_at_the_end_is_no_part_of_an_answer():
+    template = (
+        "{% for m in messages %}{{ '<start><' + m.role + '>' + m.content + '</s>' }}{% endfor %}"
+        "{{ '<start><assistant>' }}"
+    )
+    _, learned, counts = masked(tokenizer_of(template), TALK)
+    assert learned == ["A1 y</s>", "A2</s>"]
+    assert not counts

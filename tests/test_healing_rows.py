@@ -14,14 +14,16 @@ from helpers_data import alone as alone
 from helpers_data import jsonl, put, spec, table
 from helpers_healing_data import heal, hub, problem
 from helpers_templates import TEMPLATES, tokenizer_of
+from tiny import tiny_model
 
 from llmslim.data import HealingText, calibration_windows, read_texts
 from llmslim.data.columns import RowReader
 from llmslim.errors import DataError
+from llmslim.healing.answers import answers
 from llmslim.recipe.schema import HealSource
 
 LOAD = datasets.load_dataset
-KINDS = ["jsonl", "jsonl.gz", "parquet", "csv", "hub"]
+KINDS = ["jsonl", "jsonl.gz", "json", "json.gz", "parquet", "csv", "hub"]
 QWEN = tokenizer_of(TEMPLATES["qwen2.5"])
 ASK, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 
@@ -33,6 +35,8 @@ def written(kind: str, path: Path, rows: list[dict[str, Any]], patch: Any) -> st
         hub(patch, table("parquet", path / f"hub{len(rows)}.parquet", rows))
         return f"org/name{len(rows)}"
     name = path / f"a.{kind}"
+    if kind.startswith("json") and "jsonl" not in kind:
+        return put(name, json.dumps(rows, indent=1).encode())
     if kind != "csv":
         return table(kind.removesuffix(".gz"), name, rows)
     columns = list(dict.fromkeys(column for row in rows for column in row))
@@ -72,6 +76,7 @@ def chat(*turns: tuple[str, str]) -> str:
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
 TOOL = {"type": "function", "function": {"name": "weather", "description": "of a city"}}
+QUESTION = [("system", "You are kind."), ("user", "Q"), ("assistant", "A")]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -94,6 +99,10 @@ TOOL = {"type": "function", "function": {"name": "weather", "description": "of a
             {"system": "S", "prompt": "Q", "completion": "A"},
             [("system", "S"), ("user", "Q"), ("assistant", "A")],
         ),
+        ({"prompt": "Q", "response": "A"}, QUESTION),
+        ({"question": "Q", "answer": "A"}, QUESTION),
+        ({"question": "Q", "response": "A"}, QUESTION),
+        ({"prompt": [ASK], "completion": [ANSWER]}, QUESTION),
         (
             {"system_prompt": "S", "messages": [ASK, ANSWER]},
             [("system", "S"), ("user", "Q"), ("assistant", "A")],
@@ -276,6 +285,19 @@ def test_half_a_character_is_replaced_with_its_place(tmp_path, nested):
     assert reader.notes("a.jsonl") == notes
 
 
+def test_half_a_character_in_a_name_a_licence_or_a_template_is_replaced(tmp_path):
+    rows = [{"text": f"{i} words", "li\ud83d": "other", "license": "CC \ud83d"} for i in range(3)]
+    text = heal(jsonl(tmp_path / "a.jsonl", rows), tokenizer=tokenizer_of(None), held_out=0)
+    assert text.licence == "a.jsonl: CC �"
+    assert "the columns li� (3)" in " ".join(text.notes)
+    tokenizer = tokenizer_of("{{ 'half \\ud83d ' }}" + TEMPLATES["chatml"])
+    (text,), notes = read(jsonl(tmp_path / "b.jsonl", [{"messages": [ASK, ANSWER]}]), tokenizer)
+    assert text == "half � " + chat(("user", "Q"), ("assistant", "A"))
+    assert len(notes) == 1
+    assert "template writes half of a surrogate pair" in notes[0]
+    assert answers(tiny_model(vocab_size=len(tokenizer)), tokenizer)
+
+
 def test_bytes_that_are_no_text_in_a_table_are_named_with_their_row(tmp_path):
     import pyarrow as pa
     from pyarrow import parquet
@@ -313,3 +335,32 @@ def test_rows_that_are_all_the_same_are_trained_on_with_a_note(tmp_path):
     assert len(texts(text, tokenizer_of(None))) == 48
     (note,) = text.notes
     assert "every row says the same as one that is held out" in note
+
+
+# ------------------------------------------------------------------------- lists in JSON
+
+
+def test_json_is_read_as_datasets_reads_it(tmp_path):
+    rows = [{"text": f"row {i}"} for i in range(5)]
+    for number, data in enumerate(
+        (json.dumps(rows), "\n " + json.dumps(rows, indent=2), "\n".join(map(json.dumps, rows)))
+    ):
+        name = put(tmp_path / f"{number}.json", data.encode())
+        truth = LOAD("json", data_files=name, split="train", cache_dir=tmp_path / "datasets")
+        assert sorted(read_texts(name)) == sorted(truth["text"])
+    put(tmp_path / "bom.json", b"\xef\xbb\xbf" + json.dumps(rows).encode())
+    assert len(list(read_texts(str(tmp_path / "bom.json")))) == 5
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b'[{"text": "a"},\n {"text": ]', "a.json:2: not JSON"),
+        (b'[{"text": "a"}, 3]', "a.json: row 2: int"),
+        (b'{"text":\n "a"}', "a.json:1: not JSON"),
+        (b"[]", "no rows"),
+        (b"", "no rows"),
+    ],
+)
+def test_json_that_is_no_table_is_told_with_its_place(tmp_path, data, said):
+    assert said in problem(put(tmp_path / "a.json", data))

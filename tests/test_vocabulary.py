@@ -14,7 +14,7 @@ from helpers_data import jsonl, put, spec
 from helpers_healing_data import CHATML
 from tiny import tiny_model
 
-from llmslim import heal, plan_heal
+from llmslim import heal, plan_heal, slim
 from llmslim.data import calibration_windows, embedding_rows, healing_text
 from llmslim.data.conversations import sampled_conversations
 from llmslim.errors import DataError
@@ -77,6 +77,18 @@ def test_calibration_text_names_the_token(tmp_path):
     with pytest.raises(DataError) as caught:
         calibration_windows(spec(name), larger("<new>"), tiny_model())
     named(caught)
+
+
+def test_windows_made_elsewhere_are_checked_too(tmp_path):
+    name = put(tmp_path / "a.txt", b"some text <new> and more " * 40)
+    windows = calibration_windows(spec(name), larger("<new>"))
+    rule = {"match": "*.mlp.*", "structure": "low_rank", "rank": 4}
+    model = tiny_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for given, said in ((windows, "with id 96"), (windows.ids, "Tensor")):
+        with pytest.raises(DataError, match=said):
+            slim(model, {"replace": [rule], "init": "least_squares"}, calibration=given)
+    assert all(torch.equal(before[name], now) for name, now in model.state_dict().items())
 
 
 def test_a_model_cannot_converse_in_tags_that_it_does_not_know():

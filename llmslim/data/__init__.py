@@ -5,6 +5,7 @@ from .healing import healing_text as healing_text
 from .messages import Conversation as Conversation
 from .messages import Document as Document
 from .messages import Message as Message
+from .messages import mended as mended
 from .packing import Rows as Rows
 from .packing import collate as collate
 from .packing import collate_apart as collate_apart

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from jinja2 import TemplateError
 
-from .messages import Document, Message, strings_in, tools_of
+from .messages import Document, Message, mended, strings_in, tools_of
 
 Turn = dict[str, Any]
 
@@ -51,6 +51,8 @@ class Chat:
     """What the template does not write, and how often it was there."""
     moved: int = 0
     """Conversations whose system prompt was put into the first turn of the user."""
+    halved: bool = False
+    """Whether the template itself writes half of a surrogate pair."""
     _known: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """By a conversation's shape, what is missing of it."""
     _best_way: dict[str, int] = field(default_factory=dict)
@@ -93,7 +95,10 @@ class Chat:
         """
         if tools:
             options["tools"] = tools
-        return str(self.tokenizer.apply_chat_template(list(turns), tokenize=False, **options))
+        text = str(self.tokenizer.apply_chat_template(list(turns), tokenize=False, **options))
+        whole = mended(text)
+        self.halved = self.halved or whole is not text
+        return whole
 
     def notes(self, source: str) -> list[str]:
         """Return sentences about what was not written as it is."""
@@ -101,6 +106,11 @@ class Chat:
         if self.unwritten:
             what = ", ".join(f"{what} ({count})" for what, count in self.unwritten.items())
             notes.append(f"{source}: the chat template does not write {what}.")
+        if self.halved:
+            notes.append(
+                f"{source}: the chat template writes half of a surrogate pair, as of a cut emoji; "
+                "it was replaced by U+FFFD."
+            )
         if self.moved:
             notes.append(
                 f"{source}: the chat template has no system turn; in {self.moved} conversations "

@@ -25,6 +25,8 @@ from .messages import (
     Conversation,
     Document,
     Message,
+    is_messages,
+    mended,
     messages_of,
     strings_in,
     text_of,
@@ -43,6 +45,9 @@ _LAYOUTS: tuple[dict[str, str], ...] = (
     {"prompt": "instruction", "answer": "response"},
     {"prompt": "instruction", "answer": "output"},
     {"prompt": "prompt", "answer": "completion"},
+    {"prompt": "prompt", "answer": "response"},
+    {"prompt": "question", "answer": "answer"},
+    {"prompt": "question", "answer": "response"},
 )
 """What each column of a layout is."""
 _BESIDE = {
@@ -165,6 +170,8 @@ class RowReader:
         Raises:
             DataError: if the columns are not there, or hold something else than text.
         """
+        whole = _mend(row)
+        row = row if whole is None else whole
         layouts = self._layouts(list(row), where)
         self.rows += 1
         for layout in layouts:
@@ -173,7 +180,7 @@ class RowReader:
             document, used = self._read(row, layout, where)
             if document:
                 self._note_unread(row, used, document)
-                return self._mended(document, where)
+                return self._mended(document, where, halved=whole is not None)
         sides = [
             row[layout[name]]
             for layout in layouts
@@ -233,7 +240,7 @@ class RowReader:
             known = ", ".join("+".join(layout.values()) for layout in _LAYOUTS)
             raise DataError(
                 f"{where}: has the columns {', '.join(map(str, columns)) or '(none)'}; "
-                f"one of {known} is needed. Rename the columns."
+                f"one of {known} is needed. Rename the columns, or say which is what (fields)."
             )
         return found
 
@@ -266,7 +273,7 @@ class RowReader:
 
     def _turns(self, value: Any, role: str, column: str, where: str) -> list[Message]:
         """Return one side of an exchange: a text said in that role, or messages already."""
-        if isinstance(value, list):
+        if isinstance(value, list) or is_messages(value):
             return messages_of(value, column, where, self._counts)
         text = text_of(value, column, where)
         return [] if text is None else [Message(role=role, content=text)]
@@ -280,15 +287,23 @@ class RowReader:
             if any(not any(one.strip() in text for text in said) for one in strings_in(value)):
                 self._unread[str(column)] += 1
 
-    def _mended(self, document: Document, where: str) -> Document:
-        """Return a document that every tokenizer can read."""
-        mended = _mend([document, tools_of(document)])
-        if mended is None:
+    def _mended(self, document: Document, where: str, *, halved: bool) -> Document:
+        """Return a document that every tokenizer can read: JSON in a row's texts may have more.
+
+        Args:
+            document: of a row.
+            where: the row's place.
+            halved: whether half a surrogate pair was in the row itself.
+        """
+        whole = _mend([document, tools_of(document)])
+        if whole is None and not halved:
             return document
         if not self._halved:  # the folder is nobody's business: notes are published
             self._first_halved = where.rpartition("/")[2]
         self._halved += 1
-        return mended[0] if isinstance(document, str) else Conversation(*mended)
+        if whole is None:
+            return document
+        return whole[0] if isinstance(document, str) else Conversation(*whole)
 
 
 def _beside(layout: Mapping[str, str], there: set[str]) -> dict[str, str]:
@@ -327,22 +342,19 @@ def _put(turns: Conversation, name: str, value: Any, prompt: Any) -> bool:
 
 
 def _mend(value: Any) -> Any:
-    """Return a value with U+FFFD for every lone surrogate in its texts; None if there is none."""
+    """Return a value with mended texts and keys; None if nothing is to be mended."""
     if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return None
-    if not isinstance(value, Mapping | list):
-        return None
-    parts = value.items() if isinstance(value, Mapping) else enumerate(value)
-    mended = {key: new for key, one in parts if (new := _mend(one)) is not None}
-    if not mended:
-        return None
+        return None if (whole := mended(value)) is value else whole
     if isinstance(value, Mapping):
-        return {**value, **mended}
-    return [mended.get(index, one) for index, one in enumerate(value)]
+        keys = {key: new for key in value if (new := _mend(key)) is not None}
+        parts = {key: new for key, one in value.items() if (new := _mend(one)) is not None}
+        return (
+            {keys.get(k, k): parts.get(k, v) for k, v in value.items()} if keys or parts else None
+        )
+    if not isinstance(value, list):
+        return None
+    items = {index: new for index, one in enumerate(value) if (new := _mend(one)) is not None}
+    return [items.get(index, one) for index, one in enumerate(value)] if items else None
 
 
 def _listed(counts: Mapping[str, int]) -> str:

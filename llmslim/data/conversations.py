@@ -32,7 +32,7 @@ from jinja2 import TemplateError
 
 from llmslim.errors import DataError
 
-from .messages import Message
+from .messages import Message, mended
 from .sampling import (
     Progress,
     cache_folder,
@@ -251,7 +251,7 @@ def _frame(tokenizer: Any, stops: frozenset[int]) -> _Frame | None:
     before, _, between = asked.partition(_MARKS[0])
     behind = whole.partition(_MARKS[1])[2]
     ids = [
-        tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        tokenizer(mended(text), add_special_tokens=False)["input_ids"] if text else []
         for text in (before, between, behind)
     ]
     if not ids[0] or _MARKS[0] not in asked:

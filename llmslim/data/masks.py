@@ -19,6 +19,7 @@ system prompt is, even where the assistant speaks first.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -37,6 +38,8 @@ _MARKUP = r"<[^<>\s]{1,64}>|\[[^\[\]\s]{1,64}\]"
 _EMPTY_FRAME = re.compile(r"(?:\s|<[^<>\s]+>)*")
 """What may stand between a turn's header and its text, such as an empty thought."""
 _ANSWER = MARK.format("answer")
+_SPEAKERS = {"system", "developer", "user", "assistant"}
+"""Who speaks besides tools."""
 
 
 class Masks:
@@ -57,11 +60,9 @@ class Masks:
         spans, lost = [], 0
         for index, turn in enumerate(written.turns):
             if turn["role"] == "assistant":
-                span = _Answer(self, self._chat, written, index).span()
-                if span is None:
-                    lost += 1
-                else:
-                    spans.append(span)
+                found = _Answer(self, self._chat, written, index).spans()
+                spans += found
+                lost += not found
         return spans, lost
 
     def _by_the_template(self, written: Written) -> list[Span] | None:
@@ -116,11 +117,21 @@ class Masks:
                 others += 1
         if not others:
             return ""
-        # The next header may begin like that of the assistant.
+        return self.without_header(common)
+
+    def without_header(self, text: str) -> str:
+        """Return a text without what it ends in of the assistant's header: the next one begins."""
         for length in range(len(self.prompt), 0, -1):
-            if common.endswith(self.prompt[:length]):
-                return common[:-length]
-        return common
+            if text.endswith(self.prompt[:length]):
+                return text[:-length]
+        return text
+
+    def upto_eos(self, text: str, span: Span) -> Span:
+        """Return a span without the tags of the next turn behind the token that ends a text."""
+        eos = getattr(self._chat.tokenizer, "eos_token", None)
+        at = text.rfind(eos, *span) + len(eos) if eos and eos in text[slice(*span)] else span[1]
+        behind = text[at : span[1]]
+        return (span[0], at) if behind.strip() and _EMPTY_FRAME.fullmatch(behind) else span
 
     def _behind(self, talk: list[Turn], index: int, upto: str = "") -> str | None:
         """Return what is written behind a turn's text, None if the template refuses."""
@@ -171,8 +182,18 @@ class _Answer:
         self._masks, self._chat, self._tools = masks, chat, written.tools
         self._turns, self._text, self._index = written.turns, written.text, index
 
-    def span(self) -> Span | None:
-        """Return which characters it has, None if they are not found or say nothing."""
+    def spans(self) -> list[Span]:
+        """Return which characters it has, none if they are not found or say nothing."""
+        span = self._span()
+        if span is None:
+            return []
+        found = (
+            self._without_replies(span) if self._turns[self._index].get("tool_calls") else [span]
+        )
+        return [self._masks.upto_eos(self._text, one) for one in found]
+
+    def _span(self) -> Span | None:
+        """Return where it begins and ends, None if that is not found or it says nothing."""
         turn = self._turns[self._index]
         if not turn.get("content") and self._apply(self._with(_changed(turn))) == self._text:
             return None  # a call of a tool that the template does not write
@@ -194,7 +215,13 @@ class _Answer:
         if not self._index:
             return None
         before = self._apply(self._turns[: self._index], add_generation_prompt=True)
-        return len(before) if before is not None and self._text.startswith(before) else None
+        if before is None:
+            return None
+        same = _same(before, self._text)
+        if same == len(before):
+            return same
+        # A template that is laid out in lines may end its prompt in more of them.
+        return same if before[same - 1 :].isspace() else None
 
     def _end(self) -> int | None:
         """Return the length of what is up to its end, None if that is not as it was then."""
@@ -219,10 +246,10 @@ class _Answer:
         region = _Answer(self._masks, self._chat, written, self._index)._region()
         return 0 if region is None else self._masks.common(self._text[at:], alone[region[1] :])
 
-    def _region(self) -> Span | None:
-        """Return which characters change when it says something else."""
+    def _region(self, others: Sequence[Turn] = ()) -> Span | None:
+        """Return which characters change when it says something else, as one of `others`."""
         turn = self._turns[self._index]
-        for other in (_saying(turn), _changed(turn)):
+        for other in others or (_saying(turn), _changed(turn)):
             changed = self._apply(self._with(other))
             if changed is None or changed == self._text:
                 continue
@@ -232,6 +259,35 @@ class _Answer:
             if "\ue000" in changed[begin : len(changed) - same]:
                 return begin, len(self._text) - same
         return None
+
+    def _without_replies(self, span: Span) -> list[Span]:
+        """Return a span of a turn that calls tools without what they say, where that is in it.
+
+        Templates may write the name of a function before what it says, and what the assistant says
+        beside a call behind that.
+        """
+        begin, end = span
+        turn, following = self._turns[self._index], self._turns[self._index + 1 :]
+        replies = list(itertools.takewhile(lambda one: one["role"] not in _SPEAKERS, following))
+        without = self._apply([*self._turns[: self._index + 1], *following[len(replies) :]])
+        if not replies or without is None:
+            return [span]
+        same = self._masks.common(self._text[begin:], without[begin:])
+        calls = begin + len(self._masks.without_header(self._text[begin : begin + same]))
+        written = Written(self._text, self._turns, self._tools)
+        regions = [
+            region
+            for number in range(self._index + 1, self._index + 1 + len(replies))
+            if (region := _Answer(self._masks, self._chat, written, number)._region()) is not None
+            and begin <= region[0] < end
+        ]
+        named = self._region([_changed(turn, names=False)])
+        if not regions:
+            return [(begin, calls) if named and named[1] <= calls < end else span]
+        said = self._region([{**turn, "content": _ANSWER}]) if turn.get("content") else None
+        behind = said is not None and regions[-1][1] <= said[0]
+        found = [(begin, min(calls, regions[0][0])), (said[0], end) if said and behind else (0, 0)]
+        return [one for one in found if one[0] < one[1]]
 
     def _with(self, other: Turn) -> list[Turn]:
         """Return the conversation with another turn in place of this one."""
@@ -251,8 +307,13 @@ def _saying(turn: Turn) -> Turn:
     return {"role": turn["role"], "content": content}
 
 
-def _changed(turn: Turn) -> Turn:
-    """Return a turn that does the same, with other words: for templates that count calls."""
+def _changed(turn: Turn, *, names: bool = True) -> Turn:
+    """Return a turn that does the same, with other words: for templates that count calls.
+
+    Args:
+        turn: the assistant's.
+        names: whether it is other functions that are called, else the same with other arguments.
+    """
     changed = dict(turn)
     if isinstance(turn.get("content"), str) and turn["content"]:
         changed["content"] = _ANSWER
@@ -260,10 +321,18 @@ def _changed(turn: Turn) -> Turn:
         changed[key] = _ANSWER
     if "tool_calls" in turn:
         changed["tool_calls"] = [
-            {**call, "function": {**call["function"], "name": _ANSWER}}
+            {**call, "function": {**call["function"], **_other(call["function"], names=names)}}
             for call in turn["tool_calls"]
         ]
     return changed
+
+
+def _other(function: dict[str, Any], *, names: bool) -> dict[str, Any]:
+    """Return another name for a function, or other arguments of the same names."""
+    given = function.get("arguments")
+    if names:
+        return {"name": _ANSWER}
+    return {"arguments": dict.fromkeys(given, _ANSWER)} if isinstance(given, dict) else {}
 
 
 def within(offsets_T2: NDArray[np.int64], spans: Sequence[Span]) -> NDArray[np.bool_]:

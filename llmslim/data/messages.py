@@ -123,6 +123,23 @@ def strings_in(value: Any) -> Iterator[str]:
             yield from strings_in(one)
 
 
+def mended(text: str) -> str:
+    """Return a text with U+FFFD for every half of a surrogate pair, which no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def is_messages(value: Any) -> bool:
+    """Tell whether a value is a list of messages, or JSON text of one."""
+    value = _from_json(value)
+    return isinstance(value, list) and all(
+        isinstance(one, Mapping) and ("role" in one or "from" in one) for one in value
+    )
+
+
 def _message(given: Mapping[str, Any], column: str, where: str, counts: Counter[str]) -> Message:
     """Return one message.
 

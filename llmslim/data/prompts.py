@@ -98,7 +98,7 @@ class Encoder:
         self.counts.clear()
         self._unwritten.clear()
         self._chat.unwritten.clear()
-        self._chat.moved = 0
+        self._chat.moved, self._chat.halved = 0, False
 
     @property
     def key(self) -> str:

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from llmslim.errors import DataError
 
+from .messages import mended
 from .vocabulary import check_ids, embedding_rows
 
 OPENERS = (
@@ -165,7 +166,7 @@ def _chats(tokenizer: Any, vocabulary: int) -> Iterator[list[int]]:
             text = tokenizer.apply_chat_template(
                 [{"role": "user", "content": opener}], tokenize=False, add_generation_prompt=True
             )
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = tokenizer(mended(text), add_special_tokens=False)["input_ids"]
             if ids and max(ids) < vocabulary:
                 yield ids
 

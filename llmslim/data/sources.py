@@ -20,7 +20,7 @@ from llmslim.recipe.schema import HealSource
 
 from .columns import LICENCE, RowReader, check_fields
 from .hub import downloaded_rows, hub_info, hub_page, stream_rows
-from .messages import Document
+from .messages import Document, mended
 from .tables import TABLES, count_rows, decode, kind, opened, read_rows
 from .text import local_file, shuffled
 
@@ -196,7 +196,7 @@ def _open_hub(asked: HealSource, seed: int, *, in_part: bool) -> Source:
 
 def _item(reader: RowReader, row: Mapping[str, Any], where: str) -> Item:
     licence = row.get(LICENCE)
-    return reader(row, where), str(licence) if licence else None
+    return reader(row, where), mended(str(licence)) if licence else None
 
 
 def _in_random_order(items: Iterator[Item], seed: int) -> Iterator[Item]:

@@ -1,15 +1,17 @@
-"""Read the rows of a table in a file: JSON lines, CSV or Parquet, each also packed with gzip.
+"""Read the rows of a table in a file: JSON lines, JSON, CSV or Parquet, each also packed with gzip.
 
 Rows come one at a time, in the file's order or, for Parquet, in one drawn from a seed; no file is
-held in memory as a whole, but for a Parquet file inside a .gz, which is read from its end. What is
-wrong with a file is told with its name and the line.
+held in memory as a whole, but for a .json file that is one list, and a Parquet file inside a .gz,
+which is read from its end. A .json file that is no list is read as JSON lines, as `datasets` does.
+What is wrong with a file is told with its name and the line.
 
-Left out: .json files that are one big list, separators other than commas, encodings other than
-UTF-8. One line of Python makes JSON lines of them.
+Left out: .json files with a list inside an object, separators other than commas, encodings other
+than UTF-8. One line of Python makes JSON lines of them.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
@@ -23,7 +25,7 @@ from typing import IO, Any, cast
 
 from llmslim.errors import DataError
 
-TABLES = (".jsonl", ".csv", ".parquet")
+TABLES = (".jsonl", ".json", ".csv", ".parquet")
 
 Row = Mapping[str, Any]
 Pick = Callable[[Sequence[str]], Sequence[str]]
@@ -57,7 +59,9 @@ def read_rows(
     """
     if kind(path) == ".parquet":
         return _parquet(path, pick, order)
-    return _jsonl(path) if kind(path) == ".jsonl" else _csv(path)
+    if kind(path) == ".csv":
+        return _csv(path)
+    return _json_list(path) if kind(path) == ".json" and _is_list(path) else _jsonl(path)
 
 
 def count_rows(path: Path) -> int | None:
@@ -119,12 +123,43 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
                 raise DataError(
                     f"{where}: not JSON ({error}); every line is one object. Mend the line."
                 ) from error
-            if not isinstance(row, dict):
-                raise DataError(
-                    f"{where}: {type(row).__name__}; every line is one JSON object, such as "
-                    '{"text": "..."}.'
-                )
-            yield where, row
+            yield where, _object(row, where, "line")
+
+
+def _object(row: Any, where: str, what: str) -> Row:
+    """Return a row.
+
+    Raises:
+        DataError: if it is anything but an object.
+    """
+    if not isinstance(row, dict):
+        raise DataError(
+            f"{where}: {type(row).__name__}; every {what} is one JSON object, such as "
+            '{"text": "..."}.'
+        )
+    return row
+
+
+def _is_list(path: Path) -> bool:
+    """Tell whether a file begins as a list in JSON does."""
+    with opened(path) as file:
+        line = next((line for line in file if line.removeprefix(codecs.BOM_UTF8).strip()), b"")
+    return line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+
+
+def _json_list(path: Path) -> Iterator[tuple[str, Row]]:
+    with opened(path) as file:
+        text = decode(file.read(), str(path))
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise DataError(
+            f"{path}{line}: not JSON ({error}); the file is one list of objects. Mend it."
+        ) from error
+    for number, row in enumerate(rows, start=1):
+        where = f"{path}: row {number}"
+        yield where, _object(row, where, "item of the list")
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Row]]:

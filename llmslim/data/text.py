@@ -1,13 +1,13 @@
 """Read documents from a file or from a data set on the hub.
 
 A document is a text, or a conversation: a list of messages with roles. A plain-text file is one
-document; of tables (JSON lines, CSV, Parquet, the hub) every row is one, and what it holds is known
-by the names of its columns. Rows come in an order drawn from a seed, since tables are often sorted:
-Parquet by permuting row groups and the rows in each, the others through a buffer, so that no
-file is held in memory as a whole.
+document; of tables (JSON lines, JSON, CSV, Parquet, the hub) every row is one, and what it holds is
+known by the names of its columns. Rows come in an order drawn from a seed, since tables are often
+sorted: Parquet by permuting row groups and the rows in each, the others through a buffer, so that
+no file but a JSON list is held in memory as a whole.
 
-Left out: .json files, folders of files, and columns under other names. One line of Python makes
-JSON lines of them.
+Left out: folders of files, and columns under other names. One line of Python makes JSON lines of
+them.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def read_texts(
     """Read documents, one after the other; nothing is opened before the first is asked for.
 
     Args:
-        name_or_path: a .txt, .jsonl, .csv or .parquet file, also with .gz behind; or the name of a
-            data set on the hub as `owner/name`, `name:config` or `name:config:split`. The split is
-            `train` where none is given.
+        name_or_path: a .txt, .jsonl, .json, .csv or .parquet file, also with .gz behind; or the
+            name of a data set on the hub as `owner/name`, `name:config` or `name:config:split`. The
+            split is `train` where none is given.
         seed: of the order in which rows come.
         reader: makes documents of rows, and counts those that hold none.
 

@@ -39,7 +39,7 @@ from .prompts import Encoder, Ids
 from .sampling import Progress, cache_folder
 from .sources import Source
 
-_FORMAT = 2  # raised by whoever changes what is in the file
+_FORMAT = 3  # raised by whoever changes what is in the file
 _HEADER_BYTES = 2**16  # written last, when the sizes are known; the space for it comes first
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 1024, 2**22
 

@@ -63,6 +63,19 @@ class Windows:
             f"{self.held_out.numel():,} others"
         )
 
+    def check_known(self, tokenizer: Any, vocabulary: int | None) -> None:
+        """Refuse windows for a model without an embedding for some of their tokens.
+
+        Args:
+            tokenizer: says what the tokens are, where there is one.
+            vocabulary: how many tokens the model knows; None where that is not known.
+
+        Raises:
+            DataError: if there are other tokens.
+        """
+        for ids in (self.ids, self.held_out):
+            check_ids(ids.flatten().cpu().numpy(), tokenizer, vocabulary, "calibration")
+
 
 def calibration_windows(
     spec: Calibration, tokenizer: Any, model: Any = None, *, progress: Progress | None = None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmslim.data import embedding_rows, longest_input
+from llmslim.data import embedding_rows, longest_input, mended
 from llmslim.healing.restoring import evaluating
 
 PROMPTS = (
@@ -34,11 +34,11 @@ def answers(model: Any, tokenizer: Any) -> list[str]:
 
 def _answer(model: Any, tokenizer: Any, prompt: str) -> str:
     if getattr(tokenizer, "chat_template", None):
-        inputs = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+        )
+        inputs = tokenizer(
+            mended(text), add_special_tokens=False, return_tensors="pt", return_token_type_ids=False
         )
     else:
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)

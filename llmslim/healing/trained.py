@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from llmslim.errors import HealingError
+from llmslim.errors import HealingError, TargetError
 from llmslim.healing.rounding import rounded
 from llmslim.healing.sharding import overwrite, settled, whole
 from llmslim.modeling.modeling_llmslim import set_module
@@ -275,8 +275,18 @@ def _own_parameters(model: nn.Module, name: str) -> list[tuple[str, nn.Parameter
 
 
 def _dense_maps(model: Any, changed: list[str]) -> tuple[str, ...]:
-    """Return the dense maps inside the decoder layers that surgery left as they were."""
-    stack = find_layers(model).path
+    """Return the dense maps inside the decoder layers that surgery left as they were.
+
+    Raises:
+        HealingError: if the model has no list of such layers.
+    """
+    try:
+        stack = find_layers(model).path
+    except TargetError as error:
+        raise HealingError(
+            f"heal.train: lora, but {type(model).__name__} has no list of decoder layers, whose "
+            "dense maps it is for. Train `all`."
+        ) from error
     inside = tuple(f"{name}." for name in changed)
     return tuple(
         name

@@ -142,7 +142,11 @@ class HealingTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return this pass's part of the step's mean loss."""
+        """Return this pass's part of the step's mean loss.
+
+        Raises:
+            HealingError: if it has no gradient: some layers pass none on that their input has not.
+        """
         inputs = dict(inputs)
         labels_NL = inputs.pop("labels")
         if not self.position_ids:
@@ -155,6 +159,12 @@ class HealingTrainer(Trainer):
             self.blend.at(self.state.global_step)
         step = Step(model, inputs, labels_NL, self.spec, self.teacher, self.layers, taught)
         total = self.phase.loss(step)
+        if not total.requires_grad:
+            raise HealingError(
+                f"heal.train: {self.spec.train}, but the layers of this architecture "
+                f"({type(self.trained.model).__name__}) pass no gradient on unless the embedding "
+                "is trained, too. Train `all`."
+            )
         # Gradients are averaged over processes, but sums are to be added up.
         loss = total * self.accelerator.num_processes / num_items_in_batch
         return (loss, None) if return_outputs else loss

@@ -166,7 +166,7 @@ class Calibration(Section):
     """Text whose activations the blocks are fitted to."""
 
     data: str | Annotated[tuple[str, ...], Field(min_length=1)] = "self"
-    """`self` (sampled from the dense model), a data set on the hub, a .txt, .jsonl, .csv or .parquet file, or a list of them."""
+    """`self` (sampled from the dense model), a data set on the hub, a .txt, .jsonl, .json, .csv or .parquet file, or a list of them."""
     tokens: Count = 65_536
     """Tokens to read; of several texts, as many of each."""
     sequence_length: Count = 1024
@@ -198,7 +198,7 @@ class Heal(Section):
     """Fine-tuning after surgery."""
 
     data: str | HealSource | tuple[str | HealSource, ...] = "lamini"
-    """`lamini`, `self`, a data set on the hub, a .jsonl, .parquet, .csv or .txt file, or a list of them."""
+    """`lamini`, `self`, a data set on the hub, a .jsonl, .json, .parquet, .csv or .txt file, or a list of them."""
     template: Literal["chat", "report"] = "chat"
     """How a row becomes text: the tokenizer's chat template, or the kphi-3 report's."""
     loss_on: Literal["all", "answers"] = "all"

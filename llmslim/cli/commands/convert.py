@@ -42,9 +42,9 @@ healed (`llmslim heal`)."""
     "--calibration",
     multiple=True,
     metavar="NAME|FILE",
-    help="Text to fit the blocks to: `self` (sampled from MODEL), a .txt, .jsonl or .parquet file "
-    "(each also .gz), or a data set. Given several times, equal parts of each. Implies --init "
-    "least_squares.",
+    help="Text to fit the blocks to: `self` (sampled from MODEL), a .txt, .jsonl, .json, .csv or "
+    ".parquet file (each also .gz), or a data set. Given several times, equal parts of each. "
+    "Implies --init least_squares.",
 )
 @click.option(
     "--calibration-tokens",

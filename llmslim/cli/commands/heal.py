@@ -43,7 +43,7 @@ def _read_settings(
     "--data",
     metavar="NAME|FILE",
     help="Text to train on: lamini, self (sampled from the teacher), a data set on the hub, or a "
-    ".jsonl, .parquet, .csv or .txt file.",
+    ".jsonl, .json, .parquet, .csv or .txt file.",
 )
 @click.option("--teacher", metavar="MODEL", help="The dense model, to learn from.")
 @click.option(
