@@ -12,8 +12,7 @@ import copy
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -55,6 +54,8 @@ class DepthPlan:
     """What changes with these fields outside of the layers."""
     record: dict[str, Any] | None = None
     """What `llmslim.depth` of its config says; None where the fields say it all."""
+    notes: tuple[str, ...] = ()
+    """Sentences for the report."""
 
 
 def kept_layers(recipe: Recipe, count: int) -> tuple[int, ...]:
@@ -176,7 +177,7 @@ class _Search:
                 set_attributes(made.get_submodule(name), values)
             if not first_difference(made, trial):
                 self._check_same(made)
-                return DepthPlan(fields, attributes)
+                return DepthPlan(fields, attributes, notes=self._told_of_cache(made))
             if tried is None or fields.keys() <= tried.fields.keys():
                 tried = DepthPlan(fields, attributes)
             if outside := self._outside(trial):
@@ -188,7 +189,7 @@ class _Search:
         for name, values in found.attributes.items():
             set_attributes(left.get_submodule(name), values)
         self._check_same(left)
-        return found
+        return replace(found, notes=self._told_of_cache(left))
 
     def _check_same(self, made: nn.Module) -> None:
         """Make sure that layers compute at their new places what they computed at their old ones.
@@ -204,16 +205,26 @@ class _Search:
             found = layer_operations(made, self._stack)
         except CannotRunError as error:
             raise ValueError(f"what is left does not run ({error})") from error
-        with suppress(CannotRunError):  # the original may have no cache
-            check_runs(self._original, use_cache=True)
-            try:
-                check_runs(made, use_cache=True)
-            except CannotRunError as error:
-                raise ValueError(f"what is left does not run with a cache ({error})") from error
         for new, old in enumerate(self._keep):
             (inside, after), (wanted, then) = found[new], right[old]
             if inside != wanted or (after and then and after != then):
                 raise ValueError(f"layer {old} would compute something else at another place")
+
+    def _told_of_cache(self, made: nn.Module) -> tuple[str, ...]:
+        """Say if layers that stay cannot generate with a cache, where all of them can."""
+        try:
+            check_runs(self._original, use_cache=True)
+        except CannotRunError:
+            return ()
+        try:
+            check_runs(made, use_cache=True)
+        except CannotRunError as error:
+            kept = ", ".join(map(str, self._keep))
+            return (
+                f"{self._stack}: layers {kept} alone do not run with a cache ({error}); generate "
+                "with use_cache=False, or keep a layer with attention.",
+            )
+        return ()
 
     def _build(self, fields: Fields) -> nn.Module:
         """Build the original with other fields, from what its config.json would be."""
