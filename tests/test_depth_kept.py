@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,18 @@ def _check_cache(model: Any) -> None:
     )
 
 
+@pytest.mark.parametrize(("keep", "caches"), [([0, 3], False), ([0, 2], True)])
+def test_layers_that_cannot_fill_a_cache(keep: list[int], caches: bool) -> None:
+    """Without attention, the cache of transformers cannot say how long it is."""
+    model = _model("recurrent_gemma")
+    expected = _skipping(_model("recurrent_gemma"), keep)
+    report = llmslim.slim(model, {"depth": {"keep_layers": keep}})
+    torch.testing.assert_close(logits(model, tokens()), expected, rtol=0, atol=1e-5)
+    assert any("use_cache=False" in note for note in report.problems) is not caches
+    with nullcontext() if caches else pytest.raises(ValueError, match="LinearAttention"):
+        model.generate(tokens(1, 5), max_new_tokens=2, pad_token_id=0)
+
+
 @pytest.mark.parametrize("stored", [False, True])
 @pytest.mark.parametrize("name", ["diffllama", "recurrent_gemma"])
 def test_fewer_layers_twice(name: str, stored: bool, tmp_path: Path) -> None:
@@ -202,8 +215,6 @@ def test_blocks_in_layers_at_other_places(tmp_path: Path) -> None:
     [
         # A norm that layer 0 alone has; it runs by its index.
         (tf.RwkvConfig(vocab_size=96, hidden_size=48, num_hidden_layers=4), [1, 2]),
-        # Its cache counts tokens in layers of attention, of which none would be left.
-        (_configs()["jamba"][0], [1, 2]),
         # Lists of modules beside the list of layers.
         (tf.XLMConfig(vocab_size=96, emb_dim=48, n_layers=4, n_heads=4), [0, 2]),
         # Its last layers read keys and values of others.
@@ -215,13 +226,6 @@ def test_blocks_in_layers_at_other_places(tmp_path: Path) -> None:
                 activation_sparsity_pattern=[0.0] * 6,
             ),
             [0, 5],
-        ),
-        # Without attention its cache cannot say how long it is.
-        (
-            tf.RecurrentGemmaConfig(
-                **_SIZES, num_key_value_heads=1, lru_width=48, attention_window_size=4
-            ),
-            [0, 3],
         ),
     ],
     ids=lambda given: getattr(given, "model_type", ""),

@@ -193,6 +193,33 @@ def test_processors_and_templates_travel(fitted: bool, tmp_path: Path) -> None:
     torch.testing.assert_close(of_an_image(plain), of_an_image(slim), rtol=1e-4, atol=1e-4)
 
 
+def test_a_healed_one_still_reads_images_and_keeps_its_processor(tmp_path: Path) -> None:
+    dense = source(tmp_path / "dense")
+    slim = llmslim.convert(dense, RECIPE, tmp_path / "slim").path
+    (tmp_path / "t.txt").write_text("the cat sat on the mat " * 200)
+    llmslim.heal(
+        slim,
+        data=str(tmp_path / "t.txt"),
+        teacher=dense,
+        tokens=512,
+        out=tmp_path / "healed",
+        settings={"batch_size": 2, "context_length": 32, "learning_rate": 1e-2},
+    )
+    exported = llmslim.export_dense(tmp_path / "healed", tmp_path / "exported")
+    for folder in (tmp_path / "healed", exported):
+        assert all((folder / n).read_bytes() == (dense / n).read_bytes() for n in KEPT)
+        assert llmslim.verify(folder).ok
+    before, healed, plain = (
+        tf.AutoModelForImageTextToText.from_pretrained(folder)
+        for folder in (slim, tmp_path / "healed", exported)
+    )
+    assert not torch.allclose(of_an_image(healed), of_an_image(before), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(of_an_image(plain), of_an_image(healed), rtol=1e-4, atol=1e-4)
+    tower = {k: v for k, v in before.state_dict().items() if "vision" in k}
+    assert tower  # text says nothing of images
+    assert all(torch.equal(healed.state_dict()[key], value) for key, value in tower.items())
+
+
 def test_templates_of_several_names_travel(tmp_path: Path) -> None:
     dense = tmp_path / "dense"
     llava().save_pretrained(dense)

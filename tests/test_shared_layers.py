@@ -171,9 +171,19 @@ def test_a_shared_mlp_is_narrowed_once(init: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "olmo2"])
-def test_an_mlp_whose_output_is_normalised_keeps_that_output(model_type: str) -> None:
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"structure": "width", "keep_ratio": 0.5},
+        {"structure": "low_rank", "keep_ratio": 0.45, "neurons": 0.5},
+    ],
+    ids=["narrower", "blocks in it"],
+)
+def test_an_mlp_whose_output_is_normalised_keeps_that_output(
+    model_type: str, rule: dict[str, Any]
+) -> None:
     """Truth: the down projection's outputs on held-out windows, dense, slim, and merely cut."""
-    widths = {"match": "*.layers.0.mlp.*", "structure": "width", "keep_ratio": 0.5}
+    widths = {"match": "*.layers.0.mlp.*", **rule}
     found: dict[str, Tensor] = {}
 
     def output(model: Any, name: str) -> None:

@@ -75,6 +75,18 @@ def test_each_command_says_what_it_was_given(kind: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_class_that_loads_a_pickle_is_refused_before_any_work(tmp_path: Path) -> None:
+    config = tf.Qwen2_5OmniConfig(architectures=["Qwen2_5OmniForConditionalGeneration"])
+    config.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="spk_dict"):
+        llmslim.plan(tmp_path, RECIPE)
+    config.architectures = ["Qwen2_5OmniThinkerForConditionalGeneration"]
+    thinker = config.thinker_config
+    thinker.architectures = config.architectures
+    thinker.save_pretrained(tmp_path)
+    assert open_source(tmp_path, weights=False).config.model_type == "qwen2_5_omni_thinker"
+
+
 def test_a_base_class_whose_head_is_there_is_a_language_model(tmp_path: Path) -> None:
     for tied in (True, False):
         model = tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES, tie_word_embeddings=tied))

@@ -23,9 +23,18 @@ _OTHER_HEAD = re.compile(
     r"|Retrieval|Detection|Segmentation)$"
 )
 
+_READ_PICKLES = {
+    "Qwen2_5OmniForConditionalGeneration": (
+        "spk_dict.pt",
+        "Qwen2_5OmniThinkerForConditionalGeneration",
+    )
+}
+"""Classes whose `from_pretrained` fails without a file that holds neither config nor weights: the
+file, and the class of the part that needs none."""
+
 
 def check_head(config: Any, folder: Path, given: str) -> None:
-    """Refuse a config whose class is known to write no text.
+    """Refuse a config whose class is known to write no text, or to load a pickle.
 
     Args:
         config: the model's.
@@ -33,7 +42,8 @@ def check_head(config: Any, folder: Path, given: str) -> None:
         given: the model, for messages.
 
     Raises:
-        CheckpointError: if its class has no output head, or one for something else.
+        CheckpointError: if its class has no output head, or one for something else, or cannot be
+            loaded without a pickle.
     """
     named = getattr(config, "architectures", None)
     kind = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
@@ -41,6 +51,12 @@ def check_head(config: Any, folder: Path, given: str) -> None:
         raise CheckpointError(
             f"{given}: is a {kind[:80]}, which scores text and writes none; a language model, such "
             "as a ...ForCausalLM, is needed. Give the model that it was trained from."
+        )
+    if kind in _READ_PICKLES:
+        file, part = _READ_PICKLES[kind]
+        raise CheckpointError(
+            f"{given}: is a {kind}, which loads {file} beside its weights, a pickle; none are read "
+            f"or written here. Give the part of it that writes text, saved as {part}."
         )
     if kind and kind in _base_classes(config) and not _has_head(config, folder):
         raise CheckpointError(

@@ -12,7 +12,7 @@ import copy
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -53,6 +53,8 @@ class DepthPlan:
     """What changes with these fields outside of the layers."""
     record: dict[str, Any] | None = None
     """What `llmslim.depth` of its config says; None where the fields say it all."""
+    notes: tuple[str, ...] = ()
+    """Sentences for the report."""
 
 
 def kept_layers(recipe: Recipe, count: int) -> tuple[int, ...]:
@@ -173,8 +175,7 @@ class _Search:
             for name, values in attributes.items():
                 set_attributes(made.get_submodule(name), values)
             if not first_difference(made, trial):
-                self._check_same(made)
-                return DepthPlan(fields, attributes)
+                return DepthPlan(fields, attributes, notes=self._check_same(made))
             if tried is None or fields.keys() <= tried.fields.keys():
                 tried = DepthPlan(fields, attributes)
             if outside := self._outside(trial):
@@ -185,14 +186,16 @@ class _Search:
         set_fields(left, found.fields)
         for name, values in found.attributes.items():
             set_attributes(left.get_submodule(name), values)
-        self._check_same(left)
-        return found
+        return replace(found, notes=self._check_same(left))
 
-    def _check_same(self, made: nn.Module) -> None:
+    def _check_same(self, made: nn.Module) -> tuple[str, ...]:
         """Make sure that layers compute at their new places what they computed at their old ones.
 
+        Returns:
+            A sentence for the report, where they do not run with a cache.
+
         Raises:
-            ValueError: if they do not.
+            ValueError: if they compute something else, or do not run.
         """
         for cached, how in ((False, ""), (True, " with a cache")):
             try:
@@ -202,7 +205,13 @@ class _Search:
             try:
                 found = layer_operations(made, self._stack, cached=cached)
             except CannotRunError as error:
-                raise ValueError(f"what is left does not run{how} ({error})") from error
+                if not cached:
+                    raise ValueError(f"what is left does not run ({error})") from error
+                kept = ", ".join(map(str, self._keep))
+                return (
+                    f"{self._stack}: layers {kept} alone do not run with a cache ({error}); "
+                    "generate with use_cache=False, or keep a layer with attention.",
+                )
             for new, old in enumerate(self._keep):
                 after = new == len(found.between) or old == len(right.between)
                 if found.inside[new] != right.inside[old] or not (
@@ -212,6 +221,7 @@ class _Search:
             # Masks for kinds of layers that are gone are not made any more.
             if any(operation not in right.before for operation in found.before):
                 raise ValueError(f"layers would be given something else{how}")
+        return ()
 
     def _build(self, fields: Fields) -> nn.Module:
         """Build the original with other fields, from what its config.json would be."""

@@ -142,6 +142,7 @@ class _Planner:
         check_independent(self.model, self.layers, self.keep)
         self.depth = plan_depth(self.model, self.layers, self.keep)
         self.changes |= self.depth.fields
+        self.notes += self.depth.notes
 
     def _plan_width(self) -> None:
         if self.recipe.width is None and not any(narrows(rule) for rule in self.recipe.replace):

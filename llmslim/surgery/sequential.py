@@ -347,7 +347,7 @@ class _Sequential:
         for site, name in zip(group, names, strict=True):
             module = pair.slim.get_submodule(name)
             weight_OI = wide(dense_weight(module))
-            through = None if writes else weight_OI
+            through = None if writes else self._whole(pair, name, weight_OI)
             bias: Any = getattr(module, "bias", None)
             target = Target(
                 corrected_weight(moments, weight_OI, through).to(weight_OI),
@@ -365,6 +365,14 @@ class _Sequential:
                     block.to_dense().double(), moments.held_out, through
                 )
             self.progress(site.name)
+
+    def _whole(self, pair: LayerPair, name: str, weight_OI: Tensor) -> Tensor:
+        """Return the weight that reads what the dense layer gives a projection.
+
+        Neurons may be gone by now from what reads them, whose target is what all of them gave.
+        """
+        dense_OI = wide(dense_weight(pair.dense.get_submodule(name)))
+        return weight_OI if dense_OI.shape[1] == weight_OI.shape[1] else dense_OI
 
     def _later_writers(self, pair: LayerPair, prefix: str, name: str) -> list[str]:
         """Return the planned or narrowed writers that run after one, by name in the layer."""
