@@ -41,14 +41,16 @@ class Operations:
     """Those between each layer and the next one."""
 
 
-def layer_operations(model: Any, stack: str, *, cached: bool = False) -> Operations:
+def layer_operations(
+    model: Any, stack: str, *, use_cache: bool = False, one_more: bool = False
+) -> Operations:
     """Return what a model computes when it reads text.
 
     Args:
         model: a causal language model on the meta device.
         stack: name of the list of its decoder layers.
-        cached: read one more token with a cache of the text before it, and return what is computed
-            then.
+        use_cache: fill a cache, as models do when they generate.
+        one_more: read one more token with that cache, and return what is computed then.
 
     Returns:
         What each operation is given beside tensors, and their shapes; comparable with `==`.
@@ -71,8 +73,8 @@ def layer_operations(model: Any, stack: str, *, cached: bool = False) -> Operati
         for each in (torch.no_grad(), torch.device("meta"), notes):
             context.enter_context(each)
         try:
-            given = model(input_ids=ids, use_cache=cached)
-            if cached:
+            given = model(input_ids=ids, use_cache=use_cache)
+            if one_more:
                 notes.forget()
                 model(input_ids=ids[:, :1], past_key_values=given.past_key_values, use_cache=True)
         except Exception as error:  # each architecture fails in its own way

@@ -197,15 +197,21 @@ class _Search:
         Raises:
             ValueError: if they compute something else, or do not run.
         """
-        for cached, how in ((False, ""), (True, " with a cache")):
+        ways: tuple[dict[str, bool], ...] = (
+            {},
+            {"use_cache": True},
+            {"use_cache": True, "one_more": True},
+        )
+        for options in ways:
+            how = " with a cache" if options else ""
             try:
-                right = layer_operations(self._original, self._stack, cached=cached)
+                right = layer_operations(self._original, self._stack, **options)
             except CannotRunError:
                 continue  # what is written is compared with what was made all the same
             try:
-                found = layer_operations(made, self._stack, cached=cached)
+                found = layer_operations(made, self._stack, **options)
             except CannotRunError as error:
-                if not cached:
+                if not options:
                     raise ValueError(f"what is left does not run ({error})") from error
                 kept = ", ".join(map(str, self._keep))
                 return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -54,6 +55,9 @@ def check_described(model: Any, plan: Plan) -> None:
         return
     with torch.device("meta"):
         made = type(model)(copy.deepcopy(model.config))
+        known = dict(made.named_modules()) | dict(made.named_parameters())
+        if not all(name in known for name in _touched(plan)):
+            return  # a model whose modules somebody has exchanged: no config builds it as it is
         for each in plan.mlps:
             resize_on_meta(made, each.mlp, each.width)
         replace_sites(made, {site.name: site.spec for site in plan.sites})
@@ -64,12 +68,26 @@ def check_described(model: Any, plan: Plan) -> None:
         except Exception as error:  # configs and models check themselves, each in its own way
             problem = f"{type(error).__name__}: {error}".partition("\n")[0]
     problem = problem or first_difference(made, again)
-    if problem:
+    if problem and not _rebuilt_differs(model):
         raise TargetError(
             f"{plan.recipe.where('depth' if plan.depth else 'replace')}: no config of "
             f"{type(model).__name__} builds what the recipe makes of it ({problem}). Change the "
             "recipe."
         )
+
+
+def _touched(plan: Plan) -> Iterator[str]:
+    """Yield the names of what a plan replaces or resizes."""
+    yield from (site.name for site in plan.sites)
+    yield from (name for each in plan.mlps for name in each.sites)
+
+
+def _rebuilt_differs(model: Any) -> bool:
+    """Return whether a model's config, changed in memory, builds another model as it is."""
+    with torch.device("meta"):
+        now = type(model)(copy.deepcopy(model.config))
+        again = type(model)(type(model.config).from_dict(model.config.to_dict()))
+    return first_difference(now, again) != ""
 
 
 def _existing_sites(model: Any, plan: Plan) -> dict[str, dict[str, Any]]:
