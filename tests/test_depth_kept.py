@@ -104,6 +104,10 @@ def _configs() -> dict[str, tuple[Any, bool]]:
     }  # fmt: skip
 
 
+_MORE = {"diffllama", "qwen3_moe, a period", "deepseek_v3", "recurrent_gemma"}
+"""Of kinds that others stand for in the default run."""
+
+
 def _model(name: str) -> Any:
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(_configs()[name][0]).eval()
@@ -132,7 +136,10 @@ def _through(_module: Any, args: Any, kwargs: Any, output: Any) -> Any:
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
-@pytest.mark.parametrize("name", _configs())
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in _MORE else []) for name in _configs()],
+)
 def test_layers_compute_what_they_did(name: str, tmp_path: Path) -> None:
     keep = [0, 2, 3, 5]
     model = _model(name)

@@ -252,12 +252,14 @@ def test_a_budget_is_shared_out_where_layers_are_unusual(name: str) -> None:
     assert "pivoted_low_rank" in structures
 
 
-def test_a_config_that_counts_no_decoder_layers_cannot_tell_of_fewer() -> None:
+def test_a_config_that_counts_attentions_and_not_layers() -> None:
     model = tiny_model(CLASSES["longcat_flash"])
     assert model.config.num_hidden_layers == 2 * len(model.model.layers)
-    recipe = Recipe.of({"name": "d", "depth": {"keep_layers": [0]}})
-    with pytest.raises(TargetError, match="num_hidden_layers is 4 where there are 2 decoder"):
-        surgery.plan(model, recipe)
+    recipe = Recipe.of({"name": "d", "depth": {"keep_layers": [1]}})
+    surgery.rewrite(model, surgery.plan(model, recipe))
+    assert (model.config.num_layers, model.config.num_hidden_layers) == (1, 2)
+    indices = [attention.layer_idx for attention in model.model.layers[0].self_attn]
+    assert indices == [0, 1]
 
 
 @pytest.mark.slow
