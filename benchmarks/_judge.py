@@ -170,6 +170,7 @@ class Bench:
         found: list[Case] = []
         self.memory: Tensor | None = None
         self.off: float | None = None
+        self.no_cache = False
         for way, given in (("save", model), ("convert", self.dense)):
             refused = _refusal(partial(llmslim.plan, given, recipe))
             case = self._way(way, model, recipe, refused, change)
@@ -187,10 +188,11 @@ class Bench:
 
         def make() -> None:
             if way == "convert":
-                llmslim.convert(self.dense, recipe, out)
+                report = llmslim.convert(self.dense, recipe, out).report
             else:
-                llmslim.slim(model, recipe)
+                report = llmslim.slim(model, recipe)
                 model.save_pretrained(out)
+            self.no_cache = any("use_cache=False" in note for note in report.problems)
 
         if refused is not None and refused.startswith("!"):
             return _fault(f"plan: {refused[1:]}")
@@ -225,7 +227,8 @@ class Bench:
             return _fault("there is nothing in memory to hold it against")
         try:
             differs = difference(logits(loaded), self.memory)
-            cached = [off_with_cache(each) for each in (model, loaded)] if self.caches else []
+            caches = self.caches and not self.no_cache  # where the report says so
+            cached = [off_with_cache(each) for each in (model, loaded)] if caches else []
         except Exception as error:
             return _fault(f"loads, does not run: {type(error).__name__}: {short(error)}")
         measured = {"difference": differs, "truth": self.off}
