@@ -88,7 +88,8 @@ class Mlp:
 def as_site(name: str, module: nn.Module) -> Site | None:
     """Return a module as a site, None if it is not a dense map."""
     if isinstance(module, nn.Linear) and is_dense_map(type(module)):
-        return Site(name, module.in_features, module.out_features, module.bias is not None)
+        outputs, inputs = module.weight.shape  # what a module calls its sizes may be tensors
+        return Site(name, inputs, outputs, module.bias is not None)
     if isinstance(module, Conv1D):
         in_features, out_features = module.weight.shape
         return Site(name, in_features, out_features, module.bias is not None)
