@@ -107,7 +107,7 @@ def run(job: Job) -> Result:
         kept = whitened_svd(model, job.keep, job.fit_NL)
     elif rule is not None:
         recipe = recipe_of(job, rule)
-        calibration = surgery.Calibration(job.fit_NL, job.held_out_NL)
+        calibration = surgery.TokenWindows(job.fit_NL, job.held_out_NL)
         if recipe.has_auto:
             recipe = surgery.allocate(model, recipe, calibration)
         surgery.rewrite(model, surgery.plan(model, recipe), calibration=calibration)

@@ -388,7 +388,7 @@ def fit_to_text(model: Any) -> None:
         AssertionError: if something does not hold.
     """
     windows = torch.randint(3, 90, (6, 16), generator=torch.Generator().manual_seed(2))
-    text = surgery.Calibration(windows[:4], windows[4:])
+    text = surgery.TokenWindows(windows[:4], windows[4:])
     dense, inside = logits(model), f"{find_layers(model).path}.*"
     rule = {"match": inside, "structure": "low_rank", "keep_ratio": 0.5}
     fitting = Recipe.of({"name": "fit", "init": "least_squares", "replace": [rule]})

@@ -19,9 +19,9 @@ from llmslim.data import Windows
 from llmslim.recipe import Recipe
 from llmslim.surgery.allocation import Candidate, choose
 from llmslim.surgery.sites import find_layers
-from llmslim.surgery.streams import Rest, record_calls, run_layer
+from llmslim.surgery.streams import TailModel, record_calls, run_layer
 
-CALIBRATION = surgery.Calibration(tokens(64, 16), tokens(8, 16, seed=5))
+CALIBRATION = surgery.TokenWindows(tokens(64, 16), tokens(8, 16, seed=5))
 WINDOWS = Windows(CALIBRATION.windows, "random tokens", CALIBRATION.held_out)
 AUTO_MLP: dict[str, Any] = {"match": "*.mlp.*", "structure": "auto"}
 
@@ -77,7 +77,7 @@ def test_running_from_any_layer_gives_the_models_logits(architecture: str) -> No
     calls = record_calls(model, layers, [ids])
     hidden, expected = calls.hidden[0], logits(model, ids)
     for index, layer in enumerate(layers):
-        found = Rest(model, layers, ids).logits(index, hidden, ids)
+        found = TailModel(model, layers, ids).logits(index, hidden, ids)
         assert torch.allclose(found, expected, atol=1e-5, rtol=1e-4)
         with torch.no_grad():
             after, _ = run_layer(layer, hidden, calls.extras[index][0])

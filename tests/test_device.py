@@ -19,7 +19,7 @@ from llmslim.conversion import device_named
 from llmslim.conversion.layered import LayersOnDisk
 from llmslim.data import Windows
 from llmslim.errors import CheckpointError, SlimError, UnfinishedError
-from llmslim.surgery.streams import together
+from llmslim.surgery.calibration import windows_per_batch
 
 WINDOWS = Windows(tokens(16, 64), "random tokens", tokens(8, 64, seed=5))
 STRUCTURES: list[dict[str, Any]] = [
@@ -97,10 +97,10 @@ def test_a_model_in_memory_that_runs_out_of_memory_leaves_nothing(
 
 def test_a_gpu_is_given_as_many_windows_as_divide_all_parts() -> None:
     parts = [torch.zeros(count, 512) for count in (32, 384, 24)]
-    assert together(parts, torch.device("cuda")) == 8
-    assert together(parts, torch.device("cpu")) == 1
-    assert together([*parts, torch.zeros(5, 512)], torch.device("cuda")) == 1
-    assert together([torch.zeros(6, 8192)], torch.device("cuda")) == 1
+    assert windows_per_batch(parts, torch.device("cuda")) == 8
+    assert windows_per_batch(parts, torch.device("cpu")) == 1
+    assert windows_per_batch([*parts, torch.zeros(5, 512)], torch.device("cuda")) == 1
+    assert windows_per_batch([torch.zeros(6, 8192)], torch.device("cuda")) == 1
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mistral"])
@@ -110,7 +110,7 @@ def test_windows_fitted_together_are_fitted_as_one_by_one(
     """Only what a token counts for, next to those it is run with, may differ a little."""
     errors = []
     for size in (1, 4):
-        monkeypatch.setattr("llmslim.surgery.sequential.together", lambda *_, n=size: n)
+        monkeypatch.setattr("llmslim.surgery.sequential.windows_per_batch", lambda *_, n=size: n)
         model = tiny_model(architecture)
         refine = {"steps": 4, "logits_steps": 2}
         report = llmslim.slim(model, recipe() | {"refine": refine}, calibration=WINDOWS)

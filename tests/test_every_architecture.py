@@ -243,7 +243,7 @@ def test_a_width_is_for_mlps(name: str) -> None:
 def test_a_budget_is_shared_out_where_layers_are_unusual(name: str) -> None:
     model = tiny_model(CLASSES[name])
     windows = torch.randint(3, 90, (6, 16), generator=torch.Generator().manual_seed(2))
-    text = surgery.Calibration(windows[:4], windows[4:])
+    text = surgery.TokenWindows(windows[:4], windows[4:])
     rule = {"match": f"{find_layers(model).path}.*", "structure": "auto"}
     recipe = Recipe.of({"name": "a", "budget": 0.6, "replace": [rule]})
     chosen = surgery.allocate(model, recipe, text)

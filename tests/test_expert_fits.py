@@ -15,7 +15,7 @@ from llmslim import surgery
 from llmslim.init import GramAccumulator
 from llmslim.modeling.experts import Experts
 from llmslim.recipe import Recipe
-from llmslim.surgery import Calibration, expert_fits, sequential
+from llmslim.surgery import TokenWindows, expert_fits, sequential
 from llmslim.surgery.expert_fits import Watched, fit_experts, watching
 from llmslim.surgery.sites import find_experts
 
@@ -36,16 +36,16 @@ def in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmslim.surgery.sequential.fast_type", lambda *_: None)
 
 
-def calibration(windows: int = 20, length: int = 16) -> Calibration:
+def calibration(windows: int = 20, length: int = 16) -> TokenWindows:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 90, (windows + 6, length), generator=generator)
-    return Calibration(ids[:windows], ids[windows:])
+    return TokenWindows(ids[:windows], ids[windows:])
 
 
 def slimmed(
     name: str,
     *rules: dict[str, Any],
-    text: Calibration | None = None,
+    text: TokenWindows | None = None,
     model: Any = None,
     **more: Any,
 ) -> tuple[Any, surgery.Report]:
@@ -176,7 +176,7 @@ def test_another_implementation_of_experts_fits_the_same() -> None:
 @pytest.fixture
 def text_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fit the first layer to the calibration text and nothing else, so that its best is known."""
-    monkeypatch.setattr(sequential, "scrambled", lambda windows, *_args: windows[:0])
+    monkeypatch.setattr(sequential, "with_random_tokens", lambda windows, *_args: windows[:0])
 
 
 @pytest.mark.usefixtures("text_alone")

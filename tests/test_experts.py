@@ -20,7 +20,7 @@ from llmslim.errors import SizeError, TargetError
 from llmslim.modeling.experts import Experts
 from llmslim.modeling.structured import build
 from llmslim.recipe import Recipe
-from llmslim.surgery import Calibration
+from llmslim.surgery import TokenWindows
 from llmslim.surgery.plan import model_on_meta
 from llmslim.surgery.sites import find_experts, find_sites
 
@@ -279,7 +279,7 @@ def test_calibration_fits_experts_too(structure: str) -> None:
     plan = surgery.plan(model, Recipe.of(data))
     assert {site.init for site in plan.sites if site.is_experts} == {"least_squares"}
     windows = torch.randint(3, 90, (5, 16), generator=torch.Generator().manual_seed(0))
-    calibration = Calibration(windows[:4], windows[4:])
+    calibration = TokenWindows(windows[:4], windows[4:])
     chosen = Recipe.of(data)
     if chosen.has_auto:
         chosen = surgery.allocate(model, chosen, calibration)

@@ -24,7 +24,7 @@ from llmslim.surgery.streams import fast_type
 pytestmark = pytest.mark.filterwarnings("ignore")  # what other people's models warn of
 CLASSES = config_classes()
 IDS = torch.randint(3, 90, (12, 16), generator=torch.Generator().manual_seed(2))
-TEXT, UNSEEN = surgery.Calibration(IDS[:6], IDS[6:8]), IDS[8:]
+TEXT, UNSEEN = surgery.TokenWindows(IDS[:6], IDS[6:8]), IDS[8:]
 
 NOT_FLOAT64 = {"inkling2_text", "xglm"}
 """What transformers' own code does not run in float64."""
@@ -79,7 +79,7 @@ def with_everything_kept(structure: str, site: Site) -> dict[str, Any] | None:
 
 
 def slimmed(
-    model: Any, init: str, rules: dict[str, Any], calibration: surgery.Calibration = TEXT
+    model: Any, init: str, rules: dict[str, Any], calibration: surgery.TokenWindows = TEXT
 ) -> surgery.Report:
     """Carry out one rule for each site, in place."""
     replace = [{"match": name, **rule} for name, rule in rules.items()]
@@ -89,7 +89,7 @@ def slimmed(
 
 
 def given_back(
-    model: Any, init: str, structure: str, calibration: surgery.Calibration = TEXT
+    model: Any, init: str, structure: str, calibration: surgery.TokenWindows = TEXT
 ) -> float:
     """Put blocks of full capacity in place; return how far the logits moved."""
     dense, rules = logits(model), {}
@@ -123,7 +123,7 @@ def test_every_architecture_is_given_back(name: str) -> None:
 @pytest.mark.parametrize("name", ["bart", "gpt2", "llama", "olmo2", "zamba"])
 def test_without_held_out_text_the_step_itself_leads_nowhere(name: str) -> None:
     """Held-out text would take a wrong step back, so that none could be seen."""
-    alone = surgery.Calibration(TEXT.windows, TEXT.held_out[:0])
+    alone = surgery.TokenWindows(TEXT.windows, TEXT.held_out[:0])
     assert given_back(dense_model(name), "least_squares", "low_rank", alone) < 1e-12
 
 

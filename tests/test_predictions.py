@@ -71,7 +71,7 @@ def test_the_loss_is_the_divergence_of_whole_models(architecture: str, gone: lis
         for n, ids in enumerate(windows):
             assert loss(n) == pytest.approx(float(divergence(short, dense, ids)), rel=1e-3)
         second = float(loss(1))
-        made.leave(1)
+        made.drop_first(1)
         assert made.loss(2, lambda _n: streams[1])(0) == pytest.approx(second, rel=1e-6)
 
 
@@ -83,7 +83,7 @@ def test_predictions_are_nearer_on_held_out_text(
     architecture: str, layer: int, depth: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With one layer to fit, what is chosen on held-out tokens is the model that comes out."""
-    monkeypatch.setattr("llmslim.surgery.refine_layer.STEP_TOKENS", 256)
+    monkeypatch.setattr("llmslim.surgery.refine.STEP_TOKENS", 256)
     found = []
     dense = tiny_model(architecture)
     rule = RULE | {"match": f"*.{layer}.mlp.*"}

@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from llmslim import surgery
 from llmslim.recipe import Recipe
-from llmslim.surgery import Calibration, sequential
+from llmslim.surgery import TokenWindows
 from llmslim.surgery.sites import dense_weight, find_layers, find_mlps, find_sites
 from llmslim.surgery.streams import record_calls, run_layer
+from llmslim.surgery.visits import LayerStore, Streams
 from llmslim.surgery.width import keep_neurons
 
 SHARING = ["zamba", "zamba2"]
@@ -34,9 +35,9 @@ def in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmslim.surgery.sequential.fast_type", lambda *_: None)
 
 
-def calibration(windows: int = 9) -> Calibration:
+def calibration(windows: int = 9) -> TokenWindows:
     ids = torch.randint(3, 90, (windows + 3, 12), generator=torch.Generator().manual_seed(0))
-    return Calibration(ids[:windows], ids[windows:])
+    return TokenWindows(ids[:windows], ids[windows:])
 
 
 def rewrite(model: Any, *rules: dict[str, Any], windows: int = 9) -> surgery.Report:
@@ -116,23 +117,25 @@ def test_the_dense_stream_stays_dense_where_a_shared_block_is_slim(
     name: str, rule: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Truth: the whole dense model, and the whole slim one, run with hooks."""
-    walks: list[Any] = []
-    run = sequential._Sequential.run
+    streams: list[Streams] = []
     monkeypatch.setattr(
-        sequential._Sequential, "run", lambda self: (walks.append(self), run(self))[1]
+        LayerStore,
+        "finished",
+        lambda _self, _index, _fitted, after: (streams.append(after), after)[1],
+        "finished",
+        lambda _self, _index, _fitted, after: (streams.append(after), after)[1],
     )
     text, model, dense = calibration(), tiny_model(CLASSES[name]), tiny_model(CLASSES[name])
     # The walk ends after the second layer that has the shared block: something is fitted there.
     own = next(n for n in find_sites(model) if ".3." in n and n.endswith(".linear"))
     report = rewrite(model, rule, {"match": own, **HALF})
     assert any("layers.3.shared" in row.name for row in report.rows if row.action == "tied")
-    (walk,) = walks
     ids = torch.cat((text.windows, text.held_out))
-    for ours, truth in ((walk.streams.dense, dense), (walk.streams.slim, model)):
+    for ours, truth in ((streams[-1].dense, dense), (streams[-1].slim, model)):
         for window, expected in zip(ours, outputs(truth, 3, ids), strict=True):
             torch.testing.assert_close(window, expected, rtol=1e-3, atol=1e-3)
-    apart = torch.cat(walk.streams.dense) - torch.cat(walk.streams.slim)
-    assert apart.norm() > 5e-3 * torch.cat(walk.streams.dense).norm()
+    apart = torch.cat(streams[-1].dense) - torch.cat(streams[-1].slim)
+    assert apart.norm() > 5e-3 * torch.cat(streams[-1].dense).norm()
 
 
 def test_neurons_of_a_shared_mlp_move_in_every_layer_that_has_it() -> None:

@@ -47,7 +47,7 @@ def test_moments_of_what_is_written_to_the_stream_are_weighed_so() -> None:
     streams = Streams(calls.hidden, calls.hidden)
     pair = LayerPair(layer, layer, streams, calls.extras[0], 1, None)
     with torch.no_grad():
-        found = pair.writer_moments("mlp.down_proj", []).fit
+        found = pair.writer_moments("mlp.down_proj", [])[0].fit
     torch.testing.assert_close(found.gram_II, x.T @ x / 12, rtol=1e-6, atol=1e-12)
     torch.testing.assert_close(found.cross_OI, y.T @ x / 12, rtol=1e-6, atol=1e-12)
 

@@ -117,9 +117,9 @@ def overflow_told(given: str, what: str) -> str:
     )
 
 
-def token_ids(windows: Windows | None) -> surgery.Calibration | None:
+def token_ids(windows: Windows | None) -> surgery.TokenWindows | None:
     """Return what fitting needs of calibration windows."""
-    return None if windows is None else surgery.Calibration(windows.ids, windows.held_out)
+    return None if windows is None else surgery.TokenWindows(windows.ids, windows.held_out)
 
 
 def calibration_spec(

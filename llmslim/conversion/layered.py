@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llmslim import surgery
 from llmslim.checkpoint import NotInPiecesError, Piece, Pieces
-from llmslim.surgery import Fitted, Plan, Streams, Visits
+from llmslim.surgery import Fitted, LayerStore, Plan, Streams
 from llmslim.surgery.sites import Layers, find_layers
 
 from .calibrate import overflow_told
@@ -34,8 +34,8 @@ Finished = Callable[[Piece, Fitted, str], None]
 """Told of a finished layer, what its fit did, and the digest of the streams after it."""
 
 
-class LayersOnDisk(Visits):
-    """Visits to a model on the meta device, whose layers come from its files.
+class LayersOnDisk(LayerStore):
+    """LayerStore to a model on the meta device, whose layers come from its files.
 
     Args:
         pieces: the model.
@@ -64,7 +64,7 @@ class LayersOnDisk(Visits):
         for piece in lent:
             self._pieces.release(piece)
 
-    def go_on(self, streams: Streams) -> tuple[int, Streams]:
+    def resume(self, streams: Streams) -> tuple[int, Streams]:
         """Return the first layer that is not finished, and the streams before it."""
         if self._first:
             streams = self._files.read(self._first - 1, streams.dense[0])

@@ -84,7 +84,7 @@ def convert_streamed(
     if text is not None:
         hidden = outcome.model.config.get_text_config().hidden_size
         fitting = text.ids.numel()
-        tokens = fitting + surgery.scrambled_tokens(fitting) + text.held_out.numel()
+        tokens = fitting + surgery.random_token_count(fitting) + text.held_out.numel()
         streams = most_bytes(tokens, hidden)
     work.check_space(sizes, streams, resume=job.resume)
     with (
@@ -236,7 +236,7 @@ class _Streamed:
             about = (fitted.errors, nonfinite[piece.name], fitted.notes, fitted.unseen, streams)
             put(piece, Done(piece.name, {}, *about))
 
-        visits = LayersOnDisk(self.pieces, self.plan, self.work.streams, done, finished)
+        store = LayersOnDisk(self.pieces, self.plan, self.work.streams, done, finished)
         # A fit takes hours: what is wrong with the weights is found before it.
         nonfinite = self._look_through(p for p in self.pieces.all if p.name not in done)
         self._told(nonfinite)
@@ -250,7 +250,7 @@ class _Streamed:
                 text.held_out,
                 seed_of=self.seed_of,
                 progress=self._tell,
-                visits=visits,
+                store=store,
             )
 
     def _look_through(self, pieces: Iterable[Piece]) -> dict[str, list[str]]:
@@ -317,7 +317,7 @@ class _Streamed:
             done = self.journal.done[piece.name]
             fitted.add(Fitted(done.errors, notes=done.notes, unseen=done.unseen))
             nonfinite[piece.name] = done.nonfinite
-        said = (*self.plan.notes, *fitted.told, *self._told(nonfinite, allowed=True), *notes)
+        said = (*self.plan.notes, *fitted.all_notes, *self._told(nonfinite, allowed=True), *notes)
         return surgery.filled_in(self.plan, fitted.errors, said)
 
     def _write_config(self) -> None:

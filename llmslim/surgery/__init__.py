@@ -1,8 +1,13 @@
 """What becomes of every module of a model: the plan, the ledger, and carrying it out."""
 
+from llmslim.progress import Progress as Progress
+from llmslim.progress import quietly as quietly
+
 from .allocation import allocate as allocate
 from .blocks import fill_site as fill_site
 from .blocks import seed_of as seed_of
+from .calibration import TokenWindows as TokenWindows
+from .calibration import random_token_count as random_token_count
 from .cost import Cost as Cost
 from .cost import fitting_cost as fitting_cost
 from .cost import speed as speed
@@ -13,14 +18,10 @@ from .plan import plan as plan
 from .report import Report as Report
 from .report import Row as Row
 from .report import Totals as Totals
-from .rewrite import Calibration as Calibration
-from .rewrite import Progress as Progress
 from .rewrite import filled_in as filled_in
-from .rewrite import quietly as quietly
 from .rewrite import rewrite as rewrite
-from .scrambled import scrambled_tokens as scrambled_tokens
 from .sequential import fit_sequentially as fit_sequentially
 from .visits import Fitted as Fitted
+from .visits import LayerStore as LayerStore
 from .visits import Streams as Streams
-from .visits import Visits as Visits
 from .width import resize_mlp as resize_mlp

@@ -39,11 +39,12 @@ from llmslim.errors import RecipeError
 from llmslim.init import low_rank_factors, output_power, wide
 from llmslim.modeling.pivoted_low_rank import PivotedLowRank
 from llmslim.modeling.sizes import StaysDense, exact_ratio
+from llmslim.progress import Progress, quietly
 from llmslim.recipe import Recipe, rules_by_name
+from llmslim.surgery.calibration import TokenWindows
 from llmslim.surgery.depth import kept_layers
 from llmslim.surgery.moments import Moments
 from llmslim.surgery.neurons import eliminate
-from llmslim.surgery.rewrite import Calibration, Progress, quietly
 from llmslim.surgery.roles import find_roles
 from llmslim.surgery.rules import AUTO, WIDTH, init_of
 from llmslim.surgery.sites import (
@@ -55,7 +56,7 @@ from llmslim.surgery.sites import (
 )
 from llmslim.surgery.streams import (
     Calls,
-    Rest,
+    TailModel,
     fast_type,
     importance,
     record_calls,
@@ -119,7 +120,7 @@ class _Fits:
 def allocate(
     model: Any,
     recipe: Recipe,
-    calibration: Calibration,
+    calibration: TokenWindows,
     *,
     init: str | None = None,
     progress: Progress | None = None,
@@ -223,7 +224,7 @@ class _Measurement:
     """One walk of the dense stream through the model, trying every unit on the way."""
 
     def __init__(
-        self, model: Any, recipe: Recipe, units: list[_Unit], calibration: Calibration
+        self, model: Any, recipe: Recipe, units: list[_Unit], calibration: TokenWindows
     ) -> None:
         assert recipe.budget is not None
         self.model, self.units, self.budget = model, units, recipe.budget
@@ -239,7 +240,7 @@ class _Measurement:
         calls: Calls = record_calls(model, list(self.stack), ids)
         self.autocast = type_taken(self.stack[0], calls, fast_type(model.device, model.dtype))
         self.stream, self.extras = calls.hidden, calls.extras
-        self.rest = Rest(model, list(self.stack), ids[0])
+        self.rest = TailModel(model, list(self.stack), ids[0])
         self.probe_ids = ids[self.fitting :][: max(1, PROBE_TOKENS // length)]
         self.dense_logits = [self._logits(0, n).cpu() for n in range(len(self.probe_ids))]
 

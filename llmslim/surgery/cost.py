@@ -16,10 +16,10 @@ import torch
 
 from llmslim.recipe import Calibration
 from llmslim.surgery.allocation import FIT_TOKENS, JUDGED_TOKENS, PROBE_TOKENS
+from llmslim.surgery.calibration import EARLY_LAYERS, random_token_count
 from llmslim.surgery.plan import Plan
 from llmslim.surgery.refine import STEP_TOKENS
 from llmslim.surgery.rules import WIDTH
-from llmslim.surgery.scrambled import EARLY, scrambled_tokens
 
 _HELD_OUT = 17 / 16
 """Tokens in all for each token to fit on."""
@@ -55,8 +55,8 @@ def fitting_cost(plan: Plan) -> Cost | None:
     # The dense and the slim stream, and once more up to projections inside the layer.
     passes = 3 if any(row.structure != WIDTH for row in fitted) else 2
     moments = sum(2 * (i * i + i * o + o * o) for i, o in sizes)
-    scrambled = scrambled_tokens(spec.tokens)
-    flops = int(tokens + EARLY * scrambled) * (passes * layer_flops + moments)
+    scrambled = random_token_count(spec.tokens)
+    flops = int(tokens + EARLY_LAYERS * scrambled) * (passes * layer_flops + moments)
     if plan.recipe.has_auto:
         flops += (FIT_TOKENS + JUDGED_TOKENS) * (layer_flops + sum(2 * i * i for i, _ in sizes))
         flops += len(fitted) * PROBE_TOKENS * (model_flops - layer_flops // 2)

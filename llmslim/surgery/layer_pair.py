@@ -3,13 +3,14 @@
 The dense copy of the layer reads the dense stream, the layer itself, as far as it is slim, the slim
 one. Everything that a fit of the layer looks at is gathered here, in passes over the windows.
 
-Shapes: N = 1 window of L tokens, D = hidden size, I = in_features, O = out_features.
+Shapes: N = windows of a batch (1 on a processor), L = tokens of a window, D = hidden size,
+I = in_features, O = out_features.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,24 +27,27 @@ _ADDITIVE = 1e-2
 
 
 @dataclass
-class Ahead:
-    """What the last step of a layer has worked out already of the streams after it."""
-
-    dense: list[Tensor] = field(default_factory=list)
-    """The dense stream after the layer."""
-    parts: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    """The slim stream without the last projection, and that projection's input."""
-    add: Callable[[Tensor], Tensor] | None = None
-    """The last projection, as it is now."""
-
-
-@dataclass
 class Tail:
     """The end of a layer: a module whose output is added to the stream as it is."""
 
     module: nn.Module
-    parts: list[tuple[Tensor, Tensor]]
+    inputs: list[tuple[Tensor, Tensor]]
     """The slim stream without what the module adds, and the module's input, for each window."""
+
+
+@dataclass
+class LayerOutputs:
+    """What a step of a layer's fit has computed of the streams after the layer.
+
+    The last step of a layer leaves them behind, so that no window is run once more for them.
+    """
+
+    dense: list[Tensor]
+    """The dense stream after the layer, for each window."""
+    tail: list[tuple[Tensor, Tensor]]
+    """The slim stream without the last module, and that module's input, for each window."""
+    module: Callable[[Tensor], Tensor] | None = None
+    """The last module, as it was fitted."""
 
 
 class LayerPair:
@@ -70,7 +74,6 @@ class LayerPair:
         self.dense, self.slim, self.streams = dense, slim, streams
         self.fitting = fitting
         self._extras, self._autocast = extras, autocast
-        self.ahead = Ahead()
 
     def run(self, layer: nn.Module, window: int, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
         """Run either layer on a window of its stream; arguments and results of `run_layer`."""
@@ -81,19 +84,24 @@ class LayerPair:
         """Return what either layer makes of its stream."""
         return [self.run(layer, window)[0] for window in range(len(self.streams.slim))]
 
-    def after(self) -> Streams:
-        """Return both streams after the layer."""
-        ahead = self.ahead
-        dense = ahead.dense or self.outputs(self.dense)
-        if ahead.add is None or not ahead.parts:
-            return Streams(dense, self.outputs(self.slim))
-        device, fast = dense[0].device.type, self._autocast is not None
+    def after(self, known: LayerOutputs | None) -> Streams:
+        """Return both streams after the layer.
+
+        Args:
+            known: what the last step has computed of them; it is used up.
+        """
+        if known is None:
+            return Streams(self.outputs(self.dense), self.outputs(self.slim))
+        if known.module is None:
+            return Streams(known.dense, self.outputs(self.slim))
+        device, fast = known.dense[0].device.type, self._autocast is not None
         with torch.autocast(device, self._autocast, enabled=fast):
-            # In place: what stood ready is of no further use.
-            return Streams(dense, [before.add_(ahead.add(x)) for before, x in ahead.parts])
+            # In place: the parts are of no further use.
+            slim = [before.add_(known.module(x)) for before, x in known.tail]
+        return Streams(known.dense, slim)
 
     def run_slim(self, *, fit: bool) -> None:
-        """Run the slim layer over the windows to fit on, or those held out, for who is watching."""
+        """Run the slim layer over the windows to fit on, or those held out, for its hooks."""
         both = range(len(self.streams.slim))
         for window in both[: self.fitting] if fit else both[self.fitting :]:
             self.run(self.slim, window)
@@ -162,8 +170,13 @@ class LayerPair:
 
         return self._gather(pairs())
 
-    def writer_moments(self, name: str, later: Sequence[str], *, fit: bool = True) -> Moments:
+    def writer_moments(
+        self, name: str, later: Sequence[str], *, fit: bool = True
+    ) -> tuple[Moments, LayerOutputs | None]:
         """Return moments of a writing projection's slim inputs against what it should add.
+
+        Where nothing runs after the projection that would change, the second result is what is
+        known of the streams after the layer; its `module` is for the caller to set.
 
         Args:
             name: of the projection in the layer.
@@ -174,6 +187,7 @@ class LayerPair:
         bias: Any = getattr(writer, "bias", None)
         later_dense = [self.dense.get_submodule(other) for other in later]
         later_slim = [self.slim.get_submodule(other) for other in later]
+        outputs = None if later or not fit else LayerOutputs([], [])
 
         def pairs() -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
             for window in self._windows(fit=fit):
@@ -181,15 +195,14 @@ class LayerPair:
                 before, seen = self.run(
                     self.slim, window, inputs_of={"x": writer}, zeroed=[writer, *later_slim]
                 )
-                if fit and not later:
-                    # Nothing after this projection changes: both streams are nearly there.
-                    self.ahead.dense.append(after)
-                    self.ahead.parts.append((before, seen["x"]))
+                if outputs is not None:
+                    outputs.dense.append(after)
+                    outputs.tail.append((before, seen["x"]))
                 # The block keeps the bias, so it is no part of what the weight has to reach.
                 target = after - before if bias is None else after - before - wide(bias)
                 yield window, seen["x"], target, importance(after)
 
-        return self._gather(pairs())
+        return self._gather(pairs()), outputs
 
     def _windows(self, *, fit: bool) -> range:
         """Return the windows to look at, the ones to fit on (if wanted) first."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
 from llmslim.surgery.refine import Loss
-from llmslim.surgery.streams import Calls, Rest, run_layer
+from llmslim.surgery.streams import Calls, TailModel, run_layer
 
 
 class Predictions:
@@ -45,7 +45,7 @@ class Predictions:
         gone: Collection[int],
         autocast: torch.dtype | None,
     ) -> None:
-        self._rest = Rest(model, layers, windows[0], gone)
+        self._tail = TailModel(model, layers, windows[0], gone)
         self._windows, self._end = list(windows), len(layers)
         self._dense = []
         for number, hidden in enumerate(calls.hidden):
@@ -55,8 +55,8 @@ class Predictions:
                 hidden = output
             self._dense.append(hidden)
 
-    def leave(self, count: int) -> None:
-        """Go on without the first windows."""
+    def drop_first(self, count: int) -> None:
+        """Forget the first windows."""
         del self._windows[:count], self._dense[:count]
 
     def loss(self, index: int, run: Callable[[int], Tensor]) -> Loss:
@@ -76,5 +76,5 @@ class Predictions:
         return loss
 
     def _logits(self, start: int, hidden: Tensor, window: int) -> Tensor:
-        logits = self._rest.logits(start, hidden, self._windows[window])
+        logits = self._tail.logits(start, hidden, self._windows[window])
         return logits.float().log_softmax(-1)

@@ -1,12 +1,13 @@
-"""Move the weights of one decoder layer by gradient, after the closed forms.
+"""Train the blocks of one decoder layer together, after the closed forms.
 
-A closed form fits each projection to linear targets; what the activation between them makes of
-the errors it cannot see. A short descent on the layer's own output can, and one on what the rest of
-the model predicts from it (see `predictions`) still more.
+A closed form fits each projection to linear targets and cannot see what the activation between them
+makes of its errors. A short gradient descent on the layer's output can, and one on what the rest of
+the model predicts from it (see `predictions`) still more. Where all blocks lie in the end of the
+layer, as a rule in its MLP, only that end is run: what comes before it does not change.
 
 Every parameter's step is in units of its root mean square, so that one learning rate serves every
-model and structure, and the best weights on held-out tokens are the ones that stay: refinement
-never makes a layer worse.
+model and structure. The weights that are best on held-out tokens are kept, the closed form's among
+them: refinement never makes a layer worse.
 
 Shapes: windows of N x L tokens, D = hidden size.
 """
@@ -16,10 +17,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
+from llmslim.init import wide
+from llmslim.recipe import Refine
+from llmslim.surgery.layer_pair import LayerOutputs, LayerPair
 from llmslim.surgery.streams import importance
 
 STEP_TOKENS = 1024
@@ -27,13 +32,74 @@ STEP_TOKENS = 1024
 LOGITS_LR = 1 / 3
 """Peak step on the model's predictions, as a share of that on the layer's output."""
 _CHECKS = 4
-"""How often the held-out error is looked at."""
+"""How often the held-out loss is measured."""
 _WARM_UP = 0.1
 
 Windows = Sequence[int]
 """Windows, by number."""
 Loss = Callable[[int], Tensor]
-"""What is to become small, summed over the tokens of a window."""
+"""From a window's number to a loss, summed over the window's tokens."""
+
+
+def refine_layer(
+    model: nn.Module,
+    pair: LayerPair,
+    names: Sequence[str],
+    spec: Refine,
+    *,
+    dense: list[Tensor] | None,
+    predicted: Callable[[Callable[[int], Tensor]], Loss] | None,
+    seed: int,
+) -> LayerOutputs:
+    """Descend on a layer's output error, then on what the rest of the model predicts from it.
+
+    Args:
+        model: the model that the slim layer is part of; its other weights get no gradients.
+        pair: the layer, dense and slim; the slim one is changed.
+        names: the modules in it whose weights are trained.
+        spec: how many steps of what length.
+        dense: the dense stream after the layer, (N, L, D) each, where it is known already.
+        predicted: makes the loss of the model's predictions from a function that gives the layer's
+            output by the window's number, (N, L, D); None where there is no such descent.
+        seed: of the order of the windows.
+
+    Returns:
+        What is known of the streams after the layer.
+    """
+    wanted = dense or pair.outputs(pair.dense)
+    tail = pair.tail(names)
+
+    def run(window: int) -> Tensor:
+        if tail is None:
+            output: Tensor = pair.run(pair.slim, window)[0]
+            return output
+        before, x = tail.inputs[window]
+        after: Tensor = before + pair.added(tail.module, x)
+        return after
+
+    losses = [(output_loss(run, wanted), spec.steps, spec.lr)]
+    if predicted is not None:
+        losses.append((predicted(run), spec.logits_steps, LOGITS_LR * spec.lr))
+    own = [(held, held.dtype) for held in _floats(pair.slim)]
+    for held, _ in own:  # small steps would be lost in bfloat16
+        held.data = wide(held.data)
+    moving = [p for name in names for p in pair.slim.get_submodule(name).parameters()]
+    every = range(len(wanted))
+    with only_moving(model, moving):
+        for loss, steps, lr in losses:
+            descend(
+                loss,
+                moving,
+                every[: pair.fitting],
+                every[pair.fitting :],
+                each=max(1, STEP_TOKENS // wanted[0].shape[:2].numel()),
+                steps=steps,
+                lr=lr,
+                seed=seed,
+            )
+    for held, dtype in own:  # each its own: some models keep a few in float32
+        held.data = held.data.to(dtype)
+    return LayerOutputs(wanted, tail.inputs, tail.module) if tail else LayerOutputs(wanted, [])
 
 
 def output_loss(run: Callable[[int], Tensor], wanted: Sequence[Tensor]) -> Loss:
@@ -142,3 +208,9 @@ def _endless(windows: Windows, seed: int) -> Iterator[int]:
     while True:
         for index in torch.randperm(len(windows), generator=generator).tolist():
             yield windows[index]
+
+
+def _floats(layer: nn.Module) -> Iterator[Tensor]:
+    """Yield a layer's parameters and buffers that are not integers."""
+    held = chain(layer.parameters(), layer.buffers())
+    return (tensor for tensor in held if tensor.is_floating_point())

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 
 from llmslim.init import damping, learn_outputs, wide
-from llmslim.surgery.correction import corrected_weight
 from llmslim.surgery.layer_pair import LayerPair
-from llmslim.surgery.moments import Moments
+from llmslim.surgery.moments import Moments, corrected_weight
 from llmslim.surgery.plan import SitePlan
 from llmslim.surgery.sites import Mlp, dense_weight
 from llmslim.surgery.width import keep_neurons

@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from torch import Tensor
-
 from llmslim.errors import DataError
+from llmslim.progress import Progress, quietly
 from llmslim.surgery.blocks import fill_site, seed_of
+from llmslim.surgery.calibration import TokenWindows
 from llmslim.surgery.finalise import finalise
 from llmslim.surgery.planned import Plan
 from llmslim.surgery.report import Report
 from llmslim.surgery.sequential import fit_sequentially
 from llmslim.surgery.width import resize_mlp
-
-Progress = Callable[[int, int, str], None]
-"""Called with how many steps are done, how many there are, and what comes now."""
-
-
-def quietly(done: int, total: int, what: str) -> None:
-    """Tell nobody."""
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Token ids that calibrated methods look at."""
-
-    windows: Tensor
-    """To fit on, (N, L)."""
-    held_out: Tensor
-    """To measure errors on, (M, L)."""
 
 
 def rewrite(
@@ -40,7 +23,7 @@ def rewrite(
     plan: Plan,
     *,
     seed: int = 0,
-    calibration: Calibration | None = None,
+    calibration: TokenWindows | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Carry out `plan` on `model`, in place.
@@ -92,7 +75,7 @@ def rewrite(
             progress=finished,
         )
         errors |= fitted.errors
-        notes += fitted.told
+        notes += fitted.all_notes
         rest = [site for site in plan.sites if site.name not in fitted.sites]
     else:
         rest = list(plan.sites)

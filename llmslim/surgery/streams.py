@@ -22,9 +22,6 @@ from llmslim.errors import TargetError
 from llmslim.init import wide
 from llmslim.surgery.sites import is_projection, out_features_of
 
-_TOGETHER = 4096
-"""Tokens that a GPU is given at a time, at most."""
-
 
 def fast_type(device: torch.device, own: torch.dtype) -> torch.dtype | None:
     """Return the type to multiply in beside a float32 stream, None for a model's own throughout.
@@ -41,18 +38,6 @@ def fast_type(device: torch.device, own: torch.dtype) -> torch.dtype | None:
     else:
         fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if fast else None
-
-
-def together(parts: Sequence[Tensor], device: torch.device) -> int:
-    """Return how many windows make a batch: as many as a GPU is quick with, of one size.
-
-    Args:
-        parts: windows that are not to be mixed, (N, L) each.
-        device: where they are run; a processor does as well with one.
-    """
-    most = 1 if device.type == "cpu" else max(1, _TOGETHER // parts[0].shape[1])
-    fit = (n for n in range(most, 0, -1) if not any(len(part) % n for part in parts))
-    return next(fit)
 
 
 def importance(stream: Tensor) -> Tensor:
@@ -247,7 +232,7 @@ def _form(model: nn.Module, layers: Sequence[nn.Module], batch: Tensor) -> _Form
     return _Form(type(output), tuple(output[1:]))
 
 
-class Rest:
+class TailModel:
     """What comes of hidden states in the decoder layers after some point, and in the head.
 
     Args:

@@ -1,8 +1,8 @@
-"""What a walk through the decoder layers asks of whoever keeps them, and what it tells of each.
+"""Interface between the layer-wise fit and the place where decoder layers are stored.
 
-A fit needs one decoder layer at a time, and what stands before the first one only to begin with.
-`Visits` is where a model that is not in memory brings each layer in, and takes up the finished one;
-with a model in memory there is nothing to do.
+A fit needs one decoder layer at a time, and what runs before the first one only at its beginning.
+A `LayerStore` loads each layer and takes the finished one; with a model in memory there is nothing
+to do.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass
 class Fitted:
-    """What a fit did: to one layer, or to all."""
+    """Results of a fit, of one layer or of all."""
 
     errors: dict[str, float | None] = field(default_factory=dict)
     """Relative squared error of each site's output on held-out tokens, by name."""
@@ -27,16 +27,16 @@ class Fitted:
     """Names of the sites that the calibration text never reached."""
 
     @property
-    def told(self) -> list[str]:
+    def all_notes(self) -> list[str]:
         """The notes, and a sentence about what was not reached."""
         if not self.unseen:
             return self.notes
         more = f" and {len(self.unseen) - 1} more" if len(self.unseen) > 1 else ""
-        said = f"{self.unseen[0]}{more}: never called on the calibration text; init: project."
-        return [*self.notes, said]
+        unseen = f"{self.unseen[0]}{more}: never called on the calibration text; init: project."
+        return [*self.notes, unseen]
 
     def add(self, other: Fitted) -> None:
-        """Add what was done to a further layer."""
+        """Add the results of a further layer."""
         self.errors |= other.errors
         self.sites |= other.sites
         self.notes += other.notes
@@ -44,35 +44,38 @@ class Fitted:
 
 
 class Streams(NamedTuple):
-    """Hidden states by window, (1, L, D) each, at least float32; those to fit on come first."""
+    """Hidden states by window, (N, L, D) each, at least float32; those to fit on come first.
+
+    N is 1 on a processor; on a GPU several windows make a batch.
+    """
 
     dense: list[Tensor]
-    """The dense model's."""
+    """Of the dense model."""
     slim: list[Tensor]
-    """Those of the model as far as it is slim already."""
+    """Of the model with what has been replaced so far."""
 
 
-class Visits:
-    """The visits that a walk makes; as they are here, to a model in memory."""
+class LayerStore:
+    """Where decoder layers are stored; this one is a model in memory."""
 
     def beginning(self) -> AbstractContextManager[None]:
-        """Lend what runs before the decoder layers, and the first of these."""
+        """Hold what runs before the decoder layers, and the first of these, in memory."""
         return nullcontext()
 
-    def go_on(self, streams: Streams) -> tuple[int, Streams]:
-        """Return the layer to begin with, and the streams before it.
+    def resume(self, streams: Streams) -> tuple[int, Streams]:
+        """Return the first layer that is still to be fitted, and the streams before it.
 
         Args:
-            streams: before the first layer.
+            streams: before the first layer of all.
         """
         return 0, streams
 
     def layer(self, _index: int) -> AbstractContextManager[None]:
-        """Lend a decoder layer with its dense weights."""
+        """Hold a decoder layer with its dense weights in memory."""
         return nullcontext()
 
     def finished(self, _index: int, _fitted: Fitted, streams: Streams) -> Streams:
-        """Take up a lent layer that is as it will be; its modules are the model's own.
+        """Store a layer that is as it will be; its modules are the model's own.
 
         Args:
             streams: after it.

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from llmslim.init import equivalent_target
-from llmslim.surgery.correction import corrected_weight
-from llmslim.surgery.moments import Moments
+from llmslim.surgery.moments import Moments, corrected_weight
 
 
 def rows(tokens: int, channels: int, seed: int) -> Tensor:

@@ -11,7 +11,7 @@ from tiny import tiny_config, tiny_model, tokens
 import llmslim
 from llmslim import surgery
 from llmslim.surgery import sequential
-from llmslim.surgery.scrambled import TOKENS, early_layers, scrambled
+from llmslim.surgery.calibration import RANDOM_TOKENS, early_layers, with_random_tokens
 from llmslim.surgery.streams import run_layer
 
 
@@ -19,18 +19,18 @@ def test_half_of_the_tokens_are_drawn_and_special_ones_never() -> None:
     config = tiny_config("llama")
     config.bos_token_id, config.eos_token_id = 3, [5, 7]
     windows = torch.full((80, 50), 3)
-    found = scrambled(windows, config, seed=0)
+    found = with_random_tokens(windows, config, seed=0)
     drawn = found[found != windows]
     assert 0.45 < len(drawn) / found.numel() < 0.55
     every = set(range(config.vocab_size)) - {config.pad_token_id, 3, 5, 7}
     assert set(drawn.tolist()) == every  # 2,000 draws of fewer than 100 tokens
-    assert torch.equal(found, scrambled(windows, config, seed=0))
-    assert not torch.equal(found, scrambled(windows, config, seed=1))
+    assert torch.equal(found, with_random_tokens(windows, config, seed=0))
+    assert not torch.equal(found, with_random_tokens(windows, config, seed=1))
 
 
 def test_no_more_windows_than_their_share_of_the_work() -> None:
-    windows = torch.zeros(TOKENS // 512 + 9, 512, dtype=torch.long)
-    assert len(scrambled(windows, tiny_config("llama"), 0)) == TOKENS // 512
+    windows = torch.zeros(RANDOM_TOKENS // 512 + 9, 512, dtype=torch.long)
+    assert len(with_random_tokens(windows, tiny_config("llama"), 0)) == RANDOM_TOKENS // 512
     assert [early_layers(count) for count in (1, 4, 30, 80)] == [1, 1, 3, 8]
 
 
@@ -45,7 +45,7 @@ def halved(layers: str) -> llmslim.Recipe:
 
 
 def fit(model: Any, layers: str, windows: torch.Tensor) -> None:
-    calibration = surgery.Calibration(windows, windows[:4])
+    calibration = surgery.TokenWindows(windows, windows[:4])
     surgery.rewrite(model, surgery.plan(model, halved(layers)), calibration=calibration)
 
 
@@ -62,7 +62,7 @@ def test_the_first_layer_is_fit_for_tokens_that_the_text_has_not(
     whole = tiny_model(seed=3)
     with_them, without = tiny_model(seed=3), tiny_model(seed=3)
     fit(with_them, "0", text)
-    monkeypatch.setattr(sequential, "scrambled", lambda windows, *_args: windows[:0])
+    monkeypatch.setattr(sequential, "with_random_tokens", lambda windows, *_args: windows[:0])
     fit(without, "0", text)
     ours, theirs = ((after(m) - after(whole)).square().sum() for m in (with_them, without))
     assert ours < 0.9 * theirs

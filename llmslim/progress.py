@@ -1,0 +1,12 @@
+"""How long work reports its progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+Progress = Callable[[int, int, str], None]
+"""Called with how many steps are done, how many there are, and what comes now."""
+
+
+def quietly(done: int, total: int, what: str) -> None:
+    """Report nothing."""
