@@ -164,7 +164,7 @@ def loss_of(path, folders):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"layers_share": 0.3, "blend_share": 0.3, "gradient_checkpointing": "true"},
+        {"layers_share": 0.3, "gradient_checkpointing": "true"},
         {"store_teacher": "true", "train": "blocks", "batch_size": 4},
     ],
     ids=["phases", "stored"],

@@ -58,7 +58,7 @@ def stop(error):
     return progress
 
 
-@pytest.mark.parametrize("options", [{}, {"store_teacher": True}, {"blend_share": 0.5}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"store_teacher": True}], ids=str)
 @pytest.mark.parametrize(
     ("dtype", "error"),
     [

@@ -201,7 +201,7 @@ def test_a_file_that_was_removed_is_computed_anew(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_write_what_one_writes(tmp_path):
-    options = {"store_teacher": True, "top_k": 8, "micro_batch": 2, "blend_share": 0.5}
+    options = {"store_teacher": True, "top_k": 8, "micro_batch": 2}
     script = tmp_path / "script.py"
     script.write_text(
         f"""
@@ -306,7 +306,7 @@ def test_from_folder_to_folder_with_both_the_teacher_and_the_blend_leave_no_trac
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"train": "all", "template": "report", "held_out": 2}
     settings |= {"context_length": 48, "batch_size": 2}
-    settings |= {"top_k": 64, "blend_share": 0.5, "learning_rate": 1e-2}
+    settings |= {"top_k": 64, "learning_rate": 1e-2}
     live, once = (
         llmslim.heal(
             tmp_path / "slim",

@@ -23,11 +23,6 @@ def chosen_phases(spec: Heal, teacher: Any) -> list[tuple[Objective, float]]:
     chosen = [(objective_named(name), 1.0)]
     if spec.layers_share:
         chosen.insert(0, (objective_named("layers"), spec.layers_share))
-    if spec.blend_share and teacher is None:
-        raise HealingError(
-            "heal.blend_share: given, but no teacher; the dense projections are its. Name one "
-            "(--teacher), or leave blend_share out."
-        )
     if spec.store_teacher:
         if teacher is None:
             raise HealingError(

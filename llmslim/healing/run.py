@@ -21,7 +21,6 @@ from torch import Tensor
 from llmslim.checkpoint import model_digest, quiet, versions
 from llmslim.data import collate, collate_apart, collate_flat
 from llmslim.healing.answers import PROMPTS, answers
-from llmslim.healing.blend import Blend
 from llmslim.healing.neighbours import takes_position_ids
 from llmslim.healing.order import Filled, text_digest
 from llmslim.healing.phases import checked_phases, paired_layers, uses_layers
@@ -37,9 +36,9 @@ from llmslim.healing.sizes import (
 )
 from llmslim.healing.stored import Numbered, numbered
 from llmslim.healing.storing import ask_once, is_begun
-from llmslim.healing.trained import changed_modules, keep_activations, make_trainable
+from llmslim.healing.trained import keep_activations, make_trainable
 from llmslim.healing.trainer import HealingTrainer
-from llmslim.healing.watch import Progress, blended_steps, should_stop, tokens_seen
+from llmslim.healing.watch import Progress, should_stop, tokens_seen
 from llmslim.healing.work import FORMAT, Work, explain_full_disk
 from llmslim.recipe import Heal
 from llmslim.surgery import quietly
@@ -105,7 +104,6 @@ def heal_model(
     bf16 = uses_bf16(spec, state.device)
     work = Work(place.folder)
     narrowed = list(narrowed)
-    blend: Blend | None = None
     opened = held = False
     with (
         quiet(),
@@ -123,15 +121,6 @@ def heal_model(
             keep_activations(model, keep=not spec.gradient_checkpointing)
             measured = _open(work, place, key, state)
             opened = True
-            if spec.blend_share:
-                blend = Blend(
-                    model,
-                    teacher,
-                    teacher_layers,
-                    changed_modules(model, narrowed),
-                    end=blended_steps(spec, run.steps),
-                    apart=spec.store_teacher,
-                )
             trainer = HealingTrainer(
                 spec,
                 trained,
@@ -155,9 +144,6 @@ def heal_model(
                 ask_once(trainer, text.train, measured, state, tell)
             elif teacher is not None:
                 to_compute(teacher, trainer.args.device, bf16=bf16)
-            if blend is not None:
-                blend.to(trainer.args.device, bf16=bf16)
-                trainer.blend = blend
 
             def begin() -> None:
                 if "start" not in measured:
@@ -182,8 +168,6 @@ def heal_model(
                 explain_full_disk(error, work.path, kept=kept)
             raise
         finally:
-            if blend is not None:
-                blend.remove()
             if trained.model is given:
                 trained.release()
             if not held:

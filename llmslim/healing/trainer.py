@@ -28,7 +28,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
 from llmslim.errors import HealingError
-from llmslim.healing.blend import Blend
 from llmslim.healing.held_out import held_out_loss
 from llmslim.healing.objectives import Objective, Step
 from llmslim.healing.order import Filled, Order
@@ -84,7 +83,6 @@ class HealingTrainer(Trainer):
         self.teacher, self.layers, self.bf16 = teacher, layers, bf16
         self.position_ids, self.work = position_ids, work
         self.stored: StoredLogits | None = None
-        self.blend: Blend | None = None
         self.begin: Callable[[], None] | None = None
         self.step_loss, self.grad_norm, self.step_tokens = 0.0, 0.0, 0
         for callback in list(self.callback_handler.callbacks):
@@ -155,8 +153,6 @@ class HealingTrainer(Trainer):
         if self.stored is not None:
             rows = [] if rows_N is None else rows_N.tolist()
             taught = self.stored.of(rows, labels_NL.device)
-        if self.blend is not None:
-            self.blend.at(self.state.global_step)
         step = Step(model, inputs, labels_NL, self.spec, self.teacher, self.layers, taught)
         total = self.phase.loss(step)
         if not total.requires_grad:

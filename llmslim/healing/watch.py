@@ -64,8 +64,6 @@ class Watch(TrainerCallback):
         }
         if trainer.spec.block_learning_rate is not None and True in self.rates:
             entry["block_learning_rate"] = self.rates[True]
-        if trainer.blend is not None and step <= trainer.blend.end:
-            entry["blend"] = trainer.blend.alpha
         trainer.work.note(entry, write=args.should_save)
         measured = held_out(trainer.work.history)
         shown = f", held-out {measured[-1]:.3f}" if measured else ""
@@ -92,20 +90,14 @@ def tokens_seen(history: list[dict[str, Any]], step: float = math.inf) -> int:
     return max((int(line["tokens"]) for line in lines), default=0)
 
 
-def blended_steps(spec: Heal, steps: int) -> int:
-    """Return how many of the steps blend blocks with dense projections."""
-    return math.ceil(spec.blend_share * steps)
-
-
 def should_stop(
     history: list[dict[str, Any]], spec: Heal, phases: list[tuple[Objective, int]]
 ) -> bool:
     """Return whether the last `patience` measurements brought nothing better.
 
-    Only the last phase counts: matching layers may well raise the loss on text for a while, and so
-    may blocks that learn beside dense projections.
+    Only the last phase counts: matching layers may well raise the loss on text for a while.
     """
-    begin = max(phases[-2][1] if len(phases) > 1 else 0, blended_steps(spec, phases[-1][1]))
+    begin = phases[-2][1] if len(phases) > 1 else 0
     losses = held_out([line for line in history if line["step"] > begin])
     if spec.patience is None or len(losses) <= spec.patience:
         return False
