@@ -36,8 +36,8 @@ from llmslim.surgery import Plan, Progress, Report, quietly
 
 if TYPE_CHECKING:  # with a Trainer behind it: only `heal` waits for that
     from llmslim.healing import HealReport
-    from llmslim.healing.planning import HealingPlan
-    from llmslim.healing.prepare import Ready
+    from llmslim.healing.plan import HealingPlan
+    from llmslim.healing.inputs import Ready
 
 
 def plan(
@@ -321,8 +321,8 @@ def plan_heal(
         SlimError: with what is wrong.
     """
     from llmslim.healing import working_folder
-    from llmslim.healing.planning import plan_healing
-    from llmslim.healing.work import Work
+    from llmslim.healing.plan import plan_healing
+    from llmslim.healing.rundir import Work
 
     target, ready = _ready_to_heal(
         model,
@@ -351,7 +351,7 @@ def _ready_to_heal(
     **options: Any,
 ) -> tuple[Path | None, Ready]:
     """Return the folder to write, if any, and all that a healing needs; nothing is written."""
-    from llmslim.healing.prepare import prepare
+    from llmslim.healing.inputs import prepare
 
     if out is None and isinstance(model, str | Path):
         out = f"{Path(model).expanduser().resolve().name}-healed"

@@ -15,7 +15,7 @@ from torch import nn
 from llmslim import slim
 from llmslim.errors import HealingError
 from llmslim.healing import objectives, phases
-from llmslim.healing.trained import make_trainable
+from llmslim.healing.trainable import make_trainable
 from llmslim.recipe import Heal
 
 

@@ -20,7 +20,7 @@ from llmslim.cli.main import cli
 from llmslim.data import healing_text
 from llmslim.errors import CheckpointError, DataError, HealingError, RecipeError
 from llmslim.healing.answers import PROMPTS
-from llmslim.healing.prepare import heal_spec, without_paths
+from llmslim.healing.inputs import heal_spec, without_paths
 from llmslim.healing.slim_folder import read_slim_folder
 from llmslim.recipe import Heal, HealSource, Recipe
 from llmslim.reporting.healed import picture, section

@@ -14,7 +14,7 @@ import llmslim
 from llmslim.checkpoint import identity, lock
 from llmslim.errors import HealingError
 from llmslim.healing import Place, heal_model
-from llmslim.healing.work import Work
+from llmslim.healing.rundir import Work
 from llmslim.recipe import Heal
 
 OPTIONS = {"epochs": 2, "evaluate_every": 2, "objective": "logits", "train": "lora"}

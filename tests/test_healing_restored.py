@@ -13,7 +13,7 @@ from tiny import tiny_config, tiny_model
 import llmslim
 from llmslim.healing import answers
 from llmslim.healing.restoring import as_it_was, evaluating
-from llmslim.healing.trained import keep_activations
+from llmslim.healing.trainable import keep_activations
 
 
 def teacher_in(dtype):

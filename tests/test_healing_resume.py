@@ -19,7 +19,7 @@ from tiny import tiny_model
 
 from llmslim.errors import HealingError
 from llmslim.healing import trainer
-from llmslim.healing.work import Work
+from llmslim.healing.rundir import Work
 
 HERE = Path(__file__).parent
 OPTIONS = {"epochs": 3, "micro_batch": 2, "layers_share": 0.3, "evaluate_every": 3}

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import llmslim
 from llmslim.errors import HealingError
-from llmslim.healing.trained import make_trainable
+from llmslim.healing.trainable import make_trainable
 from llmslim.recipe import Heal
 
 SMALL = {"learning_rate": 2e-4, "precision": "fp32", "epochs": 4, "evaluate_every": 2}

@@ -10,7 +10,7 @@ import torch
 from helpers_healing import healed, slimmed, text
 from torch.utils.data import Dataset
 
-from llmslim.healing.order import tokens_in
+from llmslim.healing.rows import tokens_in
 from llmslim.healing.sizes import Sizes, rate_share
 from llmslim.healing.trainer import HealingTrainer
 from llmslim.recipe import Heal

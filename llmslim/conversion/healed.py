@@ -7,9 +7,9 @@ from pathlib import Path
 
 from llmslim import surgery
 from llmslim.checkpoint import write_checkpoint
-from llmslim.healing.prepare import Ready, without_paths
+from llmslim.healing.inputs import Ready, without_paths
 from llmslim.healing.report import HealReport
-from llmslim.healing.work import history_text
+from llmslim.healing.rundir import history_text
 from llmslim.modeling.base_class import auto_class_name
 from llmslim.recipe import Recipe, recipe_yaml
 from llmslim.reporting.card import model_card

@@ -8,4 +8,4 @@ from .run import Place as Place
 from .run import heal_model as heal_model
 from .slim_folder import SlimFolder as SlimFolder
 from .slim_folder import read_slim_folder as read_slim_folder
-from .work import working_folder as working_folder
+from .rundir import working_folder as working_folder

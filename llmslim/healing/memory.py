@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmslim.healing.neighbours import takes_position_ids
+from llmslim.healing.packing_check import takes_position_ids
 from llmslim.healing.objectives._chunks import CHUNK_NUMBERS
 from llmslim.recipe import Heal
 from llmslim.surgery.sites import find_layers

@@ -21,13 +21,13 @@ from torch import Tensor
 from llmslim.checkpoint import model_digest, quiet, versions
 from llmslim.data import collate, collate_apart, collate_flat
 from llmslim.healing.answers import PROMPTS, answers
-from llmslim.healing.neighbours import takes_position_ids
-from llmslim.healing.order import Filled, text_digest
+from llmslim.healing.packing_check import takes_position_ids
+from llmslim.healing.rows import Filled, text_digest
 from llmslim.healing.phases import checked_phases, paired_layers, uses_layers
 from llmslim.healing.processes import is_sharded, process_notes, processes
 from llmslim.healing.report import Answer, HealReport
 from llmslim.healing.restoring import as_it_was, to_compute
-from llmslim.healing.sharding import give_back, lend
+from llmslim.healing.distributed import give_back, lend
 from llmslim.healing.sizes import (
     Sizes,
     packing_notes,
@@ -35,11 +35,11 @@ from llmslim.healing.sizes import (
     uses_bf16,
 )
 from llmslim.healing.stored import Numbered, numbered
-from llmslim.healing.storing import ask_once, is_begun
-from llmslim.healing.trained import keep_activations, make_trainable
+from llmslim.healing.teacher_cache import ask_once, is_begun
+from llmslim.healing.trainable import keep_activations, make_trainable
 from llmslim.healing.trainer import HealingTrainer
 from llmslim.healing.watch import Progress, should_stop, tokens_seen
-from llmslim.healing.work import FORMAT, Work, explain_full_disk
+from llmslim.healing.rundir import FORMAT, Work, explain_full_disk
 from llmslim.recipe import Heal
 from llmslim.surgery import quietly
 

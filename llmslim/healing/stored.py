@@ -27,9 +27,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from llmslim.errors import HealingError
-from llmslim.healing.held_out import Collate
+from llmslim.healing.measure import Collate
 from llmslim.healing.objectives import Taught
-from llmslim.healing.order import tokens_in
+from llmslim.healing.rows import tokens_in
 
 FILE = "teacher_logits.safetensors"
 

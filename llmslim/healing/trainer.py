@@ -28,16 +28,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
 from llmslim.errors import HealingError
-from llmslim.healing.held_out import held_out_loss
+from llmslim.healing.measure import held_out_loss
 from llmslim.healing.objectives import Objective, Step
-from llmslim.healing.order import Filled, Order
+from llmslim.healing.rows import Filled, Order
 from llmslim.healing.processes import is_sharded
-from llmslim.healing.sharding import check_sharding, overwrite, settled, whole
+from llmslim.healing.distributed import check_sharding, overwrite, settled, whole
 from llmslim.healing.sizes import Sizes, rate_share
 from llmslim.healing.stored import StoredLogits
-from llmslim.healing.trained import Trained
+from llmslim.healing.trainable import Trained
 from llmslim.healing.watch import Progress, Watch
-from llmslim.healing.work import Work
+from llmslim.healing.rundir import Work
 from llmslim.recipe import Heal
 from llmslim.surgery.sites import find_layers
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from llmslim.checkpoint.source import first_line
 from llmslim.healing.memory import Memory, healing_memory
 from llmslim.healing.phases import checked_phases
-from llmslim.healing.prepare import Ready
+from llmslim.healing.inputs import Ready
 from llmslim.healing.processes import processes
 from llmslim.healing.sizes import Sizes, packing_notes, uses_bf16
-from llmslim.healing.trained import make_trainable
+from llmslim.healing.trainable import make_trainable
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from llmslim.checkpoint import (
 )
 from llmslim.data import Rows, embedding_rows, healing_text, longest_input
 from llmslim.errors import HealingError
-from llmslim.healing.neighbours import sees_neighbours
+from llmslim.healing.packing_check import sees_neighbours
 from llmslim.healing.processes import processes
 from llmslim.healing.slim_folder import SlimFolder, read_slim_folder
 from llmslim.recipe import Heal, HealSource, Recipe

@@ -25,13 +25,13 @@ from accelerate import PartialState
 from torch import Tensor
 
 from llmslim.errors import HealingError
-from llmslim.healing.held_out import Collate
+from llmslim.healing.measure import Collate
 from llmslim.healing.objectives._chunks import CHUNK_NUMBERS
 from llmslim.healing.restoring import to_compute
 from llmslim.healing.stored import FILE, StoredLogits
 from llmslim.healing.trainer import HealingTrainer
 from llmslim.healing.watch import Progress
-from llmslim.healing.work import FULL
+from llmslim.healing.rundir import FULL
 from llmslim.surgery import quietly
 
 TOP_K = 64

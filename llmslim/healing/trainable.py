@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from llmslim.errors import HealingError, TargetError
 from llmslim.healing.rounding import rounded
-from llmslim.healing.sharding import overwrite, settled, whole
+from llmslim.healing.distributed import overwrite, settled, whole
 from llmslim.modeling.modeling_llmslim import set_module
 from llmslim.modeling.structured import StructuredLinear
 from llmslim.recipe import Heal
