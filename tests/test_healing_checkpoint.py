@@ -12,6 +12,8 @@ import yaml
 from click.testing import CliRunner
 from helpers_checkpoint import hashes, same_bytes, stored, tiny_tokenizer
 from helpers_healing import Rows, Text
+from llmslim.healing.answers import PROMPTS
+from llmslim.healing.slim_folder import read_slim_folder
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -19,9 +21,7 @@ import llmslim
 from llmslim.cli.main import cli
 from llmslim.data import healing_text
 from llmslim.errors import CheckpointError, DataError, HealingError, RecipeError
-from llmslim.healing.answers import PROMPTS
 from llmslim.healing.inputs import heal_spec, without_paths
-from llmslim.healing.slim_folder import read_slim_folder
 from llmslim.recipe import Heal, HealSource, Recipe
 from llmslim.reporting.healed import picture, section
 

@@ -10,8 +10,8 @@ from tiny import tiny_model
 from torch.nn.functional import cross_entropy
 
 import llmslim
-from llmslim.healing.packing_check import sees_neighbours, takes_position_ids
 from llmslim.healing.inputs import prepare
+from llmslim.healing.packing_check import sees_neighbours, takes_position_ids
 from llmslim.surgery import quietly
 
 SAID = "samples packed into one row would see each other"

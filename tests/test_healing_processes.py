@@ -21,8 +21,8 @@ import llmslim
 from llmslim.data import healing_text
 from llmslim.errors import HealingError
 from llmslim.healing import run
-from llmslim.healing.rows import Filled, Order
 from llmslim.healing.distributed import check_sharding, give_back, lend
+from llmslim.healing.rows import Filled, Order
 from llmslim.recipe import Heal
 
 RECIPE = {

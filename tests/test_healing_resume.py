@@ -19,10 +19,10 @@ from tiny import tiny_model
 
 from llmslim.errors import HealingError
 from llmslim.healing import trainer
-from llmslim.healing.rundir import Work
+from llmslim.healing import RunDir
 
 HERE = Path(__file__).parent
-OPTIONS = {"epochs": 3, "micro_batch": 2, "layers_share": 0.3, "evaluate_every": 3}
+OPTIONS = {"epochs": 3, "micro_batch": 2, "evaluate_every": 3}
 
 KILLED = """
 import os, signal, sys
@@ -150,7 +150,7 @@ def test_lora_goes_on_too(tmp_path):
 def test_an_unfinished_one_is_not_thrown_away_unasked(tmp_path):
     heal(tmp_path / "w")
     with pytest.raises(
-        HealingError, match=r"unfinished healing is here\. Go on with it \(--resume"
+        HealingError, match=r"unfinished healing is here\. Continue it \(--resume"
     ):
         heal(tmp_path / "w")
 

@@ -8,10 +8,10 @@ from collections import Counter
 import pytest
 import torch
 from helpers_healing import healed, slimmed, text
+from llmslim.healing.sizes import Sizes, rate_share
 from torch.utils.data import Dataset
 
 from llmslim.healing.rows import tokens_in
-from llmslim.healing.sizes import Sizes, rate_share
 from llmslim.healing.trainer import HealingTrainer
 from llmslim.recipe import Heal
 

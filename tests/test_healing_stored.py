@@ -14,6 +14,8 @@ import pytest
 import torch
 from helpers_checkpoint import tiny_tokenizer
 from helpers_healing import LENGTH, Rows, Text, healed, losses, slimmed, text
+from llmslim.healing.processes import processes
+from llmslim.healing.stored import FILE
 from safetensors import safe_open
 from tiny import tiny_model
 
@@ -22,8 +24,6 @@ from llmslim.data import collate, collate_flat
 from llmslim.errors import HealingError
 from llmslim.healing import Place, heal_model, objective_named, storing
 from llmslim.healing.objectives import Step, _chunks
-from llmslim.healing.processes import processes
-from llmslim.healing.stored import FILE
 from llmslim.recipe import Heal
 
 HERE = Path(__file__).parent

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from transformers import PreTrainedModel
 
 from llmslim.checkpoint import (
+    REPORT,
     Source,
     check_finite,
     load_model,
@@ -21,36 +24,152 @@ from llmslim.checkpoint import (
 )
 from llmslim.data import Rows, embedding_rows, healing_text, longest_input
 from llmslim.errors import HealingError
+from llmslim.healing.distributed import processes
+from llmslim.healing.objectives import Objective, objective_named
 from llmslim.healing.packing_check import sees_neighbours
-from llmslim.healing.processes import processes
-from llmslim.healing.slim_folder import SlimFolder, read_slim_folder
+from llmslim.options import HealOptions
+from llmslim.progress import Progress
 from llmslim.recipe import Heal, HealSource, Recipe
-from llmslim.surgery import Progress
+from llmslim.reporting.read import ReportFile, read_report
+from llmslim.surgery.depth import kept_layers
+from llmslim.surgery.sites import find_layers
+
+_LAYER = re.compile(r"\.(\d+)\.")
 
 
 @dataclass(frozen=True)
-class Ready:
+class SlimFolder:
+    """What a checkpoint holds beside its weights; all None in one that llmslim did not write."""
+
+    recipe: Recipe | None = None
+    report: ReportFile | None = None
+    base_model: str | None = None
+    """Name of the source model in the model card."""
+
+    @classmethod
+    def read(cls, folder: Path) -> SlimFolder:
+        """Read recipe, report and base model of a checkpoint; what is not there is None.
+
+        Args:
+            folder: the checkpoint.
+
+        Raises:
+            CheckpointError: if a file is there and cannot be read.
+            RecipeError: if the recipe is not one.
+        """
+        recipe = folder / "recipe.yaml"
+        return cls(
+            Recipe.load(recipe) if recipe.is_file() else None,
+            read_report(folder) if (folder / REPORT).is_file() else None,
+            _base_model(folder),
+        )
+
+    def kept_layers(self) -> tuple[int, ...]:
+        """Return which layers of the source model are left; none where that is not known.
+
+        Raises:
+            RecipeError: if recipe and report do not fit each other.
+        """
+        if self.recipe is None or self.report is None:
+            return ()
+        found = (_LAYER.search(row.name) for row in self.report.report.rows)
+        count = 1 + max((int(match[1]) for match in found if match), default=-1)
+        return kept_layers(self.recipe, count) if count else ()
+
+    def narrowed(self, model: Any) -> tuple[str, ...]:
+        """Return the names, in this model, of dense maps that surgery made of another size.
+
+        Args:
+            model: loaded from this checkpoint.
+        """
+        if self.report is None:
+            return ()
+        stack = find_layers(model).path
+        now = {before: after for after, before in enumerate(self.kept_layers())}
+        names = []
+        for row in self.report.report.rows:
+            if row.action == "dropped" or row.params_before == row.params_after:
+                continue
+            match = re.match(rf"{re.escape(stack)}\.(\d+)\.", row.name)
+            if match and row.kind == "projection" and int(match[1]) in now:
+                names.append(f"{stack}.{now[int(match[1])]}.{row.name[match.end() :]}")
+        return tuple(names)
+
+
+def _base_model(folder: Path) -> str | None:
+    """Return the front matter's `base_model`; anybody may have edited the card."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        name = yaml.safe_load(text.split("---\n")[1]).get("base_model")
+    except (OSError, ValueError, IndexError, AttributeError, yaml.YAMLError):
+        return None
+    return name if isinstance(name, str) else None
+
+
+@dataclass(frozen=True)
+class HealInputs:
     """A model that can be healed, and what with."""
 
     model: Any
     spec: Heal
     text: Any
-    """Rows to train on and rows held out."""
+    """Rows to train on and rows held out, as `llmslim.data.healing_text` returns them."""
     tokenizer: Any = None
+    """For answers before and after; there are none without it."""
     teacher: Any = None
+    """The dense model."""
+    narrowed: tuple[str, ...] = ()
+    """Names of dense maps that surgery made narrower."""
+    mixes: bool = False
+    """Whether samples in one row would see each other, in the model or in the teacher."""
     source: Source | None = None
     """The checkpoint; None for a model in memory."""
     folder: SlimFolder = field(default_factory=SlimFolder)
-    mixes: bool = False
-    """Whether samples in one row would see each other, in the model or in the teacher."""
 
-    @property
-    def origin(self) -> str:
-        """What the model was loaded from, to be known again."""
-        if self.source is None:
-            return ""
-        path = self.source.path
-        return self.source.given if path is None else str(path.resolve())
+    def objective(self) -> Objective:
+        """Return the objective of a healing that can begin.
+
+        Raises:
+            HealingError: if objective, teacher and text do not fit each other.
+        """
+        spec, teacher = self.spec, self.teacher
+        objective = objective_named(
+            spec.objective or ("cross_entropy" if teacher is None else "logits")
+        )
+        if spec.store_teacher and teacher is None:
+            raise HealingError(
+                "heal.store_teacher: true, but no teacher to store. Name one (--teacher), or leave "
+                "store_teacher out."
+            )
+        if spec.store_teacher and objective.name != "logits":
+            raise HealingError(
+                f"heal.store_teacher: true with {objective.name}; only the teacher's logits are "
+                "stored, for objective `logits`. Leave store_teacher out, or take `logits`."
+            )
+        if objective.needs_teacher and teacher is None:
+            raise HealingError(
+                f"heal.objective: {objective.name}, but no teacher; it learns from the dense "
+                "model. Name one (--teacher), or take cross_entropy."
+            )
+        if teacher is not None:
+            _check_vocabulary(self.model, teacher)
+        if len(self.text.train) == 0:
+            raise HealingError("heal.data: no text to train on; at least one row is needed.")
+        return objective
+
+
+def _check_vocabulary(model: Any, teacher: Any) -> None:
+    """Refuse a teacher with other tokens.
+
+    Raises:
+        HealingError: if the vocabularies are of different sizes.
+    """
+    ours, theirs = (m.get_output_embeddings().weight.shape[0] for m in (model, teacher))
+    if ours != theirs:
+        raise HealingError(
+            f"heal.teacher: a vocabulary of {theirs:,} tokens, the model's has {ours:,}; both need "
+            "the same. Give the model that this one was made from."
+        )
 
 
 def heal_spec(given: Any, own: Recipe | None, changes: Mapping[str, Any]) -> Heal:
@@ -100,74 +219,50 @@ def without_paths(spec: Heal) -> Heal:
     return spec.model_copy(update=changes)
 
 
-def prepare(
-    model: PreTrainedModel | str | Path,
-    *,
-    recipe: Any,
-    data: Any,
-    teacher: PreTrainedModel | str | Path | None,
-    changes: Mapping[str, Any],
-    tokenizer: Any,
-    progress: Progress,
-) -> Ready:
+def load_inputs(
+    model: PreTrainedModel | str | Path, options: HealOptions, progress: Progress
+) -> HealInputs:
     """Find, load and check everything.
 
     Args:
         model: a checkpoint or a model in memory.
-        recipe: as for `heal_spec`.
-        data: as the key `data`, or rows already made; None for what the options say.
-        teacher: the dense model; None for what the options say.
-        changes: as for `heal_spec`.
-        tokenizer: of a model in memory; a checkpoint has its own.
-        progress: told what is being done.
+        options: as for `llmslim.heal`.
+        progress: called before each part.
 
     Raises:
         HealingError: if there is no text to be had, or the teacher does not fit.
         SlimError: with what is wrong with model, recipe or data.
     """
-    changes = dict(changes)
-    rows = data if hasattr(data, "train") else None
-    if data is not None and rows is None:
-        changes["data"] = data if not isinstance(data, Path) else str(data)
-    if isinstance(teacher, str | Path):
-        changes["teacher"] = str(teacher)
-    elif teacher is not None:
-        changes["teacher"] = None  # takes the place of one that a recipe names
+    source, folder, tokenizer = None, SlimFolder(), options.tokenizer
     if isinstance(model, str | Path):
         source = open_source(model)
-        folder = SlimFolder() if source.path is None else read_slim_folder(source.path)
-        spec = heal_spec(recipe, folder.recipe, changes)
+        folder = SlimFolder() if source.path is None else SlimFolder.read(source.path)
+    spec = heal_spec(options.recipe, folder.recipe, options.changes())
+    if source is not None:
         progress(0, 0, "reading the model")
-        loaded = _load_finite(source)
-        ready = Ready(loaded, spec, rows, load_tokenizer(source), None, source, folder)
-    else:
-        ready = Ready(model, heal_spec(recipe, None, changes), rows, tokenizer)
-    spec = ready.spec
+        model, tokenizer = _load_finite(source), load_tokenizer(source)
+    teacher = options.teacher
     if not isinstance(teacher, PreTrainedModel):
-        teacher = None if spec.teacher is None else _teacher(spec.teacher, ready.tokenizer)
-    # Asked before attention is chosen: some ways work on a GPU only.
-    mixes = any(sees_neighbours(one) for one in (ready.model, teacher) if one is not None)
-    if mixes:  # rows are taken apart one by one, so that none has to be as long as another
+        teacher = None if spec.teacher is None else _load_teacher(spec.teacher, tokenizer)
+    both = [one for one in (model, teacher) if one is not None]
+    # Tried before attention is chosen: some ways work on a GPU only.
+    mixes = any(map(sees_neighbours, both))
+    if mixes:  # each sample gets a row of its own, so that none has to be as long as another
         spec = spec.model_copy(update={"micro_batch": 1})
-    ready = replace(ready, spec=spec, teacher=teacher, mixes=mixes)
-    _set_attention(ready.model, spec.attn_implementation)
-    if teacher is not None:
-        _set_attention(teacher, spec.attn_implementation)
+    for one in both:
+        _set_attention(one, spec.attn_implementation)
+    rows = options.data if hasattr(options.data, "train") else None
+    narrowed = folder.narrowed(model)
+    inputs = HealInputs(model, spec, rows, tokenizer, teacher, narrowed, mixes, source, folder)
     if rows is None:
-        if ready.tokenizer is None:
-            raise HealingError(
-                f"{ready.origin or 'the model'}: has no tokenizer, so no text can be read. Put its "
-                "tokenizer files beside the weights, or give rows already made."
-            )
-        rows = _rows(ready, progress)
-    else:
-        for part in (rows.train, rows.held_out):
-            if isinstance(part, Rows):
-                part.check_known(ready.tokenizer, embedding_rows(ready.model))
-    return replace(ready, text=rows)
+        return replace(inputs, text=_read_text(inputs, progress))
+    for part in (rows.train, rows.held_out):
+        if isinstance(part, Rows):
+            part.check_known(tokenizer, embedding_rows(model))
+    return inputs
 
 
-def _teacher(name: str, tokenizer: Any) -> Any:
+def _load_teacher(name: str, tokenizer: Any) -> Any:
     """Load the dense model.
 
     Raises:
@@ -214,17 +309,26 @@ def _set_attention(model: Any, wanted: str) -> None:
         ) from error
 
 
-def _rows(ready: Ready, progress: Progress) -> Any:
-    """Read the text; one process first, which fills the cache for the others."""
-    usual = ready.spec.context_length
-    length = min(usual, longest_input(ready.model) or usual)
+def _read_text(inputs: HealInputs, progress: Progress) -> Any:
+    """Read the text; one process first, which fills the cache for the others.
+
+    Raises:
+        HealingError: if there is no tokenizer to read it with.
+    """
+    if inputs.tokenizer is None:
+        raise HealingError(
+            f"{inputs.source.given if inputs.source else 'the model'}: has no tokenizer, so no "
+            "text can be read. Put its tokenizer files beside the weights, or give rows already "
+            "made."
+        )
+    usual = inputs.spec.context_length
     with processes().main_process_first():
         return healing_text(
-            ready.spec,
-            ready.tokenizer,
-            teacher=ready.teacher,
-            context_length=length,
-            evenly=ready.mixes,
-            model=ready.model,
+            inputs.spec,
+            inputs.tokenizer,
+            teacher=inputs.teacher,
+            context_length=min(usual, longest_input(inputs.model) or usual),
+            evenly=inputs.mixes,
+            model=inputs.model,
             progress=progress,
         )

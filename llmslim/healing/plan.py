@@ -1,16 +1,143 @@
-"""What a healing would do, and what it needs, before anything is trained: `heal --dry-run`."""
+"""How much a healing has to do, in which arithmetic, and what it would take (`heal --dry-run`)."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
 
 from llmslim.checkpoint.source import first_line
+from llmslim.healing.distributed import processes
+from llmslim.healing.inputs import HealInputs
 from llmslim.healing.memory import Memory, healing_memory
-from llmslim.healing.phases import checked_phases
-from llmslim.healing.inputs import Ready
-from llmslim.healing.processes import processes
-from llmslim.healing.sizes import Sizes, packing_notes, uses_bf16
+from llmslim.healing.packing_check import packing_notes
 from llmslim.healing.trainable import make_trainable
+from llmslim.recipe import Heal
+
+EVALUATIONS = 10
+"""Measurements of a healing where the recipe gives no number of steps between them."""
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """How much there is to do."""
+
+    steps: int
+    accumulate: int
+    """Passes of one step in each process."""
+    every: int
+    """Steps between measurements."""
+    rows: int
+    """Rows that are trained on, each as often as it comes."""
+    tokens: int
+    """Tokens in these, padding not counted; exact for whole passes."""
+    notes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, spec: Heal, text: Any, processes: int) -> StepPlan:
+        """Work it out for some text and number of processes, with as many rows in every step."""
+        together = spec.micro_batch * processes
+        rows = math.ceil(spec.batch_size / together) * together
+        notes = []
+        if rows != spec.batch_size:
+            notes.append(
+                f"heal.batch_size: {spec.batch_size} rows, but {processes} processes take "
+                f"{spec.micro_batch} each; {rows} rows were taken."
+            )
+        there = len(text.train)
+        if spec.tokens is None:
+            wanted = math.ceil(round(spec.epochs * there, 6))  # 0.1 * 30 is a little over 3
+        else:
+            wanted = math.ceil(spec.tokens * there / text.train.tokens)
+        # Every pass ends with what is left of the rows; no step has rows of two passes.
+        passes, rest = divmod(wanted, there)
+        last = math.ceil(rest / rows)
+        steps = passes * math.ceil(there / rows) + last
+        if spec.tokens is not None:
+            rest = min(there, last * rows)  # whole steps
+        every = spec.evaluate_every or math.ceil(steps / EVALUATIONS)
+        seen = passes * there + rest
+        tokens = round(seen * text.train.tokens / there)
+        return cls(steps, rows // together, every, seen, tokens, tuple(notes))
+
+
+def rate_share(step: int, spec: Heal, steps: int) -> float:
+    """Return a step's share of the peak learning rate; it is 0 in none of them.
+
+    Args:
+        step: counted from 0.
+        spec: `warmup` and `schedule`.
+        steps: how many there are.
+
+    Example:
+        >>> [round(rate_share(step, Heal(warmup=0.25), 8), 3) for step in range(8)]
+        [0.333, 0.667, 1.0, 0.933, 0.75, 0.5, 0.25, 0.067]
+    """
+    rising = min(math.ceil(spec.warmup * steps), steps - 1)  # a single step is at the peak
+    if step < rising:
+        return (step + 1) / (rising + 1)
+    if spec.schedule == "constant":
+        return 1.0
+    return (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising))) / 2
+
+
+def uses_bf16(spec: Heal, device: torch.device) -> bool:
+    """Return whether to compute in bfloat16."""
+    if spec.precision != "auto":
+        return spec.precision == "bf16"
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    # On other CPUs it is slower than float32: only AMX multiplies it in hardware of its own.
+    known = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return device.type == "cpu" and known is not None and bool(known())
+
+
+def training_arguments(
+    spec: Heal, plan: StepPlan, folder: Path, *, evaluates: bool
+) -> TrainingArguments:
+    """Return the options of the Trainer.
+
+    Args:
+        spec: the options.
+        plan: how much there is to do.
+        folder: where checkpoints go.
+        evaluates: whether there are rows held out.
+    """
+    cuda = torch.cuda.is_available()
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=plan.steps,
+        per_device_train_batch_size=spec.micro_batch,
+        gradient_accumulation_steps=plan.accumulate,
+        learning_rate=spec.learning_rate,
+        max_grad_norm=spec.max_grad_norm,
+        # numpy, which the Trainer seeds too, takes no larger ones.
+        seed=spec.seed % 2**32,
+        data_seed=spec.seed % 2**32,
+        logging_strategy="no",
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=plan.every,
+        save_strategy="steps",
+        save_steps=plan.every,
+        save_total_limit=2,
+        metric_for_best_model="eval_loss" if evaluates else None,
+        greater_is_better=False if evaluates else None,
+        report_to="none",
+        use_cpu=not torch.accelerator.is_available(),
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=cuda,
+        ddp_find_unused_parameters=False,
+        log_level="error",
+        log_level_replica="error",
+    )
+    # With several GPUs and one process the Trainer would take the old DataParallel.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
 
 
 @dataclass(frozen=True)
@@ -52,41 +179,40 @@ class HealingPlan:
         return rows
 
 
-def plan_healing(ready: Ready) -> HealingPlan:
+def plan_healing(inputs: HealInputs) -> HealingPlan:
     """Work out what a healing would do.
 
     Args:
-        ready: what `prepare` found; its model is made ready for training and of no use after.
+        inputs: complete; the model is made ready for training and of no use after.
 
     Raises:
         HealingError: if it could not be done.
     """
-    spec, text, model = ready.spec, ready.text, ready.model
-    chosen = checked_phases(model, text, spec, ready.teacher)
-    state = processes()
-    run = Sizes.of(spec, text, state.num_processes)
-    trained = make_trainable(model, spec, ready.folder.narrowed(model))
+    spec, text, model = inputs.spec, inputs.text, inputs.model
+    objective, state = inputs.objective(), processes()
+    plan = StepPlan.of(spec, text, state.num_processes)
+    trainable = make_trainable(model, spec, inputs.narrowed)
     bf16 = uses_bf16(spec, state.device)
-    notes = [*text.notes, *run.notes, *packing_notes(mixes=ready.mixes)]
+    notes = [*text.notes, *plan.notes, *packing_notes(mixes=inputs.mixes)]
     memory = None
     try:
         memory = healing_memory(
             model,
             spec,
             length=len(text.train[0]["input_ids"]),
-            accumulate=run.accumulate,
+            accumulate=plan.accumulate,
             bf16=bf16,
-            teacher=ready.teacher,
+            teacher=inputs.teacher,
         )
     except Exception as error:  # in as many classes as there are models
         notes.append(f"How much memory it takes is not known here ({first_line(error)}).")
     return HealingPlan(
-        objective=", ".join(one.name for one, _ in chosen),
+        objective=objective.name,
         train=spec.train,
-        trained_parameters=trained.count(),
+        trained_parameters=trainable.count(),
         parameters=sum(weight.numel() for weight in model.parameters()),
-        steps=run.steps,
-        tokens=run.tokens,
+        steps=plan.steps,
+        tokens=plan.tokens,
         held_out_rows=len(text.held_out),
         arithmetic="bf16" if bf16 else "fp32",
         source=text.source,
