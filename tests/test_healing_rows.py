@@ -14,12 +14,12 @@ from helpers_data import alone as alone
 from helpers_data import jsonl, put, spec, table
 from helpers_healing_data import heal, hub, problem
 from helpers_templates import TEMPLATES, tokenizer_of
-from llmslim.healing.answers import answers
 from tiny import tiny_model
 
 from llmslim.data import HealingText, calibration_windows, read_texts
 from llmslim.data.columns import RowReader
 from llmslim.errors import DataError
+from llmslim.healing.measure import answers
 from llmslim.recipe.schema import HealSource
 
 LOAD = datasets.load_dataset
