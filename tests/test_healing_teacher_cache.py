@@ -14,7 +14,6 @@ import pytest
 import torch
 from helpers_checkpoint import tiny_tokenizer
 from helpers_healing import LENGTH, Rows, Text, healed, losses, slimmed, text
-from llmslim.healing.processes import processes
 from safetensors import SafetensorError, safe_open
 from tiny import tiny_model
 
@@ -259,9 +258,7 @@ def test_a_full_disk_is_an_error_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr(teacher_cache.shutil, "disk_usage", lambda _: usage)
     teacher = tiny_model()
     teacher.register_forward_hook(lambda *_: pytest.fail("the teacher was asked"))
-    with pytest.raises(
-        HealingError, match=r"no space left .* \(516 bytes for each of 224 tokens\)"
-    ):
+    with pytest.raises(HealingError, match=r"no space left .* \(516 bytes for each of 224"):
         healed(slimmed(), tmp_path / "w", teacher=teacher, store_teacher=True)
     assert not (tmp_path / "w").exists()
 
@@ -337,7 +334,7 @@ def test_from_folder_to_folder_it_leaves_no_trace(tmp_path, monkeypatch):
         for keep in (False, True)
     )
     torch.testing.assert_close(losses(once), losses(live), rtol=1e-5, atol=0)
-    assert once.loss_after < once.loss_before
+    assert once.loss_after == pytest.approx(live.loss_after, rel=1e-5)
     assert llmslim.verify(once.path).ok
     names = [
         sorted(safe_open(folder / "model.safetensors", framework="pt").keys())
