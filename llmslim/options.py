@@ -1,8 +1,8 @@
 """What the verbs take besides a model: one frozen dataclass for each, and the only list of it.
 
 Keywords in Python and options on the command line (`llmslim/cli/options.py`) are both made from the
-fields; the docstring of the dataclass is the help of both. Metadata of a field says how the command
-line shows it: `flags` in place of `--name`, none where it is for Python alone, and `metavar`.
+fields; the docstring of the dataclass is the help of both. Metadata of a field is for the command
+line: `flags` in place of `--name`, none where it is for Python alone, and `metavar`.
 """
 
 from __future__ import annotations

@@ -93,19 +93,19 @@ def test_lora_is_multiplied_out(architecture):
     model = slimmed(architecture)
     kinds = {name: type(module) for name, module in model.named_modules()}
     before, ids = state(model), tokens()
-    trained = make_trainable(model, Heal(train="lora", lora_rank=2))
-    assert len(trained.lora) == (16 if architecture == "llama" else 8)
+    trainable = make_trainable(model, Heal(train="lora", lora_rank=2))
+    assert len(trainable.lora) == (16 if architecture == "llama" else 8)
     torch.testing.assert_close(logits(model, ids), logits(slimmed(architecture), ids))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_()
     beside = logits(model, ids)
-    trained.finish()
+    trainable.release()
     assert {name: type(module) for name, module in model.named_modules()} == kinds
     torch.testing.assert_close(logits(model, ids), beside, rtol=1e-4, atol=1e-4)
     changed = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
-    assert changed == {f"{name}.weight" for name in trained.lora}
+    assert changed == {f"{name}.weight" for name in trainable.lora}
     assert not hasattr(model, "peft_config")
     assert all(parameter.requires_grad for parameter in model.parameters())
 

@@ -35,7 +35,7 @@ def options_from(options: type) -> Decorator:
 
 
 def _described(options: type) -> dict[str, str]:
-    """Return what a docstring's section `Attributes` says of each name, on one line."""
+    """Return the text of each name in a docstring's section `Attributes`, on one line."""
     text = inspect.getdoc(options) or ""
     found = re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", text.partition("Attributes:\n")[2], re.M)
     return {name: " ".join(lines.split()) for name, lines in found}

@@ -5,7 +5,7 @@
 - `lora`: what surgery changed in full, and LoRA matrices beside every dense map inside the decoder
   layers that it left. They are multiplied out at the end: a healed model has no LoRA in it.
 
-Parameters are float32 while they are trained, whatever the checkpoint stores; `rounding.py` says
+Parameters are float32 while they are trained, whatever the checkpoint stores; `rounding.py` is
 how they become its type again. Every measurement is of the model as it would be stored.
 """
 
@@ -54,10 +54,6 @@ class Trainable:
     """Names of dense maps with LoRA beside them."""
     _final: bool = field(default=False)
 
-    def names(self) -> list[str]:
-        """Return the names of the parameters that are trained."""
-        return [n for n, p in self.model.named_parameters() if p.requires_grad]
-
     def count(self) -> int:
         """Return how many numbers are trained."""
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
@@ -98,16 +94,15 @@ class Trainable:
             self._store(keep=False)
             self._final = True
 
+    @torch.no_grad()
     def release(self) -> None:
-        """Undo what training did to the model besides training it, in place."""
+        """Undo what training did to the model besides training it, in place; finalise it.
+
+        Every parameter gets the type it is stored in.
+        """
         keep_activations(self.model, keep=True)
         self.model.zero_grad()
         self.model.to(self.device).eval()
-        self.finish()
-
-    @torch.no_grad()
-    def finish(self) -> None:
-        """Finalise, and give every parameter the type it is stored in, in place."""
         if not self._final:
             self._store(keep=False, check=False)
             self._final = True
@@ -261,17 +256,15 @@ def make_trainable(model: Any, spec: Heal, narrowed: Iterable[str] = ()) -> Trai
             parameter.data = parameter.data.float()
     _add_lora(model, lora, spec)
     changed = frozenset(
-        f"{name}.{inner}" for name in modules for inner, _ in _own_parameters(model, name)
+        f"{name}.{inner}"
+        for name in modules
+        for inner, _ in model.get_submodule(name).named_parameters()
     )
     for name, parameter in model.named_parameters():
         if name in changed:
             parameter.requires_grad_(requires_grad=True)
     stored = {name: wanted or dtype for name, dtype in given.items()}
     return Trainable(model, changed, given, stored, gradients, device, spec.seed, lora)
-
-
-def _own_parameters(model: nn.Module, name: str) -> list[tuple[str, nn.Parameter]]:
-    return list(model.get_submodule(name).named_parameters())
 
 
 def _dense_maps(model: Any, changed: list[str]) -> tuple[str, ...]:

@@ -220,7 +220,7 @@ class Heal(Section):
     top_k: Count | None = None
     """`logits`: compare the teacher's likeliest tokens, and all others as one."""
     store_teacher: bool = False
-    """`logits`: ask the teacher once, before training, and keep its `top_k` (64 where not given) in a file."""
+    """`logits`: run the teacher once, before training, and store its `top_k` (64 where not given) predictions."""
     tokens: Count | None = None
     """Tokens to train on; takes the place of `epochs`."""
     epochs: Annotated[float, Field(gt=0)] = 1.0
