@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from llmslim.progress import Progress
-from llmslim.recipe import Heal, Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-else:  # which imports torch, and `--help` needs none
-    PreTrainedModel = Any
+
+    from llmslim.recipe import Heal, Recipe
+else:  # these import torch or pydantic, which `--help` does without
+    PreTrainedModel = Heal = Recipe = Any
 
 Model = TypeVar("Model")
 Keywords = ParamSpec("Keywords")
@@ -84,6 +85,8 @@ class HealOptions:
 
     def changes(self) -> dict[str, Any]:
         """Return what replaces keys of the `heal` section; rows and models in memory do not."""
+        from llmslim.recipe import Heal
+
         given = {
             name: str(value) if isinstance(value, Path) else value
             for name, value in vars(self).items()
