@@ -197,7 +197,7 @@ def heal(model: PreTrainedModel | str | Path, options: HealOptions) -> HealRepor
         >>> heal("slim", "healed", teacher="dense", tokens=1_000_000)  # doctest: +SKIP
     """
     from llmslim.conversion.healed import write_healed
-    from llmslim.healing import RunDir, folder_beside, heal_model, load_inputs
+    from llmslim.healing import HealingDir, folder_beside, heal_model, load_inputs
     from llmslim.healing.distributed import processes
     from llmslim.healing.restoring import as_it_was
 
@@ -214,7 +214,7 @@ def heal(model: PreTrainedModel | str | Path, options: HealOptions) -> HealRepor
         else:
             path = folder_beside(target)
         folder = stack.enter_context(
-            RunDir(path, resume=options.resume, overwrite=options.overwrite)
+            HealingDir(path, resume=options.resume, overwrite=options.overwrite)
         )
         report = heal_model(inputs, folder, progress=progress)
         if target is None:
@@ -250,14 +250,14 @@ def plan_heal(model: str | Path, options: HealOptions) -> HealingPlan:
     Raises:
         SlimError: with what is wrong.
     """
-    from llmslim.healing import RunDir, folder_beside, load_inputs
+    from llmslim.healing import HealingDir, folder_beside, load_inputs
     from llmslim.healing.plan import plan_healing
 
     target = _healing_target(model, options)
     inputs = load_inputs(model, options, options.progress or quietly)
     if target is not None:
         path = folder_beside(target)
-        RunDir(path, resume=options.resume, overwrite=options.overwrite).check_free()
+        HealingDir(path, resume=options.resume, overwrite=options.overwrite).check_free()
     return plan_healing(inputs)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from llmslim import slim
-from llmslim.healing import HealInputs, HealReport, RunDir, heal_model
+from llmslim.healing import HealingDir, HealInputs, HealReport, heal_model
 from llmslim.recipe import Heal
 
 LENGTH = 16
@@ -70,7 +70,7 @@ def healed(model: Any, folder: Path, rows: Text | None = None, **options: Any) -
     rows = options.pop("rows", rows) or text()
     settings = {"batch_size": 4, "micro_batch": 4, "learning_rate": 1e-2, "warmup": 0.0, **options}
     inputs = HealInputs(model, Heal(**settings), rows, **passed)
-    with RunDir(folder, resume=resume) as run:
+    with HealingDir(folder, resume=resume) as run:
         return heal_model(inputs, run, progress=progress)
 
 

@@ -13,7 +13,7 @@ from tiny import tiny_model
 import llmslim
 from llmslim.checkpoint import identity, lock
 from llmslim.errors import HealingError
-from llmslim.healing import HealInputs, RunDir, heal_model
+from llmslim.healing import HealingDir, HealInputs, heal_model
 from llmslim.healing.distributed import processes
 from llmslim.recipe import Heal
 
@@ -160,7 +160,7 @@ def test_one_process_at_a_time(begun, options):
     try:
         with (
             pytest.raises(HealingError, match="another process is healing to this place"),
-            RunDir(folder, **options) as run,
+            HealingDir(folder, **options) as run,
         ):
             heal_model(inputs, run)
         assert sorted(folder.rglob("*")) == before
@@ -190,7 +190,7 @@ def test_a_folder_with_anything_else_in_it_is_never_emptied(tmp_path, name):
     with pytest.raises(Killed):
         heal(tmp_path / "w", progress=kill_at(1))
     (tmp_path / "w" / name).write_text("mine")
-    run = RunDir(tmp_path / "w", overwrite=True)
+    run = HealingDir(tmp_path / "w", overwrite=True)
     with (
         pytest.raises(HealingError, match="holds files, but no unfinished healing"),
         run.opened({}, processes()),

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tiny import tiny_model
 
 from llmslim.errors import HealingError
-from llmslim.healing import RunDir, trainer
+from llmslim.healing import HealingDir, trainer
 from llmslim.healing.distributed import processes
 
 HERE = Path(__file__).parent
@@ -184,14 +184,14 @@ def test_checkpoints_hold_what_is_trained_and_two_are_kept(tmp_path):
 )
 def test_a_broken_run_file_is_told(tmp_path, broken):
     (tmp_path / "run.json").write_text(broken)
-    run = RunDir(tmp_path, resume=True)
+    run = HealingDir(tmp_path, resume=True)
     with pytest.raises(HealingError), run, run.opened({"a": 1}, processes()):
         pass
     assert (tmp_path / "run.json").read_text() == broken
 
 
 def test_half_a_line_at_the_end_of_the_history_is_forgotten(tmp_path):
-    run = RunDir(tmp_path)
+    run = HealingDir(tmp_path)
     (tmp_path / "history.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
     run.rewind(2, write=True)
     assert run.history == [{"step": 1}, {"step": 2}]
@@ -238,4 +238,4 @@ healed(slimmed(), Path({str(tmp_path / "w")!r}), teacher=tiny_model(seed=3),
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "UnfinishedError" in run.stderr, run.stderr
     assert "no space left for the state of the training; the last whole one is kept" in run.stderr
-    assert RunDir(tmp_path / "w").last_checkpoint() == tmp_path / "w" / "checkpoint-3"
+    assert HealingDir(tmp_path / "w").last_checkpoint() == tmp_path / "w" / "checkpoint-3"

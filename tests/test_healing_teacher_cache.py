@@ -20,7 +20,7 @@ from tiny import tiny_model
 import llmslim
 from llmslim.data import collate, collate_flat
 from llmslim.errors import HealingError, UnfinishedError
-from llmslim.healing import HealInputs, RunDir, heal_model, objective_named, teacher_cache
+from llmslim.healing import HealingDir, HealInputs, heal_model, objective_named, teacher_cache
 from llmslim.healing.distributed import processes
 from llmslim.healing.objectives import Step, _chunks, logits
 from llmslim.healing.teacher_cache import TeacherCache
@@ -145,7 +145,7 @@ def test_a_teacher_that_was_loaded_for_it_leaves_memory_before_training(tmp_path
     assert {empty for _, empty in sizes} == {sum(p.numel() for p in tiny_model().parameters())}
     sizes.clear()
     spec = Heal(teacher="by-name", store_teacher=True, batch_size=4)
-    heal_model(HealInputs(slimmed(), spec, text(), teacher=teacher), RunDir(tmp_path / "n"))
+    heal_model(HealInputs(slimmed(), spec, text(), teacher=teacher), HealingDir(tmp_path / "n"))
     assert sizes
     assert set(sizes) == {(None, 0)}
 

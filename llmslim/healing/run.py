@@ -25,6 +25,7 @@ from llmslim.healing.distributed import (
     processes,
     shard_copy,
 )
+from llmslim.healing.healing_dir import HealingDir
 from llmslim.healing.inputs import HealInputs
 from llmslim.healing.measure import PROMPTS
 from llmslim.healing.packing_check import packing_notes
@@ -40,7 +41,6 @@ from llmslim.healing.report import (
 )
 from llmslim.healing.restoring import as_it_was, to_compute
 from llmslim.healing.rows import text_digest
-from llmslim.healing.rundir import RunDir
 from llmslim.healing.teacher_cache import TOP_K, TeacherCache
 from llmslim.healing.trainable import Trainable, keep_activations, make_trainable
 from llmslim.healing.trainer import HealingTrainer
@@ -48,7 +48,7 @@ from llmslim.progress import Progress, quietly
 
 
 def heal_model(
-    inputs: HealInputs, folder: RunDir, *, progress: Progress | None = None
+    inputs: HealInputs, folder: HealingDir, *, progress: Progress | None = None
 ) -> HealReport:
     """Train a model, in place.
 

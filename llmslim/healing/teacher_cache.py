@@ -32,10 +32,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmslim.errors import HealingError
+from llmslim.healing.healing_dir import replacing
 from llmslim.healing.objectives import TeacherTopK
 from llmslim.healing.objectives._chunks import CHUNK_NUMBERS
 from llmslim.healing.rows import Collate
-from llmslim.healing.rundir import replacing
 from llmslim.progress import Progress
 
 TOP_K = 64

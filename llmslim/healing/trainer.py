@@ -37,6 +37,7 @@ from llmslim.healing.distributed import (
     overwrite,
     processes,
 )
+from llmslim.healing.healing_dir import HealingDir
 from llmslim.healing.inputs import HealInputs
 from llmslim.healing.measure import answers, held_out_loss
 from llmslim.healing.objectives import Objective, Step
@@ -44,7 +45,6 @@ from llmslim.healing.packing_check import takes_position_ids
 from llmslim.healing.plan import StepPlan, rate_share, training_arguments
 from llmslim.healing.report import held_out_losses, should_stop, tokens_seen
 from llmslim.healing.rows import PaddedRows, SeededSampler, collator_for
-from llmslim.healing.rundir import RunDir
 from llmslim.healing.teacher_cache import TeacherCache
 from llmslim.healing.trainable import Trainable
 from llmslim.progress import Progress
@@ -72,7 +72,7 @@ class HealingTrainer(Trainer):
         trainable: Trainable,
         objective: Objective,
         plan: StepPlan,
-        folder: RunDir,
+        folder: HealingDir,
         *,
         bf16: bool,
         progress: Progress,

@@ -44,7 +44,7 @@ def folder_beside(out: Path) -> Path:
     return out.with_name(f"{out.name}.healing")
 
 
-class RunDir:
+class HealingDir:
     """A folder in which a healing is begun or continued, locked from `opened` to `close`.
 
     Args:
@@ -60,7 +60,7 @@ class RunDir:
         self.history: list[dict[str, Any]] = []
         self._unlock: Callable[[], Any] | None = None
 
-    def __enter__(self) -> RunDir:
+    def __enter__(self) -> HealingDir:
         return self
 
     def __exit__(self, *_: object) -> None:
