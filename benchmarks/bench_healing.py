@@ -2,8 +2,8 @@
 
     python benchmarks/bench_healing.py --data rows.parquet --slim FOLDER --teacher FOLDER
         [--tokens 100000] [--length 512] [--learning-rate 3e-4] [--train all --train blocks]
-        [--objective logits --objective cross_entropy] [--layers-share 0 --layers-share 0.2]
-        [--blend-share 0 --blend-share 0.3] [--loss-on answers] [--test TEXT] [--threads 1]
+        [--objective logits --objective cross_entropy] [--loss-on answers] [--test TEXT]
+        [--threads 1]
 
 Every row starts from the same slim checkpoint, sees the same text in the same order, and is judged
 on the same held-out text. The share of the gap is (before - after) / (before - dense) of the loss
@@ -36,8 +36,6 @@ import llmslim
 @click.option("--held-out", default=50, show_default=True, help="Rows of the data to judge by.")
 @click.option("--train", "trains", multiple=True, default=["all", "blocks", "lora"])
 @click.option("--objective", "objectives", multiple=True, default=["cross_entropy", "logits"])
-@click.option("--layers-share", "shares", multiple=True, type=float, default=[0.0, 0.2])
-@click.option("--blend-share", "blends", multiple=True, type=float, default=[0.0])
 @click.option("--loss-on", default="answers", show_default=True, help="As in a recipe.")
 @click.option("--test", help="Text to score afterwards: .txt, .gz, .parquet …")
 @click.option("--windows", "count", default=16, show_default=True, help="Windows of that text.")
@@ -52,8 +50,6 @@ def main(
     held_out: int,
     trains: tuple[str, ...],
     objectives: tuple[str, ...],
-    shares: tuple[float, ...],
-    blends: tuple[float, ...],
     loss_on: str,
     test: str | None,
     count: int,
@@ -68,8 +64,7 @@ def main(
         scores = [number(_score(folder, ids_NL)) for folder in (teacher, slim)]
         click.echo(f"perplexity of {Path(test).name}: dense {scores[0]}, before {scores[1]}\n")
     rows = []
-    runs = itertools.product(objectives, shares, blends, trains)
-    for objective, share, blend, train in runs:
+    for objective, train in itertools.product(objectives, trains):
         with tempfile.TemporaryDirectory() as folder:
             report = llmslim.heal(
                 slim,
@@ -80,8 +75,6 @@ def main(
                 tokens=tokens,
                 settings={
                     "objective": objective,
-                    "layers_share": share,
-                    "blend_share": blend,
                     "context_length": length,
                     "learning_rate": learning_rate,
                     "held_out": held_out,
@@ -94,7 +87,7 @@ def main(
         gap = report.gap_closed
         rows.append(
             [
-                report.objective + (f", blend {blend:g}" if blend else ""),
+                report.objective,
                 train,
                 f"{report.trained_parameters:,}",
                 f"{report.loss_before:.3f}",

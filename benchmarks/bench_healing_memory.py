@@ -31,8 +31,9 @@ import llmslim
 from llmslim.checkpoint.load import load_model
 from llmslim.checkpoint.source import empty_model, open_source
 from llmslim.data.healing import healing_text
-from llmslim.healing.memory import healing_memory, in_words
+from llmslim.healing.memory import healing_memory
 from llmslim.recipe import Heal, Recipe
+from llmslim.reporting.wording import size
 
 
 def resident() -> int:
@@ -140,8 +141,8 @@ def main(
                 str(rows),
                 "yes" if checkpointing else "no",
                 "yes" if taught else "no",
-                in_words(found["measured"]),
-                in_words(found["computed"]),
+                size(found["measured"]),
+                size(found["computed"]),
                 f"{found['computed'] / found['measured']:.2f}",
             ]
         )

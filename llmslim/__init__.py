@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from llmslim.healing.report import HealReport as HealReport
     from llmslim.modeling.grouped_pointwise import GroupedPointwise as GroupedPointwise
     from llmslim.modeling.low_rank import LowRank as LowRank
+    from llmslim.options import HealOptions as HealOptions
     from llmslim.recipe import Recipe as Recipe
     from llmslim.surgery import Plan as Plan
     from llmslim.surgery import Report as Report
@@ -60,6 +61,7 @@ _HOMES = {
     "HealReport": "llmslim.healing.report",
     "GroupedPointwise": "llmslim.modeling.grouped_pointwise",
     "LowRank": "llmslim.modeling.low_rank",
+    "HealOptions": "llmslim.options",
     "Recipe": "llmslim.recipe",
     "Plan": "llmslim.surgery",
     "Report": "llmslim.surgery",

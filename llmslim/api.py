@@ -5,7 +5,6 @@ Each is a few calls into the layers below; none prints.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -31,13 +30,14 @@ from llmslim.checkpoint import (
 from llmslim.conversion import Conversion, RecipeLike, calibration_spec, convert, token_ids
 from llmslim.data import Windows, calibration_windows, embedding_rows
 from llmslim.errors import CheckpointError, DataError, UnfinishedError
-from llmslim.recipe import Heal, Recipe
-from llmslim.surgery import Plan, Progress, Report, quietly
+from llmslim.options import HealOptions, takes
+from llmslim.progress import Progress, quietly
+from llmslim.recipe import Recipe
+from llmslim.surgery import Plan, Report
 
 if TYPE_CHECKING:  # with a Trainer behind it: only `heal` waits for that
     from llmslim.healing import HealReport
-    from llmslim.healing.planning import HealingPlan
-    from llmslim.healing.prepare import Ready
+    from llmslim.healing.plan import HealingPlan
 
 
 def plan(
@@ -176,143 +176,73 @@ def save(
     )
 
 
-def heal(
-    model: PreTrainedModel | str | Path,
-    out: str | Path | None = None,
-    *,
-    recipe: RecipeLike | Heal | None = None,
-    data: Any = None,
-    teacher: PreTrainedModel | str | Path | None = None,
-    train: str | None = None,
-    tokens: int | None = None,
-    epochs: float | None = None,
-    seed: int | None = None,
-    settings: Mapping[str, Any] | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    tokenizer: Any = None,
-    progress: Progress | None = None,
-) -> HealReport:
+@takes(HealOptions)
+def heal(model: PreTrainedModel | str | Path, options: HealOptions) -> HealReport:
     """Train a slim model until it is of use again.
 
     A checkpoint is written to a new folder; a model in memory is changed in place, and written
     only where `out` is given. Until the new folder is whole, `<out>.healing` holds what is needed
-    to go on after a kill.
+    to continue after a kill.
 
     Args:
         model: what `convert` wrote, any other causal language model, or a model in memory.
-        out: folder to write; `./<model>-healed` by default where `model` is not in memory.
-        recipe: whose `heal` section to follow, in place of the checkpoint's own.
-        data: text in place of the section's, as its key `data`, or rows already made, as
-            `llmslim.data.healing.healing_text` gives them.
-        teacher: the dense model to learn from.
-        train: `blocks`, `all` or `lora`.
-        tokens: how many to train on.
-        epochs: passes over the data, in place of a number of tokens.
-        seed: of shuffling and of the held-out split.
-        settings: any other key of the section.
-        resume: go on with a healing to the same `out` that was interrupted.
-        overwrite: replace `out` where it exists, and an unfinished healing to it.
-        tokenizer: of a model in memory.
-        progress: told how many steps are done, how many there are, and what comes now.
+        options: the fields of `HealOptions`, given as keywords; `out` may come second.
 
     Raises:
-        HealingError: if the training cannot be done or cannot go on.
+        HealingError: if the training cannot be done or continued.
         UnfinishedError: if the disk is full, or `out` cannot be written; what was trained is kept.
         SlimError: with what is wrong with model, recipe or data; `out` is then as it was.
+
+    Example:
+        >>> heal("slim", "healed", teacher="dense", tokens=1_000_000)  # doctest: +SKIP
     """
     from llmslim.conversion.healed import write_healed
-    from llmslim.healing import Place, heal_model, working_folder
-    from llmslim.healing.processes import processes
+    from llmslim.healing import HealingDir, folder_beside, heal_model, load_inputs
+    from llmslim.healing.distributed import processes
     from llmslim.healing.restoring import as_it_was
 
-    state = processes()
-    tell = (progress if state.is_main_process else None) or quietly
+    state, target = processes(), _healing_target(model, options)
+    progress = (options.progress if state.is_main_process else None) or quietly
     with ExitStack() as stack:
         # Text is sampled from a teacher, and attention chosen, before any training begins.
         stack.enter_context(as_it_was(model))
-        stack.enter_context(as_it_was(teacher, weights=True))
-        target, ready = _ready_to_heal(
-            model,
-            out,
-            recipe=recipe,
-            data=data,
-            teacher=teacher,
-            asked={"train": train, "tokens": tokens, "epochs": epochs, "seed": seed},
-            settings=settings,
-            overwrite=overwrite,
-            tokenizer=tokenizer,
-            progress=tell,
-        )
+        stack.enter_context(as_it_was(options.teacher, weights=True))
+        inputs = load_inputs(model, options, progress)
         if target is None:
             temporary = stack.enter_context(TemporaryDirectory(prefix="llmslim-"))
-            folder = Path(temporary) / "run"
+            path = Path(temporary) / "run"
         else:
-            folder = working_folder(target)
-        report, work = heal_model(
-            ready.model,
-            ready.text,
-            ready.spec,
-            place=Place(folder, resume=resume, overwrite=overwrite, hold=True),
-            tokenizer=ready.tokenizer,
-            teacher=ready.teacher,
-            narrowed=ready.folder.narrowed(ready.model),
-            teacher_layers=ready.folder.teacher_layers(),
-            mixes=ready.mixes,
-            progress=tell,
+            path = folder_beside(target)
+        folder = stack.enter_context(
+            HealingDir(path, resume=options.resume, overwrite=options.overwrite)
         )
-        stack.callback(work.release)
+        report = heal_model(inputs, folder, progress=progress)
         if target is None:
             return report
         report = replace(report, path=target)
         if state.is_main_process:
-            tell(0, 0, "writing and reading back")
+            progress(0, 0, "writing and reading back")
             try:
-                write_healed(ready, report, target, overwrite=overwrite)
+                write_healed(inputs, report, target, overwrite=options.overwrite)
             except CheckpointError as error:
                 raise UnfinishedError(
-                    f"{error} What was trained is kept in {folder}: resume (--resume), and it is "
+                    f"{error} What was trained is kept in {path}: resume (--resume), and it is "
                     "written again."
                 ) from error
-            work.remove()
+            folder.remove()
         state.wait_for_everyone()
         return report
 
 
-def plan_heal(
-    model: str | Path,
-    out: str | Path | None = None,
-    *,
-    recipe: RecipeLike | Heal | None = None,
-    data: Any = None,
-    teacher: str | Path | None = None,
-    train: str | None = None,
-    tokens: int | None = None,
-    epochs: float | None = None,
-    seed: int | None = None,
-    settings: Mapping[str, Any] | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> HealingPlan:
+@takes(HealOptions)
+def plan_heal(model: str | Path, options: HealOptions) -> HealingPlan:
     """Work out what `heal` would do with the same arguments, and check all that can be.
 
     Text is read and tokenised, which fills its cache; nothing is trained, and nothing written.
 
     Args:
-        model: as for `heal`, and so are all others.
-        out: see there.
-        recipe: see there.
-        data: see there.
-        teacher: see there.
-        train: see there.
-        tokens: see there.
-        epochs: see there.
-        seed: see there.
-        settings: see there.
-        resume: see there.
-        overwrite: see there.
-        progress: told what is being done.
+        model: as for `heal`.
+        options: as for `heal`.
 
     Returns:
         What would be trained on what, for how many steps, and the memory it takes.
@@ -320,48 +250,29 @@ def plan_heal(
     Raises:
         SlimError: with what is wrong.
     """
-    from llmslim.healing import working_folder
-    from llmslim.healing.planning import plan_healing
-    from llmslim.healing.work import Work
+    from llmslim.healing import HealingDir, folder_beside, load_inputs
+    from llmslim.healing.plan import plan_healing
 
-    target, ready = _ready_to_heal(
-        model,
-        out,
-        recipe=recipe,
-        data=data,
-        teacher=teacher,
-        asked={"train": train, "tokens": tokens, "epochs": epochs, "seed": seed},
-        settings=settings,
-        overwrite=overwrite,
-        tokenizer=None,
-        progress=progress or quietly,
-    )
+    target = _healing_target(model, options)
+    inputs = load_inputs(model, options, options.progress or quietly)
     if target is not None:
-        Work(working_folder(target)).check_free(resume=resume, overwrite=overwrite)
-    return plan_healing(ready)
+        path = folder_beside(target)
+        HealingDir(path, resume=options.resume, overwrite=options.overwrite).check_free()
+    return plan_healing(inputs)
 
 
-def _ready_to_heal(
-    model: PreTrainedModel | str | Path,
-    out: str | Path | None,
-    *,
-    asked: Mapping[str, Any],
-    settings: Mapping[str, Any] | None,
-    overwrite: bool,
-    **options: Any,
-) -> tuple[Path | None, Ready]:
-    """Return the folder to write, if any, and all that a healing needs; nothing is written."""
-    from llmslim.healing.prepare import prepare
-
+def _healing_target(model: PreTrainedModel | str | Path, options: HealOptions) -> Path | None:
+    """Return the folder that healing writes, if any, which can be written."""
+    out = options.out
     if out is None and isinstance(model, str | Path):
         out = f"{Path(model).expanduser().resolve().name}-healed"
-    target = None if out is None else Path(out).absolute()
-    if target is not None:
-        check_target(target, overwrite)
-        if isinstance(model, str | Path) and Path(model).is_dir():
-            check_apart(target, Path(model), str(model), same=True)
-    changes = {**(settings or {}), **{k: v for k, v in asked.items() if v is not None}}
-    return target, prepare(model, changes=changes, **options)
+    if out is None:
+        return None
+    target = Path(out).absolute()
+    check_target(target, options.overwrite)
+    if isinstance(model, str | Path) and Path(model).is_dir():
+        check_apart(target, Path(model), str(model), same=True)
+    return target
 
 
 def export_dense(

@@ -20,7 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llmslim import surgery
 from llmslim.data import collate, collate_apart
-from llmslim.healing.neighbours import sees_neighbours, takes_position_ids
+from llmslim.healing.packing_check import sees_neighbours, takes_position_ids
 from llmslim.recipe import Recipe
 from llmslim.surgery.sites import Mlp, find_layers, find_mlps
 from llmslim.surgery.streams import record_calls, run_layer

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from llmslim import slim
-from llmslim.healing import HealReport, Place, heal_model
+from llmslim.healing import HealingDir, HealInputs, HealReport, heal_model
 from llmslim.recipe import Heal
 
 LENGTH = 16
@@ -62,17 +62,16 @@ def slimmed(architecture: str = "llama", dtype: torch.dtype = torch.float32) -> 
 
 
 def healed(model: Any, folder: Path, rows: Text | None = None, **options: Any) -> HealReport:
-    """Heal in place; options of `heal_model` by their names, all others go into the spec."""
+    """Heal in place; fields of `HealInputs` by their names, all others go into the spec."""
     passed = {
-        key: options.pop(key)
-        for key in ("teacher", "narrowed", "teacher_layers", "progress", "tokenizer")
-        if key in options
+        key: options.pop(key) for key in ("teacher", "narrowed", "tokenizer") if key in options
     }
-    place = Place(folder, resume=options.pop("resume", False))
-    rows = options.pop("rows", rows)
+    resume, progress = options.pop("resume", False), options.pop("progress", None)
+    rows = options.pop("rows", rows) or text()
     settings = {"batch_size": 4, "micro_batch": 4, "learning_rate": 1e-2, "warmup": 0.0, **options}
-    report, _ = heal_model(model, rows or text(), Heal(**settings), place=place, **passed)
-    return report
+    inputs = HealInputs(model, Heal(**settings), rows, **passed)
+    with HealingDir(folder, resume=resume) as run:
+        return heal_model(inputs, run, progress=progress)
 
 
 def independent_loss(model: Any, rows: Rows) -> float:

@@ -203,7 +203,7 @@ def test_plan_needs_no_weights(tmp_path, recipe, dense):
 def test_plan_json_to_a_file_is_what_report_reads(dense, recipe, tmp_path):
     file = tmp_path / "plan.json"
     printed = ok("plan", dense, "--recipe", recipe, "--json", file)
-    assert read_report(file) == api.plan(dense, recipe).report()
+    assert read_report(file).report == api.plan(dense, recipe).report()
     assert ok("report", file) == printed
 
 
@@ -247,7 +247,7 @@ def test_a_missing_model_is_a_message(tmp_path, recipe):
 @pytest.mark.parametrize("full", [False, True])
 def test_report_formats_are_the_views_unwrapped(slim, tmp_path, name, full):
     flags = ["--full"] if full else []
-    expected = render(read_report(slim), name, full=full)
+    expected = render(read_report(slim).report, name, full=full)
     assert ok("report", slim, "--format", name, *flags) == expected
     assert ok("report", slim, "--format", name, "-o", tmp_path / "file", *flags) == ""
     assert (tmp_path / "file").read_text(encoding="utf-8") == expected
@@ -256,7 +256,9 @@ def test_report_formats_are_the_views_unwrapped(slim, tmp_path, name, full):
 def test_report_text(slim, tmp_path):
     assert "low_rank r=4" in ok("report", slim)
     ok("report", slim, "-o", tmp_path / "file")
-    assert (tmp_path / "file").read_text(encoding="utf-8") == render(read_report(slim), "text")
+    assert (tmp_path / "file").read_text(encoding="utf-8") == render(
+        read_report(slim).report, "text"
+    )
 
 
 def test_report_of_a_dense_model(dense):

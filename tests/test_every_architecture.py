@@ -30,7 +30,7 @@ from every_architecture import (
 
 from llmslim import surgery
 from llmslim.errors import SizeError, TargetError
-from llmslim.healing.neighbours import sees_neighbours
+from llmslim.healing.packing_check import sees_neighbours
 from llmslim.recipe import Recipe
 from llmslim.surgery.plan import model_on_meta
 from llmslim.surgery.sites import find_layers

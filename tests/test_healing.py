@@ -14,8 +14,8 @@ from torch import nn
 
 from llmslim import slim
 from llmslim.errors import HealingError
-from llmslim.healing import objectives, phases
-from llmslim.healing.trained import make_trainable
+from llmslim.healing import inputs, objectives
+from llmslim.healing.trainable import make_trainable
 from llmslim.recipe import Heal
 
 
@@ -48,13 +48,10 @@ def test_distillation_brings_the_model_to_its_teacher(tmp_path):
     assert after < before / 2
 
 
-def test_layers_come_first_and_the_gap_is_to_the_teacher(tmp_path):
+def test_the_gap_is_to_the_teacher(tmp_path):
     teacher = tiny_model(seed=3)
-    report = healed(slimmed(), tmp_path / "w", teacher=teacher, epochs=4, layers_share=0.25)
-    assert report.objective == "layers, logits"
-    named = [line["objective"] for line in report.history if "loss" in line]
-    assert named == ["layers"] * 4 + ["logits"] * (len(named) - 4)
-    assert len(named) > 4
+    report = healed(slimmed(), tmp_path / "w", teacher=teacher, epochs=4)
+    assert report.objective == "logits"
     assert report.loss_teacher == pytest.approx(
         independent_loss(teacher, text().held_out), rel=1e-5
     )
@@ -96,19 +93,19 @@ def test_lora_is_multiplied_out(architecture):
     model = slimmed(architecture)
     kinds = {name: type(module) for name, module in model.named_modules()}
     before, ids = state(model), tokens()
-    trained = make_trainable(model, Heal(train="lora", lora_rank=2))
-    assert len(trained.lora) == (16 if architecture == "llama" else 8)
+    trainable = make_trainable(model, Heal(train="lora", lora_rank=2))
+    assert len(trainable.lora) == (16 if architecture == "llama" else 8)
     torch.testing.assert_close(logits(model, ids), logits(slimmed(architecture), ids))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_()
     beside = logits(model, ids)
-    trained.finish()
+    trainable.release()
     assert {name: type(module) for name, module in model.named_modules()} == kinds
     torch.testing.assert_close(logits(model, ids), beside, rtol=1e-4, atol=1e-4)
     changed = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
-    assert changed == {f"{name}.weight" for name in trained.lora}
+    assert changed == {f"{name}.weight" for name in trainable.lora}
     assert not hasattr(model, "peft_config")
     assert all(parameter.requires_grad for parameter in model.parameters())
 
@@ -124,7 +121,7 @@ def test_a_step_does_not_depend_on_how_it_is_split(tmp_path):
 
 def test_gradient_checkpointing_changes_no_loss(tmp_path):
     teacher = tiny_model(seed=3)
-    options = {"teacher": teacher, "layers_share": 0.5, "epochs": 2}
+    options = {"teacher": teacher, "epochs": 2}
     model = slimmed()
     kept = healed(slimmed(), tmp_path / "a", **options)
     again = healed(model, tmp_path / "b", gradient_checkpointing=True, **options)
@@ -185,7 +182,7 @@ def poisoned(monkeypatch, value, at):
             return total
         return total * value
 
-    monkeypatch.setattr(phases, "objective_named", lambda name: real._replace(loss=loss))
+    monkeypatch.setattr(inputs, "objective_named", lambda name: real._replace(loss=loss))
 
 
 @pytest.mark.parametrize(
@@ -250,13 +247,8 @@ def test_what_cannot_be_healed_is_told(tmp_path):
     cases = [
         ({"rows": text(train=0)}, "no text to train on"),
         ({"objective": "logits"}, "logits, but no teacher"),
-        ({"layers_share": 0.5}, "layers, but no teacher"),
-        ({"objective": "hopes"}, "'hopes'; allowed cross_entropy, layers, logits"),
+        ({"objective": "hopes"}, "'hopes'; allowed cross_entropy, logits"),
         ({"teacher": tiny_model(vocab_size=64)}, "vocabulary of 64 tokens, the model's has 96"),
-        (
-            {"teacher": tiny_model(num_hidden_layers=6), "objective": "layers"},
-            "the model has 4 layers and the teacher 6",
-        ),
     ]
     before = state(model)
     for options, said in cases:
@@ -264,17 +256,6 @@ def test_what_cannot_be_healed_is_told(tmp_path):
             healed(model, tmp_path / "w", **options)
     assert not (tmp_path / "w").exists()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-def test_layers_that_were_dropped_are_told_from_the_recipe(tmp_path):
-    teacher = tiny_model()
-    model = tiny_model()
-    slim(model, {"depth": {"keep_layers": [0, 3]}})
-    report = healed(
-        model, tmp_path / "w", teacher=teacher, teacher_layers=(0, 3), objective="layers"
-    )
-    # The first layer is the teacher's own: only the last one can differ.
-    assert 0 < losses(report)[0] < 1
 
 
 def test_progress_tells_loss_and_speed(tmp_path):

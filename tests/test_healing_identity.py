@@ -13,8 +13,8 @@ from tiny import tiny_model
 import llmslim
 from llmslim.checkpoint import identity, lock
 from llmslim.errors import HealingError
-from llmslim.healing import Place, heal_model
-from llmslim.healing.work import Work
+from llmslim.healing import HealingDir, HealInputs, heal_model
+from llmslim.healing.distributed import processes
 from llmslim.recipe import Heal
 
 OPTIONS = {"epochs": 2, "evaluate_every": 2, "objective": "logits", "train": "lora"}
@@ -153,13 +153,16 @@ def test_it_is_not_the_name_of_a_folder_that_counts(folders, tmp_path):
 @pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}], ids=str)
 def test_one_process_at_a_time(begun, options):
     folder, settings = begun
-    place = Place(folder, **options)
     spec = Heal(**{**OPTIONS, **settings})
+    inputs = HealInputs(slimmed(), spec, text(), teacher=tiny_model(seed=3))
     before = sorted(folder.rglob("*"))
     held = lock(folder, "healing", HealingError)
     try:
-        with pytest.raises(HealingError, match="another process is healing to this place"):
-            heal_model(slimmed(), text(), spec, place=place, teacher=tiny_model(seed=3))
+        with (
+            pytest.raises(HealingError, match="another process is healing to this place"),
+            HealingDir(folder, **options) as run,
+        ):
+            heal_model(inputs, run)
         assert sorted(folder.rglob("*")) == before
     finally:
         os.close(held)
@@ -187,6 +190,10 @@ def test_a_folder_with_anything_else_in_it_is_never_emptied(tmp_path, name):
     with pytest.raises(Killed):
         heal(tmp_path / "w", progress=kill_at(1))
     (tmp_path / "w" / name).write_text("mine")
-    with pytest.raises(HealingError, match="holds files, but no unfinished healing"):
-        Work(tmp_path / "w").hold()
+    run = HealingDir(tmp_path / "w", overwrite=True)
+    with (
+        pytest.raises(HealingError, match="holds files, but no unfinished healing"),
+        run.opened({}, processes()),
+    ):
+        pass
     assert (tmp_path / "w" / name).read_text() == "mine"

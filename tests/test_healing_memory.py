@@ -14,7 +14,7 @@ from torch import nn
 
 import llmslim
 from llmslim.cli.main import cli
-from llmslim.healing import planning
+from llmslim.healing import plan
 from llmslim.healing.memory import healing_memory
 from llmslim.recipe import Heal
 
@@ -169,7 +169,7 @@ def test_a_model_whose_memory_is_not_known_says_so(folder, monkeypatch):
     def fails(*_, **__):
         raise RuntimeError("data-dependent")
 
-    monkeypatch.setattr(planning, "healing_memory", fails)
+    monkeypatch.setattr(plan, "healing_memory", fails)
     result = dry_run(folder)
     assert result.exit_code == 0
     assert "How much memory it takes is not known here (RuntimeError: data-dep" in result.stdout

@@ -13,7 +13,6 @@ from llmslim.errors import HealingError
 from llmslim.healing import objective_named, objective_names
 from llmslim.healing.objectives import _chunks
 from llmslim.healing.objectives._step import Step
-from llmslim.healing.objectives.layers import loss as layers_loss
 from llmslim.recipe import Heal
 
 
@@ -21,10 +20,7 @@ def step_of(model, teacher=None, **spec):
     batch = collate([Rows(3, 1)[index] for index in range(3)])
     labels = batch.pop("labels")
     labels[0, 3:6] = -100
-    layers = ()
-    if teacher is not None:
-        layers = tuple(zip(model.model.layers, teacher.model.layers, strict=True))
-    return Step(model, batch, labels, Heal(**spec), teacher, layers)
+    return Step(model, batch, labels, Heal(**spec), teacher)
 
 
 def predicted(step):
@@ -45,17 +41,13 @@ def chunks(request, monkeypatch):
 
 
 def test_objectives_are_the_files():
-    assert objective_names() == ["cross_entropy", "layers", "logits"]
-    assert [objective_named(name).needs_teacher for name in objective_names()] == [
-        False,
-        True,
-        True,
-    ]
+    assert objective_names() == ["cross_entropy", "logits"]
+    assert [objective_named(name).needs_teacher for name in objective_names()] == [False, True]
 
 
 @pytest.mark.parametrize("name", ["kl", "_step", "../logits", ""])
 def test_an_unknown_objective_is_told_with_the_known_ones(name):
-    with pytest.raises(HealingError, match=r"allowed cross_entropy, layers, logits\."):
+    with pytest.raises(HealingError, match=r"allowed cross_entropy, logits\."):
         objective_named(name)
 
 
@@ -121,37 +113,7 @@ def test_top_k_of_everything_is_the_whole_divergence():
     torch.testing.assert_close(logits.loss(whole), logits.loss(all_tokens), rtol=0, atol=0)
 
 
-def test_layers_compares_the_streams_after_every_layer():
-    model, teacher = slimmed(), tiny_model(seed=3)
-    step = step_of(model, teacher)
-    rows, places, _ = predicted(step)
-    streams = []
-    for one in (model, teacher):
-        found = []
-        handles = [
-            layer.register_forward_hook(lambda m, i, out, found=found: found.append(out))
-            for layer in one.model.layers
-        ]
-        one(**step.inputs, use_cache=False)
-        for handle in handles:
-            handle.remove()
-        streams.append([stream[rows, places].detach() for stream in found])
-    total = sum(
-        float((((s - t) ** 2).sum(-1) / (t**2).sum(-1)).sum())
-        for s, t in zip(*streams, strict=True)
-    )
-    assert layers_loss(step).item() == pytest.approx(total / 4, rel=1e-4)
-
-
-def test_layers_refuses_a_teacher_of_another_width():
-    wide = tiny_model(hidden_size=64)
-    with pytest.raises(HealingError, match="48 channels here and 64 in the teacher"):
-        layers_loss(step_of(slimmed(), wide))
-
-
 def test_a_model_that_is_its_own_teacher_has_nothing_to_learn():
     model = slimmed()
-    for name in ("logits", "layers"):
-        assert objective_named(name).loss(step_of(model, model)).item() == pytest.approx(
-            0, abs=1e-5
-        )
+    loss = objective_named("logits").loss(step_of(model, model))
+    assert loss.item() == pytest.approx(0, abs=1e-5)

@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import llmslim
 from llmslim.data import healing_text
 from llmslim.errors import HealingError
-from llmslim.healing import run
-from llmslim.healing.order import Filled, Order
-from llmslim.healing.sharding import check_sharding, give_back, lend
+from llmslim.healing import trainer
+from llmslim.healing.distributed import check_sharding, gather_into, shard_copy
+from llmslim.healing.rows import PaddedRows, SeededSampler
 from llmslim.recipe import Heal
 
 RECIPE = {
@@ -44,16 +44,16 @@ WHOLE = ["--multi_gpu"]  # which is what accelerate calls any two processes
 PROGRAM = """
 import runpy
 from torch.distributed.tensor import DTensor
-from llmslim.healing import run, sharding
+from llmslim.healing import distributed, run
 
-give_back = run.give_back
-def spy(lent, model):
-    weights = list(sharding.settled(lent).values())
+gather_into = run.gather_into
+def spy(model, copied):
+    weights = list(distributed.named_full_parameters(copied).values())
     assert all(isinstance(weight, DTensor) for weight in weights)
     held = sum(weight.to_local().numel() for weight in weights)
     print("holds", held / sum(weight.numel() for weight in weights))
-    give_back(lent, model)
-run.give_back = spy
+    gather_into(model, copied)
+run.gather_into = spy
 {more}
 runpy.run_module("llmslim", run_name="__main__")
 """
@@ -164,10 +164,10 @@ def loss_of(path, folders):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"layers_share": 0.3, "blend_share": 0.3, "gradient_checkpointing": "true"},
+        {"gradient_checkpointing": "true"},
         {"store_teacher": "true", "train": "blocks", "batch_size": 4},
     ],
-    ids=["phases", "stored"],
+    ids=["live", "stored"],
 )
 @pytest.mark.parametrize("how", [SHARDED, WHOLE], ids=["spread", "whole"])
 def test_two_processes_learn_what_one_does(folders, tmp_path, how, settings):
@@ -205,13 +205,13 @@ def test_two_processes_tell_the_loss_of_what_they_store(folders, tmp_path, how, 
 def test_a_spread_model_goes_on_after_sigkill(folders, tmp_path):
     kill = """
 import os, signal
-from llmslim.healing import watch
-end = watch.Watch.on_step_end
+from llmslim.healing import trainer
+end = trainer.HistoryCallback.on_step_end
 def killed(self, args, state, control, **options):
     end(self, args, state, control, **options)
     if state.global_step == 8:
         os.kill(os.getpid(), signal.SIGKILL)
-watch.Watch.on_step_end = killed
+trainer.HistoryCallback.on_step_end = killed
 """
     alone(folders, tmp_path / "one", micro_batch=1, evaluate_every=3)
     options = {"micro_batch": 1, "evaluate_every": 3}
@@ -255,28 +255,28 @@ def test_what_is_not_spread_is_not_refused():
     check_sharding(accelerator(), Heal(train="all"))
 
 
-def test_a_lent_model_is_empty_and_gets_its_weights_back():
+def test_a_model_whose_weights_a_copy_took_gets_them_back():
     model = tiny_model("gpt2")  # its head is its embedding
     ids = torch.arange(1, 9)[None]
     before = model(ids).logits
-    lent = lend(model)
+    copied = shard_copy(model)
     assert {weight.numel() for weight in model.parameters()} == {0}
-    assert torch.equal(lent(ids).logits, before)
+    assert torch.equal(copied(ids).logits, before)
     with torch.no_grad():
-        lent.transformer.ln_f.weight.mul_(2)
-    after = lent(ids).logits
-    give_back(lent, model)
+        copied.transformer.ln_f.weight.mul_(2)
+    after = copied(ids).logits
+    gather_into(model, copied)
     assert torch.equal(model(ids).logits, after)
     assert model.lm_head.weight is model.transformer.wte.weight
 
 
 def test_rows_fill_up_with_some_that_teach_nothing():
-    rows = Filled(Rows(5, 1), 4)
+    rows = PaddedRows(Rows(5, 1), 4)
     assert len(rows) == 8
-    order = Order(rows, seed=3)
+    order = SeededSampler(rows, seed=3)
     assert sorted(order) == list(range(8))
     first = list(order)
-    assert first == [*Order(Filled(Rows(5, 1), 1), seed=3), 5, 6, 7]
+    assert first == [*SeededSampler(PaddedRows(Rows(5, 1)), seed=3), 5, 6, 7]
     order.set_epoch(1)
     assert list(order) != first
     assert all((rows[index]["labels"] == -100).all() for index in (5, 6, 7))
@@ -288,6 +288,6 @@ def test_rows_that_teach_nothing_teach_nothing(tmp_path, monkeypatch):
     teacher = tiny_model(seed=3)
     sizes = {"epochs": 2, "batch_size": 6, "micro_batch": 3}
     plain = healed(slimmed(), tmp_path / "a", teacher=teacher, **sizes)
-    monkeypatch.setattr(run, "Filled", lambda rows, _: Filled(rows, 6))
+    monkeypatch.setattr(trainer, "PaddedRows", lambda rows, _: PaddedRows(rows, 6))
     filled = healed(slimmed(), tmp_path / "b", teacher=teacher, **sizes)
     assert losses(plain) == pytest.approx(losses(filled), rel=1e-5)

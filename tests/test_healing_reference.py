@@ -12,7 +12,7 @@ from tiny import tiny_model
 from torch.func import functional_call
 from torch.nn import functional
 
-from llmslim.healing.trained import make_trainable
+from llmslim.healing.trainable import make_trainable
 from llmslim.recipe import Heal
 
 ROWS, BATCH, PASSES, SEED, RATE = 10, 4, 2, 7, 5e-3

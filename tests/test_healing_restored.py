@@ -11,9 +11,9 @@ from helpers_healing import healed, independent_loss, slimmed, text
 from tiny import tiny_config, tiny_model
 
 import llmslim
-from llmslim.healing import answers
+from llmslim.healing import measure
 from llmslim.healing.restoring import as_it_was, evaluating
-from llmslim.healing.trained import keep_activations
+from llmslim.healing.trainable import keep_activations
 
 
 def teacher_in(dtype):
@@ -58,7 +58,7 @@ def stop(error):
     return progress
 
 
-@pytest.mark.parametrize("options", [{}, {"store_teacher": True}, {"blend_share": 0.5}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"store_teacher": True}], ids=str)
 @pytest.mark.parametrize(
     ("dtype", "error"),
     [
@@ -164,8 +164,8 @@ def test_a_while_in_evaluation_mode_is_that_of_each_module(monkeypatch):
         fails()
     assert not any(seen)
     assert [module.training for module in model.modules()] == modes
-    monkeypatch.setattr(answers, "_answer", lambda *_: "")
-    answers.answers(model, object())
+    monkeypatch.setattr(measure, "_answer", lambda *_: "")
+    measure.answers(model, object())
     assert [module.training for module in model.modules()] == modes
 
 

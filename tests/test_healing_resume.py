@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from tiny import tiny_model
 
 from llmslim.errors import HealingError
-from llmslim.healing import trainer
-from llmslim.healing.work import Work
+from llmslim.healing import HealingDir, trainer
+from llmslim.healing.distributed import processes
 
 HERE = Path(__file__).parent
-OPTIONS = {"epochs": 3, "micro_batch": 2, "layers_share": 0.3, "evaluate_every": 3}
+OPTIONS = {"epochs": 3, "micro_batch": 2, "evaluate_every": 3}
 
 KILLED = """
 import os, signal, sys
@@ -149,9 +149,7 @@ def test_lora_goes_on_too(tmp_path):
 
 def test_an_unfinished_one_is_not_thrown_away_unasked(tmp_path):
     heal(tmp_path / "w")
-    with pytest.raises(
-        HealingError, match=r"unfinished healing is here\. Go on with it \(--resume"
-    ):
+    with pytest.raises(HealingError, match=r"unfinished healing is here\. Continue it \(--resume"):
         heal(tmp_path / "w")
 
 
@@ -182,19 +180,21 @@ def test_checkpoints_hold_what_is_trained_and_two_are_kept(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "broken", ["", "{", '{"format": 1}', '{"format": 2, "settings": {}}', "[]"]
+    "broken", ["", "{", '{"format": 1}', '{"format": 3, "settings": {}}', "[]"]
 )
 def test_a_broken_run_file_is_told(tmp_path, broken):
     (tmp_path / "run.json").write_text(broken)
-    with pytest.raises(HealingError):
-        Work(tmp_path).load({"a": 1})
+    run = HealingDir(tmp_path, resume=True)
+    with pytest.raises(HealingError), run, run.opened({"a": 1}, processes()):
+        pass
+    assert (tmp_path / "run.json").read_text() == broken
 
 
 def test_half_a_line_at_the_end_of_the_history_is_forgotten(tmp_path):
-    work = Work(tmp_path)
+    run = HealingDir(tmp_path)
     (tmp_path / "history.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
-    work.rewind(2, write=True)
-    assert work.history == [{"step": 1}, {"step": 2}]
+    run.rewind(2, write=True)
+    assert run.history == [{"step": 1}, {"step": 2}]
     assert (tmp_path / "history.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
@@ -238,4 +238,4 @@ healed(slimmed(), Path({str(tmp_path / "w")!r}), teacher=tiny_model(seed=3),
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "UnfinishedError" in run.stderr, run.stderr
     assert "no space left for the state of the training; the last whole one is kept" in run.stderr
-    assert Work(tmp_path / "w").last_checkpoint() == tmp_path / "w" / "checkpoint-3"
+    assert HealingDir(tmp_path / "w").last_checkpoint() == tmp_path / "w" / "checkpoint-3"

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import llmslim
 from llmslim.errors import HealingError
-from llmslim.healing.trained import make_trainable
+from llmslim.healing.trainable import make_trainable
 from llmslim.recipe import Heal
 
 SMALL = {"learning_rate": 2e-4, "precision": "fp32", "epochs": 4, "evaluate_every": 2}
@@ -59,20 +59,20 @@ def test_measuring_changes_nothing_of_the_training(tmp_path):
 @pytest.mark.parametrize("train", ["all", "lora"])
 def test_as_stored_is_for_a_while_only(train):
     model = slimmed(dtype=torch.bfloat16)
-    trained = make_trainable(model, Heal(train=train))
+    trainable = make_trainable(model, Heal(train=train))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter), alpha=1e-3)
     ids = text().train.ids
-    said, weights = model(ids).logits, {n: p.clone() for n, p in model.named_parameters()}
-    with trained.as_stored():
+    before, weights = model(ids).logits, {n: p.clone() for n, p in model.named_parameters()}
+    with trainable.as_stored():
         meanwhile = model(ids).logits
     assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
-    assert torch.equal(model(ids).logits, said)
-    trained.settle()
+    assert torch.equal(model(ids).logits, before)
+    trainable.finalise()
     assert torch.equal(model(ids).logits, meanwhile)
-    trained.release()
+    trainable.release()
     assert model.dtype == torch.bfloat16
     assert torch.equal(model.float()(ids).logits, meanwhile)
 

@@ -19,7 +19,7 @@ from tiny import tiny_model
 from llmslim.data import HealingText, calibration_windows, read_texts
 from llmslim.data.columns import RowReader
 from llmslim.errors import DataError
-from llmslim.healing.answers import answers
+from llmslim.healing.measure import answers
 from llmslim.recipe.schema import HealSource
 
 LOAD = datasets.load_dataset

@@ -10,8 +10,8 @@ import torch
 from helpers_healing import healed, slimmed, text
 from torch.utils.data import Dataset
 
-from llmslim.healing.order import tokens_in
-from llmslim.healing.sizes import Sizes, rate_share
+from llmslim.healing.plan import StepPlan, rate_share
+from llmslim.healing.rows import tokens_in
 from llmslim.healing.trainer import HealingTrainer
 from llmslim.recipe import Heal
 
@@ -145,7 +145,7 @@ def test_both_learning_rates_are_told(tmp_path):
 
 def test_what_is_planned_is_what_is_done(tmp_path):
     spec = Heal(epochs=1.5, batch_size=4)
-    sizes = Sizes.of(spec, text(train=14), 1)
-    assert (sizes.steps, sizes.rows, sizes.tokens) == (6, 21, 21 * 16)
-    sizes = Sizes.of(spec, text(train=14), 3)  # six rows a step
-    assert (sizes.steps, sizes.rows) == (3 + 2, 21)
+    plan = StepPlan.of(spec, text(train=14), 1)
+    assert (plan.steps, plan.rows, plan.tokens) == (6, 21, 21 * 16)
+    plan = StepPlan.of(spec, text(train=14), 3)  # six rows a step
+    assert (plan.steps, plan.rows) == (3 + 2, 21)

@@ -367,7 +367,7 @@ def test_card_fences_a_recipe_that_has_fences():
 def test_read_report_from_folder_and_file(tmp_path):
     file = tmp_path / "llmslim_report.json"
     file.write_text(render(sample(), "json"), encoding="utf-8")
-    assert read_report(tmp_path) == read_report(file) == sample()
+    assert read_report(tmp_path).report == read_report(file).report == sample()
 
 
 @pytest.mark.parametrize(

@@ -21,24 +21,23 @@ what next
 """
 
 
-def heal_and_show(model: str | Path, out: Path | None, **options: Any) -> None:
+def heal_and_show(model: str | Path, **options: Any) -> None:
     """Heal with a progress bar, then print losses, notes and answers.
 
     Args:
-        model: what `llmslim.heal` takes.
-        out: folder to write.
-        options: as for `llmslim.heal`.
+        model: a checkpoint.
+        options: fields of `HealOptions`.
     """
     api = backend()
     try:
         with progress() as moved:
-            report = api.heal(model, out, **options, progress=moved)
+            report = api.heal(model, **options, progress=moved)
     except KeyboardInterrupt:
         click.echo(
-            "\nIf it had begun to train: the last state is kept, go on with --resume.", err=True
+            "\nIf it had begun to train: the last state is kept, continue with --resume.", err=True
         )
         raise
-    from llmslim.healing.processes import processes
+    from llmslim.healing.distributed import processes
 
     settings().written = report.path
     if processes().is_main_process:
@@ -47,17 +46,16 @@ def heal_and_show(model: str | Path, out: Path | None, **options: Any) -> None:
         click.echo(_NEXT.format(path=path, quoted=shlex.quote(path)), nl=False)
 
 
-def plan_and_show(model: str | Path, out: Path | None, **options: Any) -> None:
-    """Say what a healing would do and take.
+def plan_and_show(model: str | Path, **options: Any) -> None:
+    """Print what a healing would do, and the memory it would take.
 
     Args:
-        model: what `llmslim.heal` takes.
-        out: folder it would write.
-        options: as for `llmslim.heal`.
+        model: a checkpoint.
+        options: fields of `HealOptions`.
     """
     api = backend()
     with progress() as moved:
-        found = api.plan_heal(model, out, **options, progress=moved)
+        found = api.plan_heal(model, **options, progress=moved)
     _print(_table(found.facts(), found.notes))
     click.echo("\ndry run: nothing was trained or written")
 

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from llmslim import surgery
 from llmslim.checkpoint import write_checkpoint
-from llmslim.healing.prepare import Ready, without_paths
-from llmslim.healing.report import HealReport
-from llmslim.healing.work import history_text
+from llmslim.healing.inputs import HealInputs, without_paths
+from llmslim.healing.report import HealReport, history_text
 from llmslim.modeling.base_class import auto_class_name
 from llmslim.recipe import Recipe, recipe_yaml
 from llmslim.reporting.card import model_card
@@ -18,11 +17,11 @@ from llmslim.reporting.healed import picture
 _PICTURE = "healing_losses.png"
 
 
-def write_healed(ready: Ready, report: HealReport, target: Path, *, overwrite: bool) -> None:
+def write_healed(inputs: HealInputs, report: HealReport, target: Path, *, overwrite: bool) -> None:
     """Write a healed model with its ledger, its recipe and what was done to it.
 
     Args:
-        ready: what `prepare` found; its model is healed by now.
+        inputs: whose model is healed by now.
         report: what was done.
         target: folder to write.
         overwrite: replace it where it exists, once the new one is whole.
@@ -30,11 +29,15 @@ def write_healed(ready: Ready, report: HealReport, target: Path, *, overwrite: b
     Raises:
         CheckpointError: if it cannot be written; `target` is then as it was.
     """
-    model, folder, spec = ready.model, ready.folder, without_paths(ready.spec)
-    name = ready.source.name if ready.source else ""
+    model, folder, spec = inputs.model, inputs.folder, without_paths(inputs.spec)
+    name = inputs.source.name if inputs.source else ""
     recipe = folder.recipe or Recipe(name="heal", description="Trained as it was.")
     as_it_is = Recipe(name=recipe.name)
-    ledger = folder.report or surgery.plan(model, as_it_is, model_name=name).report()
+    ledger = (
+        folder.report.report
+        if folder.report
+        else surgery.plan(model, as_it_is, model_name=name).report()
+    )
     recipe_text = recipe_yaml(recipe.model_copy(update={"heal": spec}))
     done = replace(report, settings=spec.model_dump(mode="json", exclude_none=True)).to_dict()
     drawn = picture(report.history, before=report.loss_before, teacher=report.loss_teacher)
@@ -44,9 +47,9 @@ def write_healed(ready: Ready, report: HealReport, target: Path, *, overwrite: b
     write_checkpoint(
         model,
         target,
-        source=ready.source,
-        tokenizer=ready.tokenizer,
-        report={**(folder.report_data or ledger.to_dict()), "healing": done},
+        source=inputs.source,
+        tokenizer=inputs.tokenizer,
+        report={**(folder.report.data if folder.report else ledger.to_dict()), "healing": done},
         recipe_text=recipe_text,
         model_card=model_card(
             ledger,

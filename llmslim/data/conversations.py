@@ -31,10 +31,10 @@ import torch
 from jinja2 import TemplateError
 
 from llmslim.errors import DataError
+from llmslim.progress import Progress
 
 from .messages import Message, mended
 from .sampling import (
-    Progress,
     cache_folder,
     draw,
     fingerprint,

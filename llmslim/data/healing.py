@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from llmslim.errors import DataError
+from llmslim.progress import Progress
 from llmslim.recipe.schema import Heal, HealSource
 
 from .columns import characters, check_left, identity
@@ -27,7 +28,6 @@ from .conversations import sampled_conversations
 from .mixture import HELD_OUT_SHARE, Part, join, passes, split, without_copies
 from .packing import Ints, Rows, cut
 from .prompts import REPORT_TAGS, Encoder
-from .sampling import Progress
 from .sources import Item, Source, open_source
 from .tokens import Tokens, tokenise
 from .vocabulary import check_ids, embedding_rows, stop_tokens

@@ -35,6 +35,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from llmslim.errors import DataError
+from llmslim.progress import Progress
 
 from .messages import mended
 from .vocabulary import check_ids, embedding_rows
@@ -58,8 +59,6 @@ _MOST_ROWS = 256
 _CACHE_BYTES = 2**31
 _GREEDY = 4
 _ALGORITHM = 1  # raised by whoever changes what is sampled: it is part of the cache's key
-
-Progress = Callable[[int, int, str], None]
 
 
 def leading_token(tokenizer: Any) -> int | None:

@@ -32,11 +32,12 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from llmslim.errors import DataError
+from llmslim.progress import Progress
 
 from .columns import characters, check_left, identity
 from .messages import Document
 from .prompts import Encoder, Ids
-from .sampling import Progress, cache_folder
+from .sampling import cache_folder
 from .sources import Source
 
 _FORMAT = 3  # raised by whoever changes what is in the file

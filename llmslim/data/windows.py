@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from llmslim.errors import DataError
+from llmslim.progress import Progress
 from llmslim.recipe.schema import Calibration
 
 from .columns import RowReader, check_left
@@ -38,8 +39,6 @@ OWN_TEXT = "the dense model's own text"
 _POOL = 4
 _CHARACTERS_PER_TOKEN = 8  # more than text has: a stretch of so many characters is long enough
 _BATCH = 64
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmslim.healing.neighbours import takes_position_ids
 from llmslim.healing.objectives._chunks import CHUNK_NUMBERS
+from llmslim.healing.packing_check import takes_position_ids
 from llmslim.recipe import Heal
+from llmslim.reporting import wording
 from llmslim.surgery.sites import find_layers
 
 MASTER = 4
@@ -54,7 +55,7 @@ class Memory:
     """Gradients that are there during a forward pass: all, or none where a step is one pass."""
     teacher: int
     copies: int
-    """Weights in bfloat16, which autocast makes anew in each forward pass."""
+    """Weights in bfloat16, which autocast makes in each forward pass."""
     kept: int
     """Activations from forward to backward pass."""
     again: int
@@ -68,7 +69,7 @@ class Memory:
 
     @property
     def moments_of_peak(self) -> dict[str, int]:
-        """What is there at each of the three moments beside weights, moments and teacher."""
+        """Bytes at each of the three moments beside weights, moments and teacher."""
         deep = max(self.kept + self.held, self.gradients)
         return {
             "loss": self.held + self.kept + self.copies + self.logits + self.chunks,
@@ -82,7 +83,7 @@ class Memory:
         return self.weights + self.moments + self.teacher + max(self.moments_of_peak.values())
 
     def facts(self) -> list[tuple[str, str]]:
-        """Return what a reader wants to know, each with its size in words."""
+        """Return the larger parts and the peak, each with its size in words."""
         shown = {
             "weights, float32": self.weights,
             "gradients": self.gradients,
@@ -93,17 +94,7 @@ class Memory:
             "logits and loss": self.logits + self.chunks,
             "peak, beside the process itself": self.peak,
         }
-        return [(name, in_words(size)) for name, size in shown.items() if size]
-
-
-def in_words(size: int) -> str:
-    """Write a number of bytes.
-
-    Example:
-        >>> in_words(3 * 2**29), in_words(3 * 2**19)
-        ('1.50 GiB', '1.5 MiB')
-    """
-    return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"
+        return [(name, wording.size(size)) for name, size in shown.items() if size]
 
 
 def healing_memory(
@@ -117,7 +108,7 @@ def healing_memory(
 ) -> Memory:
     """Work out the memory of a healing.
 
-    An error of any class says that the model's forward pass depends on what it computes.
+    An error of any class means that the model's forward pass depends on what it computes.
 
     Args:
         model: on any device, meta too; what is trained wants gradients. It is left as it is.

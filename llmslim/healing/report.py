@@ -1,8 +1,10 @@
-"""What a healing did: numbers only; reports, cards and pictures are views of it."""
+"""What a healing did, step by step and in all: numbers only; cards and pictures are views of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model says to one prompt, before and after."""
+    """The model's answer to one prompt, before and after."""
 
     prompt: str
     before: str
@@ -24,7 +26,7 @@ class HealReport:
     path: Path | None
     """The checkpoint's folder; None where the model was healed in memory."""
     objective: str
-    """What was made smaller; `layers, logits` where one came first."""
+    """Name of the loss that was trained on."""
     train: str
     """What was trained: blocks, all or lora."""
     steps: int
@@ -70,3 +72,78 @@ class HealReport:
         data = asdict(self)
         del data["path"], data["history"]
         return {**data, "gap_closed": self.gap_closed}
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Of a result on held-out text; None where there is no such text."""
+
+    before: float | None
+    """Before the first step."""
+    stored: float | None
+    """As it is stored."""
+    unrounded: float | None
+    """Before rounding; None where nothing was rounded."""
+    types: tuple[str, ...]
+    """Names of the types that it was rounded to."""
+
+
+def result_notes(losses: Losses, *, best: int, last: int, planned: int) -> list[str]:
+    """Return sentences about what came of a healing.
+
+    Args:
+        losses: on held-out text.
+        best: step whose weights are the result.
+        last: step that was trained last.
+        planned: how many steps there were to be.
+    """
+    notes, before, after = [], losses.before, losses.stored
+    if after is not None and losses.unrounded is not None:
+        notes.append(
+            f"Rounding the trained weights to {', '.join(losses.types)}, the type they are stored "
+            f"in, changed the held-out loss from {losses.unrounded:.4f} to {after:.4f}."
+        )
+    if before is None or after is None:
+        notes.append("No text was held out: whether the model got better was not measured.")
+    elif after >= before:
+        notes.append(
+            f"Healing did not lower the held-out loss ({before:.3f} before, {after:.3f} after). "
+            "Try a lower learning_rate, or more text."
+        )
+    if last < planned:
+        notes.append(
+            f"Stopped early, after {last} of {planned} steps: the held-out loss no longer fell."
+        )
+    if best < last:
+        notes.append(f"The weights are those of step {best}, the best measured.")
+    return notes
+
+
+def history_text(lines: Iterable[Mapping[str, Any]]) -> str:
+    """Return a history as JSONL."""
+    return "".join(json.dumps(dict(line)) + "\n" for line in lines)
+
+
+def held_out_losses(history: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Return the held-out losses of a history, in order."""
+    return [line["held_out_loss"] for line in history if "held_out_loss" in line]
+
+
+def best_step(history: Sequence[Mapping[str, Any]]) -> int:
+    """Return the step with the lowest held-out loss; the first of equal ones, as the Trainer."""
+    measured = [line for line in history if "held_out_loss" in line]
+    return int(min(measured, key=lambda line: line["held_out_loss"])["step"])
+
+
+def tokens_seen(history: Sequence[Mapping[str, Any]], step: float = math.inf) -> int:
+    """Return how many tokens were trained on, up to a step or in all."""
+    lines = (line for line in history if "tokens" in line and line["step"] <= step)
+    return max((int(line["tokens"]) for line in lines), default=0)
+
+
+def should_stop(history: Sequence[Mapping[str, Any]], patience: int | None) -> bool:
+    """Return whether the last `patience` measurements brought nothing better; None never does."""
+    losses = held_out_losses(history)
+    if patience is None or len(losses) <= patience:
+        return False
+    return min(losses[-patience:]) >= min(losses[:-patience])

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -25,21 +26,28 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from llmslim.errors import HealingError
-from llmslim.healing.blend import Blend
-from llmslim.healing.held_out import held_out_loss
+from llmslim.healing.distributed import (
+    check_sharding,
+    full_tensor,
+    is_sharded,
+    named_full_parameters,
+    overwrite,
+    processes,
+)
+from llmslim.healing.healing_dir import HealingDir
+from llmslim.healing.inputs import HealInputs
+from llmslim.healing.measure import answers, held_out_loss
 from llmslim.healing.objectives import Objective, Step
-from llmslim.healing.order import Filled, Order
-from llmslim.healing.processes import is_sharded
-from llmslim.healing.sharding import check_sharding, overwrite, settled, whole
-from llmslim.healing.sizes import Sizes, rate_share
-from llmslim.healing.stored import StoredLogits
-from llmslim.healing.trained import Trained
-from llmslim.healing.watch import Progress, Watch
-from llmslim.healing.work import Work
-from llmslim.recipe import Heal
+from llmslim.healing.packing_check import takes_position_ids
+from llmslim.healing.plan import StepPlan, rate_share, training_arguments
+from llmslim.healing.report import held_out_losses, should_stop, tokens_seen
+from llmslim.healing.rows import PaddedRows, SeededSampler, collator_for
+from llmslim.healing.teacher_cache import TeacherCache
+from llmslim.healing.trainable import Trainable
+from llmslim.progress import Progress
 from llmslim.surgery.sites import find_layers
 
 WEIGHTS = "trained.safetensors"
@@ -49,49 +57,50 @@ class HealingTrainer(Trainer):
     """A Trainer of one healing.
 
     Args:
-        spec: the options.
-        trained: the model, made ready.
-        phases: objectives, each with the step that it ends before.
-        teacher: the dense model.
-        layers: decoder layers with the teacher's that they stand for.
+        inputs: text, options, tokenizer and teacher.
+        trainable: the model, made ready.
+        objective: the loss.
+        plan: how much there is to do.
+        folder: where the run is kept; it is open.
         bf16: whether the arithmetic is in bfloat16.
-        position_ids: whether the model takes these.
-        work: the working folder.
-        run: how much there is to do.
-        progress: told of every step.
-        options: for `Trainer`.
+        progress: called after every step.
     """
 
     def __init__(
         self,
-        spec: Heal,
-        trained: Trained,
-        phases: list[tuple[Objective, int]],
+        inputs: HealInputs,
+        trainable: Trainable,
+        objective: Objective,
+        plan: StepPlan,
+        folder: HealingDir,
         *,
-        teacher: Any,
-        layers: tuple[tuple[nn.Module, nn.Module], ...],
         bf16: bool,
-        position_ids: bool,
-        work: Work,
-        run: Sizes,
         progress: Progress,
-        **options: Any,
     ) -> None:
-        self.spec, self.trained, self.phases, self.run = spec, trained, phases, run
-        super().__init__(model=trained.model, **options)
+        self.spec, self.trainable, self.plan, self.folder = inputs.spec, trainable, plan, folder
+        held_out, count = inputs.text.held_out, processes().num_processes
+        super().__init__(
+            model=trainable.model,
+            args=training_arguments(self.spec, plan, folder.path, evaluates=len(held_out) > 0),
+            train_dataset=PaddedRows(
+                inputs.text.train, self.spec.micro_batch * count if count > 1 else 1
+            ),
+            eval_dataset=held_out if len(held_out) else None,
+            data_collator=collator_for(trainable.model, mixes=inputs.mixes),
+        )
         # Our losses are divided by the tokens of the step already.
         self.model_accepts_loss_kwargs = True
-        self.teacher, self.layers, self.bf16 = teacher, layers, bf16
-        self.position_ids, self.work = position_ids, work
-        self.stored: StoredLogits | None = None
-        self.blend: Blend | None = None
-        self.begin: Callable[[], None] | None = None
+        self.inputs, self.teacher = inputs, inputs.teacher
+        self.objective: Objective = objective
+        self.teacher_cache: TeacherCache | None = None
+        self.bf16, self.position_ids = bf16, takes_position_ids(trainable.model)
+        self.progress = progress
         self.step_loss, self.grad_norm, self.step_tokens = 0.0, 0.0, 0
         for callback in list(self.callback_handler.callbacks):
             if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
                 self.remove_callback(callback)
-        self.watch = Watch(self, progress)
-        self.add_callback(self.watch)
+        self.recorder = HistoryCallback(self)
+        self.add_callback(self.recorder)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Make accelerate's object; where it spreads the model, do so layer by layer.
@@ -107,21 +116,15 @@ class HealingTrainer(Trainer):
         check_sharding(self.accelerator, self.spec)
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None and plugin.auto_wrap_policy is None:
-            model = self.trained.model
+            model = self.trainable.model
             layers = model.get_submodule(find_layers(model).path)
             plugin.auto_wrap_policy = transformer_auto_wrap_policy
             plugin.transformer_cls_names_to_wrap = sorted({type(one).__name__ for one in layers})
 
-    @property
-    def phase(self) -> Objective:
-        """The objective of the current step."""
-        step = self.state.global_step
-        return next((o for o, end in self.phases if step < end), self.phases[-1][0])
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Order:
+    def _get_train_sampler(self, train_dataset: Any = None) -> SeededSampler:
         """Return the order of the rows, which does not depend on the number of processes."""
-        rows = train_dataset or cast(Filled, self.train_dataset)
-        return Order(rows, self.spec.seed, self.run.rows)
+        rows = train_dataset or cast(PaddedRows, self.train_dataset)
+        return SeededSampler(rows, self.spec.seed, self.plan.rows)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -145,24 +148,22 @@ class HealingTrainer(Trainer):
         """Return this pass's part of the step's mean loss.
 
         Raises:
-            HealingError: if it has no gradient: some layers pass none on that their input has not.
+            HealingError: if it has no gradient: some layers return none where their input has none.
         """
         inputs = dict(inputs)
         labels_NL = inputs.pop("labels")
         if not self.position_ids:
             inputs.pop("position_ids", None)
-        rows_N, taught = inputs.pop("rows", None), None
-        if self.stored is not None:
+        rows_N, stored = inputs.pop("rows", None), None
+        if self.teacher_cache is not None:
             rows = [] if rows_N is None else rows_N.tolist()
-            taught = self.stored.of(rows, labels_NL.device)
-        if self.blend is not None:
-            self.blend.at(self.state.global_step)
-        step = Step(model, inputs, labels_NL, self.spec, self.teacher, self.layers, taught)
-        total = self.phase.loss(step)
+            stored = self.teacher_cache.topk_of(rows, labels_NL.device)
+        step = Step(model, inputs, labels_NL, self.spec, self.teacher, stored)
+        total = self.objective.loss(step)
         if not total.requires_grad:
             raise HealingError(
                 f"heal.train: {self.spec.train}, but the layers of this architecture "
-                f"({type(self.trained.model).__name__}) pass no gradient on unless the embedding "
+                f"({type(self.trainable.model).__name__}) pass no gradient on unless the embedding "
                 "is trained, too. Train `all`."
             )
         # Gradients are averaged over processes, but sums are to be added up.
@@ -189,7 +190,7 @@ class HealingTrainer(Trainer):
             HealingError: if the loss or a gradient is not finite, in all processes together.
         """
         norm: Any = super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
-        self.grad_norm = float(whole(norm))
+        self.grad_norm = float(full_tensor(norm))
         loss = torch.tensor(self.step_loss, device=self.args.device)
         self.step_loss = float(self.accelerator.reduce(loss, "mean"))
         if not math.isfinite(self.step_loss) or not math.isfinite(self.grad_norm):
@@ -199,11 +200,11 @@ class HealingTrainer(Trainer):
         return norm
 
     def _not_finite(self, step: int, what: str, value: float) -> HealingError:
-        last = self.work.last_checkpoint() if self.args.should_save else None
+        last = self.folder.last_checkpoint() if self.args.should_save else None
         kept = f"The last good state is kept in {last}." if last else "No state was saved before."
         return HealingError(
             f"step {step}: the {what} is {value}; it must be finite. {kept} "
-            "Begin anew with a lower learning_rate, or with other text."
+            "Begin again with a lower learning_rate, or with other text."
         )
 
     def evaluate(self, *_args: Any, **_options: Any) -> dict[str, float]:
@@ -212,20 +213,22 @@ class HealingTrainer(Trainer):
         Raises:
             HealingError: if it is not finite; nothing is saved then.
         """
-        with self.trained.as_stored():
-            loss = self.measure(self.model_wrapped)
+        with self.trainable.as_stored():
+            loss = cast(float, self.measure(self.model_wrapped))
         step = self.state.global_step
         if not math.isfinite(loss):
             raise self._not_finite(step, "held-out loss", loss)
         metrics = {"eval_loss": loss}
-        self.work.note({"step": step, "held_out_loss": loss}, write=self.args.should_save)
+        self.folder.note({"step": step, "held_out_loss": loss}, write=self.args.should_save)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         return metrics
 
-    def measure(self, model: Any) -> float:
-        """Return the loss of a model on the held-out rows."""
+    def measure(self, model: Any) -> float | None:
+        """Return the loss of a model on the held-out rows, None where there are none."""
+        if self.eval_dataset is None:
+            return None
         with self.compute_loss_context_manager():
             return held_out_loss(
                 model,
@@ -235,6 +238,26 @@ class HealingTrainer(Trainer):
                 accelerator=self.accelerator,
                 position_ids=self.position_ids,
             )
+
+    def answers(self) -> list[str]:
+        """Return the model's answers; where it is spread over processes, all compute them."""
+        if not (self.args.should_save or self.is_fsdp_enabled):
+            return []
+        with self.compute_loss_context_manager():
+            return answers(self.model, self.inputs.tokenizer)
+
+    def measure_start(self) -> None:
+        """Measure the model and the teacher before the first step, once."""
+        run = self.folder.run
+        if "start" in run:
+            return
+        self.progress(0, self.plan.steps, "measuring the model as it is")
+        loss, teacher = self.measure(self.model), run.get("teacher")
+        if self.teacher is not None:
+            teacher = self.measure(self.teacher)
+        run["start"] = {"loss": loss, "teacher": teacher, "answers": self.answers()}
+        if self.args.should_save:
+            self.folder.save()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Make AdamW with one learning rate for what surgery changed and one for the rest."""
@@ -246,7 +269,7 @@ class HealingTrainer(Trainer):
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                key = (name in self.trained.changed, parameter.ndim > 1)
+                key = (name in self.trainable.changed, parameter.ndim > 1)
                 groups.setdefault(key, []).append(parameter)
         self.optimizer = torch.optim.AdamW(
             [
@@ -281,9 +304,9 @@ class HealingTrainer(Trainer):
     ) -> None:
         """Save the trained parameters by their names."""
         weights = {}
-        for name, parameter in settled(self.trained.model).items():
+        for name, parameter in named_full_parameters(self.trainable.model).items():
             if parameter.requires_grad:
-                value = whole(parameter.detach())  # all processes take part in that
+                value = full_tensor(parameter.detach())  # all processes take part in that
                 if self.args.should_save:
                     weights[name] = value.cpu().contiguous()
         if self.args.should_save:
@@ -300,15 +323,75 @@ class HealingTrainer(Trainer):
         self.load_trained(Path(resume_from_checkpoint))
 
     def load_trained(self, folder: Path) -> None:
-        """Take over the parameters of a checkpoint, in place."""
+        """Load the parameters of a checkpoint, in place."""
         saved = load_file(folder / WEIGHTS)
-        for name, parameter in settled(self.trained.model).items():
+        for name, parameter in named_full_parameters(self.trainable.model).items():
             if parameter.requires_grad:
                 overwrite(parameter, saved[name])
 
     def spread(self) -> None:
-        """Spread a model over the processes that was not trained, where training would do it."""
+        """Spread the model over the processes without training it, where training would do it."""
         if self.is_fsdp_enabled:
             self.create_optimizer()  # accelerate takes no model alone
             self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
             self.model_wrapped = self.model
+
+
+class HistoryCallback(TrainerCallback):
+    """Writes the history, shows progress, stops early.
+
+    Args:
+        trainer: whose steps these are.
+    """
+
+    def __init__(self, trainer: HealingTrainer) -> None:
+        self.trainer = trainer
+        self.seconds, self.tokens, self.seen, self.began = 0.0, 0, 0, 0.0
+        self.rates: dict[bool, float] = {}
+
+    @property
+    def tokens_per_second(self) -> float:
+        """While training; measuring and saving not counted."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """Measure the model as it is; count tokens from where training continues."""
+        self.seen = tokens_seen(self.trainer.folder.history)
+        self.trainer.measure_start()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """Start the clock."""
+        self.began = time.perf_counter()
+        self.trainer.step_loss = 0.0
+        groups = cast(Any, self.trainer.optimizer).param_groups
+        self.rates = {group["changed"]: group["lr"] for group in groups}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """Record the step, and show it."""
+        trainer = self.trainer
+        self.seconds += time.perf_counter() - self.began
+        self.tokens += trainer.step_tokens
+        self.seen += trainer.step_tokens
+        entry = {
+            "step": state.global_step,
+            "loss": trainer.step_loss,
+            "grad_norm": trainer.grad_norm,
+            "learning_rate": self.rates.get(False, self.rates.get(True)),
+            "tokens": self.seen,
+            "tokens_per_second": round(self.tokens_per_second, 1),
+        }
+        if trainer.spec.block_learning_rate is not None and True in self.rates:
+            entry["block_learning_rate"] = self.rates[True]
+        trainer.folder.note(entry, write=args.should_save)
+        measured = held_out_losses(trainer.folder.history)
+        shown = f", held-out {measured[-1]:.3f}" if measured else ""
+        trainer.progress(
+            state.global_step,
+            state.max_steps,
+            f"loss {trainer.step_loss:.3f}{shown}, {self.tokens_per_second:,.0f} tokens/s",
+        )
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """Stop where the held-out loss falls no more."""
+        if should_stop(self.trainer.folder.history, self.trainer.spec.patience):
+            control.should_training_stop = True

@@ -210,11 +210,9 @@ class Heal(Section):
     lora_rank: Count = 16
     """Rank of the LoRA matrices; their scale is 2."""
     teacher: str | None = None
-    """The dense model, a folder or a name on the hub: what `logits` and `layers` learn from."""
+    """The dense model, a folder or a name on the hub: what `logits` learns from."""
     objective: Name | None = None
-    """cross_entropy, logits or layers; by default `logits` where there is a teacher."""
-    layers_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the steps, the first ones, that match the teacher's decoder layers (`layers`)."""
+    """cross_entropy or logits; by default `logits` where there is a teacher."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """`logits`: softens both distributions."""
     teacher_weight: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -222,9 +220,7 @@ class Heal(Section):
     top_k: Count | None = None
     """`logits`: compare the teacher's likeliest tokens, and all others as one."""
     store_teacher: bool = False
-    """`logits`: ask the teacher once, before training, and keep its `top_k` (64 where not given) in a file."""
-    blend_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the steps, the first ones, in which the teacher's projections carry part of the blocks' work."""
+    """`logits`: run the teacher once, before training, and store its `top_k` (64 where not given) predictions."""
     tokens: Count | None = None
     """Tokens to train on; takes the place of `epochs`."""
     epochs: Annotated[float, Field(gt=0)] = 1.0

@@ -1,7 +1,7 @@
 """Views of a `Report`: text, JSON, Markdown, CSV, SVG, and the model card.
 
 None of them counts anything again: they fold, order and word the numbers of the report. A format
-is a module here with `render(report, *, full) -> str` and a line in `FORMATS`.
+is a function `(report, *, full) -> str` in a module here, and a line in `FORMATS`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from llmslim.surgery.report import Report
 
-FORMATS: dict[str, str] = {
-    "text": "text",
-    "json": "json",
-    "md": "markdown",
-    "csv": "csv",
-    "svg": "picture",
+FORMATS: dict[str, tuple[str, str]] = {
+    "text": ("text", "as_text"),
+    "json": ("data", "as_json"),
+    "md": ("markdown", "as_markdown"),
+    "csv": ("data", "as_csv"),
+    "svg": ("text", "as_svg"),
 }
-"""Format name to the module that renders it; imported when asked for."""
+"""Format name to module and function; imported when used."""
 
 
 def render(report: Report, format_name: str, *, full: bool = False) -> str:
@@ -35,5 +35,6 @@ def render(report: Report, format_name: str, *, full: bool = False) -> str:
     """
     if format_name not in FORMATS:
         raise ValueError(f"report format {format_name!r}; allowed {', '.join(FORMATS)}")
-    module = importlib.import_module(f".{FORMATS[format_name]}", __name__)
-    return str(module.render(report, full=full))
+    module, function = FORMATS[format_name]
+    view = getattr(importlib.import_module(f".{module}", __name__), function)
+    return str(view(report, full=full))

@@ -88,8 +88,7 @@ def picture(
     """Return the losses of a healing as PNG, None where matplotlib is not installed.
 
     Args:
-        history: lines with `step` and `loss` (and `objective`), and with `step` and
-            `held_out_loss`.
+        history: lines with `step` and `loss`, and with `step` and `held_out_loss`.
         before: the held-out loss before the first step.
         teacher: the dense model's.
     """
@@ -99,16 +98,9 @@ def picture(
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    trained = [line for line in history if "loss" in line]
-    for name in dict.fromkeys(line.get("objective", "") for line in trained):
-        own = [line for line in trained if line.get("objective", "") == name]
-        axes.plot(
-            [line["step"] for line in own],
-            [line["loss"] for line in own],
-            label=f"training ({name})",
-            linewidth=1,
-            alpha=0.7,
-        )
+    trained = [(line["step"], line["loss"]) for line in history if "loss" in line]
+    if trained:
+        axes.plot(*zip(*trained, strict=True), label="training", linewidth=1, alpha=0.7)
     measured = [(line["step"], line["held_out_loss"]) for line in history if _MEASURED in line]
     measured = ([] if before is None else [(0, before)]) + measured
     if measured:

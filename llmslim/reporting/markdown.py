@@ -10,7 +10,7 @@ from . import wording
 from .lines import fold, unfolded
 
 
-def render(report: Report, *, full: bool = False) -> str:
+def as_markdown(report: Report, *, full: bool = False) -> str:
     """Return the report as Markdown: headline, totals, rows, text fitted to, problems.
 
     Args:

@@ -139,7 +139,7 @@ def _params(line: Line) -> tuple[str, str]:
     return f"{wording.short(before)} -> {wording.short(after)}", wording.percent(after, before)
 
 
-def render(report: Report, *, full: bool = False) -> str:
+def as_text(report: Report, *, full: bool = False) -> str:
     """Return the view as text without colour, 120 columns wide.
 
     Args:
@@ -150,3 +150,17 @@ def render(report: Report, *, full: bool = False) -> str:
     console = Console(file=out, width=_WIDTH, color_system=None, force_terminal=False)
     console.print(TextView(report, full=full))
     return "".join(f"{line.rstrip()}\n" for line in out.getvalue().splitlines())
+
+
+def as_svg(report: Report, *, full: bool = False) -> str:
+    """Return the view, in colour, as an SVG picture, for READMEs; rich draws it.
+
+    Args:
+        report: what to draw.
+        full: one line per row instead of folded ones, and the bars.
+    """
+    console = Console(
+        record=True, width=_WIDTH, file=io.StringIO(), force_terminal=True, color_system="truecolor"
+    )
+    console.print(TextView(report, full=full))
+    return console.export_svg(title=wording.plain(f"llmslim: {report.model} with {report.recipe}"))

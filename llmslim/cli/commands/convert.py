@@ -138,7 +138,7 @@ def command(
         check_target(healed, overwrite)  # known before hours of work, not after
         if resume and (out / "config.json").is_file():  # there only when it is whole
             click.echo(f"{out} is converted already; going on with its healing", err=True)
-            heal_and_show(out, healed, teacher=model, resume=True)
+            heal_and_show(out, out=healed, teacher=model, resume=True)
             return
     if dry_run:
         from llmslim.conversion import asked_for, try_text
@@ -178,7 +178,7 @@ def command(
     click.echo(shown, nl=False)
     totals = result.report.totals
     if healed is not None:
-        heal_and_show(result.path, healed, teacher=model, resume=resume, overwrite=overwrite)
+        heal_and_show(result.path, out=healed, teacher=model, resume=resume, overwrite=overwrite)
     elif totals.params_before != totals.params_after:
         click.echo(_HONEST)
 

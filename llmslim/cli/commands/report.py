@@ -27,9 +27,10 @@ def command(slim: str, format_name: str, out: str | None, full: bool) -> None:
     SLIM is a folder that `llmslim convert` wrote, or a report file of `llmslim plan --json`.
     """
     from llmslim.reporting import healed, render
-    from llmslim.reporting.read import read_healing, read_report
+    from llmslim.reporting.read import read_report
 
-    report, healing = read_report(slim), read_healing(slim)
+    read = read_report(slim)
+    report, healing = read.report, read.healing
     if format_name == "text" and out is None:
         show_report(report, full=full)
         if healing:

@@ -2,6 +2,6 @@
 
 from ._step import Objective as Objective
 from ._step import Step as Step
-from ._step import Taught as Taught
+from ._step import TeacherTopK as TeacherTopK
 from ._step import objective_named as objective_named
 from ._step import objective_names as objective_names

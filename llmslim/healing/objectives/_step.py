@@ -28,14 +28,14 @@ from llmslim.errors import HealingError
 from llmslim.recipe import Heal
 
 
-class Taught(NamedTuple):
-    """What a teacher that is not there any more said at the places of a pass that predict.
+class TeacherTopK(NamedTuple):
+    """What a teacher predicted, earlier, at the places of a pass that predict something.
 
     P = such places, in order of rows and places; K = top_k.
     """
 
     log_p_PK: Tensor
-    """Log of the probability of its likeliest tokens, at the temperature asked for."""
+    """Log of the probability of its likeliest tokens, at the temperature of the options."""
     tokens_PK: Tensor
     """Which tokens these are."""
 
@@ -54,10 +54,8 @@ class Step:
     """The options."""
     teacher: Any = None
     """The dense model, frozen; None where there is none."""
-    layers: tuple[tuple[nn.Module, nn.Module], ...] = ()
-    """Decoder layers of the model, each with the teacher's that it stands for."""
-    taught: Taught | None = None
-    """What the dense model said of this pass, where that was stored; there is no teacher then."""
+    teacher_topk: TeacherTopK | None = None
+    """The dense model's stored predictions for this pass; there is no teacher then."""
 
     @property
     def targets_NL(self) -> Tensor:  # noqa: N802  (the shape is part of the name)

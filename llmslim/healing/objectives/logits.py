@@ -5,8 +5,8 @@
 T is `temperature`, w `teacher_weight`. The factor T² keeps gradients as large as those of the
 cross-entropy (Hinton et al. 2015, https://arxiv.org/abs/1503.02531, section 2). With `top_k` the
 K likeliest tokens of the teacher are compared each by itself and all others as one, so that no
-probability is lost or made up. What the teacher says may have been stored before (`store_teacher`);
-the loss is the same.
+probability is lost or made up. The teacher's predictions may be stored ones (`store_teacher`); the
+loss is the same.
 
 Shapes: N = rows, L = tokens of a row, C = tokens of a chunk, V = vocabulary, K = top_k.
 """
@@ -20,14 +20,15 @@ from torch.nn import functional
 from llmslim.errors import HealingError
 
 from ._chunks import Part, sum_over_tokens
-from ._step import Step, Taught
+from ._step import Step, TeacherTopK
 
 NEEDS_TEACHER = True
 
 
 def loss(step: Step) -> Tensor:
     """Return the sum over predicted tokens of the divergence from the teacher, mixed with CE."""
-    divergence_of = _from_teacher(step) if step.taught is None else _from_stored(step, step.taught)
+    stored = step.teacher_topk
+    divergence_of = _from_teacher(step) if stored is None else _from_stored(step, stored)
     logits_NLV: Tensor = step.forward().logits
     spec, targets_T = step.spec, step.targets_NL.reshape(-1)
 
@@ -45,7 +46,7 @@ def loss(step: Step) -> Tensor:
 
 
 def _from_teacher(step: Step) -> Part:
-    """Return the summed divergence of some tokens from the teacher, which is asked now."""
+    """Return a function of the summed divergence of some tokens from a teacher that is here."""
     teacher_NLV: Tensor = step.teach().logits
     spec, counted_T = step.spec, (step.targets_NL != -100).reshape(-1)
     teacher_TV = teacher_NLV.reshape(len(counted_T), -1)
@@ -57,17 +58,17 @@ def _from_teacher(step: Step) -> Part:
     return part
 
 
-def _from_stored(step: Step, taught: Taught) -> Part:
-    """Return the same for a teacher that was asked before.
+def _from_stored(step: Step, stored: TeacherTopK) -> Part:
+    """Return the same for stored predictions.
 
     Raises:
-        HealingError: if it was asked about other rows.
+        HealingError: if they are of other rows.
     """
     counted_T = (step.targets_NL != -100).reshape(-1)
-    if int(counted_T.sum()) != len(taught.log_p_PK):
+    if int(counted_T.sum()) != len(stored.log_p_PK):
         raise HealingError(
-            f"heal.store_teacher: {len(taught.log_p_PK)} tokens stored for rows that predict "
-            f"{int(counted_T.sum())}; the text has changed. Begin anew (--overwrite)."
+            f"heal.store_teacher: {len(stored.log_p_PK)} tokens stored for rows that predict "
+            f"{int(counted_T.sum())}; the text has changed. Begin again (--overwrite)."
         )
     place_T = counted_T.cumsum(0) - 1
 
@@ -76,7 +77,7 @@ def _from_stored(step: Step, taught: Taught) -> Part:
         places = place_T[where][counted_C]
         log_q_CV = functional.log_softmax(logits_CV[counted_C] / step.spec.temperature, dim=-1)
         return _of_the_top(
-            taught.log_p_PK[places], taught.tokens_PK[places], log_q_CV, step.spec.temperature
+            stored.log_p_PK[places], stored.tokens_PK[places], log_q_CV, step.spec.temperature
         ).sum()
 
     return part

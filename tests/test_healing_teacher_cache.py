@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers_checkpoint import tiny_tokenizer
 from helpers_healing import LENGTH, Rows, Text, healed, losses, slimmed, text
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tiny import tiny_model
 
 import llmslim
 from llmslim.data import collate, collate_flat
-from llmslim.errors import HealingError
-from llmslim.healing import Place, heal_model, objective_named, storing
-from llmslim.healing.objectives import Step, _chunks
-from llmslim.healing.processes import processes
-from llmslim.healing.stored import FILE
+from llmslim.errors import HealingError, UnfinishedError
+from llmslim.healing import HealingDir, HealInputs, heal_model, objective_named, teacher_cache
+from llmslim.healing.distributed import processes
+from llmslim.healing.objectives import Step, _chunks, logits
+from llmslim.healing.teacher_cache import TeacherCache
+from llmslim.progress import quietly
 from llmslim.recipe import Heal
 
 HERE = Path(__file__).parent
@@ -39,19 +40,27 @@ class Patchy(Rows):
         return {**row, "labels": labels}
 
 
-def kept(folder, teacher, rows, *, together=collate, **options):
-    folder.mkdir(exist_ok=True)
-    settings = {
-        "top_k": 8,
-        "temperature": 1.0,
-        "bf16": False,
-        "micro_batch": 2,
-        "position_ids": True,
-        "state": processes(),
-        "progress": lambda *_: None,
-        **options,
-    }
-    return storing.store(folder, lambda: teacher, rows, together, **settings)
+@pytest.fixture(autouse=True)
+def _small_files(monkeypatch):
+    monkeypatch.setattr(teacher_cache, "SHARD_ROWS", 4)
+
+
+def filled(folder, teacher, rows, *, together=collate, key="k", **options):
+    cache = TeacherCache(folder, key, **{"top_k": 8, "temperature": 1.0, "bf16": False, **options})
+    cache.fill(
+        lambda: teacher,
+        rows,
+        together,
+        micro_batch=3,
+        position_ids=True,
+        state=processes(),
+        progress=quietly,
+    )
+    return cache
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("together", [collate, collate_flat])
@@ -60,9 +69,9 @@ def test_the_loss_and_its_gradient_are_those_of_a_live_teacher(
     tmp_path, monkeypatch, together, temperature, top_k
 ):
     monkeypatch.setattr(_chunks, "CHUNK_NUMBERS", 96 * 5)
-    monkeypatch.setattr(storing, "CHUNK_NUMBERS", 96 * 5)
+    monkeypatch.setattr(teacher_cache, "CHUNK_NUMBERS", 96 * 5)
     model, teacher, rows = slimmed(), tiny_model(seed=3), Patchy(5, 1)
-    file = kept(
+    cache = filled(
         tmp_path / "w", teacher, rows, together=together, top_k=top_k, temperature=temperature
     )
     spec = Heal(temperature=temperature, top_k=top_k, teacher_weight=0.7)
@@ -71,7 +80,7 @@ def test_the_loss_and_its_gradient_are_those_of_a_live_teacher(
         batch = together([rows[index] for index in which])
         labels = batch.pop("labels")
         live = loss(Step(model, batch, labels, spec, teacher))
-        ours = loss(Step(model, batch, labels, spec, None, (), file.of(which)))
+        ours = loss(Step(model, batch, labels, spec, None, cache.topk_of(which)))
         torch.testing.assert_close(ours, live, rtol=1e-6, atol=1e-6)
         parameters = list(model.parameters())
         for mine, theirs in zip(
@@ -84,26 +93,28 @@ def test_the_loss_and_its_gradient_are_those_of_a_live_teacher(
 
 def test_in_bf16_the_loss_is_the_live_teachers_too(tmp_path):
     model, teacher, rows = slimmed(), tiny_model(seed=3, dtype=torch.bfloat16), Patchy(5, 1)
-    file = kept(tmp_path / "w", teacher, rows, bf16=True)
+    cache = filled(tmp_path / "w", teacher, rows, bf16=True)
     batch = collate([rows[index] for index in range(5)])
     labels = batch.pop("labels")
     loss = objective_named("logits").loss
     with torch.autocast("cpu", dtype=torch.bfloat16):
         live = loss(Step(model, batch, labels, Heal(top_k=8), teacher))
-        ours = loss(Step(model, batch, labels, Heal(top_k=8), None, (), file.of(range(5))))
+        ours = loss(Step(model, batch, labels, Heal(top_k=8), None, cache.topk_of(range(5))))
     torch.testing.assert_close(ours, live, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize(("bf16", "per_token"), [(False, 8 * 8 + 4), (True, 8 * 6 + 4)])
-def test_the_file_is_as_large_as_promised(tmp_path, bf16, per_token):
-    file = kept(tmp_path / "w", tiny_model(), Rows(6, 1), bf16=bf16).file
-    with safe_open(file, framework="pt") as opened:
-        places = 6 * (LENGTH - 2)
-        assert opened.get_tensor("logits").shape == (places, 8)
-        assert opened.get_tensor("logits").dtype == (torch.bfloat16 if bf16 else torch.float32)
-    header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
-    assert file.stat().st_size == header + 7 * 8 + places * per_token
-    assert [path.name for path in (tmp_path / "w").iterdir()] == [FILE]
+def test_the_files_are_as_large_as_promised(tmp_path, bf16, per_token):
+    filled(tmp_path / "w", tiny_model(), Rows(6, 1), bf16=bf16)
+    assert sorted(files(tmp_path / "w")) == ["00000.safetensors", "00001.safetensors"]
+    for name, rows in (("00000.safetensors", 4), ("00001.safetensors", 2)):
+        file, places = tmp_path / "w" / name, rows * (LENGTH - 2)
+        with safe_open(file, framework="pt") as opened:
+            assert opened.get_tensor("logits").shape == (places, 8)
+            assert opened.get_tensor("logits").dtype == (torch.bfloat16 if bf16 else torch.float32)
+            assert opened.metadata() == {"key": "k"}
+        header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+        assert file.stat().st_size == header + (rows + 1) * 8 + places * per_token
 
 
 def test_a_healing_gives_the_losses_of_one_with_a_live_teacher(tmp_path):
@@ -129,12 +140,12 @@ def test_a_teacher_that_was_loaded_for_it_leaves_memory_before_training(tmp_path
         sizes.append((step.teacher, sum(p.numel() for p in teacher.parameters())))
         return loss(step)
 
-    monkeypatch.setattr("llmslim.healing.objectives.logits.loss", watched)
+    monkeypatch.setattr(logits, "loss", watched)
     healed(slimmed(), tmp_path / "w", teacher=teacher, store_teacher=True)
     assert {empty for _, empty in sizes} == {sum(p.numel() for p in tiny_model().parameters())}
     sizes.clear()
     spec = Heal(teacher="by-name", store_teacher=True, batch_size=4)
-    heal_model(slimmed(), text(), spec, place=Place(tmp_path / "n"), teacher=teacher)
+    heal_model(HealInputs(slimmed(), spec, text(), teacher=teacher), HealingDir(tmp_path / "n"))
     assert sizes
     assert set(sizes) == {(None, 0)}
 
@@ -146,9 +157,9 @@ import torch
 torch.set_num_threads(1)
 from pathlib import Path
 from helpers_healing import healed, slimmed
-from llmslim.healing import storing
+from llmslim.healing import teacher_cache
 from tiny import tiny_model
-storing.SAVE_SECONDS = 0
+teacher_cache.SHARD_ROWS = 4
 
 def progress(done, total, what):
     if (done, what) == (8, "storing the teacher's logits"):
@@ -163,7 +174,7 @@ def test_after_sigkill_it_goes_on_with_the_rows_that_are_missing(tmp_path, monke
     code = KILLED.format(here=str(HERE), folder=str(tmp_path / "w"), options=options)
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
     assert run.returncode == -signal.SIGKILL
-    assert not (tmp_path / "w" / FILE).exists()
+    assert sorted(files(tmp_path / "w" / "teacher")) == ["00000.safetensors", "00001.safetensors"]
     asked = []
     teacher = tiny_model(seed=3)
     teacher.register_forward_hook(lambda m, i, out: asked.append(out.logits.shape[0]))
@@ -180,9 +191,9 @@ def test_after_sigkill_it_goes_on_with_the_rows_that_are_missing(tmp_path, monke
     assert sum(asked) == 8 + 4
     assert told[:2] == [(at, 16, "storing the teacher's logits") for at in (8, 12)]
     whole = healed(slimmed(), tmp_path / "a", teacher=tiny_model(seed=3), **options)
-    assert (tmp_path / "w" / FILE).read_bytes() == (tmp_path / "a" / FILE).read_bytes()
+    assert files(tmp_path / "w" / "teacher") == files(tmp_path / "a" / "teacher")
     assert losses(report) == losses(whole)
-    # A whole file asks nobody.
+    # With whole files the teacher is not needed.
     asked.clear()
     (tmp_path / "w" / "checkpoint-4" / "trainer_state.json").unlink()
     again = healed(slimmed(), tmp_path / "w", teacher=teacher, resume=True, **options)
@@ -191,17 +202,27 @@ def test_after_sigkill_it_goes_on_with_the_rows_that_are_missing(tmp_path, monke
     assert again.loss_teacher == whole.loss_teacher
 
 
-def test_a_file_that_was_removed_is_computed_anew(tmp_path):
-    file = kept(tmp_path / "w", tiny_model(), Rows(6, 1)).file
-    before = file.read_bytes()
-    file.unlink()
-    (tmp_path / "w" / f".{FILE}.0").write_text("6")  # killed right before it was cleared away
-    assert kept(tmp_path / "w", tiny_model(), Rows(6, 1)).file.read_bytes() == before
+@pytest.mark.parametrize("how", ["removed", "cut short", "of another key"])
+def test_only_what_is_missing_is_computed(tmp_path, how):
+    filled(tmp_path / "w", tiny_model(), Rows(6, 1))
+    before, second = files(tmp_path / "w"), tmp_path / "w" / "00001.safetensors"
+    if how == "removed":
+        second.unlink()
+    elif how == "cut short":
+        second.write_bytes(second.read_bytes()[:-1])
+    else:
+        filled(tmp_path / "other", tiny_model(seed=3), Rows(6, 1), key="other")
+        second.write_bytes((tmp_path / "other" / second.name).read_bytes())
+    asked, teacher = [], tiny_model()
+    teacher.register_forward_hook(lambda m, i, out: asked.append(out.logits.shape[0]))
+    filled(tmp_path / "w", teacher, Rows(6, 1))
+    assert sum(asked) == 2
+    assert files(tmp_path / "w") == before
 
 
 @pytest.mark.slow
 def test_two_processes_write_what_one_writes(tmp_path):
-    options = {"store_teacher": True, "top_k": 8, "micro_batch": 2, "blend_share": 0.5}
+    options = {"store_teacher": True, "top_k": 8, "micro_batch": 2}
     script = tmp_path / "script.py"
     script.write_text(
         f"""
@@ -209,7 +230,9 @@ import sys
 sys.path.insert(0, {str(HERE)!r})
 from pathlib import Path
 from helpers_healing import healed, slimmed
+from llmslim.healing import teacher_cache
 from tiny import tiny_model
+teacher_cache.SHARD_ROWS = 4
 healed(slimmed(), Path({str(tmp_path / "two")!r}), teacher=tiny_model(seed=3), **{options!r})
 """
     )
@@ -224,51 +247,46 @@ healed(slimmed(), Path({str(tmp_path / "two")!r}), teacher=tiny_model(seed=3), *
     )
     assert run.returncode == 0, run.stderr
     report = healed(slimmed(), tmp_path / "one", teacher=tiny_model(seed=3), **options)
-    assert (tmp_path / "two" / FILE).read_bytes() == (tmp_path / "one" / FILE).read_bytes()
+    assert files(tmp_path / "two" / "teacher") == files(tmp_path / "one" / "teacher")
     lines = map(json.loads, (tmp_path / "two" / "history.jsonl").read_text().splitlines())
     both = [line["loss"] for line in lines if "loss" in line]
     torch.testing.assert_close(both, losses(report), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("fallocate", [True, False])
-def test_a_full_disk_is_told_before_any_work(tmp_path, monkeypatch, fallocate):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    if fallocate:
-        monkeypatch.setattr(os, "posix_fallocate", full)
-    else:
-        monkeypatch.delattr(os, "posix_fallocate")
-        monkeypatch.setattr(storing.shutil, "disk_usage", lambda _: type("U", (), {"free": 999}))
+def test_a_full_disk_is_an_error_before_any_work(tmp_path, monkeypatch):
+    usage = SimpleNamespace(free=516 * 224 - 1)
+    monkeypatch.setattr(teacher_cache.shutil, "disk_usage", lambda _: usage)
     teacher = tiny_model()
     teacher.register_forward_hook(lambda *_: pytest.fail("the teacher was asked"))
-    with pytest.raises(
-        HealingError, match=r"w: no space left .* \(516 bytes for each of 224 tokens\)"
-    ):
+    with pytest.raises(HealingError, match=r"no space left .* \(516 bytes for each of 224"):
         healed(slimmed(), tmp_path / "w", teacher=teacher, store_teacher=True)
     assert not (tmp_path / "w").exists()
 
 
-def test_systems_that_cannot_take_space_early_write_the_same_file(tmp_path, monkeypatch):
-    def cannot(*_):
-        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+def test_a_disk_that_fills_up_keeps_what_is_whole(tmp_path, monkeypatch):
+    written, save = [], teacher_cache.save_file
 
-    one = kept(tmp_path / "a", tiny_model(), Rows(6, 1)).file.read_bytes()
-    monkeypatch.setattr(os, "posix_fallocate", cannot)
-    assert kept(tmp_path / "b", tiny_model(), Rows(6, 1)).file.read_bytes() == one
+    def full(tensors, path, metadata):
+        if written:
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        save(tensors, path, metadata)
+        written.append(path)
 
-
-def test_a_file_that_was_cut_short_is_told(tmp_path):
-    file = kept(tmp_path / "w", tiny_model(), Rows(6, 1)).file
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(HealingError, match=r"cannot be read .* Remove it and"):
-        kept(tmp_path / "w", tiny_model(), Rows(6, 1))
+    options = {"store_teacher": True, "top_k": 8}
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher_cache, "save_file", full)
+        with pytest.raises(UnfinishedError, match="no space left"):
+            healed(slimmed(), tmp_path / "w", teacher=tiny_model(seed=3), **options)
+    assert list(files(tmp_path / "w" / "teacher")) == ["00000.safetensors"]
+    again = healed(slimmed(), tmp_path / "w", teacher=tiny_model(seed=3), resume=True, **options)
+    whole = healed(slimmed(), tmp_path / "a", teacher=tiny_model(seed=3), **options)
+    assert losses(again) == losses(whole)
 
 
 def test_rows_that_changed_are_told(tmp_path):
-    model, file = slimmed(), kept(tmp_path / "w", tiny_model(), Patchy(5, 1))
+    model, cache = slimmed(), filled(tmp_path / "w", tiny_model(), Patchy(5, 1))
     batch = collate([Rows(5, 1)[index] for index in range(2)])
-    step = Step(model, batch, batch.pop("labels"), Heal(), None, (), file.of([0, 1]))
+    step = Step(model, batch, batch.pop("labels"), Heal(), None, cache.topk_of([0, 1]))
     with pytest.raises(HealingError, match="stored for rows that predict 28; the text has changed"):
         objective_named("logits").loss(step)
 
@@ -276,7 +294,6 @@ def test_rows_that_changed_are_told(tmp_path):
 def test_only_logits_are_stored(tmp_path):
     cases = [
         ({}, "no teacher to store"),
-        ({"teacher": tiny_model(), "layers_share": 0.5}, "true with layers, logits; only"),
         ({"teacher": tiny_model(), "objective": "cross_entropy"}, "true with cross_entropy"),
     ]
     for options, said in cases:
@@ -291,9 +308,7 @@ def test_without_held_out_text_it_works_too(tmp_path):
     assert len(losses(report)) == 2
 
 
-def test_from_folder_to_folder_with_both_the_teacher_and_the_blend_leave_no_trace(
-    tmp_path, monkeypatch
-):
+def test_from_folder_to_folder_it_leaves_no_trace(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     llmslim.save(tiny_model(), tmp_path / "dense", tokenizer=tiny_tokenizer())
     recipe = {
@@ -306,7 +321,7 @@ def test_from_folder_to_folder_with_both_the_teacher_and_the_blend_leave_no_trac
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"train": "all", "template": "report", "held_out": 2}
     settings |= {"context_length": 48, "batch_size": 2}
-    settings |= {"top_k": 64, "blend_share": 0.5, "learning_rate": 1e-2}
+    settings |= {"top_k": 64, "learning_rate": 1e-2}
     live, once = (
         llmslim.heal(
             tmp_path / "slim",
@@ -319,7 +334,7 @@ def test_from_folder_to_folder_with_both_the_teacher_and_the_blend_leave_no_trac
         for keep in (False, True)
     )
     torch.testing.assert_close(losses(once), losses(live), rtol=1e-5, atol=0)
-    assert once.loss_after < once.loss_before
+    assert once.loss_after == pytest.approx(live.loss_after, rel=1e-5)
     assert llmslim.verify(once.path).ok
     names = [
         sorted(safe_open(folder / "model.safetensors", framework="pt").keys())

@@ -5,8 +5,8 @@
 - `lora`: what surgery changed in full, and LoRA matrices beside every dense map inside the decoder
   layers that it left. They are multiplied out at the end: a healed model has no LoRA in it.
 
-Parameters are float32 while they are trained, whatever the checkpoint stores; `rounding.py` says
-how they become its type again. Whatever is measured is measured on what would be stored.
+Parameters are float32 while they are trained, whatever the checkpoint stores; `rounding.py` is
+how they become its type again. Every measurement is of the model as it would be stored.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from llmslim.errors import HealingError, TargetError
+from llmslim.healing.distributed import full_tensor, named_full_parameters, overwrite
 from llmslim.healing.rounding import rounded
-from llmslim.healing.sharding import overwrite, settled, whole
 from llmslim.modeling.modeling_llmslim import set_module
 from llmslim.modeling.structured import StructuredLinear
 from llmslim.recipe import Heal
@@ -34,7 +34,7 @@ ALPHA_PER_RANK = 2
 
 
 @dataclass
-class Trained:
+class Trainable:
     """A model that was made ready for training, and how to undo that."""
 
     model: Any
@@ -52,11 +52,7 @@ class Trained:
     """Of chance in rounding."""
     lora: tuple[str, ...] = field(default=())
     """Names of dense maps with LoRA beside them."""
-    _settled: bool = field(default=False)
-
-    def names(self) -> list[str]:
-        """Return the names of the parameters that are trained."""
-        return [n for n, p in self.model.named_parameters() if p.requires_grad]
+    _final: bool = field(default=False)
 
     def count(self) -> int:
         """Return how many numbers are trained."""
@@ -77,7 +73,7 @@ class Trained:
         Raises:
             HealingError: if a weight is too large for its type.
         """
-        if self._settled or not (self.lora or self._rounding()):
+        if self._final or not (self.lora or self._rounding()):
             yield
             return
         before = self._store()
@@ -86,7 +82,7 @@ class Trained:
         finally:
             self._take_back(before)
 
-    def settle(self) -> None:
+    def finalise(self) -> None:
         """Make the model for good what is stored, in place: LoRA multiplied out, all rounded.
 
         Types stay those of the training.
@@ -94,23 +90,22 @@ class Trained:
         Raises:
             HealingError: if a weight is too large for its type.
         """
-        if not self._settled:
+        if not self._final:
             self._store(keep=False)
-            self._settled = True
+            self._final = True
 
+    @torch.no_grad()
     def release(self) -> None:
-        """Undo what training did to the model besides training it, in place."""
+        """Undo what training did to the model besides training it, in place; finalise it.
+
+        Every parameter gets the type it is stored in.
+        """
         keep_activations(self.model, keep=True)
         self.model.zero_grad()
         self.model.to(self.device).eval()
-        self.finish()
-
-    @torch.no_grad()
-    def finish(self) -> None:
-        """Settle, and give every parameter the type it is stored in, in place."""
-        if not self._settled:
+        if not self._final:
             self._store(keep=False, check=False)
-            self._settled = True
+            self._final = True
         for name in self.lora:
             set_module(self.model, name, self.model.get_submodule(name).get_base_layer())
         if self.lora:
@@ -142,7 +137,7 @@ class Trained:
     def _store(self, *, keep: bool = True, check: bool = True) -> dict[str, Tensor]:
         """Multiply LoRA out and round; return what parameters were, if that is to be kept."""
         before = {}
-        weights = settled(self.model)
+        weights = named_full_parameters(self.model)
         rounds = self._rounding()
         if keep:
             # What LoRA is merged into was not trained: the type that it had holds it.
@@ -155,7 +150,7 @@ class Trained:
             self.model.get_submodule(name).merge()
         try:
             for (name, now), moved in rounds.items():
-                value, dtype = whole(weights[now].detach()), self.stored[name]
+                value, dtype = full_tensor(weights[now].detach()), self.stored[name]
                 if moved:
                     stored = rounded(value, dtype, seed=self.seed, name=name)
                 else:
@@ -170,7 +165,7 @@ class Trained:
 
     @torch.no_grad()
     def _take_back(self, before: dict[str, Tensor]) -> None:
-        weights = settled(self.model)
+        weights = named_full_parameters(self.model)
         for name, value in before.items():
             weights[name].copy_(value)
         for name in self.lora if before else ():
@@ -227,7 +222,7 @@ def changed_modules(model: nn.Module, narrowed: Iterable[str] = ()) -> list[str]
     ]
 
 
-def make_trainable(model: Any, spec: Heal, narrowed: Iterable[str] = ()) -> Trained:
+def make_trainable(model: Any, spec: Heal, narrowed: Iterable[str] = ()) -> Trainable:
     """Choose what is trained and widen the parameters to float32, in place.
 
     Args:
@@ -249,29 +244,27 @@ def make_trainable(model: Any, spec: Heal, narrowed: Iterable[str] = ()) -> Trai
         raise HealingError("heal.train: lora, but the model has no dense maps. Train `all`.")
     given = {name: parameter.dtype for name, parameter in model.named_parameters()}
     gradients = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    asked = None if spec.store_dtype is None else getattr(torch, spec.store_dtype)
+    wanted = None if spec.store_dtype is None else getattr(torch, spec.store_dtype)
     device = model.device
-    if asked is not None:  # buffers are no less a part of what is stored
+    if wanted is not None:  # buffers are no less a part of what is stored
         for name, buffer in model.named_buffers():
             if name in model.state_dict() and buffer.is_floating_point():
-                buffer.data = buffer.data.to(asked)
+                buffer.data = buffer.data.to(wanted)
     for parameter in model.parameters():
         parameter.requires_grad_(spec.train == "all")
         if parameter.element_size() < 4:
             parameter.data = parameter.data.float()
     _add_lora(model, lora, spec)
     changed = frozenset(
-        f"{name}.{inner}" for name in modules for inner, _ in _own_parameters(model, name)
+        f"{name}.{inner}"
+        for name in modules
+        for inner, _ in model.get_submodule(name).named_parameters()
     )
     for name, parameter in model.named_parameters():
         if name in changed:
             parameter.requires_grad_(requires_grad=True)
-    stored = {name: asked or dtype for name, dtype in given.items()}
-    return Trained(model, changed, given, stored, gradients, device, spec.seed, lora)
-
-
-def _own_parameters(model: nn.Module, name: str) -> list[tuple[str, nn.Parameter]]:
-    return list(model.get_submodule(name).named_parameters())
+    stored = {name: wanted or dtype for name, dtype in given.items()}
+    return Trainable(model, changed, given, stored, gradients, device, spec.seed, lora)
 
 
 def _dense_maps(model: Any, changed: list[str]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""How much there is to do, in which arithmetic, and what the Trainer is told of it."""
+"""How much a healing has to do, in which arithmetic, and what it would take (`heal --dry-run`)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,20 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from llmslim.checkpoint.source import first_line
+from llmslim.healing.distributed import processes
+from llmslim.healing.inputs import HealInputs
+from llmslim.healing.memory import Memory, healing_memory
+from llmslim.healing.packing_check import packing_notes
+from llmslim.healing.trainable import make_trainable
 from llmslim.recipe import Heal
 
 EVALUATIONS = 10
-"""Measurements of a healing where the recipe does not say how often."""
+"""Measurements of a healing where the recipe gives no number of steps between them."""
 
 
 @dataclass(frozen=True)
-class Sizes:
+class StepPlan:
     """How much there is to do."""
 
     steps: int
@@ -32,8 +38,8 @@ class Sizes:
     notes: tuple[str, ...]
 
     @classmethod
-    def of(cls, spec: Heal, text: Any, processes: int) -> Sizes:
-        """Work it out for some text and number of processes."""
+    def of(cls, spec: Heal, text: Any, processes: int) -> StepPlan:
+        """Work it out for some text and number of processes, with as many rows in every step."""
         together = spec.micro_batch * processes
         rows = math.ceil(spec.batch_size / together) * together
         notes = []
@@ -90,37 +96,23 @@ def uses_bf16(spec: Heal, device: torch.device) -> bool:
     return device.type == "cpu" and known is not None and bool(known())
 
 
-def packing_notes(*, mixes: bool) -> list[str]:
-    """Return what is to be said about packed samples.
-
-    Args:
-        mixes: whether they would see each other in one row.
-    """
-    if not mixes:
-        return []
-    return [
-        "In this architecture samples packed into one row would see each other, so they are given "
-        "rows of their own."
-    ]
-
-
 def training_arguments(
-    spec: Heal, run: Sizes, folder: Path, *, evaluates: bool
+    spec: Heal, plan: StepPlan, folder: Path, *, evaluates: bool
 ) -> TrainingArguments:
-    """Return what the Trainer is told.
+    """Return the options of the Trainer.
 
     Args:
         spec: the options.
-        run: how much there is to do.
+        plan: how much there is to do.
         folder: where checkpoints go.
         evaluates: whether there are rows held out.
     """
     cuda = torch.cuda.is_available()
     arguments = TrainingArguments(
         output_dir=str(folder),
-        max_steps=run.steps,
+        max_steps=plan.steps,
         per_device_train_batch_size=spec.micro_batch,
-        gradient_accumulation_steps=run.accumulate,
+        gradient_accumulation_steps=plan.accumulate,
         learning_rate=spec.learning_rate,
         max_grad_norm=spec.max_grad_norm,
         # numpy, which the Trainer seeds too, takes no larger ones.
@@ -128,9 +120,9 @@ def training_arguments(
         data_seed=spec.seed % 2**32,
         logging_strategy="no",
         eval_strategy="steps" if evaluates else "no",
-        eval_steps=run.every,
+        eval_steps=plan.every,
         save_strategy="steps",
-        save_steps=run.every,
+        save_steps=plan.every,
         save_total_limit=2,
         metric_for_best_model="eval_loss" if evaluates else None,
         greater_is_better=False if evaluates else None,
@@ -146,3 +138,85 @@ def training_arguments(
     # With several GPUs and one process the Trainer would take the old DataParallel.
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments
+
+
+@dataclass(frozen=True)
+class HealingPlan:
+    """What would be done."""
+
+    objective: str
+    train: str
+    trained_parameters: int
+    parameters: int
+    steps: int
+    tokens: int
+    """Tokens to train on, padding not counted."""
+    held_out_rows: int
+    arithmetic: str
+    source: str
+    licence: str
+    memory: Memory | None
+    """On one device; None where it is not known."""
+    notes: tuple[str, ...]
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Return it as names and values, memory last."""
+        rows = [
+            ("objective", self.objective),
+            (
+                "trained",
+                f"{self.train}, {self.trained_parameters:,} of {self.parameters:,} parameters",
+            ),
+            ("steps", f"{self.steps:,}"),
+            ("tokens", f"{self.tokens:,}"),
+            ("held-out rows", f"{self.held_out_rows:,}"),
+            ("text", self.source),
+            ("licence of the text", self.licence),
+            ("arithmetic", self.arithmetic),
+        ]
+        if self.memory is not None:
+            rows += [(f"memory: {name}", size) for name, size in self.memory.facts()]
+        return rows
+
+
+def plan_healing(inputs: HealInputs) -> HealingPlan:
+    """Work out what a healing would do.
+
+    Args:
+        inputs: complete; the model is made ready for training and of no use after.
+
+    Raises:
+        HealingError: if it could not be done.
+    """
+    spec, text, model = inputs.spec, inputs.text, inputs.model
+    objective, state = inputs.objective(), processes()
+    plan = StepPlan.of(spec, text, state.num_processes)
+    trainable = make_trainable(model, spec, inputs.narrowed)
+    bf16 = uses_bf16(spec, state.device)
+    notes = [*text.notes, *plan.notes, *packing_notes(mixes=inputs.mixes)]
+    memory = None
+    try:
+        memory = healing_memory(
+            model,
+            spec,
+            length=len(text.train[0]["input_ids"]),
+            accumulate=plan.accumulate,
+            bf16=bf16,
+            teacher=inputs.teacher,
+        )
+    except Exception as error:  # in as many classes as there are models
+        notes.append(f"How much memory it takes is not known here ({first_line(error)}).")
+    return HealingPlan(
+        objective=objective.name,
+        train=spec.train,
+        trained_parameters=trainable.count(),
+        parameters=sum(weight.numel() for weight in model.parameters()),
+        steps=plan.steps,
+        tokens=plan.tokens,
+        held_out_rows=len(text.held_out),
+        arithmetic="bf16" if bf16 else "fp32",
+        source=text.source,
+        licence=text.licence,
+        memory=memory,
+        notes=tuple(notes),
+    )

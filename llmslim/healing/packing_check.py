@@ -2,8 +2,8 @@
 
 transformers tells packed samples apart by their position ids, where a model makes its attention
 mask of these. Many do not, and what carries a state from token to token (Mamba, convolutions,
-linear attention) mixes samples whatever the mask. So the model is asked: the gradient of what it
-says of a second sample, by the embeddings of the first one, must be exactly 0.
+linear attention) mixes samples whatever the mask. So it is measured: the gradient of the second
+sample's logits with respect to the first sample's embeddings must be exactly 0.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _TOKENS = 8  # of each of the two samples
 
 
 def takes_position_ids(model: Any) -> bool:
-    """Return whether a model can be told where samples begin in a row."""
+    """Return whether a model takes the positions at which samples begin in a row."""
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
 def sees_neighbours(model: Any) -> bool:
-    """Return whether samples in one row would see each other; so taken where it cannot be told.
+    """Return whether samples in one row would see each other; true where it cannot be tried.
 
     Args:
         model: a causal language model on any device; it is left as it is.
@@ -39,8 +39,22 @@ def sees_neighbours(model: Any) -> bool:
     return bool((gradient_LH[:_TOKENS] != 0).any())
 
 
+def packing_notes(*, mixes: bool) -> list[str]:
+    """Return a sentence for the report where samples could not share rows.
+
+    Args:
+        mixes: whether they would see each other in one row.
+    """
+    if not mixes:
+        return []
+    return [
+        "In this architecture samples packed into one row would see each other, so they are given "
+        "rows of their own."
+    ]
+
+
 def _gradient(model: Any) -> Tensor:
-    """Return the gradient of a second sample's logits by the embeddings of both, (L, H)."""
+    """Return the gradient of a second sample's logits with respect to all embeddings, (L, H)."""
     found: list[Tensor] = []
 
     def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
@@ -56,8 +70,8 @@ def _gradient(model: Any) -> Tensor:
     try:
         with torch.enable_grad():
             logits_NLV = model(**inputs, use_cache=False).logits
-            said = logits_NLV[:, _TOKENS + 1 :].float().square().sum()
-            gradients = torch.autograd.grad(said, found, allow_unused=True)
+            second = logits_NLV[:, _TOKENS + 1 :].float().square().sum()
+            gradients = torch.autograd.grad(second, found, allow_unused=True)
     finally:
         handle.remove()
     (gradient,) = [one for one in gradients if one is not None]

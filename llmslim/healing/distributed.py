@@ -1,9 +1,10 @@
-"""One model spread over several processes: PyTorch's fully_shard, through accelerate (FSDP2).
+"""The processes of a healing: one, or those that `accelerate launch` started.
 
-accelerate replaces a model's parameters by pieces, in place and for good. So it is given a copy
-that takes over the weights without copying them, and the model, empty meanwhile, gets them back at
-the end. Everything else, parameters by their names among it, is as it was for a whole model; only
-who reads or writes them must say so here.
+One model may be spread over them by PyTorch's fully_shard, through accelerate (FSDP2), which
+replaces a model's parameters by pieces, in place and for good. So it is given a copy that takes
+over the weights without copying them, and the model, empty meanwhile, gets them back at the end.
+Everything else, parameters by their names among it, is as for a whole model; only code that reads
+or writes parameters must use the functions here.
 
 Version 1 of FSDP, which packs parameters into flat ones, is refused, and so is DeepSpeed.
 """
@@ -11,9 +12,16 @@ Version 1 of FSDP, which packs parameters into flat ones, is refused, and so is 
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import (
+    DistributedType,
+    disable_fsdp_ram_efficient_loading,
+    parse_flag_from_env,
+)
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -22,8 +30,36 @@ from llmslim.errors import HealingError
 from llmslim.recipe import Heal
 
 
+def processes() -> PartialState:
+    """Return accelerate's state; processes on CPUs alone find each other too."""
+    # The arithmetic is the recipe's `precision`; accelerate's own would come on top of it.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+    if _asks_to_shard():
+        # Every process reads whole weights: a teacher stays whole, and files are checked in full.
+        disable_fsdp_ram_efficient_loading()
+    # Left to itself, accelerate looks for other processes on a CPU only under `--cpu`.
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def is_sharded(state: PartialState) -> bool:
+    """Return whether the model is to be spread over the processes, in place of a whole in each."""
+    return _asks_to_shard() and state.distributed_type != DistributedType.NO
+
+
+def process_notes(state: PartialState) -> list[str]:
+    """Return a sentence for the report on several processes."""
+    if state.num_processes == 1:
+        return []
+    how = "the model spread over them (FSDP)" if is_sharded(state) else "a whole model in each"
+    return [f"Trained by {state.num_processes} processes, {how}."]
+
+
+def _asks_to_shard() -> bool:
+    return bool(parse_flag_from_env("ACCELERATE_USE_FSDP"))
+
+
 def check_sharding(accelerator: Any, spec: Heal) -> None:
-    """Refuse ways of spreading a model that healing does not know.
+    """Refuse ways of spreading a model that healing does not support.
 
     Args:
         accelerator: accelerate's.
@@ -65,26 +101,26 @@ def check_sharding(accelerator: Any, spec: Heal) -> None:
         )
 
 
-def lend(model: Any) -> Any:
-    """Return a copy of a model with its weights, which the model itself is then without."""
+def shard_copy(model: Any) -> Any:
+    """Return a copy of a model that takes over its weights; the model's own are then empty."""
     taken: dict[int, Any] = {
         id(weight): nn.Parameter(weight.data, requires_grad=weight.requires_grad)
         for weight in model.parameters()
     }
-    lent = copy.deepcopy(model, taken)
+    copied = copy.deepcopy(model, taken)
     for weight in model.parameters():
         weight.data = torch.empty(0, dtype=weight.dtype)
-    return lent
+    return copied
 
 
 @torch.no_grad()
-def give_back(lent: Any, model: Any) -> None:
-    """Give a model the whole weights of the copy, in main memory; all processes do it together."""
-    for name, weight in settled(lent).items():
-        model.get_parameter(name).data = whole(weight.detach()).cpu()
+def gather_into(model: Any, copied: Any) -> None:
+    """Give a model the full weights of its copy, in main memory; all processes call it together."""
+    for name, weight in named_full_parameters(copied).items():
+        model.get_parameter(name).data = full_tensor(weight.detach()).cpu()
 
 
-def settled(model: Any) -> dict[str, nn.Parameter]:
+def named_full_parameters(model: Any) -> dict[str, nn.Parameter]:
     """Return parameters by their names, none of them a copy that a forward pass gathered.
 
     What is written to such a copy would be lost, and some stay after a pass without gradients.
@@ -95,8 +131,8 @@ def settled(model: Any) -> dict[str, nn.Parameter]:
     return dict(model.named_parameters())
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor with the pieces of all processes, which all ask for it together."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return a tensor with the pieces of all processes, which all call it together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

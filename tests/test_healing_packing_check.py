@@ -10,9 +10,10 @@ from tiny import tiny_model
 from torch.nn.functional import cross_entropy
 
 import llmslim
-from llmslim.healing.neighbours import sees_neighbours, takes_position_ids
-from llmslim.healing.prepare import prepare
-from llmslim.surgery import quietly
+from llmslim.healing.inputs import load_inputs
+from llmslim.healing.packing_check import sees_neighbours, takes_position_ids
+from llmslim.options import HealOptions
+from llmslim.progress import quietly
 
 SAID = "samples packed into one row would see each other"
 
@@ -83,17 +84,12 @@ def test_a_model_that_keeps_samples_apart_has_full_rows(monkeypatch, tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(f'{{"text": "{line}"}}\n' for line in lines))
 
     def rows(architecture):
-        ready = prepare(
-            tiny_model(architecture),
-            recipe=None,
-            data=tmp_path / "rows.jsonl",
-            teacher=None,
-            changes={"context_length": 48},
-            tokenizer=tiny_tokenizer(),
-            progress=quietly,
+        options = HealOptions(
+            data=tmp_path / "rows.jsonl", context_length=48, tokenizer=tiny_tokenizer()
         )
-        assert ready.mixes is (architecture == "falcon")
-        return ready.text.train
+        inputs = load_inputs(tiny_model(architecture), options, quietly)
+        assert inputs.mixes is (architecture == "falcon")
+        return inputs.text.train
 
     full, even = rows("llama"), rows("falcon")
     assert full.tokens == even.tokens

@@ -1,0 +1,334 @@
+"""Everything that a healing needs, found, loaded and checked before anything is trained."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import PreTrainedModel
+
+from llmslim.checkpoint import (
+    REPORT,
+    Source,
+    check_finite,
+    load_model,
+    load_tokenizer,
+    open_source,
+    quiet,
+)
+from llmslim.data import Rows, embedding_rows, healing_text, longest_input
+from llmslim.errors import HealingError
+from llmslim.healing.distributed import processes
+from llmslim.healing.objectives import Objective, objective_named
+from llmslim.healing.packing_check import sees_neighbours
+from llmslim.options import HealOptions
+from llmslim.progress import Progress
+from llmslim.recipe import Heal, HealSource, Recipe
+from llmslim.reporting.read import ReportFile, read_report
+from llmslim.surgery.depth import kept_layers
+from llmslim.surgery.sites import find_layers
+
+_LAYER = re.compile(r"\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class SlimFolder:
+    """What a checkpoint holds beside its weights; all None in one that llmslim did not write."""
+
+    recipe: Recipe | None = None
+    report: ReportFile | None = None
+    base_model: str | None = None
+    """Name of the source model in the model card."""
+
+    @classmethod
+    def read(cls, folder: Path) -> SlimFolder:
+        """Read recipe, report and base model of a checkpoint; what is not there is None.
+
+        Args:
+            folder: the checkpoint.
+
+        Raises:
+            CheckpointError: if a file is there and cannot be read.
+            RecipeError: if the recipe is not one.
+        """
+        recipe = folder / "recipe.yaml"
+        return cls(
+            Recipe.load(recipe) if recipe.is_file() else None,
+            read_report(folder) if (folder / REPORT).is_file() else None,
+            _base_model(folder),
+        )
+
+    def kept_layers(self) -> tuple[int, ...]:
+        """Return which layers of the source model are left; none where that is not known.
+
+        Raises:
+            RecipeError: if recipe and report do not fit each other.
+        """
+        if self.recipe is None or self.report is None:
+            return ()
+        found = (_LAYER.search(row.name) for row in self.report.report.rows)
+        count = 1 + max((int(match[1]) for match in found if match), default=-1)
+        return kept_layers(self.recipe, count) if count else ()
+
+    def narrowed(self, model: Any) -> tuple[str, ...]:
+        """Return the names, in this model, of dense maps that surgery made of another size.
+
+        Args:
+            model: loaded from this checkpoint.
+        """
+        if self.report is None:
+            return ()
+        stack = find_layers(model).path
+        now = {before: after for after, before in enumerate(self.kept_layers())}
+        names = []
+        for row in self.report.report.rows:
+            if row.action == "dropped" or row.params_before == row.params_after:
+                continue
+            match = re.match(rf"{re.escape(stack)}\.(\d+)\.", row.name)
+            if match and row.kind == "projection" and int(match[1]) in now:
+                names.append(f"{stack}.{now[int(match[1])]}.{row.name[match.end() :]}")
+        return tuple(names)
+
+
+def _base_model(folder: Path) -> str | None:
+    """Return the front matter's `base_model`; anybody may have edited the card."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        name = yaml.safe_load(text.split("---\n")[1]).get("base_model")
+    except (OSError, ValueError, IndexError, AttributeError, yaml.YAMLError):
+        return None
+    return name if isinstance(name, str) else None
+
+
+@dataclass(frozen=True)
+class HealInputs:
+    """A model that can be healed, and what with."""
+
+    model: Any
+    spec: Heal
+    text: Any
+    """Rows to train on and rows held out, as `llmslim.data.healing_text` returns them."""
+    tokenizer: Any = None
+    """For answers before and after; there are none without it."""
+    teacher: Any = None
+    """The dense model."""
+    narrowed: tuple[str, ...] = ()
+    """Names of dense maps that surgery made narrower."""
+    mixes: bool = False
+    """Whether samples in one row would see each other, in the model or in the teacher."""
+    source: Source | None = None
+    """The checkpoint; None for a model in memory."""
+    folder: SlimFolder = field(default_factory=SlimFolder)
+
+    def objective(self) -> Objective:
+        """Return the objective of a healing that can begin.
+
+        Raises:
+            HealingError: if objective, teacher and text do not fit each other.
+        """
+        spec, teacher = self.spec, self.teacher
+        objective = objective_named(
+            spec.objective or ("cross_entropy" if teacher is None else "logits")
+        )
+        if spec.store_teacher and teacher is None:
+            raise HealingError(
+                "heal.store_teacher: true, but no teacher to store. Name one (--teacher), or leave "
+                "store_teacher out."
+            )
+        if spec.store_teacher and objective.name != "logits":
+            raise HealingError(
+                f"heal.store_teacher: true with {objective.name}; only the teacher's logits are "
+                "stored, for objective `logits`. Leave store_teacher out, or take `logits`."
+            )
+        if objective.needs_teacher and teacher is None:
+            raise HealingError(
+                f"heal.objective: {objective.name}, but no teacher; it learns from the dense "
+                "model. Name one (--teacher), or take cross_entropy."
+            )
+        if teacher is not None:
+            _check_vocabulary(self.model, teacher)
+        if len(self.text.train) == 0:
+            raise HealingError("heal.data: no text to train on; at least one row is needed.")
+        return objective
+
+
+def _check_vocabulary(model: Any, teacher: Any) -> None:
+    """Refuse a teacher with other tokens.
+
+    Raises:
+        HealingError: if the vocabularies are of different sizes.
+    """
+    ours, theirs = (m.get_output_embeddings().weight.shape[0] for m in (model, teacher))
+    if ours != theirs:
+        raise HealingError(
+            f"heal.teacher: a vocabulary of {theirs:,} tokens, the model's has {ours:,}; both need "
+            "the same. Give the model that this one was made from."
+        )
+
+
+def heal_spec(given: Any, own: Recipe | None, changes: Mapping[str, Any]) -> Heal:
+    """Return the options of a healing.
+
+    Args:
+        given: a `heal` section, or a recipe that has one, in any of its forms; None for neither.
+        own: the checkpoint's recipe, which counts where nothing is given.
+        changes: keys that take the place of the section's.
+
+    Raises:
+        RecipeError: if a key or value is not allowed.
+
+    Example:
+        >>> heal_spec({"heal": {"tokens": 9, "train": "all"}}, None, {"train": "blocks"}).train
+        'blocks'
+    """
+    if isinstance(given, Heal):
+        base = given
+    else:
+        recipe = own if given is None else Recipe.of(given)
+        base = (recipe.heal if recipe else None) or Heal()
+    changes = dict(changes)
+    if "epochs" in changes:
+        changes.setdefault("tokens", None)  # which would take its place
+    merged = {**base.model_dump(mode="json", exclude_unset=True), **changes}
+    spec = Recipe.of({"heal": merged}).heal
+    return spec or Heal()
+
+
+def without_paths(spec: Heal) -> Heal:
+    """Return options to publish: folders and files of this machine by their last name only."""
+
+    def short(name: str) -> str:
+        return Path(name).name if Path(name).exists() else name
+
+    def shortened(data: str | HealSource) -> str | HealSource:
+        if isinstance(data, str):
+            return short(data)
+        return data.model_copy(update={"data": short(data.data)})
+
+    sources = spec.data if isinstance(spec.data, tuple) else (spec.data,)
+    data: Any = tuple(map(shortened, sources))
+    changes: dict[str, Any] = {"data": data if isinstance(spec.data, tuple) else data[0]}
+    if spec.teacher is not None:
+        changes["teacher"] = short(spec.teacher)
+    return spec.model_copy(update=changes)
+
+
+def load_inputs(
+    model: PreTrainedModel | str | Path, options: HealOptions, progress: Progress
+) -> HealInputs:
+    """Find, load and check everything.
+
+    Args:
+        model: a checkpoint or a model in memory.
+        options: as for `llmslim.heal`.
+        progress: called before each part.
+
+    Raises:
+        HealingError: if there is no text to be had, or the teacher does not fit.
+        SlimError: with what is wrong with model, recipe or data.
+    """
+    source, folder, tokenizer = None, SlimFolder(), options.tokenizer
+    if isinstance(model, str | Path):
+        source = open_source(model)
+        folder = SlimFolder() if source.path is None else SlimFolder.read(source.path)
+    spec = heal_spec(options.recipe, folder.recipe, options.changes())
+    if source is not None:
+        progress(0, 0, "reading the model")
+        model, tokenizer = _load_finite(source), load_tokenizer(source)
+    teacher = options.teacher
+    if not isinstance(teacher, PreTrainedModel):
+        teacher = None if spec.teacher is None else _load_teacher(spec.teacher, tokenizer)
+    both = [one for one in (model, teacher) if one is not None]
+    # Tried before attention is chosen: some ways work on a GPU only.
+    mixes = any(map(sees_neighbours, both))
+    if mixes:  # each sample gets a row of its own, so that none has to be as long as another
+        spec = spec.model_copy(update={"micro_batch": 1})
+    for one in both:
+        _set_attention(one, spec.attn_implementation)
+    rows = options.data if hasattr(options.data, "train") else None
+    narrowed = folder.narrowed(model)
+    inputs = HealInputs(model, spec, rows, tokenizer, teacher, narrowed, mixes, source, folder)
+    if rows is None:
+        return replace(inputs, text=_read_text(inputs, progress))
+    for part in (rows.train, rows.held_out):
+        if isinstance(part, Rows):
+            part.check_known(tokenizer, embedding_rows(model))
+    return inputs
+
+
+def _load_teacher(name: str, tokenizer: Any) -> Any:
+    """Load the dense model.
+
+    Raises:
+        HealingError: if it has another vocabulary.
+    """
+    source = open_source(name)
+    theirs = load_tokenizer(source)
+    if tokenizer is not None and theirs is not None:
+        ours_only = tokenizer.get_vocab().items() ^ theirs.get_vocab().items()
+        if ours_only:
+            raise HealingError(
+                f"heal.teacher: {name}: {len(ours_only):,} entries of its vocabulary differ, such "
+                f"as {min(ours_only)[0]!r}; teacher and model need the same. Give the model that "
+                "this one was made from."
+            )
+    return _load_finite(source)
+
+
+def _load_finite(source: Source) -> PreTrainedModel:
+    """Load a model; with weights that are no numbers, no loss would be one."""
+    model = load_model(source)
+    check_finite(model.state_dict().items(), source.given, allow_nonfinite=None)
+    return model
+
+
+def _set_attention(model: Any, wanted: str) -> None:
+    """Choose how attention is computed, in place.
+
+    Raises:
+        HealingError: if it cannot be computed so.
+    """
+    if wanted == "auto":
+        flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+        if not (flash and getattr(model, "_supports_flash_attn", False)):
+            return
+        wanted = "flash_attention_2"
+    try:
+        with quiet():
+            model.set_attn_implementation(wanted)
+    except (ValueError, ImportError) as error:
+        raise HealingError(
+            f"heal.attn_implementation: {wanted}, which does not work here "
+            f"({str(error).splitlines()[0]}). Take `auto`."
+        ) from error
+
+
+def _read_text(inputs: HealInputs, progress: Progress) -> Any:
+    """Read the text; one process first, which fills the cache for the others.
+
+    Raises:
+        HealingError: if there is no tokenizer to read it with.
+    """
+    if inputs.tokenizer is None:
+        raise HealingError(
+            f"{inputs.source.given if inputs.source else 'the model'}: has no tokenizer, so no "
+            "text can be read. Put its tokenizer files beside the weights, or give rows already "
+            "made."
+        )
+    usual = inputs.spec.context_length
+    with processes().main_process_first():
+        return healing_text(
+            inputs.spec,
+            inputs.tokenizer,
+            teacher=inputs.teacher,
+            context_length=min(usual, longest_input(inputs.model) or usual),
+            evenly=inputs.mixes,
+            model=inputs.model,
+            progress=progress,
+        )
