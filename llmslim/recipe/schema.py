@@ -8,11 +8,16 @@ trained on.
 
 from __future__ import annotations
 
+import difflib
 import re
+import sys
 from collections.abc import Mapping
+from dataclasses import MISSING, dataclass
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Optional, Self, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -21,11 +26,14 @@ from pydantic import (
     ConfigDict,
     Field,
     PrivateAttr,
+    SerializeAsAny,
     WithJsonSchema,
+    create_model,
     model_validator,
 )
 
 from llmslim.errors import RecipeError
+from llmslim.plugins import STRUCTURES, Option, describe, structure_options
 
 from .roles import ROLES, known_role, plays
 
@@ -90,8 +98,38 @@ class Width(Section):
     """Neurons of every MLP. More than before: neurons are duplicated, the function stays the same. Fewer: the least important go."""
 
 
+@dataclass(frozen=True)
+class _Width:
+    keep_ratio: Annotated[float, "Share of the neurons that stay, as 0.5 or 1/3."]
+
+
+@dataclass(frozen=True)
+class _Auto:
+    pass
+
+
+_NOT_BLOCKS: dict[str, Any] = {"auto": _Auto, "width": _Width}
+
+
+def known_structure(name: str) -> str:
+    """Return the name of a structure as it is.
+
+    Raises:
+        ValueError: if there is no such structure.
+    """
+    known = sorted((*_NOT_BLOCKS, *STRUCTURES.names()))
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        meant = f". Did you mean {close[0]}?" if close else ""
+        raise ValueError(f"allowed {', '.join(known)}{meant}")
+    return name
+
+
 class Rule(Section):
-    """What happens to the projections it matches; the first rule that matches wins."""
+    """What happens to the projections it matches; the first rule that matches wins.
+
+    Beside the keys below it takes the options of its structure.
+    """
 
     match: str | Annotated[list[str], Field(min_length=1)] | None = None
     """A glob, or several, on dotted module names; `*` also matches dots: `*.mlp.*`."""
@@ -99,28 +137,10 @@ class Rule(Section):
     """What a projection is in its decoder layer, or several such: `mlp`, `attention.q`; with `match`, both must hold."""
     keep: Literal[True] | None = None
     """Leave these projections as they are."""
-    structure: Name | None = None
-    """What they become: grouped_pointwise, low_rank, pivoted_low_rank, grouped_low_rank, block_shuffle; `width`, fewer neurons for a whole MLP; or `auto`, chosen by measurement within the recipe's `budget`."""
+    structure: Annotated[Name, AfterValidator(known_structure)] | None = None
+    """What they become: a structure; `width`, fewer neurons for a whole MLP; or `auto`, chosen by measurement within the recipe's `budget`."""
     neurons: Ratio | None = None
     """Any structure, on all projections of an MLP: share of the neurons that stay before the projections are replaced; `keep_ratio` remains the share of the original weights."""
-    groups: Count | None = None
-    """Grouped structures: number of groups; must divide both sizes."""
-    min_channels_per_group: Count | None = None
-    """Grouped structures: as many groups as leave each this many input channels (the report uses 256)."""
-    keep_ratio: Ratio | None = None
-    """Any structure: share of the dense weights to keep, as 0.5 or 1/3; picks groups or rank just below it."""
-    rank: Count | None = None
-    """low_rank, pivoted_low_rank, grouped_low_rank: inner size."""
-    blocks: Count | None = None
-    """block_shuffle: number of blocks; must divide both sizes."""
-    inner_features: Count | None = None
-    """block_shuffle: channels between its two maps; a multiple of the blocks."""
-    variant: Literal["io", "residual"] | None = None
-    """grouped_pointwise: `io` (two branches side by side, the kphi-3 block) or `residual` (serial, with a skip)."""
-    activation: Name | None = None
-    """grouped_pointwise, residual only: an activation inside the block."""
-    channel_order: Literal["fixed", "learned"] | None = None
-    """Grouped structures, io only: `learned` also fits which input channels each group sees."""
     init: Name | None = None
     """How these blocks get their weights; the recipe's `init` where not given."""
 
@@ -137,18 +157,85 @@ class Rule(Section):
 
     def options(self) -> dict[str, Any]:
         """Return the structure's options that were given."""
-        fixed = {"match", "role", "keep", "structure", "neurons", "init"}
-        return self.model_dump(exclude=fixed, exclude_none=True)
+        return self.model_dump(
+            exclude=set(Rule.model_fields), exclude_none=True, exclude_unset=True
+        )
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _with_options(cls, value: Any, handler: Any) -> Any:
+        """Read a rule with the options of the structure that it names."""
+        if cls is not Rule or not isinstance(value, Mapping):
+            return handler(value)
+        known = rule_class(value.get("structure"))
+        if known is not Rule:
+            return known.model_validate(value)
+        if isinstance(value.get("structure"), str):  # an unknown one: its options are not known
+            value = {key: given for key, given in value.items() if key in Rule.model_fields}
+        return handler(value)
 
     @model_validator(mode="after")
-    def _one_outcome(self) -> Rule:
+    def _one_outcome(self) -> Self:
         if self.role is None and self.match is None:
             raise ValueError("a rule says which projections by `match`, by `role` or by both")
         if (self.keep is None) == (self.structure is None):
             raise ValueError("a rule says either `keep: true` or a `structure`")
-        if self.keep and (self.options() or self.init or self.neurons):
+        if self.keep and (self.init or self.neurons):
             raise ValueError("a rule with `keep: true` takes no other key than `match` and `role`")
         return self
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: Any) -> dict[str, Any]:
+        """Describe a rule that keeps, and one for each structure."""
+        if cls is not Rule:
+            return dict(handler(core))
+        names = (*_NOT_BLOCKS, *STRUCTURES.names())
+        each = [handler(rule_class(name).__pydantic_core_schema__) for name in names]
+        return {"anyOf": [handler(core), *each]}
+
+
+def rule_class(structure: Any) -> type[Rule]:
+    """Return the class of rules that name a structure: with its options as further keys.
+
+    Args:
+        structure: a name; of anything else, the class of all rules.
+
+    Raises:
+        PluginError: if it is that of a broken plug-in.
+    """
+    if not isinstance(structure, str):
+        return Rule
+    if structure in _NOT_BLOCKS:
+        return _rule_class(structure, describe(_NOT_BLOCKS[structure], vars(sys.modules[__name__])))
+    options = structure_options(structure)
+    return Rule if options is None else _rule_class(structure, options)
+
+
+@cache
+def _rule_class(structure: str, options: tuple[Option, ...]) -> type[Rule]:
+    keys: dict[str, Any] = {
+        "structure": (Literal[structure], Field(description="What they become."))
+    }
+    for option in options:
+        default = ... if option.default is MISSING else option.default
+        kind = Ratio if option.name == "keep_ratio" else _checked(option.kind)
+        if default is None:
+            kind = Optional[kind]  # noqa: UP045  (of a type that is known at run time only)
+        keys[option.name] = (kind, Field(default, description=option.help))
+    name = "".join(map(str.capitalize, structure.split("_")))
+    made: type[Rule] = create_model(f"{name}Rule", __base__=Rule, **keys)
+    return made
+
+
+_WHOLE = Annotated[int, Field(strict=True, ge=-(1 << 53), le=1 << 53)]
+_NUMBER = Annotated[float, BeforeValidator(_read_fraction)]
+
+
+def _checked(kind: Any) -> Any:
+    """Return an option's type as recipes are read: whole numbers strictly, others also as 1/3."""
+    if get_origin(kind) in (Union, UnionType):
+        return Union[tuple(_checked(each) for each in get_args(kind))]  # noqa: UP007
+    return {int: _WHOLE, float: _NUMBER}.get(kind, kind)
 
 
 class Refine(Section):
@@ -268,8 +355,8 @@ class Recipe(Section):
 
     Example:
         >>> rule = {"match": "*.mlp.*", "structure": "low_rank", "keep_ratio": "1/3"}
-        >>> Recipe(name="third", replace=[rule]).replace[0].keep_ratio
-        0.3333333333333333
+        >>> Recipe(name="third", replace=[rule]).replace[0].options()
+        {'keep_ratio': 0.3333333333333333}
     """
 
     name: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^/\\\x00-\x1f\x7f]+$")]
@@ -280,7 +367,7 @@ class Recipe(Section):
     """Where the recipe comes from."""
     depth: Depth | None = None
     width: Width | None = None
-    replace: tuple[Rule, ...] = ()
+    replace: tuple[SerializeAsAny[Rule], ...] = ()
     """Rules, tried in this order on every projection."""
     budget: Ratio | None = None
     """For rules with `structure: auto`: share of the weights of all projections they match that stays."""
@@ -321,8 +408,8 @@ class Recipe(Section):
                 once, each with file, line and key.
 
         Example:
-            >>> Recipe.load("kphi3").replace[0].min_channels_per_group
-            256
+            >>> Recipe.load("kphi3").replace[0].options()
+            {'min_channels_per_group': 256}
         """
         from .load import load_recipe  # the reader builds on this schema
 
