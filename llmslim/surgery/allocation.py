@@ -85,11 +85,11 @@ class Candidate:
     """None leaves it dense."""
     share: float
     """Share of its weights that stays."""
-    options: Mapping[str, Any]
-    """Of the structure, as a recipe gives them."""
     weights: int
     loss: float
     """Divergence of the model's predictions that it causes, in nats per token."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of the structure, as a recipe gives them."""
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ class _Measurement:
                 fits = self._fits(unit, seen) if seen else ()
                 found[unit] = [each for fit in fits for each in self._candidates(unit, fit)]
                 dense = sum(self._dense(name).numel() for name in unit.sites)
-                found[unit].append(Candidate(None, 1.0, {}, dense, 0.0))
+                found[unit].append(Candidate(None, 1.0, dense, 0.0))
                 progress(len(found), len(self.units), f"measuring {unit.name}")
             self.stream = after
         return [found[unit] for unit in self.units]
@@ -373,9 +373,9 @@ class _Measurement:
             Candidate(
                 fits.structure,
                 share,
-                fits.options[share],
                 fits.weights[share],
                 error * per_error,
+                fits.options[share],
             )
             for share, error in fits.errors.items()
         ]
