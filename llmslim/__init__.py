@@ -28,13 +28,19 @@ if TYPE_CHECKING:
     from llmslim.errors import CheckpointError as CheckpointError
     from llmslim.errors import DataError as DataError
     from llmslim.errors import HealingError as HealingError
+    from llmslim.errors import PluginError as PluginError
     from llmslim.errors import RecipeError as RecipeError
     from llmslim.errors import SizeError as SizeError
     from llmslim.errors import SlimError as SlimError
     from llmslim.errors import TargetError as TargetError
+    from llmslim.errors import UnfinishedError as UnfinishedError
     from llmslim.healing.report import HealReport as HealReport
     from llmslim.modeling.grouped_pointwise import GroupedPointwise as GroupedPointwise
     from llmslim.modeling.low_rank import LowRank as LowRank
+    from llmslim.modeling.structured import StructuredLinear as StructuredLinear
+    from llmslim.plugins import register_init as register_init
+    from llmslim.plugins import register_objective as register_objective
+    from llmslim.plugins import register_structure as register_structure
     from llmslim.recipe import Recipe as Recipe
     from llmslim.surgery import Plan as Plan
     from llmslim.surgery import Report as Report
@@ -53,13 +59,19 @@ _HOMES = {
     "CheckpointError": "llmslim.errors",
     "DataError": "llmslim.errors",
     "HealingError": "llmslim.errors",
+    "PluginError": "llmslim.errors",
     "RecipeError": "llmslim.errors",
     "SizeError": "llmslim.errors",
     "SlimError": "llmslim.errors",
     "TargetError": "llmslim.errors",
+    "UnfinishedError": "llmslim.errors",
     "HealReport": "llmslim.healing.report",
     "GroupedPointwise": "llmslim.modeling.grouped_pointwise",
     "LowRank": "llmslim.modeling.low_rank",
+    "StructuredLinear": "llmslim.modeling.structured",
+    "register_init": "llmslim.plugins",
+    "register_objective": "llmslim.plugins",
+    "register_structure": "llmslim.plugins",
     "Recipe": "llmslim.recipe",
     "Plan": "llmslim.surgery",
     "Report": "llmslim.surgery",
