@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from llmslim.api import save as save
     from llmslim.api import slim as slim
     from llmslim.api import verify as verify
+    from llmslim.checkpoint import Verification as Verification
+    from llmslim.data import Windows as Windows
     from llmslim.errors import CheckpointError as CheckpointError
     from llmslim.errors import DataError as DataError
     from llmslim.errors import HealingError as HealingError
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from llmslim.errors import SlimError as SlimError
     from llmslim.errors import TargetError as TargetError
     from llmslim.errors import UnfinishedError as UnfinishedError
+    from llmslim.healing.planning import HealingPlan as HealingPlan
     from llmslim.healing.report import HealReport as HealReport
     from llmslim.modeling.grouped_pointwise import GroupedPointwise as GroupedPointwise
     from llmslim.modeling.low_rank import LowRank as LowRank
@@ -41,9 +44,12 @@ if TYPE_CHECKING:
     from llmslim.plugins import register_init as register_init
     from llmslim.plugins import register_objective as register_objective
     from llmslim.plugins import register_structure as register_structure
+    from llmslim.recipe import Heal as Heal
     from llmslim.recipe import Recipe as Recipe
     from llmslim.surgery import Plan as Plan
     from llmslim.surgery import Report as Report
+    from llmslim.surgery import Row as Row
+    from llmslim.surgery import Totals as Totals
 
 _HOMES = {
     "Conversion": "llmslim.api",
@@ -56,6 +62,8 @@ _HOMES = {
     "save": "llmslim.api",
     "slim": "llmslim.api",
     "verify": "llmslim.api",
+    "Verification": "llmslim.checkpoint",
+    "Windows": "llmslim.data",
     "CheckpointError": "llmslim.errors",
     "DataError": "llmslim.errors",
     "HealingError": "llmslim.errors",
@@ -65,6 +73,7 @@ _HOMES = {
     "SlimError": "llmslim.errors",
     "TargetError": "llmslim.errors",
     "UnfinishedError": "llmslim.errors",
+    "HealingPlan": "llmslim.healing.planning",
     "HealReport": "llmslim.healing.report",
     "GroupedPointwise": "llmslim.modeling.grouped_pointwise",
     "LowRank": "llmslim.modeling.low_rank",
@@ -72,9 +81,12 @@ _HOMES = {
     "register_init": "llmslim.plugins",
     "register_objective": "llmslim.plugins",
     "register_structure": "llmslim.plugins",
+    "Heal": "llmslim.recipe",
     "Recipe": "llmslim.recipe",
     "Plan": "llmslim.surgery",
     "Report": "llmslim.surgery",
+    "Row": "llmslim.surgery",
+    "Totals": "llmslim.surgery",
 }
 
 __all__ = sorted(_HOMES)
