@@ -18,7 +18,7 @@ import importlib
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -209,9 +209,8 @@ def register_structure(cls: C) -> C:
     """
     home = f"{cls.__module__}.{cls.__qualname__}"
     base = importlib.import_module("llmslim.modeling.structured").StructuredLinear
-    options = getattr(cls, "Options", None)
-    frozen = is_dataclass(options) and options.__dataclass_params__.frozen  # type: ignore[attr-defined]
-    if not issubclass(cls, base) or not frozen:
+    dataclass_: Any = getattr(getattr(cls, "Options", None), "__dataclass_params__", None)
+    if not issubclass(cls, base) or dataclass_ is None or not dataclass_.frozen:
         raise PluginError(
             f"{home}: no structure; it must be a subclass of StructuredLinear with a frozen "
             "dataclass `Options` in it. See docs/plugins.md."

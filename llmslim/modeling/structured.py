@@ -67,7 +67,7 @@ class StructuredLinear(nn.Module, ABC):
         given = self.read_options(options)
         try:
             self.options = self.resolve(in_features, out_features, given)
-        except StaysDense:  # nothing is gained by it, but whoever builds one wants it
+        except StaysDense:  # nothing is gained by it, but a block it is
             self.options = given
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))

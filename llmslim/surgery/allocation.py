@@ -337,7 +337,7 @@ class _Measurement:
 
     def _structured(self, unit: _Unit, moments: Moments, cls: type[StructuredLinear]) -> _Fits:
         """Fit one projection as a structure, in every size that it offers."""
-        weight_OI = self._dense(unit.name).double()
+        weight_OI = self._dense(unit.name)
         sizes = (weight_OI.shape[1], weight_OI.shape[0])
         fits, blocks = _Fits(cls.name), {}
         for share in self._shares():
@@ -352,6 +352,9 @@ class _Measurement:
             kind: Any = {"device": "meta", "dtype": torch.float64}
             blocks[share] = block = cls(*sizes, **kind, **option_values(explicit))
             fits.weights[share] = sum(p.numel() for p in block.parameters())
+        if not blocks:
+            return fits
+        weight_OI = weight_OI.double()
         fitted = fit_sizes(list(blocks.values()), weight_OI, moments.fit.gram_II)
         for share, block_OI in zip(blocks, fitted, strict=True):
             fits.errors[share] = output_power(block_OI - weight_OI, moments.held_out.gram_II)
