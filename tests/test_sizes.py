@@ -193,6 +193,7 @@ def test_resolved_options_build_what_they_count():
             "groups 5 does not divide in_features 12.*allowed 1, 2, 4",
         ),
         (GroupedPointwise, {"groups": 0}, "groups 0"),
+        (GroupedPointwise, {"min_channels_per_group": 0}, "0; allowed 1 or more"),
         (GroupedPointwise, {"groups": 2, "keep_ratio": 0.5}, "one of groups, min_channels"),
         (
             GroupedPointwise,

@@ -134,6 +134,9 @@ class GroupedPointwise(StructuredLinear):
                 raise StaysDense(f"no number of groups keeps it within {allowed:,} parameters")
         elif groups is None:
             least = 256 if least is None else least
+            if least < 1:
+                key = "min_channels_per_group"
+                raise OptionError(key, f"{key} {least}; allowed 1 or more")
             groups = groups_for_min_channels(in_features, out_features, least)
         if check_groups(in_features, out_features, groups) == 1:
             raise StaysDense("one group is the dense projection")

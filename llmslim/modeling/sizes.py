@@ -63,7 +63,6 @@ def groups_for_min_channels(in_features: int, out_features: int, min_channels: i
 
     Raises:
         StaysDense: if that is 1, so that nothing would be grouped.
-        OptionError: if `min_channels` is below 1.
 
     Example:
         >>> groups_for_min_channels(3072, 9216, 256)
@@ -71,9 +70,6 @@ def groups_for_min_channels(in_features: int, out_features: int, min_channels: i
         >>> groups_for_min_channels(3072, 16384, 256)
         8
     """
-    if min_channels < 1:
-        key = "min_channels_per_group"
-        raise OptionError(key, f"{key} {min_channels}; allowed 1 or more")
     limit = max(1, in_features // min_channels)
     groups = max(d for d in common_divisors(in_features, out_features) if d <= limit)
     if groups == 1:
