@@ -27,7 +27,8 @@ from llmslim.errors import SlimError
 from llmslim.plugins import STRUCTURES
 from llmslim.recipe import Recipe, shipped_recipes
 from llmslim.recipe.load import recipe_yaml
-from llmslim.recipe.schema import Calibration, Depth, Heal, Refine, Width, rule_class
+from llmslim.recipe.rule import rule_class
+from llmslim.recipe.schema import Calibration, Depth, Heal, Refine, Width
 
 # fmt: off
 NUMBERS = (

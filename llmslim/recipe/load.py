@@ -15,7 +15,8 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from llmslim.errors import RecipeError
 
-from .schema import Recipe, Rule, Section, key_text, rule_class
+from .rule import Rule, Section, rule_class
+from .schema import Recipe, key_text
 
 MAX_BYTES = 1 << 20
 """A recipe is a page of text; anything larger is a mistake or an attack."""

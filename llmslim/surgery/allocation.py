@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ from llmslim.errors import RecipeError
 from llmslim.init import fit_sizes, output_power, wide
 from llmslim.modeling.pivoted_low_rank import PivotedLowRank
 from llmslim.modeling.sizes import StaysDense, exact_ratio
-from llmslim.modeling.structured import StructuredLinear, option_values
+from llmslim.modeling.structured import StructuredLinear
 from llmslim.plugins import STRUCTURES
 from llmslim.recipe import Recipe, rules_by_name
 from llmslim.surgery.depth import kept_layers
@@ -108,17 +108,9 @@ class _Unit:
         return (*self.ups, self.name)
 
 
-@dataclass
-class _Fits:
-    """One structure at one unit."""
-
-    structure: str
-    errors: dict[float, float] = field(default_factory=dict)
-    """Squared error of each share on held-out tokens."""
-    weights: dict[float, int] = field(default_factory=dict)
-    options: dict[float, Mapping[str, Any]] = field(default_factory=dict)
-    probe: Mapping[str, Tensor] = field(default_factory=dict)
-    """Dense equivalents at the share that is probed, by name."""
+_Fits = tuple[list[Candidate], Tensor | None]
+"""One structure in several sizes, with errors on held-out tokens in the place of losses, and the
+dense equivalent of the first one."""
 
 
 @torch.no_grad()
@@ -264,7 +256,7 @@ class _Measurement:
             for unit in here:
                 seen = moments.get(unit.name)  # None where no forward pass calls it: it stays
                 fits = self._fits(unit, seen) if seen else ()
-                found[unit] = [each for fit in fits for each in self._candidates(unit, fit)]
+                found[unit] = [each for fit in fits for each in self._with_losses(unit, *fit)]
                 dense = sum(self._dense(name).numel() for name in unit.sites)
                 found[unit].append(Candidate(None, 1.0, dense, 0.0))
                 progress(len(found), len(self.units), f"measuring {unit.name}")
@@ -324,64 +316,57 @@ class _Measurement:
         dense_OM = weight_OM.double()
         cross_OM = dense_OM @ held_MM
         power = float((cross_OM * dense_OM).sum())
-        fits = _Fits(WIDTH)
+        fits = []
         for share, width in widths.items():
             kept_K, weight_OK = narrowed[width]
             explained = 2 * float((cross_OM[:, kept_K] * weight_OK).sum())
             explained -= output_power(weight_OK, held_MM[kept_K][:, kept_K])
-            fits.errors[share] = max(0.0, power - explained)
-            fits.weights[share] = per_neuron * width
-            fits.options[share] = {"keep_ratio": share}
-            fits.probe = fits.probe or {unit.name: narrowed[width].whole(neurons)}
-        return fits
+            error, options = max(0.0, power - explained), {"keep_ratio": share}
+            fits.append(Candidate(WIDTH, share, per_neuron * width, error, options))
+        return fits, narrowed[next(iter(widths.values()))].whole(neurons)
 
     def _structured(self, unit: _Unit, moments: Moments, cls: type[StructuredLinear]) -> _Fits:
         """Fit one projection as a structure, in every size that it offers."""
         weight_OI = self._dense(unit.name)
-        sizes = (weight_OI.shape[1], weight_OI.shape[0])
-        fits, blocks = _Fits(cls.name), {}
+        out_features, in_features = weight_OI.shape
+        tried: list[tuple[float, dict[str, Any], StructuredLinear]] = []
         for share in self._shares():
-            options = cls.for_auto(*sizes, share)
+            options = cls.for_auto(in_features, out_features, share)
             if options is None:
                 continue
             try:
-                explicit = cls.resolve(*sizes, cls.read_options(options))
+                cls.resolve(in_features, out_features, cls.read_options(options))
             except StaysDense:
                 continue
-            fits.options[share] = options
-            kind: Any = {"device": "meta", "dtype": torch.float64}
-            blocks[share] = block = cls(*sizes, **kind, **option_values(explicit))
-            fits.weights[share] = sum(p.numel() for p in block.parameters())
-        if not blocks:
-            return fits
+            kind: Any = {"device": "meta", "dtype": torch.float64, **options}
+            tried.append((share, options, cls(in_features, out_features, **kind)))
+        if not tried:
+            return [], None
         weight_OI = weight_OI.double()
-        fitted = fit_sizes(list(blocks.values()), weight_OI, moments.fit.gram_II)
-        for share, block_OI in zip(blocks, fitted, strict=True):
-            fits.errors[share] = output_power(block_OI - weight_OI, moments.held_out.gram_II)
-            fits.probe = fits.probe or {unit.name: block_OI}
-        return fits
+        fitted = fit_sizes([block for *_, block in tried], weight_OI, moments.fit.gram_II)
+        fits: list[Candidate] = []
+        probe: Tensor | None = None
+        for (share, options, block), block_OI in zip(tried, fitted, strict=True):
+            error = output_power(block_OI - weight_OI, moments.held_out.gram_II)
+            weights = sum(parameter.numel() for parameter in block.parameters())
+            fits.append(Candidate(cls.name, share, weights, error, options))
+            probe = block_OI if probe is None else probe
+        return fits, probe
 
     def _shares(self) -> list[float]:
         """Return the sizes to try, the one nearest to the budget first: it is probed."""
         shares = [n / _STEPS for n in range(1, _STEPS)]
         return sorted(shares, key=lambda share: abs(share - self.budget))
 
-    def _candidates(self, unit: _Unit, fits: _Fits) -> list[Candidate]:
-        if not fits.errors:
+    def _with_losses(
+        self, unit: _Unit, fits: list[Candidate], probe: Tensor | None
+    ) -> list[Candidate]:
+        """Return candidates with losses in proportion to their errors."""
+        if probe is None:
             return []
-        reference = next(iter(fits.errors.values()))
-        loss = self._divergence(unit.layer, fits.probe)
-        per_error = loss / reference if reference > 0 else 0.0
-        return [
-            Candidate(
-                fits.structure,
-                share,
-                fits.weights[share],
-                error * per_error,
-                fits.options[share],
-            )
-            for share, error in fits.errors.items()
-        ]
+        loss = self._divergence(unit.layer, {unit.name: probe})
+        per_error = loss / fits[0].loss if fits[0].loss > 0 else 0.0
+        return [replace(each, loss=each.loss * per_error) for each in fits]
 
     def _divergence(self, layer: int, weights: Mapping[str, Tensor]) -> float:
         """Return the mean divergence of predictions with other weights put in place, in nats."""
