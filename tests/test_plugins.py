@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -288,6 +289,15 @@ def test_a_registered_class_is_built_by_name_and_stored_by_what_differs() -> Non
         build({"structure": "kept", "in_features": 4, "out_features": 6})
     with pytest.raises(ValueError, match="exact"):
         Kept(4, 6, scale=1.0, exact="yes")
+
+
+@pytest.mark.parametrize("taken", ["init", "neurons", "options", "bias"])
+def test_an_option_cannot_have_the_name_of_a_key_that_every_rule_has(taken: str) -> None:
+    options = dataclasses.make_dataclass("Options", [(taken, int)], frozen=True)
+    llmslim.register_structure(type("Other", (Kept,), {"name": "other", "Options": options}))
+    with pytest.raises(PluginError) as caught:
+        Recipe.of({"replace": [{"match": "*", "structure": "other", taken: 1}]})
+    assert repr(taken) in caught.value.problems[0]
 
 
 def test_methods_and_objectives_are_registered_too() -> None:

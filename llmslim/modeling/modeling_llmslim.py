@@ -349,7 +349,8 @@ def check_plugins(plugins: dict[str, str]) -> None:
                 f"config.json: structure {structure!r} is from the package {package!r}, which is "
                 "not installed here, or has not registered it. Install or import it first"
             ) from error
-        if home and home.partition(".")[0] != package:
+        # A class of a notebook or script is of no package, whether now or when it was saved.
+        if home and home.partition(".")[0] != package and "__main__" not in (home, package):
             raise ValueError(
                 f"config.json: structure {structure!r} is from the package {package!r}; here "
                 f"{home!r} gives one of that name. Install {package!r} in its place"

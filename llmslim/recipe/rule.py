@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from llmslim.errors import PluginError
 from llmslim.plugins import STRUCTURES, Option, describe, structure_options
 
 from .roles import ROLES, known_role, plays
@@ -175,7 +176,7 @@ def rule_class(structure: Any) -> type[Rule]:
         structure: a name; of anything else, the class of all rules.
 
     Raises:
-        PluginError: if it is that of a broken plug-in.
+        PluginError: if it is that of a broken plug-in, or of one whose options cannot be keys.
     """
     if not isinstance(structure, str):
         return Rule
@@ -185,12 +186,21 @@ def rule_class(structure: Any) -> type[Rule]:
     return Rule if options is None else _rule_class(structure, options)
 
 
+_OF_BLOCKS = ("in_features", "out_features", "bias", "device", "dtype")
+"""What every block is built with, beside its options."""
+
+
 @cache
 def _rule_class(structure: str, options: tuple[Option, ...]) -> type[Rule]:
     keys: dict[str, Any] = {
         "structure": (Literal[structure], Field(description="What they become."))
     }
     for option in options:
+        if hasattr(Rule, option.name) or option.name in (*Rule.model_fields, *_OF_BLOCKS):
+            raise PluginError(
+                f"structure {structure!r}: its option {option.name!r} has a name that means "
+                "something else already. Choose another name."
+            )
         default = ... if option.default is MISSING else option.default
         kind = Ratio if option.name == "keep_ratio" else _checked(option.kind)
         if default is None:
