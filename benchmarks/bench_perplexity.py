@@ -148,10 +148,10 @@ def whitened_svd(model: Any, keep: float, ids_NL: Tensor) -> int:
     held = 0
     for name, site in sites.items():
         sizes = (site.in_features, site.out_features)
-        rank = LowRank.resolve(*sizes, keep_ratio=keep)["rank"]
-        u_OR, v_RI = low_rank_factors(site.weight.double(), moments[name].gram_II, rank)
+        block = LowRank(*sizes, keep_ratio=keep, device="meta")
+        u_OR, v_RI = low_rank_factors(site.weight.double(), moments[name].gram_II, block.rank)
         site.weight.copy_(u_OR @ v_RI)
-        held += LowRank.count_weights(*sizes, rank=rank)
+        held += sum(parameter.numel() for parameter in block.parameters())
     return held
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from llmslim.checkpoint.load import load_model
 from llmslim.init import GramAccumulator, Target, initialise, method_named, relative_error
-from llmslim.modeling.structured import StructuredLinear, build, structure_class
+from llmslim.modeling.structured import StructuredLinear, build
 from llmslim.surgery.streams import fast_type
 
 SITES = (
@@ -84,10 +84,8 @@ def measure(
     out_features, in_features = weight_OI.shape
     sizes = {"in_features": in_features, "out_features": out_features}
     parts = [int(part) for part in ratio.split("/")]
-    resolved = structure_class(structure).resolve(
-        **sizes, keep_ratio=parts[0] / parts[1], **options
-    )
-    block = build({"structure": structure, **sizes, **resolved})
+    share = {"keep_ratio": parts[0] / parts[1]}
+    block = build({"structure": structure, **sizes, **share, **options})
     assert isinstance(block, StructuredLinear)
     start = time.perf_counter()
     initialise(block, Target(weight_OI, gram_II=grams.fit_II), method_named(method))

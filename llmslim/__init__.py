@@ -25,20 +25,32 @@ if TYPE_CHECKING:
     from llmslim.api import save as save
     from llmslim.api import slim as slim
     from llmslim.api import verify as verify
+    from llmslim.checkpoint import Verification as Verification
+    from llmslim.data import Windows as Windows
     from llmslim.errors import CheckpointError as CheckpointError
     from llmslim.errors import DataError as DataError
     from llmslim.errors import HealingError as HealingError
+    from llmslim.errors import PluginError as PluginError
     from llmslim.errors import RecipeError as RecipeError
     from llmslim.errors import SizeError as SizeError
     from llmslim.errors import SlimError as SlimError
     from llmslim.errors import TargetError as TargetError
+    from llmslim.errors import UnfinishedError as UnfinishedError
+    from llmslim.healing.planning import HealingPlan as HealingPlan
     from llmslim.healing.report import HealReport as HealReport
     from llmslim.modeling.grouped_pointwise import GroupedPointwise as GroupedPointwise
     from llmslim.modeling.low_rank import LowRank as LowRank
+    from llmslim.modeling.structured import StructuredLinear as StructuredLinear
     from llmslim.options import HealOptions as HealOptions
+    from llmslim.plugins import register_init as register_init
+    from llmslim.plugins import register_objective as register_objective
+    from llmslim.plugins import register_structure as register_structure
+    from llmslim.recipe import Heal as Heal
     from llmslim.recipe import Recipe as Recipe
     from llmslim.surgery import Plan as Plan
     from llmslim.surgery import Report as Report
+    from llmslim.surgery import Row as Row
+    from llmslim.surgery import Totals as Totals
 
 _HOMES = {
     "Conversion": "llmslim.api",
@@ -51,20 +63,32 @@ _HOMES = {
     "save": "llmslim.api",
     "slim": "llmslim.api",
     "verify": "llmslim.api",
+    "Verification": "llmslim.checkpoint",
+    "Windows": "llmslim.data",
     "CheckpointError": "llmslim.errors",
     "DataError": "llmslim.errors",
     "HealingError": "llmslim.errors",
+    "PluginError": "llmslim.errors",
     "RecipeError": "llmslim.errors",
     "SizeError": "llmslim.errors",
     "SlimError": "llmslim.errors",
     "TargetError": "llmslim.errors",
+    "UnfinishedError": "llmslim.errors",
+    "HealingPlan": "llmslim.healing.planning",
     "HealReport": "llmslim.healing.report",
     "GroupedPointwise": "llmslim.modeling.grouped_pointwise",
     "LowRank": "llmslim.modeling.low_rank",
     "HealOptions": "llmslim.options",
+    "StructuredLinear": "llmslim.modeling.structured",
+    "register_init": "llmslim.plugins",
+    "register_objective": "llmslim.plugins",
+    "register_structure": "llmslim.plugins",
+    "Heal": "llmslim.recipe",
     "Recipe": "llmslim.recipe",
     "Plan": "llmslim.surgery",
     "Report": "llmslim.surgery",
+    "Row": "llmslim.surgery",
+    "Totals": "llmslim.surgery",
 }
 
 __all__ = sorted(_HOMES)

@@ -7,7 +7,8 @@
     ├── CheckpointError  (ValueError)    a folder or file that cannot be read, written or trusted
     │   └── UnfinishedError              work that was cut short and can be resumed
     ├── DataError        (ValueError)    calibration or training text
-    └── HealingError     (RuntimeError)  training that cannot go on
+    ├── HealingError     (RuntimeError)  training that cannot go on
+    └── PluginError      (ImportError)   a plug-in that is broken, or takes a name that is taken
 
 Messages follow one grammar: *where*: *what was given*; *what is allowed*. *What to do.*
 Several problems found together travel in one error: its `problems` has a sentence for each.
@@ -58,6 +59,10 @@ class DataError(SlimError, ValueError):
 
 class HealingError(SlimError, RuntimeError):
     """Training that cannot go on."""
+
+
+class PluginError(SlimError, ImportError):
+    """A plug-in that cannot be imported, registers nothing, or takes a name that is taken."""
 
 
 def raise_together(errors: Sequence[SlimError]) -> None:

@@ -24,9 +24,11 @@ from llmslim.checkpoint import empty_model, open_source
 from llmslim.checkpoint.gguf_header import check_gguf
 from llmslim.checkpoint.shards import INDEX, read_header, read_weights
 from llmslim.errors import SlimError
+from llmslim.plugins import STRUCTURES
 from llmslim.recipe import Recipe, shipped_recipes
 from llmslim.recipe.load import recipe_yaml
-from llmslim.recipe.schema import Calibration, Depth, Heal, Refine, Rule, Width
+from llmslim.recipe.rule import rule_class
+from llmslim.recipe.schema import Calibration, Depth, Heal, Refine, Width
 
 # fmt: off
 NUMBERS = (
@@ -45,6 +47,7 @@ YAML_PARTS = (
     "1:2:3", "0x", "0b2", "2020-13-41", "1e999999999", ".inf", ".nan", "\u2028", "\ufeff", "\x07",
 )
 # fmt: on
+RULES = tuple(map(rule_class, STRUCTURES.names()))
 DTYPES = ("F32", "F16", "BF16", "U8", "I64", "BOOL", "F4", "F8_E4M3", "C64", "F99", "f32", "")
 LLAMA = {
     "model_type": "llama",
@@ -186,13 +189,14 @@ def recipe_text(random: Random) -> bytes:
                 tree = change_tree(random, tree)
             return yaml.safe_dump(tree, allow_unicode=True).encode("utf-8", "surrogatepass")
         case 2:
-            sections = (Recipe, Rule, Depth, Width, Calibration, Heal, Refine)
+            sections = (Recipe, *RULES, Depth, Width, Calibration, Heal, Refine)
             keys = [key for section in sections for key in section.model_fields]
             tree = {random.choice(keys): random.choice(VALUES) for _ in range(3)}
             tree |= {random.choice(keys): random.choice((tree, [tree]))}
             return yaml.safe_dump(tree).encode("utf-8", "surrogatepass")
         case _:
-            parts = (*YAML_PARTS, *Recipe.model_fields, *Rule.model_fields, *map(str, NUMBERS))
+            keys = [key for section in (Recipe, *RULES) for key in section.model_fields]
+            parts = (*YAML_PARTS, *keys, *map(str, NUMBERS))
             return "".join(random.choices(parts, k=random.randint(1, 40))).encode()
 
 

@@ -206,7 +206,7 @@ def test_without_data_auto_is_spread_evenly() -> None:
             {"budget": 0.5, "replace": [{"match": "*", "structure": "low_rank", "rank": 4}]},
             "there is none",
         ),
-        ({"budget": 0.5, "replace": [{**AUTO_MLP, "rank": 4}]}, "it takes none"),
+        ({"budget": 0.5, "replace": [{**AUTO_MLP, "rank": 4}]}, "rank: unknown key"),
         ({"budget": 0.5, "replace": [{**AUTO_MLP, "neurons": 0.5}]}, "sets the neurons itself"),
         ({"budget": 0.5, "replace": [{**AUTO_MLP, "match": "*.mpl.*"}]}, "matches no projection"),
         (

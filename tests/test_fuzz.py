@@ -23,6 +23,7 @@ from mutations import (
     DTYPES,
     KINDS,
     NUMBERS,
+    RULES,
     check_header,
     check_index,
     check_recipe,
@@ -33,7 +34,7 @@ from mutations import (
 
 from llmslim.errors import CheckpointError, RecipeError, SlimError
 from llmslim.recipe import Recipe
-from llmslim.recipe.schema import Heal, Rule
+from llmslim.recipe.schema import Heal
 
 
 def cases(number: int) -> settings:
@@ -93,7 +94,8 @@ SCALARS = st.one_of(
     st.binary(max_size=8),
     st.sampled_from(NUMBERS),
 )
-KEYS = st.sampled_from([*Recipe.model_fields, *Rule.model_fields, *Heal.model_fields]) | SCALARS
+SECTIONS = (Recipe, *RULES, Heal)
+KEYS = st.sampled_from([key for each in SECTIONS for key in each.model_fields]) | SCALARS
 TREES = st.recursive(
     SCALARS,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 import subprocess
 import sys
 import textwrap
+import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -200,3 +203,34 @@ def test_exports_are_what_can_be_imported() -> None:
         assert getattr(llmslim, name).__module__.startswith("llmslim")
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         llmslim.nothing  # noqa: B018
+
+
+def test_every_type_that_a_public_signature_names_is_public() -> None:
+    public = {name: getattr(llmslim, name) for name in llmslim.__all__}
+    for name, thing in public.items():
+        members = vars(thing) if inspect.isclass(thing) else {name: thing}
+        for member, value in members.items():
+            function = getattr(value, "fget", getattr(value, "__func__", value))
+            if not inspect.isfunction(function) or member.startswith("_"):
+                continue
+            if not function.__module__.startswith("llmslim"):  # pydantic's
+                continue
+            local = {**public, **(members if inspect.isclass(thing) else {})}
+            hints = typing.get_type_hints(function, localns=local)
+            ours = {
+                kind
+                for hint in hints.values()
+                for kind in _classes_in(hint)
+                if kind.__module__.startswith("llmslim.") and "." not in kind.__qualname__
+            }
+            assert {kind.__name__ for kind in ours} <= public.keys(), f"{name}.{member}"
+
+
+def _classes_in(hint: Any) -> Iterator[type]:
+    if isinstance(hint, type):
+        yield hint
+    for part in typing.get_args(hint):
+        yield from _classes_in(part)
+    if isinstance(hint, list):
+        for part in hint:
+            yield from _classes_in(part)

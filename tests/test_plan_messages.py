@@ -11,6 +11,8 @@ from tiny import tiny_config, tiny_model
 
 import llmslim
 from llmslim import RecipeError, SizeError, SlimError, TargetError
+from llmslim.modeling.structured import structure_class
+from llmslim.plugins import STRUCTURES, describe, structure_options
 
 GROUPED = {"structure": "grouped_pointwise"}
 
@@ -57,23 +59,26 @@ def test_rank_out_of_range() -> None:
 def test_option_of_another_structure() -> None:
     (sentence,) = problems({"replace": [{"match": "*.mlp.*", **GROUPED, "groups": 4, "rank": 2}]})
     assert sentence == (
-        "recipe replace[0].rank: not an option of grouped_pointwise; allowed groups, "
-        "min_channels_per_group, keep_ratio, variant, activation, channel_order."
+        "recipe replace[0].rank: unknown key; allowed match, role, keep, structure, neurons, init, "
+        "groups, min_channels_per_group, keep_ratio, variant, activation, channel_order."
     )
 
 
-def test_unknown_structure_and_init_with_the_nearest_name() -> None:
-    told = problems({"replace": [{"match": "*.mlp.*", "structure": "lowrank"}], "init": "svd"})
-    assert told == (
-        "recipe init: 'svd'; allowed least_squares, project, random, random_published.",
-        "recipe replace[0].structure: structure 'lowrank' is not known. Did you mean low_rank?",
-    )
-    assert problems({"replace": [{"match": "*.mlp.*", "structure": "low_rank", "rank": 1}]}, init="x")[0].startswith("--init: 'x'")  # fmt: skip  # noqa: E501
+def test_unknown_init_names_those_there_are() -> None:
+    rule = {"match": "*.mlp.*", "structure": "low_rank", "rank": 1}
+    known = "allowed least_squares, project, random, random_published."
+    assert problems({"replace": [rule], "init": "svd"}) == (f"recipe init: 'svd'; {known}",)
+    assert problems({"replace": [rule]}, init="x") == (f"--init: 'x'; {known}",)
 
 
 def test_internal_structures_are_not_for_recipes() -> None:
     (sentence,) = problems({"replace": [{"match": "*.mlp.*", "structure": "linear"}]})
-    assert "'linear' is not for recipes" in sentence
+    assert sentence.startswith("recipe replace[0].structure: 'linear'; allowed auto, block_shuffle")
+
+
+@pytest.mark.parametrize("name", STRUCTURES.names())
+def test_options_are_the_same_read_from_the_text_and_from_the_class(name: str) -> None:
+    assert structure_options(name) == describe(structure_class(name).Options)
 
 
 def test_an_activation_cannot_be_projected() -> None:

@@ -9,6 +9,7 @@ import pydantic
 import pytest
 
 from llmslim.errors import RecipeError
+from llmslim.plugins import STRUCTURES, structure_options
 from llmslim.recipe import ROLES, Recipe, json_schema, shipped_recipes
 
 GOOD = """\
@@ -78,7 +79,7 @@ def test_every_key_arrives(write):
     assert grouped.globs == ("*.up_proj", "*.gate_proj")
     assert grouped.options() == {"variant": "residual", "activation": "silu", "groups": 4}
     assert (grouped.init, low_rank.init, recipe.init) == ("random", None, "random")
-    assert low_rank.keep_ratio == pytest.approx(1 / 3)
+    assert low_rank.options() == {"keep_ratio": pytest.approx(1 / 3)}
     assert (recipe.calibration.data, recipe.calibration.tokens) == ("text.jsonl", 1000)
     assert (recipe.calibration.sequence_length, recipe.calibration.seed) == (128, 3)
     assert (recipe.heal.train, recipe.heal.tokens, recipe.heal.learning_rate) == (
@@ -132,9 +133,21 @@ def test_an_unknown_name_lists_the_shipped_recipes_and_the_nearest():
         (
             "replace:\n  - match: '*'\n    structure: low_rank\n    ranks: 4\n",
             "mine.yaml:4 replace[0].ranks: unknown key; allowed match, role, keep, structure, "
-            "neurons, groups, min_channels_per_group, keep_ratio, rank, blocks, inner_features, "
-            "variant, activation, channel_order, init. "
-            "Did you mean rank?",
+            "neurons, init, rank, keep_ratio. Did you mean rank?",
+        ),
+        (
+            "replace:\n  - match: '*'\n    structure: lowrank\n    rank: 4\n",
+            "mine.yaml:3 replace[0].structure: 'lowrank'; allowed auto, block_shuffle, "
+            "grouped_low_rank, grouped_pointwise, low_rank, pivoted_low_rank, width. "
+            "Did you mean low_rank?",
+        ),
+        (
+            "replace:\n  - match: '*'\n    structure: low_rank\n    rank: 4.5\n",
+            "mine.yaml:4 replace[0].rank: 4.5; input should be a valid integer.",
+        ),
+        (
+            "replace:\n  - match: '*'\n    structure: width\n",
+            "mine.yaml:2 replace[0].keep_ratio: field required.",
         ),
         (
             "depth:\n  keep_layers: 0\n",
@@ -154,7 +167,7 @@ def test_an_unknown_name_lists_the_shipped_recipes_and_the_nearest():
             "unable to parse string as a number.",
         ),
         (
-            "replace:\n  - match: '*'\n    structure: x\n    variant: io2\n",
+            "replace:\n  - match: '*'\n    structure: grouped_pointwise\n    variant: io2\n",
             "mine.yaml:4 replace[0].variant: 'io2'; input should be 'io' or 'residual'.",
         ),
         (
@@ -181,8 +194,8 @@ def test_an_unknown_name_lists_the_shipped_recipes_and_the_nearest():
         ),
         (
             "replace:\n  - match: '*'\n    keep: true\n    groups: 2\n",
-            "mine.yaml:2 replace[0]: a rule with `keep: true` takes no other key than `match` and "
-            "`role`.",
+            "mine.yaml:4 replace[0].groups: unknown key; allowed match, role, keep, structure, "
+            "neurons, init.",
         ),
         (
             "heal:\n  train: everything\n",
@@ -204,7 +217,7 @@ def test_all_problems_come_together(write):
     assert sorted(where) == [
         "mine.yaml:1 inti",
         "mine.yaml:3 width.intermediate_size",
-        "mine.yaml:5 replace[0]",
+        "mine.yaml:6 replace[0].rank",
     ]
 
 
@@ -247,11 +260,19 @@ def test_where_names_the_nearest_line_that_is_known(write):
 
 def test_the_json_schema_describes_every_key_and_is_closed():
     schema = json.loads(json_schema())
-    sections = [schema, *schema["$defs"].values()]
+    rules = schema["$defs"].pop("Rule")["anyOf"]
+    sections = [schema, *schema["$defs"].values(), *rules]
     assert len(sections) >= 6
     for section in sections:
         assert section["additionalProperties"] is False
-    rule = schema["$defs"]["Rule"]["properties"]
-    assert set(rule) >= {"match", "keep", "structure", "groups", "keep_ratio", "rank", "init"}
-    for key, value in rule.items():
-        assert value.get("description"), key
+    by_name = {
+        rule["properties"]["structure"].get("const", "keep"): rule["properties"] for rule in rules
+    }
+    common = {"match", "role", "keep", "structure", "neurons", "init"}
+    for name, rule in by_name.items():
+        options = {option.name for option in structure_options(name) or ()}
+        options |= {"keep_ratio"} if name == "width" else set()
+        assert set(rule) == common | options, name
+        for key, value in rule.items():
+            assert value.get("description"), key
+    assert {"keep", "auto", "width", *STRUCTURES.names()} == set(by_name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import typing
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llmslim.modeling.structured import structure_class
+from llmslim.plugins import STRUCTURES, structure_options
 from llmslim.recipe import Recipe, first_rule, rules_by_name, shipped_recipes
 from llmslim.surgery.roles import find_roles
 
@@ -46,8 +48,7 @@ def test_every_rule_names_a_structure_that_takes_its_options(name):
             assert not rule.options()
             continue
         cls = structure_class(rule.structure)
-        assert set(rule.options()) <= set(cls.option_names)
-        assert cls.resolve(3072, 9216, **rule.options())
+        assert cls.resolve(3072, 9216, cls.read_options(rule.options()))
 
 
 def non_embedding_params(recipe: Recipe) -> int:
@@ -68,9 +69,8 @@ def non_embedding_params(recipe: Recipe) -> int:
         if index is not None and recipe.replace[index].structure != "auto":
             rule = recipe.replace[index]
             cls = structure_class(rule.structure)
-            weights = cls.count_weights(
-                inputs, outputs, **cls.resolve(inputs, outputs, **rule.options())
-            )
+            groups = cls.resolve(inputs, outputs, cls.read_options(rule.options())).groups
+            weights = 2 * inputs * outputs // groups
         per_layer += weights
     return layers * per_layer + HIDDEN  # and the last norm
 
@@ -172,3 +172,31 @@ def test_the_readmes_parameter_counts_are_what_a_plan_gives(name):
     assert f"{totals.non_embedding_before:,}" in readme
     (row,) = re.findall(rf"^\| `{name}` \|.*$", readme, re.MULTILINE)
     assert row.endswith(f"| {totals.non_embedding_after:,} | {100 * totals.kept_ratio:.2f} % |")
+
+
+def _in_words(kind: object) -> str:
+    if typing.get_origin(kind) is typing.Literal:
+        return ", ".join(f"`{value}`" for value in typing.get_args(kind))
+    if each := [part for part in typing.get_args(kind) if part is not type(None)]:
+        return " or ".join(map(_in_words, each))
+    return {int: "whole number", float: "number or fraction", str: "name"}[kind]
+
+
+def test_the_tables_of_options_are_the_structures_own(update_golden: bool) -> None:
+    page = Path("docs/recipes.md")
+    text = page.read_text(encoding="utf-8")
+    for name in STRUCTURES.names():
+        rows = ["| option | type | default | meaning |", "|---|---|---|---|"]
+        for option in structure_options(name):
+            default = "" if option.default is None else f"`{option.default}`"
+            rows.append(
+                f"| `{option.name}` | {_in_words(option.kind)} | {default} | {option.help} |"
+            )
+        marks = f"<!-- options of {name} -->\n", "<!-- end -->\n"
+        before, _, rest = text.partition(marks[0])
+        written, _, after = rest.partition(marks[1])
+        table = "\n".join(rows) + "\n"
+        if update_golden:
+            page.write_text(text := f"{before}{marks[0]}{table}{marks[1]}{after}", encoding="utf-8")
+        else:
+            assert written == table, name

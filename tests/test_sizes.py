@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -21,8 +22,16 @@ from llmslim.modeling.sizes import (
     common_divisors,
     groups_for_min_channels,
 )
+from llmslim.modeling.structured import StructuredLinear, option_values
 
 tried = settings(deadline=None, max_examples=60, derandomize=True)
+
+
+def resolved_of(
+    cls: type[StructuredLinear], inputs: int, outputs: int, **options: Any
+) -> dict[str, Any]:
+    """Return a structure's options as a checkpoint holds them."""
+    return option_values(cls.resolve(inputs, outputs, cls.read_options(options)))
 
 
 @tried
@@ -78,11 +87,14 @@ def test_keep_ratio_picks_the_fewest_groups_within_the_budget(inputs, outputs, r
     ]
     options = {"keep_ratio": float(ratio), "variant": variant}
     if fitting and fitting[0] > 1:
-        resolved = GroupedPointwise.resolve(inputs, outputs, **options)
-        assert resolved == {"groups": fitting[0], "variant": variant}
+        resolved = resolved_of(GroupedPointwise, inputs, outputs, **options)
+        assert resolved == {
+            "groups": fitting[0],
+            **({} if variant == "io" else {"variant": variant}),
+        }
     else:
         with pytest.raises(StaysDense):
-            GroupedPointwise.resolve(inputs, outputs, **options)
+            resolved_of(GroupedPointwise, inputs, outputs, **options)
 
 
 @tried
@@ -96,11 +108,11 @@ def test_keep_ratio_picks_the_largest_rank_within_the_budget(inputs, outputs, ra
     ranks = range(1, min(inputs, outputs) + 1)
     fitting = [rank for rank in ranks if cost(rank) <= ratio * inputs * outputs]
     if fitting:
-        resolved = LowRank.resolve(inputs, outputs, keep_ratio=float(ratio))
+        resolved = resolved_of(LowRank, inputs, outputs, keep_ratio=float(ratio))
         assert resolved == {"rank": max(fitting)}
     else:
         with pytest.raises(StaysDense, match="not even rank 1"):
-            LowRank.resolve(inputs, outputs, keep_ratio=float(ratio))
+            resolved_of(LowRank, inputs, outputs, keep_ratio=float(ratio))
 
 
 @tried
@@ -114,11 +126,11 @@ def test_keep_ratio_picks_the_largest_rank_of_pivots_within_the_budget(inputs, o
     ranks = range(1, min(inputs, outputs) + 1)
     fitting = [rank for rank in ranks if cost(rank) <= ratio * inputs * outputs]
     if fitting and max(fitting) < min(inputs, outputs):
-        resolved = PivotedLowRank.resolve(inputs, outputs, keep_ratio=float(ratio))
+        resolved = resolved_of(PivotedLowRank, inputs, outputs, keep_ratio=float(ratio))
         assert resolved == {"rank": max(fitting)}
     else:
         with pytest.raises(StaysDense, match="full rank" if fitting else "not even rank 1"):
-            PivotedLowRank.resolve(inputs, outputs, keep_ratio=float(ratio))
+            resolved_of(PivotedLowRank, inputs, outputs, keep_ratio=float(ratio))
 
 
 @tried
@@ -126,12 +138,17 @@ def test_keep_ratio_picks_the_largest_rank_of_pivots_within_the_budget(inputs, o
 def test_keep_ratio_fills_the_budget_of_sums_and_shuffles(inputs, outputs, ratio):
     for cls in (GroupedLowRank, BlockShuffle):
         try:
-            resolved = cls.resolve(inputs, outputs, keep_ratio=float(ratio))
+            resolved = resolved_of(cls, inputs, outputs, keep_ratio=float(ratio))
         except StaysDense:
             continue
         block = cls(inputs, outputs, **resolved, device="meta")
         held = sum(p.numel() for p in block.parameters())
-        assert held == cls.count_weights(inputs, outputs, **resolved)
+        if cls is GroupedLowRank:
+            groups, rank = resolved["groups"], resolved["rank"]
+            assert held == 2 * inputs * outputs // groups + rank * (inputs + outputs)
+        else:
+            inner = resolved["inner_features"] // resolved["blocks"]
+            assert held == inner * (inputs + outputs)
         left = ratio * inputs * outputs - held
         assert left >= 0
         if cls is BlockShuffle:
@@ -143,10 +160,10 @@ def test_keep_ratio_fills_the_budget_of_sums_and_shuffles(inputs, outputs, ratio
 
 
 def test_the_grouped_part_gets_a_twelfth_of_the_budget():
-    resolved = GroupedLowRank.resolve(576, 1536, keep_ratio=0.5)
+    resolved = resolved_of(GroupedLowRank, 576, 1536, keep_ratio=0.5)
     assert resolved["groups"] == 48
     assert 2 * 576 * 1536 / 48 == 576 * 1536 / 2 / 12
-    assert GroupedLowRank.resolve(576, 1536, keep_ratio=0.5, groups=12)["groups"] == 12
+    assert resolved_of(GroupedLowRank, 576, 1536, keep_ratio=0.5, groups=12)["groups"] == 12
 
 
 @pytest.mark.parametrize("written", [0.3333, 0.333333, 1 / 3])
@@ -156,13 +173,15 @@ def test_a_third_is_a_third_however_it_is_written(written):
 
 def test_resolved_options_build_what_they_count():
     for options in ({"groups": 4}, {"min_channels_per_group": 8}, {"keep_ratio": 0.5}, {}):
-        resolved = GroupedPointwise.resolve(1024, 2048, **options)
+        resolved = resolved_of(GroupedPointwise, 1024, 2048, **options)
         block = GroupedPointwise(1024, 2048, **resolved, device="meta")
-        assert block.options() == resolved
-        assert block.weight.numel() == GroupedPointwise.count_weights(1024, 2048, **resolved)
-    resolved = GroupedPointwise.resolve(8, 8, groups=2, variant="residual", activation="relu")
+        assert option_values(block.options) == resolved
+        assert block.weight.numel() == 2 * 1024 * 2048 // resolved["groups"]
+        counted = GroupedPointwise.count_weights(1024, 2048, GroupedPointwise.Options(**options))
+        assert block.weight.numel() == counted
+    resolved = resolved_of(GroupedPointwise, 8, 8, groups=2, variant="residual", activation="relu")
     assert resolved == {"groups": 2, "variant": "residual", "activation": "relu"}
-    assert LowRank.resolve(8, 12, rank=8) == {"rank": 8}
+    assert resolved_of(LowRank, 8, 12, rank=8) == {"rank": 8}
 
 
 @pytest.mark.parametrize(
@@ -174,6 +193,7 @@ def test_resolved_options_build_what_they_count():
             "groups 5 does not divide in_features 12.*allowed 1, 2, 4",
         ),
         (GroupedPointwise, {"groups": 0}, "groups 0"),
+        (GroupedPointwise, {"min_channels_per_group": 0}, "0; allowed 1 or more"),
         (GroupedPointwise, {"groups": 2, "keep_ratio": 0.5}, "one of groups, min_channels"),
         (
             GroupedPointwise,
@@ -225,7 +245,7 @@ def test_resolved_options_build_what_they_count():
 )
 def test_wrong_options(structure, options, message):
     with pytest.raises(ValueError, match=message) as caught:
-        structure.resolve(12, 8, **options)
+        resolved_of(structure, 12, 8, **options)
     assert not isinstance(caught.value, StaysDense)
 
 
@@ -250,7 +270,7 @@ def test_wrong_options(structure, options, message):
 )
 def test_what_stays_dense_says_why(structure, options, reason):
     with pytest.raises(StaysDense, match=reason):
-        structure.resolve(12, 8, **options)
+        resolved_of(structure, 12, 8, **options)
 
 
 def test_coprime_sizes_stay_dense():
@@ -259,4 +279,4 @@ def test_coprime_sizes_stay_dense():
         (GroupedLowRank, "one group is the dense projection"),
     ):
         with pytest.raises(StaysDense, match=reason):
-            cls.resolve(9, 8, keep_ratio=0.5)
+            resolved_of(cls, 9, 8, keep_ratio=0.5)

@@ -266,9 +266,8 @@ def test_a_block_with_an_activation_has_no_dense_matrix():
 def test_counted_weights_are_the_parameters(case):
     block, _ = case
     held = sum(p.numel() for name, p in block.named_parameters() if name != "bias")
-    assert (
-        type(block).count_weights(block.in_features, block.out_features, **block.options()) == held
-    )
+    sizes = (block.in_features, block.out_features)
+    assert type(block).count_weights(*sizes, block.options) == held
 
 
 def test_a_fixed_order_leaves_no_trace():

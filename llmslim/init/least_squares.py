@@ -13,6 +13,7 @@ Shapes: I = in_features, O = out_features, G = groups, i = I/G, o = O/G, R = ran
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from functools import singledispatch
 
 import torch
@@ -58,10 +59,7 @@ def fit(block: StructuredLinear, target: Target) -> None:
             "init: least_squares without calibration; it fits outputs on real inputs. Give the "
             "recipe a `calibration` section, or use init: project."
         )
-    # float64 on the CPU wherever the block is: GPUs are slow at it, or have none.
-    factor_II, _ = stable_cholesky(target.gram_II.cpu())
-    gram_II = factor_II @ factor_II.t()
-    del factor_II  # a structure that needs it makes one of its own, of its part of the matrix
+    gram_II = _positive_definite(target.gram_II)
     fit_to_gram(block, target.weight_OI.double().cpu(), gram_II, target.seed)
 
 
@@ -79,6 +77,36 @@ def fit_to_gram(block: StructuredLinear, weight_OI: Tensor, gram_II: Tensor, see
         torch.manual_seed(seed)
         block.reset_parameters()
     _descend(block, weight_OI, gram_II)
+
+
+def fit_sizes(
+    blocks: Sequence[StructuredLinear], weight_OI: Tensor, gram_II: Tensor
+) -> Iterator[Tensor]:
+    """Yield the dense equivalents, float64, of one structure in several sizes, each fitted.
+
+    Args:
+        blocks: linear blocks of float64, on the meta device.
+        weight_OI: W, float64.
+        gram_II: H, float64.
+    """
+    ranks = [block.rank for block in blocks if isinstance(block, LowRank | PivotedLowRank)]
+    if ranks:  # one factorisation holds those of all lower ranks
+        u_OR, v_RI = low_rank_factors(weight_OI, gram_II, max(ranks))
+        yield from (u_OR[:, :rank] @ v_RI[:rank] for rank in ranks)
+        return
+    damped_II = _positive_definite(gram_II)
+    for empty in blocks:
+        block = empty.to_empty(device="cpu")
+        block.reset_buffers()
+        fit_to_gram(block, weight_OI.cpu(), damped_II, 0)
+        yield block.to_dense().to(weight_OI.device)
+
+
+def _positive_definite(gram_II: Tensor) -> Tensor:
+    """Return H on the CPU, damped as far as it must be to have a Cholesky factor."""
+    # float64 on the CPU wherever the block is: GPUs are slow at it, or have none.
+    factor_II, _ = stable_cholesky(gram_II.cpu())
+    return factor_II @ factor_II.t()
 
 
 def _descend(block: StructuredLinear, weight_OI: Tensor, gram_II: Tensor) -> None:

@@ -6,20 +6,15 @@ A method is one file in this folder with the method's name and in it
     NEEDS_GRAM: bool = False           whether it cannot do without calibration
     def fit(block, target) -> None     fills the block's weights, in place
 
-so a new method is one new file and nothing else; helpers' names begin with `_`. Biases are not
-fitted: the dense one is carried over as it is.
+so a new method is one new file and nothing else, or one in another package (`llmslim.plugins`);
+helpers' names begin with `_`. Biases are not fitted: the dense one is carried over as it is.
 
 Shapes: I = in_features, O = out_features.
 """
 
 from __future__ import annotations
 
-import importlib
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +22,7 @@ from torch import Tensor
 from llmslim.errors import RecipeError
 from llmslim.init._gram import relative_error
 from llmslim.modeling.structured import StructuredLinear
+from llmslim.plugins import INITS, Method
 
 _ROWS = 128
 """Rows of a matrix that are compared together."""
@@ -46,21 +42,9 @@ class Target:
     """E[x xᵀ] of the inputs x the block will see, (I, I), float64; None without calibration."""
 
 
-class Method(NamedTuple):
-    """A fitting method."""
-
-    name: str
-    fits: bool
-    """Whether the block approximates the dense map, so that its error means something."""
-    fit: Callable[[StructuredLinear, Target], None]
-    needs_gram: bool
-    """Whether it works only where the target has a Gram matrix."""
-
-
 def method_names() -> list[str]:
     """Return the names of all methods, sorted."""
-    here = Path(__file__)
-    return sorted(p.stem for p in here.parent.glob("[a-z]*.py") if p.name != here.name)
+    return INITS.names()
 
 
 def method_named(name: str) -> Method:
@@ -69,10 +53,10 @@ def method_named(name: str) -> Method:
     Raises:
         RecipeError: if there is none of that name.
     """
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name not in method_names():
+    method = INITS.get(name)
+    if method is None:
         raise RecipeError(f"{name!r}; allowed {', '.join(method_names())}.")
-    module = importlib.import_module(f"llmslim.init.{name}")
-    return Method(name, module.FITS, module.fit, getattr(module, "NEEDS_GRAM", False))
+    return method
 
 
 @torch.no_grad()

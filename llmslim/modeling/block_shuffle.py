@@ -17,12 +17,13 @@ Training"; Qiu et al. 2024, "Compute Better Spent: Replacing Dense Layers with S
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .sizes import StaysDense, budget, check_groups, common_divisors
+from .sizes import KeepRatio, OptionError, StaysDense, budget, check_groups, common_divisors
 from .structured import StructuredLinear
 
 
@@ -48,83 +49,62 @@ class BlockShuffle(StructuredLinear):
     """
 
     name: ClassVar[str] = "block_shuffle"
-    option_names: ClassVar[tuple[str, ...]] = ("blocks", "inner_features", "keep_ratio")
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        blocks: int,
-        inner_features: int,
-        bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self.blocks = _check_blocks(in_features, out_features, blocks)
-        self.inner_features = _check_inner(in_features, out_features, blocks, inner_features)
+    @dataclass(frozen=True)
+    class Options:
+        """What a recipe may say of it: inner_features or keep_ratio, and the blocks."""
 
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
-
-        m = inner_features // blocks
-        self.first = parameter(blocks, in_features // blocks, m)
-        self.second = parameter(blocks, m, out_features // blocks)
-        self.reset_parameters()
+        blocks: Annotated[
+            int | None, "Number of blocks B; must divide both sizes. By default the fewest."
+        ] = None
+        inner_features: Annotated[
+            int | None, "Channels between the two maps; a multiple of the blocks."
+        ] = None
+        keep_ratio: KeepRatio = None
 
     @classmethod
-    def resolve(  # type: ignore[override]  # each structure names its own options
-        cls,
-        in_features: int,
-        out_features: int,
-        *,
-        blocks: int | None = None,
-        inner_features: int | None = None,
-        keep_ratio: float | None = None,
-    ) -> dict[str, Any]:
+    def resolve(cls, in_features: int, out_features: int, options: Options) -> Options:
         """Return explicit blocks and inner width.
 
-        Args:
-            in_features: input channels I.
-            out_features: output channels O.
-            blocks: B; by default the fewest there can be: at equal parameters two fit the dense
-                map better than four, and four better than eight.
-            inner_features: channels between the two maps.
-            keep_ratio: share of the dense weights to keep; picks the largest width within it.
+        At equal parameters two blocks fit the dense map better than four, and four better than
+        eight: the fewest there can be are taken where none are given.
 
         Raises:
             StaysDense: if the sizes have no common divisor, or no inner width fits the ratio.
-            ValueError: if neither or both of inner_features and keep_ratio are given, or one is
+            OptionError: if neither or both of inner_features and keep_ratio are given, or one is
                 wrong.
         """
-        if (inner_features is None) == (keep_ratio is None):
-            raise ValueError("block_shuffle takes either inner_features or keep_ratio")
+        blocks, inner, keep_ratio = options.blocks, options.inner_features, options.keep_ratio
+        if (inner is None) == (keep_ratio is None):
+            raise OptionError("", "block_shuffle takes either inner_features or keep_ratio")
         if blocks is None:
             divisors = common_divisors(in_features, out_features)
             if len(divisors) == 1:
                 raise StaysDense(f"no common divisor of {in_features} and {out_features} above 1")
             blocks = divisors[1]
-        _check_blocks(in_features, out_features, blocks)
-        if inner_features is None:
+        check_groups(in_features, out_features, blocks, "blocks")
+        if inner is None:
             assert keep_ratio is not None
             allowed = budget(in_features, out_features, keep_ratio)
-            inner_features = allowed // (in_features + out_features) * blocks
-            if inner_features < 1:
+            inner = allowed // (in_features + out_features) * blocks
+            if inner < 1:
                 raise StaysDense(f"no inner width keeps it within {allowed:,} parameters")
-        _check_inner(in_features, out_features, blocks, inner_features)
-        return {"blocks": blocks, "inner_features": inner_features}
+        largest = blocks * min(in_features, out_features)
+        if inner % blocks or not blocks <= inner <= largest:
+            raise OptionError(
+                "inner_features",
+                f"inner_features {inner}; allowed multiples of {blocks} up to {largest}",
+            )
+        return cls.Options(blocks=blocks, inner_features=inner)
 
-    @classmethod
-    def count_weights(  # type: ignore[override]
-        cls, in_features: int, out_features: int, *, blocks: int, inner_features: int
-    ) -> int:
-        """Return m (I + O) for inner_features = B m."""
-        return inner_features // blocks * (in_features + out_features)
-
-    def options(self) -> dict[str, Any]:
-        """Return blocks and inner width."""
-        return {"blocks": self.blocks, "inner_features": self.inner_features}
+    def create(self, **kind: Any) -> None:
+        """Make both maps."""
+        self.blocks: int = self.options.blocks
+        self.inner_features: int = self.options.inner_features
+        m = self.inner_features // self.blocks
+        i, o = self.in_features // self.blocks, self.out_features // self.blocks
+        self.first = nn.Parameter(torch.empty(self.blocks, i, m, **kind))
+        self.second = nn.Parameter(torch.empty(self.blocks, m, o, **kind))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -142,19 +122,3 @@ class BlockShuffle(StructuredLinear):
         z = z.permute(1, 2, 0).reshape(N, B, m).transpose(0, 1)  # shuffled, (B, N, m)
         y = torch.bmm(z, self.second).transpose(0, 1)  # (N, B, O/B)
         return y.reshape(*x.shape[:-1], self.out_features)
-
-
-def _check_blocks(in_features: int, out_features: int, blocks: int) -> int:
-    try:
-        return check_groups(in_features, out_features, blocks)
-    except ValueError as error:
-        raise ValueError(str(error).replace("groups", "blocks", 1)) from None
-
-
-def _check_inner(in_features: int, out_features: int, blocks: int, inner_features: int) -> int:
-    largest = blocks * min(in_features, out_features)
-    if inner_features % blocks or not blocks <= inner_features <= largest:
-        raise ValueError(
-            f"inner_features {inner_features}; allowed multiples of {blocks} up to {largest}"
-        )
-    return inner_features

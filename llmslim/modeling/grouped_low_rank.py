@@ -16,14 +16,24 @@ structured rest, Chandrasekaran et al. 2011.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from .grouped_pointwise import GroupedPointwise
 from .low_rank import LowRank
-from .sizes import StaysDense, budget, check_groups, common_divisors, exact_ratio
+from .sizes import (
+    KeepRatio,
+    OptionError,
+    StaysDense,
+    budget,
+    check_groups,
+    check_rank,
+    common_divisors,
+    exact_ratio,
+)
 from .structured import StructuredLinear
 
 _GROUPED_SHARE = 12
@@ -53,61 +63,35 @@ class GroupedLowRank(StructuredLinear):
     """
 
     name: ClassVar[str] = "grouped_low_rank"
-    option_names: ClassVar[tuple[str, ...]] = ("groups", "rank", "keep_ratio", "channel_order")
     buffer_names: ClassVar[tuple[str, ...]] = ("grouped.order",)
-    parts: ClassVar[tuple[str, ...]] = ("grouped_pointwise", "low_rank")
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        groups: int,
-        rank: int,
-        channel_order: str = "fixed",
-        bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self.grouped = GroupedPointwise(
-            in_features,
-            out_features,
-            groups=groups,
-            channel_order=channel_order,
-            device=device,
-            dtype=dtype,
-        )
-        self.low_rank = LowRank(in_features, out_features, rank=rank, device=device, dtype=dtype)
-        self.reset_parameters()
+    @dataclass(frozen=True)
+    class Options:
+        """What a recipe may say of it: groups and rank, or keep_ratio, perhaps with groups."""
+
+        groups: Annotated[
+            int | None,
+            "Number of groups G; must divide both sizes. By default the fewest that leave the "
+            "grouped part a twelfth of the budget.",
+        ] = None
+        rank: Annotated[int | None, "Inner size R of the product."] = None
+        keep_ratio: KeepRatio = None
+        channel_order: Annotated[
+            Literal["fixed", "learned"],
+            "`learned` also fits which input channels each group sees.",
+        ] = "fixed"
 
     @classmethod
-    def resolve(  # type: ignore[override]  # each structure names its own options
-        cls,
-        in_features: int,
-        out_features: int,
-        *,
-        groups: int | None = None,
-        rank: int | None = None,
-        keep_ratio: float | None = None,
-        channel_order: str = "fixed",
-    ) -> dict[str, Any]:
+    def resolve(cls, in_features: int, out_features: int, options: Options) -> Options:
         """Return explicit groups, rank and channel order.
-
-        Args:
-            in_features: input channels I.
-            out_features: output channels O.
-            groups: G; by default the fewest that leave the grouped part a twelfth of the budget.
-            rank: R, together with groups and in place of keep_ratio.
-            keep_ratio: share of the dense weights to keep; picks the largest rank within it.
-            channel_order: `fixed` or `learned`.
 
         Raises:
             StaysDense: if these sizes have no common divisor, or no rank fits beside the groups.
-            ValueError: if the size is said twice or not at all, or one option is wrong.
+            OptionError: if the size is given twice or not at all, or one option is wrong.
         """
+        groups, rank, keep_ratio = options.groups, options.rank, options.keep_ratio
         if (rank is None) == (keep_ratio is None) or (rank is not None and groups is None):
-            raise ValueError("grouped_low_rank takes either groups and rank, or keep_ratio")
+            raise OptionError("", "grouped_low_rank takes either groups and rank, or keep_ratio")
         if groups is None:
             assert keep_ratio is not None
             divisors = common_divisors(in_features, out_features)
@@ -119,39 +103,26 @@ class GroupedLowRank(StructuredLinear):
         if rank is None:
             assert keep_ratio is not None
             allowed = budget(in_features, out_features, keep_ratio)
-            left = allowed - GroupedPointwise.count_weights(
-                in_features, out_features, groups=groups
-            )
+            left = allowed - 2 * in_features * out_features // groups
             rank = min(left // (in_features + out_features), in_features, out_features)
             if rank < 1:
                 raise StaysDense(
                     f"no rank beside {groups} groups keeps it within {allowed:,} parameters"
                 )
-        resolved = GroupedPointwise.resolve(
-            in_features, out_features, groups=groups, channel_order=channel_order
+        return replace(
+            options,
+            groups=groups,
+            rank=check_rank(in_features, out_features, rank),
+            keep_ratio=None,
         )
-        del resolved["variant"]
-        return {**resolved, **LowRank.resolve(in_features, out_features, rank=rank)}
 
-    @classmethod
-    def count_weights(  # type: ignore[override]
-        cls,
-        in_features: int,
-        out_features: int,
-        *,
-        groups: int,
-        rank: int,
-        channel_order: str = "fixed",  # noqa: ARG003  (an index, not a weight)
-    ) -> int:
-        """Return 2IO/G + R (I + O)."""
-        grouped = GroupedPointwise.count_weights(in_features, out_features, groups=groups)
-        return grouped + LowRank.count_weights(in_features, out_features, rank=rank)
-
-    def options(self) -> dict[str, Any]:
-        """Return groups and rank, and the channel order where it is learned."""
-        options = {**self.grouped.options(), **self.low_rank.options()}
-        del options["variant"]
-        return options
+    def create(self, **kind: Any) -> None:
+        """Make both parts."""
+        sizes, options = (self.in_features, self.out_features), self.options
+        self.grouped = GroupedPointwise(
+            *sizes, groups=options.groups, channel_order=options.channel_order, **kind
+        )
+        self.low_rank = LowRank(*sizes, rank=options.rank, **kind)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

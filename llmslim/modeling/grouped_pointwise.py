@@ -30,24 +30,23 @@ published code keeps W1 and W2 apart and scales their initial values otherwise (
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from .sizes import (
+    KeepRatio,
+    OptionError,
     StaysDense,
     budget,
     check_groups,
     common_divisors,
-    first_within,
     groups_for_min_channels,
 )
 from .structured import StructuredLinear
-
-VARIANTS = ("io", "residual")
-ORDERS = ("fixed", "learned")
 
 # Above this many rows copying the gathered input costs more than reading the output twice:
 # measured by benchmarks/bench_grouped_pointwise.py.
@@ -81,143 +80,92 @@ class GroupedPointwise(StructuredLinear):
     """
 
     name: ClassVar[str] = "grouped_pointwise"
-    option_names: ClassVar[tuple[str, ...]] = (
-        "groups",
-        "min_channels_per_group",
-        "keep_ratio",
-        "variant",
-        "activation",
-        "channel_order",
-    )
     buffer_names: ClassVar[tuple[str, ...]] = ("order",)
+
+    @dataclass(frozen=True)
+    class Options:
+        """What a recipe may say of it: at most one of the first three."""
+
+        groups: Annotated[int | None, "Number of groups G; must divide both sizes."] = None
+        min_channels_per_group: Annotated[
+            int | None,
+            "As many groups as leave each this many input channels; 256, the kphi-3 report's, "
+            "where no size is given.",
+        ] = None
+        keep_ratio: KeepRatio = None
+        variant: Annotated[
+            Literal["io", "residual"],
+            "`io` (two branches side by side, the kphi-3 block) or `residual` (serial, with a "
+            "skip).",
+        ] = "io"
+        activation: Annotated[
+            str | None, "Variant residual only: an activation inside the block."
+        ] = None
+        channel_order: Annotated[
+            Literal["fixed", "learned"],
+            "Variant io only: `learned` also fits which input channels each group sees.",
+        ] = "fixed"
 
     order: Tensor | None
     """Channels that each group sees, shape (G, 2i), int64; None where the order is fixed."""
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        groups: int | None = None,
-        min_channels_per_group: int = 256,
-        variant: str = "io",
-        activation: str | None = None,
-        channel_order: str = "fixed",
-        bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        if groups is None:
-            try:
-                groups = groups_for_min_channels(in_features, out_features, min_channels_per_group)
-            except StaysDense:
-                groups = 1
-        self.groups = check_groups(in_features, out_features, groups)
-        _check_variant(variant, activation, channel_order)
-        self.variant = variant
-        self.activation = activation
-        self.act = nn.Identity() if activation is None else ACT2FN[activation]
-
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
-
-        i, o = in_features // groups, out_features // groups
-        # One group sees every channel already: there is nothing for a second branch to add.
-        branches = 2 if variant == "io" and groups > 1 else 1
-        self.weight = parameter(groups, branches * i, o)
-        if _has_second(in_features, out_features, groups, variant):
-            self.second = parameter(groups, o, o)
-        else:
-            self.register_parameter("second", None)
-        shape, learned = self.weight.shape[:2], channel_order == "learned"
-        order = torch.empty(shape, dtype=torch.int64, device=device) if learned else None
-        self.register_buffer("order", order)
-        self.reset_parameters()
-
     @classmethod
-    def resolve(  # type: ignore[override]  # each structure names its own options
-        cls,
-        in_features: int,
-        out_features: int,
-        *,
-        groups: int | None = None,
-        min_channels_per_group: int | None = None,
-        keep_ratio: float | None = None,
-        variant: str = "io",
-        activation: str | None = None,
-        channel_order: str = "fixed",
-    ) -> dict[str, Any]:
-        """Return explicit groups, variant, activation and channel order.
-
-        Args:
-            in_features: input channels I.
-            out_features: output channels O.
-            groups: an explicit G.
-            min_channels_per_group: the report's rule; 256 where nothing else is given.
-            keep_ratio: share of the dense weights to keep; picks the smallest G within it.
-            variant: `io` or `residual`.
-            activation: `residual` only.
-            channel_order: `fixed`, or `learned` for `io`.
+    def resolve(cls, in_features: int, out_features: int, options: Options) -> Options:
+        """Return explicit groups; the other options stay.
 
         Raises:
             StaysDense: if these sizes leave nothing to group.
-            ValueError: if more than one of the three ways to choose G is used, or it is wrong.
+            OptionError: if more than one of the three ways to choose G is used, or one option is
+                wrong.
         """
-        _check_variant(variant, activation, channel_order)
-        if sum(given is not None for given in (groups, min_channels_per_group, keep_ratio)) > 1:
-            raise ValueError(
-                "grouped_pointwise takes one of groups, min_channels_per_group and keep_ratio"
+        _check_variant(options.variant, options.activation, options.channel_order)
+        groups, keep_ratio = options.groups, options.keep_ratio
+        least = options.min_channels_per_group
+        if sum(given is not None for given in (groups, least, keep_ratio)) > 1:
+            raise OptionError(
+                "", "grouped_pointwise takes one of groups, min_channels_per_group and keep_ratio"
             )
         if keep_ratio is not None:
             allowed = budget(in_features, out_features, keep_ratio)
-            costs = [
-                (g, cls.count_weights(in_features, out_features, groups=g, variant=variant))
-                for g in common_divisors(in_features, out_features)
-            ]
-            groups = first_within(costs, allowed, "number of groups")
-        elif groups is not None:
-            groups = check_groups(in_features, out_features, groups)
-        else:
-            groups = groups_for_min_channels(
-                in_features, out_features, min_channels_per_group or 256
-            )
-        if groups == 1:
+            for groups in common_divisors(in_features, out_features):
+                if _count(in_features, out_features, groups, options.variant) <= allowed:
+                    break
+            else:
+                raise StaysDense(f"no number of groups keeps it within {allowed:,} parameters")
+        elif groups is None:
+            least = 256 if least is None else least
+            if least < 1:
+                key = "min_channels_per_group"
+                raise OptionError(key, f"{key} {least}; allowed 1 or more")
+            groups = groups_for_min_channels(in_features, out_features, least)
+        if check_groups(in_features, out_features, groups) == 1:
             raise StaysDense("one group is the dense projection")
-        resolved: dict[str, Any] = {"groups": groups, "variant": variant}
-        if activation is not None:
-            resolved["activation"] = activation
-        if channel_order == "learned":
-            resolved["channel_order"] = channel_order
-        return resolved
+        return replace(options, groups=groups, keep_ratio=None, min_channels_per_group=None)
 
     @classmethod
-    def count_weights(  # type: ignore[override]
-        cls,
-        in_features: int,
-        out_features: int,
-        *,
-        groups: int,
-        variant: str = "io",
-        activation: str | None = None,  # noqa: ARG003  (costs nothing)
-        channel_order: str = "fixed",  # noqa: ARG003  (an index, not a weight)
-    ) -> int:
-        """Return 2IO/G for `io`, IO/G plus O²/G where a second part exists for `residual`."""
-        branches = 2 if variant == "io" and groups > 1 else 1
-        weights = branches * in_features * out_features // groups
-        if _has_second(in_features, out_features, groups, variant):
-            weights += out_features * out_features // groups
-        return weights
+    def is_linear(cls, options: Options) -> bool:
+        """Return whether it has no activation."""
+        return options.activation is None
 
-    def options(self) -> dict[str, Any]:
-        """Return groups and variant, the activation and the learned order where there is one."""
-        options: dict[str, Any] = {"groups": self.groups, "variant": self.variant}
-        if self.activation is not None:
-            options["activation"] = self.activation
-        if self.order is not None:
-            options["channel_order"] = "learned"
-        return options
+    def create(self, **kind: Any) -> None:
+        """Make the grouped maps, and the order where it is learned."""
+        options = self.options
+        self.groups: int = options.groups or 1  # nothing to group: one group, the dense projection
+        self.variant: str = options.variant
+        self.activation: str | None = options.activation
+        self.act = nn.Identity() if self.activation is None else ACT2FN[self.activation]
+        i, o = self.in_features // self.groups, self.out_features // self.groups
+        # One group sees every channel already: there is nothing for a second branch to add.
+        branches = 2 if self.variant == "io" and self.groups > 1 else 1
+        self.weight = nn.Parameter(torch.empty(self.groups, branches * i, o, **kind))
+        if _has_second(self.in_features, self.out_features, self.groups, self.variant):
+            self.second = nn.Parameter(torch.empty(self.groups, o, o, **kind))
+        else:
+            self.register_parameter("second", None)
+        learned = options.channel_order == "learned"
+        shape, device = self.weight.shape[:2], kind["device"]
+        order = torch.empty(shape, dtype=torch.int64, device=device) if learned else None
+        self.register_buffer("order", order)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -298,14 +246,20 @@ def _has_second(in_features: int, out_features: int, groups: int, variant: str) 
     return variant == "residual" and groups > 1 and in_features >= out_features
 
 
+def _count(in_features: int, out_features: int, groups: int, variant: str) -> int:
+    """Return 2IO/G for `io`, IO/G plus O²/G where a second part exists for `residual`."""
+    branches = 2 if variant == "io" and groups > 1 else 1
+    weights = branches * in_features * out_features // groups
+    if _has_second(in_features, out_features, groups, variant):
+        weights += out_features * out_features // groups
+    return weights
+
+
 def _check_variant(variant: str, activation: str | None, channel_order: str) -> None:
-    if variant not in VARIANTS:
-        raise ValueError(f"variant {variant!r}; allowed {', '.join(VARIANTS)}")
     if activation is not None and variant != "residual":
-        raise ValueError("activation belongs to variant residual")
+        raise OptionError("activation", "activation belongs to variant residual")
     if activation is not None and activation not in ACT2FN:
-        raise ValueError(f"activation {activation!r} is not one that transformers knows")
-    if channel_order not in ORDERS:
-        raise ValueError(f"channel_order {channel_order!r}; allowed {', '.join(ORDERS)}")
+        sentence = f"activation {activation!r} is not one that transformers knows"
+        raise OptionError("activation", sentence)
     if channel_order == "learned" and variant != "io":
-        raise ValueError("channel_order learned belongs to variant io")
+        raise OptionError("channel_order", "channel_order learned belongs to variant io")

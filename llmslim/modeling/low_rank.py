@@ -11,12 +11,13 @@ Shapes: I = in_features, O = out_features, R = rank.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .sizes import StaysDense, budget
+from .sizes import KeepRatio, OptionError, StaysDense, budget, check_rank
 from .structured import StructuredLinear
 
 
@@ -40,64 +41,37 @@ class LowRank(StructuredLinear):
     """
 
     name: ClassVar[str] = "low_rank"
-    option_names: ClassVar[tuple[str, ...]] = ("rank", "keep_ratio")
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        rank: int,
-        bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        largest = min(in_features, out_features)
-        if not 1 <= rank <= largest:
-            raise ValueError(f"rank {rank}; allowed 1 to {largest}")
-        self.rank = rank
-        self.down = nn.Parameter(torch.empty(in_features, rank, device=device, dtype=dtype))
-        self.up = nn.Parameter(torch.empty(rank, out_features, device=device, dtype=dtype))
-        self.reset_parameters()
+    @dataclass(frozen=True)
+    class Options:
+        """What a recipe may say of it: one of the two."""
+
+        rank: Annotated[int | None, "Inner size R, at most the smaller of both sizes."] = None
+        keep_ratio: KeepRatio = None
 
     @classmethod
-    def resolve(  # type: ignore[override]  # each structure names its own options
-        cls,
-        in_features: int,
-        out_features: int,
-        *,
-        rank: int | None = None,
-        keep_ratio: float | None = None,
-    ) -> dict[str, Any]:
-        """Return `{"rank": R}` from an explicit rank or from the share of weights to keep.
+    def resolve(cls, in_features: int, out_features: int, options: Options) -> Options:
+        """Return the rank, given or from the share of weights to keep.
 
         Raises:
             StaysDense: if not even rank 1 fits the ratio.
-            ValueError: if neither or both are given, or the rank is out of range.
+            OptionError: if neither or both are given, or one is out of range.
         """
-        if (rank is None) == (keep_ratio is None):
-            raise ValueError("low_rank takes either rank or keep_ratio")
-        if rank is None:
-            assert keep_ratio is not None
+        rank, keep_ratio = options.rank, options.keep_ratio
+        if rank is None and keep_ratio is not None:
             allowed = budget(in_features, out_features, keep_ratio)
             rank = min(allowed // (in_features + out_features), in_features, out_features)
             if rank < 1:
                 raise StaysDense(f"not even rank 1 keeps it within {allowed:,} parameters")
-        elif not 1 <= rank <= min(in_features, out_features):
-            raise ValueError(f"rank {rank}; allowed 1 to {min(in_features, out_features)}")
-        return {"rank": rank}
+        elif rank is None or keep_ratio is not None:
+            raise OptionError("", "low_rank takes either rank or keep_ratio")
+        return cls.Options(rank=check_rank(in_features, out_features, rank))
 
-    @classmethod
-    def count_weights(  # type: ignore[override]
-        cls, in_features: int, out_features: int, *, rank: int
-    ) -> int:
-        """Return R (I + O)."""
-        return rank * (in_features + out_features)
-
-    def options(self) -> dict[str, Any]:
-        """Return the rank."""
-        return {"rank": self.rank}
+    def create(self, **kind: Any) -> None:
+        """Make both factors."""
+        self.rank: int = self.options.rank
+        self.down = nn.Parameter(torch.empty(self.in_features, self.rank, **kind))
+        self.up = nn.Parameter(torch.empty(self.rank, self.out_features, **kind))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -6,6 +6,9 @@ A slim checkpoint's config.json holds every field of its base config plus
     base_model_type: llama     which transformers classes to build on
     llmslim: {format: 1, sites: {module name: spec}}
 
+and, with structures of other packages, `plugins: {structure: module that it is from}`. Nothing is
+ever imported by the names in there.
+
 `SlimConfig` and `SlimForCausalLM` are factories for transformers' Auto classes, never instances:
 from config.json they derive a config class from the base config class and a model class from the
 base model class whose `__init__` swaps each site for the block that its spec describes. What
@@ -19,8 +22,11 @@ These files travel inside checkpoints: they import torch and transformers only.
 
 from __future__ import annotations
 
+import ast
 import copy
-import shutil
+import inspect
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,6 +53,7 @@ class SlimModelMixin:
     all_tied_weights_keys: dict[str, str]
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        check_plugins(config.llmslim.get("plugins", {}))
         depth = config.llmslim.get("depth")
         if depth:  # see `depth`: the original is built, and layers are taken out of it
             restore_original(config, depth)
@@ -303,6 +310,8 @@ def become_slim(
         model.__class__ = slim_model_class(base_model)
     model.config.base_model_type = type(model.config).base_model_type
     model.config.llmslim = {"format": FORMAT, "sites": sites}
+    if plugins := {name: home for name in structure_names(sites) if (home := plugin_of(name))}:
+        model.config.llmslim["plugins"] = plugins
     if depth:
         model.config.llmslim["depth"] = depth
     model.config.auto_map = auto_map(model.config)
@@ -319,38 +328,101 @@ def structure_names(specs: dict[str, Any]) -> Iterator[str]:
             yield value
 
 
+def plugin_of(structure: str) -> str:
+    """Return the module that a structure of another package is from, empty where it is ours."""
+    module = structure_class(structure).__module__
+    return "" if module.rpartition(".")[0] == __name__.rpartition(".")[0] else module
+
+
+def check_plugins(plugins: dict[str, str]) -> None:
+    """Compare the packages that a model's structures were from with what is installed.
+
+    Raises:
+        ValueError: if one is not there, or another package gives the structure of its name.
+    """
+    for structure, module in plugins.items():
+        package = module.partition(".")[0]
+        try:
+            home = plugin_of(structure)
+        except ValueError as error:
+            raise ValueError(
+                f"config.json: structure {structure!r} is from the package {package!r}, which is "
+                "not installed here, or has not registered it. Install or import it first"
+            ) from error
+        # A class of a notebook or script is of no package, whether now or when it was saved.
+        if home and home.partition(".")[0] != package and "__main__" not in (home, package):
+            raise ValueError(
+                f"config.json: structure {structure!r} is from the package {package!r}; here "
+                f"{home!r} gives one of that name. Install {package!r} in its place"
+            )
+
+
 def write_code(folder: Path, structures: set[str]) -> list[Path]:
     """Copy the files a checkpoint needs to load where llmslim is not installed.
 
     Args:
         folder: the checkpoint.
-        structures: names of the structures in it.
+        structures: names of the structures in it. That of a plug-in is copied where its file
+            imports nothing but torch, transformers, the standard library and llmslim.modeling.
 
     Returns:
         The files written: this package's own, verbatim, and one generated entry file that
         imports them, since transformers copies only what it sees imported.
     """
     here = Path(__file__).parent
-    parts = [getattr(structure_class(name), "parts", ()) for name in structures]
-    structures = structures.union(*parts)
-    modules = sorted(
-        {"base_class", "configuration_llmslim", "depth", "modeling_llmslim", "sizes", "structured"}
-        | structures
-    )
-    written = []
-    for module in modules:
-        target = folder / f"{module}.py"
-        shutil.copyfile(here / target.name, target)
-        written.append(target)
-    entry = folder / ENTRY_FILE
-    imports = "".join(f"from .{name} import *  # noqa: F403\n" for name in sorted(structures))
-    entry.write_text(
+    texts: dict[str, str] = {}
+    for structure in structures:
+        module: Any = sys.modules[structure_class(structure).__module__]
+        if not plugin_of(structure):
+            file = Path(module.__file__)
+            texts[file.stem] = file.read_text(encoding="utf-8")
+        elif text := standing_alone(module):
+            texts[structure] = text
+    imports = "".join(f"from .{name} import *  # noqa: F403\n" for name in sorted(texts))
+    entry = (
         '"""Entry point of this checkpoint: the model classes and the structures it uses."""\n\n'
         f"{imports}from .configuration_llmslim import SlimConfig  # noqa: F401\n"
-        "from .modeling_llmslim import SlimForCausalLM  # noqa: F401\n",
-        encoding="utf-8",
+        "from .modeling_llmslim import SlimForCausalLM  # noqa: F401\n"
     )
-    return [*written, entry]
+    todo = [entry, *texts.values()]
+    while todo:
+        for name in re.findall(r"(?m)^\s*from \.(\w+) import", todo.pop()):
+            if name not in texts:
+                texts[name] = (here / f"{name}.py").read_text(encoding="utf-8")
+                todo.append(texts[name])
+    texts[Path(ENTRY_FILE).stem] = entry
+    written = [folder / f"{name}.py" for name in sorted(texts)]
+    for path in written:
+        path.write_text(texts[path.stem], encoding="utf-8", newline="\n")
+    return written
+
+
+_OURS = re.compile(r"(?m)^(\s*)from llmslim\.modeling\.(\w+) import")
+
+
+def standing_alone(module: Any) -> str | None:
+    """Return a plug-in's file as it can stand in a checkpoint; None where it needs its package.
+
+    Args:
+        module: of another package.
+    """
+    try:
+        text = inspect.getsource(module)
+    except (OSError, TypeError):  # not from a file
+        return None
+    allowed = sys.stdlib_module_names | {"torch", "transformers"}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            names = [each.name for each in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = ["." * node.level + (node.module or "")]
+        else:
+            continue
+        for name in names:
+            ours = isinstance(node, ast.ImportFrom) and name.startswith("llmslim.modeling.")
+            if name.partition(".")[0] not in allowed and not ours:
+                return None
+    return _OURS.sub(r"\1from .\2 import", text)
 
 
 __all__ = ["SlimForCausalLM", "become_slim", "replace_sites"]

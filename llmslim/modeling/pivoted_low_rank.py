@@ -18,12 +18,13 @@ linear algebra.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .sizes import StaysDense, budget
+from .sizes import KeepRatio, OptionError, StaysDense, budget, check_rank
 from .structured import StructuredLinear
 
 
@@ -48,50 +49,28 @@ class PivotedLowRank(StructuredLinear):
     """
 
     name: ClassVar[str] = "pivoted_low_rank"
-    option_names: ClassVar[tuple[str, ...]] = ("rank", "keep_ratio")
     buffer_names: ClassVar[tuple[str, ...]] = ("order",)
+
+    @dataclass(frozen=True)
+    class Options:
+        """What a recipe may say of it: one of the two."""
+
+        rank: Annotated[int | None, "Inner size R, below the smaller of both sizes."] = None
+        keep_ratio: KeepRatio = None
 
     order: Tensor
     """Where each output stands in [z, z C], shape (O,), int64."""
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        rank: int,
-        bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self.rank = _check_rank(in_features, out_features, rank)
-        others = out_features - rank
-        self.pivot = nn.Parameter(torch.empty(in_features, rank, device=device, dtype=dtype))
-        self.rest = nn.Parameter(torch.empty(rank, others, device=device, dtype=dtype))
-        self.register_buffer("order", torch.arange(out_features, device=device))
-        self.reset_parameters()
-
     @classmethod
-    def resolve(  # type: ignore[override]  # each structure names its own options
-        cls,
-        in_features: int,
-        out_features: int,
-        *,
-        rank: int | None = None,
-        keep_ratio: float | None = None,
-    ) -> dict[str, Any]:
-        """Return `{"rank": R}` from an explicit rank or from the share of weights to keep.
+    def resolve(cls, in_features: int, out_features: int, options: Options) -> Options:
+        """Return the rank, given or from the share of weights to keep.
 
         Raises:
             StaysDense: if not even rank 1 fits the ratio, or full rank does.
-            ValueError: if neither or both are given, or the rank is out of range.
+            OptionError: if neither or both are given, or one is out of range.
         """
-        if (rank is None) == (keep_ratio is None):
-            raise ValueError("pivoted_low_rank takes either rank or keep_ratio")
-        largest = min(in_features, out_features)
-        if rank is None:
-            assert keep_ratio is not None
+        rank, keep_ratio = options.rank, options.keep_ratio
+        if rank is None and keep_ratio is not None:
             allowed = budget(in_features, out_features, keep_ratio)
             total = in_features + out_features
             # The smaller root of R (I + O - R) = allowed, rounded down without rounding errors.
@@ -100,20 +79,25 @@ class PivotedLowRank(StructuredLinear):
             rank = (total - above) // 2
             if rank < 1:
                 raise StaysDense(f"not even rank 1 keeps it within {allowed:,} parameters")
-        if _check_rank(in_features, out_features, rank) == largest:
+        elif rank is None or keep_ratio is not None:
+            raise OptionError("", "pivoted_low_rank takes either rank or keep_ratio")
+        if check_rank(in_features, out_features, rank) == min(in_features, out_features):
             raise StaysDense("full rank has the dense projection's parameters")
-        return {"rank": rank}
+        return cls.Options(rank=rank)
 
     @classmethod
-    def count_weights(  # type: ignore[override]
-        cls, in_features: int, out_features: int, *, rank: int
-    ) -> int:
-        """Return R (I + O - R)."""
-        return rank * (in_features + out_features - rank)
+    def for_auto(cls, in_features: int, out_features: int, keep_ratio: float) -> dict[str, Any]:
+        """Be tried in every size."""
+        del in_features, out_features
+        return {"keep_ratio": keep_ratio}
 
-    def options(self) -> dict[str, Any]:
-        """Return the rank."""
-        return {"rank": self.rank}
+    def create(self, **kind: Any) -> None:
+        """Make both parts and the order."""
+        self.rank: int = check_rank(self.in_features, self.out_features, self.options.rank)
+        others = self.out_features - self.rank
+        self.pivot = nn.Parameter(torch.empty(self.in_features, self.rank, **kind))
+        self.rest = nn.Parameter(torch.empty(self.rank, others, **kind))
+        self.register_buffer("order", torch.arange(self.out_features, device=kind["device"]))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -131,10 +115,3 @@ class PivotedLowRank(StructuredLinear):
         """Return [x P, x P C], each output put in its place."""
         z = x @ self.pivot
         return torch.cat((z, z @ self.rest), dim=-1).index_select(-1, self.order)
-
-
-def _check_rank(in_features: int, out_features: int, rank: int) -> int:
-    largest = min(in_features, out_features)
-    if not 1 <= rank <= largest:
-        raise ValueError(f"rank {rank}; allowed 1 to {largest}")
-    return rank

@@ -8,16 +8,34 @@ Source: the group rule is the source report's (`kphi-3`); the rest is counting.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from fractions import Fraction
 from math import gcd, isqrt
+from typing import Annotated
 
 WIDTH_FIELDS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "inner_dim")
 """What configs call the number of neurons of an MLP, over all architectures."""
 
+KeepRatio = Annotated[
+    float | None, "Share of the dense weights to keep, as 0.5 or 1/3; the size just below it."
+]
+"""The option that every structure of these has."""
+
 
 class StaysDense(ValueError):  # noqa: N818  (an outcome, not a mistake)
     """A projection that a structure cannot shrink; the message is the reason shown in reports."""
+
+
+class OptionError(ValueError):
+    """An option that is wrong, or missing, for a structure or for a projection's sizes.
+
+    Args:
+        key: the option; empty where several are wrong together.
+        sentence: what was given and what is allowed, without a full stop.
+    """
+
+    def __init__(self, key: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.key = key
 
 
 def common_divisors(in_features: int, out_features: int) -> list[int]:
@@ -62,19 +80,38 @@ def groups_for_min_channels(in_features: int, out_features: int, min_channels: i
     return groups
 
 
-def check_groups(in_features: int, out_features: int, groups: int) -> int:
+def check_groups(in_features: int, out_features: int, groups: int, key: str = "groups") -> int:
     """Return `groups` if it divides both sizes.
 
+    Args:
+        in_features: input channels I.
+        out_features: output channels O.
+        groups: the number.
+        key: the option that it is the value of.
+
     Raises:
-        ValueError: if it does not; the message lists what would.
+        OptionError: if it does not; the message lists what would.
     """
     if groups < 1 or in_features % groups or out_features % groups:
         allowed = ", ".join(map(str, common_divisors(in_features, out_features)))
-        raise ValueError(
-            f"groups {groups} does not divide in_features {in_features} and "
-            f"out_features {out_features}; allowed {allowed}"
+        raise OptionError(
+            key,
+            f"{key} {groups} does not divide in_features {in_features} and "
+            f"out_features {out_features}; allowed {allowed}",
         )
     return groups
+
+
+def check_rank(in_features: int, out_features: int, rank: int) -> int:
+    """Return `rank` if a matrix of these sizes can have it.
+
+    Raises:
+        OptionError: if it cannot.
+    """
+    largest = min(in_features, out_features)
+    if not 1 <= rank <= largest:
+        raise OptionError("rank", f"rank {rank}; allowed 1 to {largest}")
+    return rank
 
 
 def exact_ratio(keep_ratio: float) -> Fraction:
@@ -91,27 +128,8 @@ def budget(in_features: int, out_features: int, keep_ratio: float) -> int:
     """Return how many weights `keep_ratio` of a dense (O, I) projection allows.
 
     Raises:
-        ValueError: if the ratio is not above 0 and at most 1.
+        OptionError: if the ratio is not above 0 and at most 1.
     """
     if not 0 < keep_ratio <= 1:
-        raise ValueError(f"keep_ratio {keep_ratio}; allowed above 0 and at most 1")
+        raise OptionError("keep_ratio", f"keep_ratio {keep_ratio}; allowed above 0 and at most 1")
     return int(in_features * out_features * exact_ratio(keep_ratio))
-
-
-def first_within(
-    candidates: Iterator[tuple[int, int]] | list[tuple[int, int]], allowed: int, what: str
-) -> int:
-    """Return the first candidate whose cost is within `allowed`.
-
-    Args:
-        candidates: pairs of value and cost in parameters, best first.
-        allowed: the budget in parameters.
-        what: what the values are, for the reason given when none fits.
-
-    Raises:
-        StaysDense: if none fits.
-    """
-    for value, cost in candidates:
-        if cost <= allowed:
-            return value
-    raise StaysDense(f"no {what} keeps it within {allowed:,} parameters")

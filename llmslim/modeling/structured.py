@@ -1,8 +1,8 @@
 """What every structured projection has in common, and how one is found by name.
 
-A structure is a drop-in for `nn.Linear` whose matrix is cheaper than dense. Each lives in a file
-of its own beside this one; the file's name is the structure's name in recipes and checkpoints,
-so a new structure is one new file and nothing else.
+A structure is a drop-in for `nn.Linear` whose matrix is cheaper than dense: a subclass of
+`StructuredLinear` in a file of its own, beside this one or in another package (docs/plugins.md).
+It has a `name`, its `Options`, and says how its parameters are made, drawn and multiplied with.
 
 Shapes: I = in_features, O = out_features.
 """
@@ -11,11 +11,17 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from dataclasses import MISSING, fields
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
+
+from .sizes import OptionError, StaysDense
 
 
 class StructuredLinear(nn.Module, ABC):
@@ -27,17 +33,22 @@ class StructuredLinear(nn.Module, ABC):
         bias: whether a bias of shape (O,) is added, as in `nn.Linear`.
         device: where the parameters live.
         dtype: the parameters' type.
+        options: the structure's own, as a recipe gives them.
+
+    Raises:
+        OptionError: if an option is not known, missing, or wrong for these sizes.
     """
 
     name: ClassVar[str]
-    """The structure's name; also the name of its file."""
-    option_names: ClassVar[tuple[str, ...]]
-    """Options that a recipe may give; `resolve` turns them into constructor arguments."""
+    """The structure's name in recipes and checkpoints."""
+    Options: ClassVar[Any]
+    """A frozen dataclass: what recipes may say, each option as `Annotated[type, "help"]`. What
+    differs from the defaults is stored in checkpoints."""
     buffer_names: ClassVar[tuple[str, ...]] = ()
     """Persistent integer buffers (fitted, never trained)."""
-    parts: ClassVar[tuple[str, ...]] = ()
-    """Other structures that this one is made of; their files travel with it."""
 
+    options: Any
+    """This block's `Options`, resolved."""
     bias: nn.Parameter | None
 
     def __init__(
@@ -48,33 +59,98 @@ class StructuredLinear(nn.Module, ABC):
         bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
+        given = self.read_options(options)
+        try:
+            self.options = self.resolve(in_features, out_features, given)
+        except StaysDense:  # nothing is gained by it, but a block it is
+            self.options = given
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
+        self.create(device=device, dtype=dtype)
+        self.reset_parameters()
 
     @classmethod
-    @abstractmethod
-    def resolve(cls, in_features: int, out_features: int, **options: Any) -> dict[str, Any]:
-        """Turn a recipe's options into explicit constructor arguments, from integers alone.
+    def read_options(cls, given: dict[str, Any]) -> Any:
+        """Return the `Options` of these names and values.
+
+        Raises:
+            OptionError: if one is not known or missing, or is of another type.
+        """
+        hints = _option_types(cls)
+        for field in fields(cls.Options):
+            if field.name not in given and field.default is MISSING:
+                raise OptionError(field.name, f"{cls.name} needs the option {field.name}")
+        for name, value in given.items():
+            if name not in hints:
+                allowed = f"allowed {', '.join(hints)}" if hints else "it takes none"
+                raise OptionError(name, f"{name} is not an option of {cls.name}; {allowed}")
+            if not _is_of(value, hints[name]):
+                raise OptionError(name, f"{name} {value!r}; allowed {_in_words(hints[name])}")
+        return cls.Options(**given)
+
+    @classmethod
+    def resolve(cls, in_features: int, out_features: int, options: Any) -> Any:
+        """Return explicit `Options` for these sizes, from integers alone; here they stay.
+
+        Args:
+            in_features: input channels I.
+            out_features: output channels O.
+            options: as a recipe gives them, or explicit ones already.
 
         Raises:
             StaysDense: if these sizes leave nothing to gain; the message is the reason.
-            ValueError: if the options are wrong for these sizes.
+            OptionError: if the options are wrong for these sizes.
         """
+        del in_features, out_features
+        return options
 
     @classmethod
-    @abstractmethod
-    def count_weights(cls, in_features: int, out_features: int, **resolved: Any) -> int:
-        """Return the number of weights, bias not counted, from integers alone."""
+    def is_linear(cls, options: Any) -> bool:
+        """Return whether some matrix equals a block with these options: only such are fitted."""
+        del options
+        return True
+
+    @classmethod
+    def for_auto(cls, in_features: int, out_features: int, keep_ratio: float) -> Any:
+        """Return the options under which `structure: auto` tries it in one size, None for not.
+
+        Args:
+            in_features: input channels I.
+            out_features: output channels O.
+            keep_ratio: share of the dense weights to keep, at most.
+
+        Returns:
+            A dictionary, as a recipe would give them.
+        """
+        del in_features, out_features, keep_ratio
+
+    @classmethod
+    def count_weights(cls, in_features: int, out_features: int, options: Any) -> int:
+        """Return the number of weights of a block, bias not counted; one is built without memory.
+
+        Raises:
+            ValueError: if no such block can be built.
+        """
+        block = cls(in_features, out_features, device="meta", **option_values(options))
+        return sum(parameter.numel() for parameter in block.parameters())
 
     @abstractmethod
-    def options(self) -> dict[str, Any]:
-        """Return this block's resolved options, ready for JSON and for the constructor."""
+    def create(self, **kind: Any) -> None:
+        """Make the parameters and buffers, empty; called once `options` are there.
+
+        Args:
+            kind: `device` and `dtype`, as `torch.empty` takes them.
+
+        Raises:
+            OptionError: if the options are wrong for the sizes.
+        """
 
     @abstractmethod
     def reset_parameters(self) -> None:
@@ -106,7 +182,7 @@ class StructuredLinear(nn.Module, ABC):
             "in_features": self.in_features,
             "out_features": self.out_features,
             "bias": self.bias is not None,
-            **self.options(),
+            **option_values(self.options),
         }
 
     def extra_repr(self) -> str:
@@ -114,25 +190,67 @@ class StructuredLinear(nn.Module, ABC):
         return ", ".join(f"{k}={v}" for k, v in self.spec().items() if k != "structure")
 
 
+def option_values(options: Any) -> dict[str, Any]:
+    """Return the options that differ from their defaults, by name."""
+    values = {field.name: getattr(options, field.name) for field in fields(options)}
+    return {f.name: values[f.name] for f in fields(options) if values[f.name] != f.default}
+
+
+@cache
+def _option_types(cls: type[StructuredLinear]) -> dict[str, Any]:
+    return get_type_hints(cls.Options)
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Return whether a value is of a type: int, float, str, bool, None, a Literal or a union."""
+    if get_origin(kind) in (Union, UnionType):
+        return any(_is_of(value, each) for each in get_args(kind))
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if kind is float:
+        return type(value) in (int, float)
+    return type(value) is kind
+
+
+def _in_words(kind: Any) -> str:
+    if get_origin(kind) in (Union, UnionType):
+        kinds = [each for each in get_args(kind) if each is not NoneType]
+        return " or ".join(map(_in_words, kinds))
+    if get_origin(kind) is Literal:
+        return ", ".join(map(str, get_args(kind)))
+    return {int: "a whole number", float: "a number", str: "a text"}.get(kind, "true or false")
+
+
+_FILES = {"conv1d": "linear"}
+"""Names that are not their files' own."""
+
+
 def structure_class(name: str) -> type[nn.Module]:
-    """Return the class behind a structure's name.
+    """Return the class behind a structure's name: in a file beside this one, or a plug-in.
 
     Raises:
         ValueError: if no structure has that name.
         ModuleNotFoundError: if the structure's own imports fail.
     """
+    package = __name__.rpartition(".")[0]
     # The name comes from recipes and checkpoints: only a plain word may reach the importer.
     if re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        file = f"{package}.{_FILES.get(name, name)}"
         try:
-            module = importlib.import_module(f".{name}", __package__)
+            module = importlib.import_module(file)
         except ModuleNotFoundError as error:
-            if error.name != f"{__package__}.{name}":
+            if error.name != file:
                 raise
         else:
             for value in vars(module).values():
                 if isinstance(value, type) and value.__dict__.get("name") == name:
                     return value
-    raise ValueError(f"structure {name!r} is not known")
+    # The installed package also knows plug-ins; its copy inside a checkpoint knows its own files.
+    plug_in = getattr(sys.modules[package], "plug_in", None)
+    found: type[nn.Module] | None = plug_in(name) if plug_in else None
+    if found is None:
+        raise ValueError(f"structure {name!r} is not known")
+    return found
 
 
 def build(
@@ -155,5 +273,5 @@ def build(
     cls = structure_class(str(options.pop("structure", "")))
     try:
         return cls(**options, device=device, dtype=dtype)
-    except TypeError as error:
+    except (TypeError, OptionError) as error:
         raise ValueError(f"structure {spec['structure']!r}: {error}") from error

@@ -15,7 +15,8 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from llmslim.errors import RecipeError
 
-from .schema import Recipe, Section, key_text
+from .rule import Rule, Section, rule_class
+from .schema import Recipe, key_text
 
 MAX_BYTES = 1 << 20
 """A recipe is a page of text; anything larger is a mistake or an attack."""
@@ -178,7 +179,7 @@ def _validate(data: dict[Any, Any], file: str, lines: Lines) -> Recipe:
         for problem in error.errors():
             path = _yaml_path(problem["loc"], data)
             # Unions report once per branch; the first sentence per key is enough.
-            found.setdefault(path, f"{locator.where(*path)}: {_sentence(problem, path)}")
+            found.setdefault(path, f"{locator.where(*path)}: {_sentence(problem, path, data)}")
         raise RecipeError(list(found.values())) from error
     recipe._file, recipe._lines = file, lines
     return recipe
@@ -197,9 +198,9 @@ def _yaml_path(loc: tuple[str | int, ...], data: Any) -> Path_:
     return tuple(path)
 
 
-def _sentence(problem: Any, path: Path_) -> str:
+def _sentence(problem: Any, path: Path_, data: Any) -> str:
     if problem["type"] == "extra_forbidden":
-        keys = _keys_at(path[:-1])
+        keys = _keys_at(path[:-1], data)
         close = _nearest(str(path[-1]), keys)
         return f"unknown key; allowed {', '.join(keys)}.{close}"
     message = str(problem["msg"]).removeprefix("Value error, ")
@@ -209,13 +210,16 @@ def _sentence(problem: Any, path: Path_) -> str:
     return f"{shown}{message[0].lower()}{message[1:]}{end}"
 
 
-def _keys_at(path: Path_) -> list[str]:
+def _keys_at(path: Path_, data: Any) -> list[str]:
     """Return the keys that the schema allows at a place in a recipe."""
     section: Any = Recipe
     for part in path:
+        data = data[part]
         if isinstance(part, str):
             annotation = section.model_fields[part].annotation
             section = next(_sections(annotation), section)
+    if section is Rule:
+        section = rule_class(data.get("structure"))
     return list(section.model_fields)
 
 

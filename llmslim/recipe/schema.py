@@ -8,70 +8,15 @@ trained on.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    WithJsonSchema,
-    model_validator,
-)
+from pydantic import Field, PrivateAttr, SerializeAsAny, model_validator
 
 from llmslim.errors import RecipeError
 
-from .roles import ROLES, known_role, plays
-
-
-def _read_fraction(value: Any) -> Any:
-    """Let a ratio be written as people say it: `1/3`."""
-    # Nothing longer and no exponents: Fraction("1e999999999") would write out all its digits.
-    if isinstance(value, str) and re.fullmatch(
-        r" *\d{1,18} */ *0*[1-9]\d{0,17} *", value, re.ASCII
-    ):
-        return float(Fraction(value.replace(" ", "")))
-    return value
-
-
-Ratio = Annotated[
-    float,
-    BeforeValidator(_read_fraction),
-    Field(gt=0, le=1, json_schema_extra={"anyOf": [{"type": "number"}, {"pattern": r"^\d+/\d+$"}]}),
-]
-Count = Annotated[int, Field(ge=1, le=1 << 53, strict=True)]
-Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
-
-_NAMES = {"type": "string", "enum": [*ROLES]}
-Role = Annotated[str, AfterValidator(known_role)]
-
-
-def _as_list(value: Any) -> Any:
-    if not isinstance(value, str | list | tuple):
-        raise ValueError("a role, or a list of roles")
-    return [value] if isinstance(value, str) else value
-
-
-Roles = Annotated[
-    tuple[Role, ...],
-    BeforeValidator(_as_list),
-    Field(min_length=1),
-    WithJsonSchema({"anyOf": [_NAMES, {"type": "array", "items": _NAMES, "minItems": 1}]}),
-]
-
-
-class Section(BaseModel):
-    """A part of a recipe: frozen, and closed to unknown keys."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
+from .rule import Count, Name, Ratio, Rule, Section
 
 
 class Depth(Section):
@@ -88,67 +33,6 @@ class Width(Section):
 
     intermediate_size: Count
     """Neurons of every MLP. More than before: neurons are duplicated, the function stays the same. Fewer: the least important go."""
-
-
-class Rule(Section):
-    """What happens to the projections it matches; the first rule that matches wins."""
-
-    match: str | Annotated[list[str], Field(min_length=1)] | None = None
-    """A glob, or several, on dotted module names; `*` also matches dots: `*.mlp.*`."""
-    role: Roles | None = None
-    """What a projection is in its decoder layer, or several such: `mlp`, `attention.q`; with `match`, both must hold."""
-    keep: Literal[True] | None = None
-    """Leave these projections as they are."""
-    structure: Name | None = None
-    """What they become: grouped_pointwise, low_rank, pivoted_low_rank, grouped_low_rank, block_shuffle; `width`, fewer neurons for a whole MLP; or `auto`, chosen by measurement within the recipe's `budget`."""
-    neurons: Ratio | None = None
-    """Any structure, on all projections of an MLP: share of the neurons that stay before the projections are replaced; `keep_ratio` remains the share of the original weights."""
-    groups: Count | None = None
-    """Grouped structures: number of groups; must divide both sizes."""
-    min_channels_per_group: Count | None = None
-    """Grouped structures: as many groups as leave each this many input channels (the report uses 256)."""
-    keep_ratio: Ratio | None = None
-    """Any structure: share of the dense weights to keep, as 0.5 or 1/3; picks groups or rank just below it."""
-    rank: Count | None = None
-    """low_rank, pivoted_low_rank, grouped_low_rank: inner size."""
-    blocks: Count | None = None
-    """block_shuffle: number of blocks; must divide both sizes."""
-    inner_features: Count | None = None
-    """block_shuffle: channels between its two maps; a multiple of the blocks."""
-    variant: Literal["io", "residual"] | None = None
-    """grouped_pointwise: `io` (two branches side by side, the kphi-3 block) or `residual` (serial, with a skip)."""
-    activation: Name | None = None
-    """grouped_pointwise, residual only: an activation inside the block."""
-    channel_order: Literal["fixed", "learned"] | None = None
-    """Grouped structures, io only: `learned` also fits which input channels each group sees."""
-    init: Name | None = None
-    """How these blocks get their weights; the recipe's `init` where not given."""
-
-    @property
-    def globs(self) -> tuple[str, ...]:
-        """The rule's globs, always as a tuple; all names where it gives none."""
-        if self.match is None:
-            return ("*",)
-        return (self.match,) if isinstance(self.match, str) else tuple(self.match)
-
-    def is_for(self, role: str) -> bool:
-        """Return whether the rule concerns projections of a role; any, where it names none."""
-        return self.role is None or any(plays(role, wanted) for wanted in self.role)
-
-    def options(self) -> dict[str, Any]:
-        """Return the structure's options that were given."""
-        fixed = {"match", "role", "keep", "structure", "neurons", "init"}
-        return self.model_dump(exclude=fixed, exclude_none=True)
-
-    @model_validator(mode="after")
-    def _one_outcome(self) -> Rule:
-        if self.role is None and self.match is None:
-            raise ValueError("a rule says which projections by `match`, by `role` or by both")
-        if (self.keep is None) == (self.structure is None):
-            raise ValueError("a rule says either `keep: true` or a `structure`")
-        if self.keep and (self.options() or self.init or self.neurons):
-            raise ValueError("a rule with `keep: true` takes no other key than `match` and `role`")
-        return self
 
 
 class Refine(Section):
@@ -264,8 +148,8 @@ class Recipe(Section):
 
     Example:
         >>> rule = {"match": "*.mlp.*", "structure": "low_rank", "keep_ratio": "1/3"}
-        >>> Recipe(name="third", replace=[rule]).replace[0].keep_ratio
-        0.3333333333333333
+        >>> Recipe(name="third", replace=[rule]).replace[0].options()
+        {'keep_ratio': 0.3333333333333333}
     """
 
     name: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^/\\\x00-\x1f\x7f]+$")]
@@ -276,7 +160,7 @@ class Recipe(Section):
     """Where the recipe comes from."""
     depth: Depth | None = None
     width: Width | None = None
-    replace: tuple[Rule, ...] = ()
+    replace: tuple[SerializeAsAny[Rule], ...] = ()
     """Rules, tried in this order on every projection."""
     budget: Ratio | None = None
     """For rules with `structure: auto`: share of the weights of all projections they match that stays."""
@@ -317,8 +201,8 @@ class Recipe(Section):
                 once, each with file, line and key.
 
         Example:
-            >>> Recipe.load("kphi3").replace[0].min_channels_per_group
-            256
+            >>> Recipe.load("kphi3").replace[0].options()
+            {'min_channels_per_group': 256, 'variant': 'io'}
         """
         from .load import load_recipe  # the reader builds on this schema
 

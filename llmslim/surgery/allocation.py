@@ -5,7 +5,8 @@ tried on calibration text, one unit at a time in the dense model; a unit is a wh
 projection that belongs to none.
 
 - Its candidates are fitted, and their error is measured on tokens the fit has not seen: an MLP
-  with fewer neurons, a projection with a lower rank (pivoted), in sizes of a sixteenth.
+  with fewer neurons, a projection as each structure that asks for it (`for_auto`; of the built-in
+  ones a lower rank, pivoted), in sizes of a sixteenth.
 - What the unit means to the model is measured too: the candidate nearest to the budget is put in
   place, and the divergence of the model's predictions from the dense ones is taken on such
   text. Other sizes are taken to cost in proportion to their errors.
@@ -14,9 +15,9 @@ projection that belongs to none.
 
 The answer is a recipe without `auto`: it can be read, edited, and used again without measuring.
 
-Left out: how the units' errors act on each other, which only fitting all would tell, and other
-structures. Of those measured alone (docs/benchmarks.md) only a grouped block with a learned order
-ever won, at down projections of whole MLPs, where losing neurons is better still.
+Left out: how the units' errors act on each other, which only fitting all would tell, and the other
+built-in structures. Of those measured alone (docs/benchmarks.md) only a grouped block with a
+learned order ever won, at down projections of whole MLPs, where losing neurons is better still.
 
 Shapes: N windows of L tokens, T = tokens, O = out_features, I = in_features, V = vocabulary.
 """
@@ -26,7 +27,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -36,9 +37,11 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
 from llmslim.errors import RecipeError
-from llmslim.init import low_rank_factors, output_power, wide
+from llmslim.init import fit_sizes, output_power, wide
 from llmslim.modeling.pivoted_low_rank import PivotedLowRank
 from llmslim.modeling.sizes import StaysDense, exact_ratio
+from llmslim.modeling.structured import StructuredLinear
+from llmslim.plugins import STRUCTURES
 from llmslim.progress import Progress, quietly
 from llmslim.recipe import Recipe, rules_by_name
 from llmslim.surgery.calibration import TokenWindows
@@ -86,6 +89,8 @@ class Candidate:
     weights: int
     loss: float
     """Divergence of the model's predictions that it causes, in nats per token."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of the structure, as a recipe gives them."""
 
 
 @dataclass(frozen=True)
@@ -104,16 +109,9 @@ class _Unit:
         return (*self.ups, self.name)
 
 
-@dataclass
-class _Fits:
-    """One structure at one unit."""
-
-    structure: str
-    errors: dict[float, float] = field(default_factory=dict)
-    """Squared error of each share on held-out tokens."""
-    weights: dict[float, int] = field(default_factory=dict)
-    probe: Mapping[str, Tensor] = field(default_factory=dict)
-    """Dense equivalents at the share that is probed, by name."""
+_Fits = tuple[list[Candidate], Tensor | None]
+"""One structure in several sizes, with errors on held-out tokens in the place of losses, and the
+dense equivalent of the first one."""
 
 
 @torch.no_grad()
@@ -228,6 +226,7 @@ class _Measurement:
     ) -> None:
         assert recipe.budget is not None
         self.model, self.units, self.budget = model, units, recipe.budget
+        self.structures: list[Any] = [STRUCTURES.get(name) for name in STRUCTURES.names()]
         self.stack: Any = model.get_submodule(find_layers(model).path)
         length = calibration.windows.shape[1]
         fit = calibration.windows[: max(1, FIT_TOKENS // length)]
@@ -256,9 +255,9 @@ class _Measurement:
             here = by_layer[index]
             moments, after = self._walk(index, layer, here)
             for unit in here:
-                fit = self._narrowed if unit.ups else self._low_rank
                 seen = moments.get(unit.name)  # None where no forward pass calls it: it stays
-                found[unit] = self._candidates(unit, fit(unit, seen)) if seen else []
+                fits = self._fits(unit, seen) if seen else ()
+                found[unit] = [each for fit in fits for each in self._with_losses(unit, *fit)]
                 dense = sum(self._dense(name).numel() for name in unit.sites)
                 found[unit].append(Candidate(None, 1.0, dense, 0.0))
                 progress(len(found), len(self.units), f"measuring {unit.name}")
@@ -298,6 +297,14 @@ class _Measurement:
                 moments[name] = known
         return moments, after
 
+    def _fits(self, unit: _Unit, moments: Moments) -> Iterator[_Fits]:
+        """Yield what a unit can become: of an MLP only narrower ones are tried."""
+        if unit.ups:
+            yield self._narrowed(unit, moments)
+        else:
+            for cls in self.structures:
+                yield self._structured(unit, moments, cls)
+
     def _narrowed(self, unit: _Unit, moments: Moments) -> _Fits:
         """Fit an MLP with fewer neurons, in every size."""
         weight_OM = wide(self._dense(unit.name))
@@ -310,48 +317,57 @@ class _Measurement:
         dense_OM = weight_OM.double()
         cross_OM = dense_OM @ held_MM
         power = float((cross_OM * dense_OM).sum())
-        fits = _Fits(WIDTH)
+        fits = []
         for share, width in widths.items():
             kept_K, weight_OK = narrowed[width]
             explained = 2 * float((cross_OM[:, kept_K] * weight_OK).sum())
             explained -= output_power(weight_OK, held_MM[kept_K][:, kept_K])
-            fits.errors[share] = max(0.0, power - explained)
-            fits.weights[share] = per_neuron * width
-            fits.probe = fits.probe or {unit.name: narrowed[width].whole(neurons)}
-        return fits
+            error, options = max(0.0, power - explained), {"keep_ratio": share}
+            fits.append(Candidate(WIDTH, share, per_neuron * width, error, options))
+        return fits, narrowed[next(iter(widths.values()))].whole(neurons)
 
-    def _low_rank(self, unit: _Unit, moments: Moments) -> _Fits:
-        """Fit one projection with a lower rank, in every size."""
-        weight_OI = self._dense(unit.name).double()
-        sizes = (weight_OI.shape[1], weight_OI.shape[0])
-        u_OR, v_RI = low_rank_factors(weight_OI, moments.fit.gram_II, min(sizes))
-        fits = _Fits(PivotedLowRank.name)
+    def _structured(self, unit: _Unit, moments: Moments, cls: type[StructuredLinear]) -> _Fits:
+        """Fit one projection as a structure, in every size that it offers."""
+        weight_OI = self._dense(unit.name)
+        out_features, in_features = weight_OI.shape
+        tried: list[tuple[float, dict[str, Any], StructuredLinear]] = []
         for share in self._shares():
+            options = cls.for_auto(in_features, out_features, share)
+            if options is None:
+                continue
             try:
-                rank = PivotedLowRank.resolve(*sizes, keep_ratio=share)["rank"]
+                cls.resolve(in_features, out_features, cls.read_options(options))
             except StaysDense:
                 continue
-            low_OI = u_OR[:, :rank] @ v_RI[:rank]
-            fits.errors[share] = output_power(low_OI - weight_OI, moments.held_out.gram_II)
-            fits.weights[share] = PivotedLowRank.count_weights(*sizes, rank=rank)
-            fits.probe = fits.probe or {unit.name: low_OI}
-        return fits
+            kind: Any = {"device": "meta", "dtype": torch.float64, **options}
+            tried.append((share, options, cls(in_features, out_features, **kind)))
+        if not tried:
+            return [], None
+        weight_OI = weight_OI.double()
+        fitted = fit_sizes([block for *_, block in tried], weight_OI, moments.fit.gram_II)
+        fits: list[Candidate] = []
+        probe: Tensor | None = None
+        for (share, options, block), block_OI in zip(tried, fitted, strict=True):
+            error = output_power(block_OI - weight_OI, moments.held_out.gram_II)
+            weights = sum(parameter.numel() for parameter in block.parameters())
+            fits.append(Candidate(cls.name, share, weights, error, options))
+            probe = block_OI if probe is None else probe
+        return fits, probe
 
     def _shares(self) -> list[float]:
         """Return the sizes to try, the one nearest to the budget first: it is probed."""
         shares = [n / _STEPS for n in range(1, _STEPS)]
         return sorted(shares, key=lambda share: abs(share - self.budget))
 
-    def _candidates(self, unit: _Unit, fits: _Fits) -> list[Candidate]:
-        if not fits.errors:
+    def _with_losses(
+        self, unit: _Unit, fits: list[Candidate], probe: Tensor | None
+    ) -> list[Candidate]:
+        """Return candidates with losses in proportion to their errors."""
+        if probe is None:
             return []
-        reference = next(iter(fits.errors.values()))
-        loss = self._divergence(unit.layer, fits.probe)
-        per_error = loss / reference if reference > 0 else 0.0
-        return [
-            Candidate(fits.structure, share, fits.weights[share], error * per_error)
-            for share, error in fits.errors.items()
-        ]
+        loss = self._divergence(unit.layer, {unit.name: probe})
+        per_error = loss / fits[0].loss if fits[0].loss > 0 else 0.0
+        return [replace(each, loss=each.loss * per_error) for each in fits]
 
     def _divergence(self, layer: int, weights: Mapping[str, Tensor]) -> float:
         """Return the mean divergence of predictions with other weights put in place, in nats."""
@@ -405,11 +421,10 @@ def _concrete(
 
     Experts are not measured; each keeps the budget's share.
     """
-    outcomes: dict[int, dict[tuple[str | None, float], list[str]]] = defaultdict(
-        lambda: defaultdict(list)
-    )
+    alike: dict[tuple[Any, ...], tuple[Candidate, list[str]]] = {}
     for unit, pick in zip(units, chosen, strict=True):
-        outcomes[unit.rule][pick.structure, pick.share] += unit.sites
+        key = (unit.rule, pick.share, pick.structure or "", repr(pick.options))
+        alike.setdefault(key, (pick, []))[1].extend(unit.sites)
     data = recipe.model_dump(mode="json", exclude_unset=True, exclude={"budget", "replace"})
     rules: list[dict[str, Any]] = []
     for index, rule in enumerate(recipe.replace):
@@ -420,15 +435,10 @@ def _concrete(
         if names := [name for name, rule_index in experts.items() if rule_index == index]:
             same = {"structure": PivotedLowRank.name, "keep_ratio": recipe.budget}
             rules.append({"match": names, **same, "init": method})
-        for (structure, share), names in sorted(outcomes[index].items(), key=_by_share):
-            if structure is None:
+        for _, (pick, names) in sorted(item for item in alike.items() if item[0][0] == index):
+            if pick.structure is None:
                 rules.append({"match": names, "keep": True})
             else:
-                fitted = {"structure": structure, "keep_ratio": share, "init": method}
+                fitted = {"structure": pick.structure, **pick.options, "init": method}
                 rules.append({"match": names, **fitted})
     return Recipe.of({**data, "replace": rules})
-
-
-def _by_share(item: tuple[tuple[str | None, float], list[str]]) -> tuple[float, str]:
-    (structure, share), _ = item
-    return share, structure or ""

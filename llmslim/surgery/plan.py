@@ -17,13 +17,13 @@ import torch
 from torch import nn
 
 from llmslim.errors import SizeError, SlimError, TargetError, raise_together
-from llmslim.init import method_named
+from llmslim.init import method_named, method_names
 from llmslim.modeling.base_class import auto_class_of
 from llmslim.modeling.experts import Experts
 from llmslim.modeling.modeling_llmslim import other_names
 from llmslim.modeling.pivoted_low_rank import PivotedLowRank
-from llmslim.modeling.sizes import StaysDense, exact_ratio
-from llmslim.modeling.structured import StructuredLinear, structure_class
+from llmslim.modeling.sizes import OptionError, StaysDense, exact_ratio
+from llmslim.modeling.structured import StructuredLinear, option_values, structure_class
 from llmslim.recipe import Recipe, rules_by_name
 from llmslim.surgery.depth import DepthPlan, check_independent, kept_layers, plan_depth
 from llmslim.surgery.finalise import check_described
@@ -33,7 +33,7 @@ from llmslim.surgery.planned import Plan as Plan
 from llmslim.surgery.planned import SitePlan as SitePlan
 from llmslim.surgery.report import Row
 from llmslim.surgery.roles import find_roles
-from llmslim.surgery.rules import AUTO, WIDTH, check_rules, init_of, method_exists
+from llmslim.surgery.rules import AUTO, WIDTH, check_rules, init_of
 from llmslim.surgery.sites import (
     Layers,
     Site,
@@ -87,8 +87,8 @@ class _Planner:
         self.changes: dict[str, Any] = {}
         self.widths = Widths()
         self.planned: list[SitePlan] = []
-        # One sentence per rule and cause, with every site it concerns.
-        self.wrong: dict[tuple[int, str], list[str]] = defaultdict(list)
+        # One sentence per rule, key and cause, with every site it concerns.
+        self.wrong: dict[tuple[int, str, str], list[str]] = defaultdict(list)
 
     def plan(self) -> Plan:
         recipe = self.recipe
@@ -106,8 +106,8 @@ class _Planner:
                 "measured on calibration text first."
             )
         rows = tuple(self._rows())
-        for (index, cause), names in self.wrong.items():
-            where = recipe.where("replace", index, *self._guilty_option(index, cause))
+        for (index, key, cause), names in self.wrong.items():
+            where = recipe.where("replace", index, *([key] if key else []))
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             self.errors.append(SizeError(f"{where}: {names[0]}{more}: {cause}."))
         raise_together(self.errors)
@@ -155,9 +155,14 @@ class _Planner:
             sites=self.sites,
             stays=lambda index: self.keep is None or index in self.keep,
             init=self.init,
-            wrong=self.wrong,
         )
         self.changes |= self.widths.changes
+        for index, error, name in self.widths.problems:
+            self._refuse(index, error, name)
+
+    def _refuse(self, index: int, error: ValueError, name: str) -> None:
+        """Note what is wrong with a rule for one site; only some errors know the option's key."""
+        self.wrong[index, getattr(error, "key", ""), str(error)].append(name)
 
     def _rows(self) -> Iterator[Row]:
         flops: dict[str, int] = {}
@@ -187,7 +192,14 @@ class _Planner:
         rule = self.recipe.replace[index]
         if rule.keep:
             return replace(row, reason=row.reason or f"replace[{index}] keeps it")
-        return self._replace(replace(entry, row=row), entry.site, index)
+        try:
+            return self._replace(replace(entry, row=row), entry.site, index)
+        except StaysDense as reason:
+            kept = f"stays dense: {reason}"
+            return replace(row, reason=f"{row.reason}; {kept}" if row.reason else kept)
+        except ValueError as error:  # an OptionError, or what a plug-in raises
+            self._refuse(index, error, row.name)
+            return row
 
     def _without_effect(self, rows: Sequence[Row]) -> Iterator[str]:
         """Yield a sentence for every rule that replaces nothing of what it matches."""
@@ -219,45 +231,24 @@ class _Planner:
         return replace(self._with_weights(entry, site, sizes[0] * sizes[1]), reason=reason)
 
     def _replace(self, entry: Entry, site: Site, index: int) -> Row:
+        """Plan the block that takes a site's place, and return its row.
+
+        Raises:
+            StaysDense: if nothing would be gained.
+            ValueError: if the rule is wrong for the site.
+        """
         row, rule = entry.row, self.recipe.replace[index]
-        structure, options = rule.structure, rule.options()
-        assert structure is not None
         narrower = any(site.name in plan.sites for plan in self.widths.mlps)
-        if structure == WIDTH or (structure == AUTO and narrower):
+        if rule.structure == WIDTH or (rule.structure == AUTO and narrower):
             return self._narrowed(row, site, index)
-        if structure == AUTO:
-            structure, options = PivotedLowRank.name, {"keep_ratio": self.recipe.budget}
-        if rule.neurons is not None and not narrower and rule.neurons < 1:
-            self.wrong[index, f"neurons is for {_an_mlp(site, row.role)}"].append(site.name)
-            return row
-        if rule.neurons is not None and rule.keep_ratio is not None:
-            if rule.keep_ratio > rule.neurons:
-                cause = "keep_ratio is of the original weights, so at most what neurons leaves"
-                self.wrong[index, cause].append(site.name)
-                return row
-            rest = exact_ratio(rule.keep_ratio) / exact_ratio(rule.neurons)
-            options["keep_ratio"] = float(rest)
-        try:
-            cls = structure_class(structure)
-        except ValueError:
-            return row  # told once by check_rules
-        if not issubclass(cls, StructuredLinear):
-            return row
-        options = {key: value for key, value in options.items() if key in cls.option_names}
-        in_features, out_features = self._sizes(site)
-        try:
-            resolved = cls.resolve(in_features, out_features, **options)
-        except StaysDense as reason:
-            kept = f"stays dense: {reason}"
-            return replace(row, reason=f"{row.reason}; {kept}" if row.reason else kept)
-        except ValueError as error:
-            self.wrong[index, str(error)].append(site.name)
-            return row
-        init = self._method(site, index)
-        if resolved.get("activation") and not init.startswith("random"):
-            self.wrong[index, f"init {init} needs a linear block; use random"].append(site.name)
+        cls, options = self._block(site, row.role, index, narrower=narrower)
+        in_features, out_features = sizes = self._sizes(site)
+        explicit = cls.resolve(*sizes, cls.read_options(options))
+        weights = cls.count_weights(*sizes, explicit)
+        init = self._method(site, index, linear=cls.is_linear(explicit))
+        resolved = option_values(explicit)
         spec = {
-            "structure": structure,
+            "structure": cls.name,
             "in_features": in_features,
             "out_features": out_features,
             "bias": site.bias,
@@ -265,37 +256,67 @@ class _Planner:
         }
         self.planned.append(SitePlan(site.name, site.name, _stacked(spec, site), init))
         self.widths.resized.pop(site.name, None)
-        weights = cls.count_weights(in_features, out_features, **resolved)
         row = self._with_weights(entry, site, weights)
         if site.experts:
             resolved = {"experts": site.experts, **resolved}
-        return replace(row, action="replaced", structure=structure, options=resolved)
+        return replace(row, action="replaced", structure=cls.name, options=resolved)
 
-    def _method(self, site: Site, index: int) -> str:
-        """Return the name of the method that fills a site's block."""
+    def _block(
+        self, site: Site, role: str, index: int, *, narrower: bool
+    ) -> tuple[type[StructuredLinear], dict[str, Any]]:
+        """Return the structure that a rule names, and its options for a site.
+
+        Raises:
+            OptionError: if the share of the neurons does not go with them.
+        """
+        rule = self.recipe.replace[index]
+        if rule.structure == AUTO:
+            return PivotedLowRank, {"keep_ratio": self.recipe.budget}
+        cls: Any = structure_class(str(rule.structure))
+        options = rule.options()
+        if rule.neurons is not None and not narrower and rule.neurons < 1:
+            raise OptionError("neurons", f"neurons is for {_an_mlp(site, role)}")
+        keep_ratio = options.get("keep_ratio")
+        if rule.neurons is not None and keep_ratio is not None:
+            if keep_ratio > rule.neurons:
+                cause = "keep_ratio is of the original weights, so at most what neurons leaves"
+                raise OptionError("keep_ratio", cause)
+            options["keep_ratio"] = float(exact_ratio(keep_ratio) / exact_ratio(rule.neurons))
+        return cls, options
+
+    def _method(self, site: Site, index: int, *, linear: bool) -> str:
+        """Return the name of the method that fills a site's block.
+
+        Raises:
+            OptionError: if it cannot fill this one.
+        """
         init = init_of(self.recipe, index, self.init)
-        if not method_exists(init) or not method_named(init).needs_gram:
-            return init
-        if self._decoder is None or self._decoder.index_of(site.name) is None:
-            cause = f"init {init} works inside decoder layers; give this projection init: project"
-            self.wrong[index, cause].append(site.name)
+        if init not in method_names():
+            return init  # `check_rules` has found that
+        method = method_named(init)
+        if method.fits and not linear:
+            raise OptionError("init", f"init {init} needs a linear block; use random")
+        inside = self._decoder is not None and self._decoder.index_of(site.name) is not None
+        if method.needs_gram and not inside:
+            raise OptionError(
+                "init",
+                f"init {init} works inside decoder layers; give this projection init: project",
+            )
         return init
 
     def _narrowed(self, row: Row, site: Site, index: int) -> Row:
-        """Return the row of a projection whose MLP gets fewer neurons."""
+        """Return the row of a projection whose MLP gets fewer neurons.
+
+        Raises:
+            OptionError: if it is part of no such MLP.
+        """
         plan = next((plan for plan in self.widths.mlps if site.name in plan.sites), None)
-        if plan is None:
-            if self.recipe.replace[index].keep_ratio is None:
-                cause = "structure width takes keep_ratio, the share of neurons to keep"
-            elif self.recipe.replace[index].keep_ratio == 1:
-                return row
-            else:
-                cause = f"structure width is for {_an_mlp(site, row.role)}"
-            self.wrong[index, cause].append(site.name)
+        if plan is not None:
+            options = {"neurons": plan.width}
+            return replace(row, action="replaced", structure=WIDTH, options=options, reason="")
+        if self.recipe.replace[index].options()["keep_ratio"] == 1:
             return row
-        return replace(
-            row, action="replaced", structure=WIDTH, options={"neurons": plan.width}, reason=""
-        )
+        raise OptionError("structure", f"structure width is for {_an_mlp(site, row.role)}")
 
     def _with_weights(self, entry: Entry, site: Site, weights: int) -> Row:
         """Return the row with another number of weights, for each expert where it has some."""
@@ -307,12 +328,6 @@ class _Planner:
             bytes_after=count * entry.element_size,
             flops_per_token_after=2 * weights * active_experts(self.model.config, site),
         )
-
-    def _guilty_option(self, index: int, cause: str) -> tuple[str, ...]:
-        """Return the rule's key that a sentence about sizes starts with, if any."""
-        rule = self.recipe.replace[index]
-        first = cause.partition(" ")[0]
-        return (first,) if first in (*rule.options(), "init") else ()
 
 
 def _an_mlp(site: Site, role: str) -> str:

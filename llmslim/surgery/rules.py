@@ -1,17 +1,13 @@
-"""Check each rule of a recipe by itself: its structure, its options, its method, its matches."""
+"""Check each rule of a recipe by itself: its method, and what it matches."""
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from llmslim.errors import RecipeError, SlimError, TargetError
-from llmslim.init import method_named, method_names
-from llmslim.modeling import structured
-from llmslim.modeling.structured import StructuredLinear, structure_class
+from llmslim.init import method_named
 from llmslim.recipe import ROLES, Recipe, close_names, rules_by_name
 
 WIDTH = "width"
@@ -44,11 +40,6 @@ def init_of(recipe: Recipe, index: int, init: str | None) -> str:
     return init or rule.init or ("least_squares" if measured else recipe.init)
 
 
-def method_exists(name: str) -> bool:
-    """Return whether a method of that name exists; `check_rules` has told if not."""
-    return name in method_names()
-
-
 def check_rules(recipe: Recipe, roles: Mapping[str, str], model: str, init: str | None) -> Findings:
     """Check every rule against the projections it could match.
 
@@ -68,7 +59,9 @@ def check_rules(recipe: Recipe, roles: Mapping[str, str], model: str, init: str 
             _explain_no_match(recipe, index, roles, model, found)
         if rule.structure is not None:
             _check_init(recipe, index, init, found)
-            _check_options(recipe, index, rule.structure, found)
+        if rule.structure in (WIDTH, AUTO) and rule.neurons is not None:
+            sentence = f"not an option of {rule.structure}, which sets the neurons itself."
+            found.errors.append(recipe.problem(("replace", index, "neurons"), sentence))
     return found
 
 
@@ -82,38 +75,6 @@ def _check_init(recipe: Recipe, index: int, init: str | None, found: Findings) -
         told = RecipeError(f"{'--init' if init else where}: {error}")
         if str(told) not in map(str, found.errors):
             found.errors.append(told)
-
-
-def _check_options(recipe: Recipe, index: int, structure: str, found: Findings) -> None:
-    """Refuse a structure that does not exist, and options that belong to another one."""
-    where = ("replace", index, "structure")
-    if structure in (WIDTH, AUTO):
-        names = ("keep_ratio",) if structure == WIDTH else ()
-        _check_option_names(recipe, index, structure, names, found)
-        if recipe.replace[index].neurons is not None:
-            sentence = f"not an option of {structure}, which sets the neurons itself."
-            found.errors.append(recipe.problem(("replace", index, "neurons"), sentence))
-        return
-    try:
-        cls = structure_class(structure)
-    except ValueError as error:
-        found.errors.append(recipe.problem(where, f"{error}.{_did_you_mean(structure)}"))
-        return
-    if not issubclass(cls, StructuredLinear):
-        sentence = f"structure {structure!r} is not for recipes.{_did_you_mean(structure)}"
-        found.errors.append(recipe.problem(where, sentence))
-        return
-    _check_option_names(recipe, index, structure, cls.option_names, found)
-
-
-def _check_option_names(
-    recipe: Recipe, index: int, structure: str, names: tuple[str, ...], found: Findings
-) -> None:
-    for option in recipe.replace[index].options():
-        if option not in names:
-            allowed = f"allowed {', '.join(names)}" if names else "it takes none"
-            sentence = f"not an option of {structure}; {allowed}."
-            found.errors.append(recipe.problem(("replace", index, option), sentence))
 
 
 def _explain_no_match(
@@ -148,17 +109,3 @@ def _explain_no_match(
     found.errors.append(
         TargetError(f"{where}: {given} matches no projection of {model}{of_role}; {told}.")
     )
-
-
-def _did_you_mean(structure: str) -> str:
-    files = Path(structured.__file__).parent.glob("[a-z]*.py")
-    known = sorted([AUTO, WIDTH, *(path.stem for path in files if _for_recipes(path.stem))])
-    close = difflib.get_close_matches(structure, known, n=1)
-    return f" Did you mean {close[0]}?" if close else f" Known are {', '.join(known)}."
-
-
-def _for_recipes(name: str) -> bool:
-    try:
-        return issubclass(structure_class(name), StructuredLinear)
-    except ValueError:
-        return False

@@ -15,15 +15,12 @@ from typing import Any
 from transformers.pytorch_utils import Conv1D
 
 from llmslim.errors import TargetError
-from llmslim.modeling.sizes import exact_ratio
+from llmslim.modeling.sizes import OptionError, exact_ratio
 from llmslim.recipe import Recipe, Rule
 from llmslim.surgery.planned import MlpPlan
 from llmslim.surgery.rules import AUTO, WIDTH, init_of
 from llmslim.surgery.sites import Layers, Mlp, Site, find_mlps
 from llmslim.surgery.width import following_width, width_field
-
-Wrong = dict[tuple[int, str], list[str]]
-"""Names of the sites that one sentence about one rule concerns."""
 
 
 @dataclass
@@ -38,6 +35,8 @@ class Widths:
     """Fields of the text config that change."""
     resized: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Specs of projections that the config alone cannot express."""
+    problems: list[tuple[int, OptionError, str]] = field(default_factory=list)
+    """What is wrong with single rules: the rule's index, the error, and the projection's name."""
 
 
 def plan_widths(
@@ -49,7 +48,6 @@ def plan_widths(
     sites: Mapping[str, Site],
     stays: Callable[[int | None], bool],
     init: str | None,
-    wrong: Wrong,
 ) -> Widths:
     """Note every MLP that changes its width, by the section `width` or by a rule.
 
@@ -61,7 +59,6 @@ def plan_widths(
         sites: its dense maps by name.
         stays: whether a decoder layer stays.
         init: a method that takes the place of the recipe's.
-        wrong: takes up what is wrong with single rules.
 
     Raises:
         TargetError: if the section `width` finds no MLP.
@@ -74,7 +71,16 @@ def plan_widths(
             f"{type(model).__name__} whose sizes fit each other and whose neurons nothing else "
             "depends on. Leave `width` out."
         )
-    wanted = _wanted(found, recipe, rule_of, init, wrong)
+    wanted = []
+    for mlp in found:
+        index = rule_of.get(mlp.down)
+        try:
+            each = _planned(mlp, recipe, index, rule_of, init)
+        except OptionError as error:
+            assert index is not None
+            plan.problems.append((index, error, mlp.down))
+        else:
+            wanted += [] if each is None else [each]
     plan.mlps = [each for each in wanted if each.width != each.mlp.width]
     for each in plan.mlps:
         mlp, hidden = each.mlp, sites[each.mlp.down].out_features
@@ -107,35 +113,31 @@ def narrows(rule: Rule) -> bool:
     return rule.structure in (WIDTH, AUTO) or rule.neurons is not None
 
 
-def _wanted(
-    mlps: list[Mlp],
-    recipe: Recipe,
-    rule_of: Mapping[str, int],
-    init: str | None,
-    wrong: Wrong,
-) -> list[MlpPlan]:
-    """Return every MLP that is given a width, with it."""
-    planned = []
-    for mlp in mlps:
-        index = rule_of.get(mlp.down)
-        rule = None if index is None else recipe.replace[index]
-        if rule is None or index is None or not narrows(rule):
-            if recipe.width is not None:
-                width = recipe.width.intermediate_size
-                planned.append(MlpPlan(mlp, width, init or recipe.init))
-        elif recipe.width is not None:
-            wrong[index, "the section `width` sets the width already"].append(mlp.down)
-        elif {rule_of.get(up) for up in mlp.up} != {index}:
-            if rule.structure != AUTO:
-                cause = f"the rule must match all of {', '.join((*mlp.up, mlp.down))}"
-                wrong[index, cause].append(mlp.down)
-        elif share := _share_of_neurons(recipe, rule):
-            width = max(1, int(mlp.width * exact_ratio(share)))
-            planned.append(MlpPlan(mlp, width, init_of(recipe, index, init)))
-    return planned
+def _planned(
+    mlp: Mlp, recipe: Recipe, index: int | None, rule_of: Mapping[str, int], init: str | None
+) -> MlpPlan | None:
+    """Return an MLP with the width that it is given, None where it is given none.
+
+    Raises:
+        OptionError: if the rule that gives it one cannot.
+    """
+    rule = None if index is None else recipe.replace[index]
+    if rule is None or index is None or not narrows(rule):
+        if recipe.width is None:
+            return None
+        return MlpPlan(mlp, recipe.width.intermediate_size, init or recipe.init)
+    if recipe.width is not None:
+        raise OptionError("", "the section `width` sets the width already")
+    if {rule_of.get(up) for up in mlp.up} != {index}:
+        if rule.structure == AUTO:
+            return None
+        raise OptionError("", f"the rule must match all of {', '.join((*mlp.up, mlp.down))}")
+    share = _share_of_neurons(recipe, rule)
+    assert share is not None
+    return MlpPlan(mlp, max(1, int(mlp.width * exact_ratio(share))), init_of(recipe, index, init))
 
 
 def _share_of_neurons(recipe: Recipe, rule: Rule) -> float | None:
     if rule.structure == AUTO:
         return recipe.budget
-    return rule.keep_ratio if rule.structure == WIDTH else rule.neurons
+    return rule.options()["keep_ratio"] if rule.structure == WIDTH else rule.neurons

@@ -1,6 +1,7 @@
 """What training makes smaller; one objective a file, `_` before the names of helpers."""
 
-from ._step import Objective as Objective
+from llmslim.plugins import Objective as Objective
+
 from ._step import Step as Step
 from ._step import TeacherTopK as TeacherTopK
 from ._step import objective_named as objective_named

@@ -5,7 +5,8 @@ An objective is one file in this folder with the objective's name and in it
     NEEDS_TEACHER: bool          whether it cannot do without the dense model
     def loss(step) -> Tensor     the loss of one pass, summed over the tokens that are predicted
 
-so a new objective is one new file and nothing else. Sums, not means: rows hold different numbers
+so a new objective is one new file and nothing else, or one in another package
+(`llmslim.plugins`). Sums, not means: rows hold different numbers
 of predicted tokens, and only sums add up to the same over any split of a step into passes and
 processes.
 
@@ -14,17 +15,14 @@ Shapes: N = rows, L = tokens of a row.
 
 from __future__ import annotations
 
-import importlib
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from llmslim.errors import HealingError
+from llmslim.plugins import OBJECTIVES, Objective
 from llmslim.recipe import Heal
 
 
@@ -72,17 +70,9 @@ class Step:
         return self.teacher(**self.inputs, use_cache=False, **options)
 
 
-class Objective(NamedTuple):
-    """An objective."""
-
-    name: str
-    needs_teacher: bool
-    loss: Callable[[Step], Tensor]
-
-
 def objective_names() -> list[str]:
     """Return the names of all objectives, sorted."""
-    return sorted(p.stem for p in Path(__file__).parent.glob("[a-z]*.py"))
+    return OBJECTIVES.names()
 
 
 def objective_named(name: str) -> Objective:
@@ -95,7 +85,7 @@ def objective_named(name: str) -> Objective:
         >>> objective_named("cross_entropy").needs_teacher
         False
     """
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name not in objective_names():
+    objective = OBJECTIVES.get(name)
+    if objective is None:
         raise HealingError(f"heal.objective: {name!r}; allowed {', '.join(objective_names())}.")
-    module = importlib.import_module(f"llmslim.healing.objectives.{name}")
-    return Objective(name, module.NEEDS_TEACHER, module.loss)
+    return objective
