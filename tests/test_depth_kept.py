@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from six_layers import Subject
 from tiny import logits, tiny_model, tokens
 
 import llmslim
@@ -234,6 +235,8 @@ def test_blocks_in_layers_at_other_places(tmp_path: Path) -> None:
             ),
             [0, 5],
         ),
+        # Rotary frequencies by kinds of layers, one of which is gone.
+        (Subject("gemma4_unified", "causal").config(), [1, 2, 4]),
     ],
     ids=lambda given: getattr(given, "model_type", ""),
 )  # fmt: skip

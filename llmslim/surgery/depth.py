@@ -186,7 +186,23 @@ class _Search:
         set_fields(left, found.fields)
         for name, values in found.attributes.items():
             set_attributes(left.get_submodule(name), values)
+        self._check_initialises(left)
         return replace(found, notes=self._check_same(left))
+
+    def _check_initialises(self, made: nn.Module) -> None:
+        """Make sure that loading can work out what no file holds, such as rotary frequencies.
+
+        Raises:
+            ValueError: if it cannot: Gemma 4's frequencies are looked up by kinds of layers.
+        """
+        try:
+            _initialise(self._original)
+        except Exception:  # then it says nothing about the model that was made
+            return
+        try:
+            _initialise(made)
+        except Exception as error:  # each architecture fails in its own way
+            raise ValueError(f"its tables need the other layers ({error})") from error
 
     def _check_same(self, made: nn.Module) -> tuple[str, ...]:
         """Make sure that layers compute at their new places what they computed at their old ones.
@@ -354,6 +370,15 @@ class _Search:
 
 _THRESHOLD = re.compile(r"layer|dense|first")
 """Names of fields that may say up to which layer, or from which on, something is done."""
+
+
+def _initialise(model: Any) -> None:
+    """Do what loading does with weights that no file holds; without memory."""
+    trial = copy.deepcopy(model)
+    for module in trial.modules():  # as loading finds them: building has marked them as done
+        vars(module).pop("_is_hf_initialized", None)
+    with torch.device("meta"):
+        trial.initialize_weights()
 
 
 def _outer(model: nn.Module, stack: str) -> Iterator[tuple[str, nn.Module]]:
