@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llmslim.checkpoint.shards import INDEX, Entry, read_header, read_weights, weight_files
+from llmslim.checkpoint.safetensors_io import INDEX, Entry, read_header, read_weights, weight_files
 from llmslim.errors import CheckpointError
 
 GOOD = {

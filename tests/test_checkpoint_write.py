@@ -34,7 +34,7 @@ from llmslim.checkpoint import (
     quiet,
     write_checkpoint,
 )
-from llmslim.conversion.work import Work
+from llmslim.conversion.conversion_dir import Work
 from llmslim.errors import CheckpointError
 
 ROOT = Path(__file__).parents[1]

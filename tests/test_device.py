@@ -16,7 +16,7 @@ from tiny import logits, tiny_model, tokens
 import llmslim
 from llmslim import api
 from llmslim.conversion import device_named
-from llmslim.conversion.layered import LayersOnDisk
+from llmslim.conversion.layer_store import LayersOnDisk
 from llmslim.data import Windows
 from llmslim.errors import CheckpointError, SlimError, UnfinishedError
 from llmslim.surgery.streams import together

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from test_checkpoint_shards import GOOD, b, raw
 
 from llmslim.checkpoint import open_source
-from llmslim.checkpoint.shards import INDEX, read_header, read_json, read_weights
+from llmslim.checkpoint.safetensors_io import INDEX, read_header, read_json, read_weights
 
 # --------------------------------------------------------------------------- safetensors headers
 

@@ -26,7 +26,7 @@ from llmslim import api
 from llmslim.checkpoint import tensor_files as writing
 from llmslim.cli.main import cli
 from llmslim.conversion import streamed
-from llmslim.conversion.work import Work
+from llmslim.conversion.conversion_dir import Work
 from llmslim.errors import CheckpointError, UnfinishedError
 
 OPTIONS: dict[str, Any] = {"init": "project", **SMALL_SHARDS}

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from llmslim import api
 from llmslim.checkpoint import NotInPiecesError, Pieces, load_model, open_source
 from llmslim.checkpoint import tensor_files as writing
-from llmslim.conversion.layered import LayersOnDisk, check_layers
-from llmslim.conversion.work import Work
+from llmslim.conversion.layer_store import LayersOnDisk, check_layers
+from llmslim.conversion.conversion_dir import Work
 from llmslim.errors import CheckpointError
 from llmslim.surgery.sites import find_layers
 
@@ -279,7 +279,7 @@ def test_weights_that_are_not_finite_are_found_before_any_fit(
 def test_a_disk_without_space_for_hidden_states(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_folder()
     monkeypatch.setattr(
-        "llmslim.conversion.work.shutil.disk_usage", lambda path: type("", (), {"free": 400_000})
+        "llmslim.conversion.conversion_dir.shutil.disk_usage", lambda path: type("", (), {"free": 400_000})
     )
     api.convert(model, {"name": "p", "replace": RECIPES["low_rank"]["replace"]}, "out")
     with pytest.raises(CheckpointError, match=r"hidden states beside them 552,960, and 400,000"):

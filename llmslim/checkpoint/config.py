@@ -18,7 +18,7 @@ from typing import Any
 
 from llmslim.errors import CheckpointError
 
-from .shards import is_inside, read_json
+from .safetensors_io import is_inside, read_json
 
 _LAYERS = re.compile(r"(^|_)n?_?layers?$|(^|_)depths?$")
 _PARTS = re.compile(r"_(heads?|experts?|blocks?)$")

@@ -16,7 +16,7 @@ from transformers import AutoModel
 from llmslim.errors import CheckpointError
 from llmslim.modeling.base_class import auto_classes, listed_classes
 
-from .shards import read_weights
+from .safetensors_io import read_weights
 
 _OTHER_HEAD = re.compile(
     r"For\w*(Classification|Answering|MultipleChoice|SentencePrediction|Reward\w*|Regression"

@@ -46,7 +46,7 @@ from llmslim.modeling.modeling_llmslim import become_slim, replace_sites
 
 from .kphi3_layout import block_kinds, blocks_of, check_fields
 from .kphi3_layout import is_kphi3_config as is_kphi3_config
-from .shards import (
+from .safetensors_io import (
     FLOATS,
     INDEX,
     WEIGHTS,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llmslim.errors import CheckpointError
 
-from .shards import INDEX, WEIGHTS
+from .safetensors_io import INDEX, WEIGHTS
 
 MAX_SHARD_SIZE = "50GB"
 """What `save_pretrained` does by itself."""

@@ -28,7 +28,7 @@ from llmslim.modeling.configuration_llmslim import register
 
 from .quantised import unpacking
 from .quiet import quiet
-from .shards import FLOATS, Entry, read_weights
+from .safetensors_io import FLOATS, Entry, read_weights
 from .source import Source, empty_model, first_line
 
 DTYPES = ("float32", "bfloat16", "float16")

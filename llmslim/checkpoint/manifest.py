@@ -27,7 +27,7 @@ from llmslim.modeling.configuration_llmslim import MODEL_TYPE, register
 from .companions import PROCESSORS, TEMPLATES
 from .config import check_config
 from .quiet import quiet
-from .shards import INDEX, read_json, read_weights, weight_files
+from .safetensors_io import INDEX, read_json, read_weights, weight_files
 from .source import Source, first_line
 
 FORMAT = 1

@@ -45,7 +45,7 @@ from .load import (
     refuse_other_kinds,
 )
 from .quiet import quiet
-from .shards import Entry, read_header, read_weights, weight_files
+from .safetensors_io import Entry, read_header, read_weights, weight_files
 from .source import Source, empty_model, first_line
 
 

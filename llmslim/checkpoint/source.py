@@ -28,7 +28,7 @@ from .gguf_header import check_gguf
 from .heads import check_head
 from .quantised import check_quantisation
 from .quiet import quiet
-from .shards import hub_snapshot, read_json, read_weights
+from .safetensors_io import hub_snapshot, read_json, read_weights
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _MAX_HUB_ID = 200

@@ -31,7 +31,7 @@ from .manifest import write_manifest
 from .quiet import quiet
 from .reload import check_same_logits
 from .source import Source, first_line
-from .staging import all_files, flush, staged
+from .atomic import all_files, flush, staged
 
 REPORT = "llmslim_report.json"
 RECIPE = "recipe.yaml"

@@ -6,5 +6,5 @@ from .calibrate import token_ids as token_ids
 from .calibrate import try_text as try_text
 from .convert import convert as convert
 from .device import device_named as device_named
-from .job import Conversion as Conversion
-from .job import RecipeLike as RecipeLike
+from .options import Conversion as Conversion
+from .options import RecipeLike as RecipeLike

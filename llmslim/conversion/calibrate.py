@@ -14,7 +14,7 @@ from llmslim.checkpoint import NotInPiecesError, empty_model, load_tokenizer, op
 from llmslim.data import Windows, calibration_windows, longest_input
 from llmslim.recipe import Calibration, Recipe
 
-from .job import Job
+from .options import Job
 
 
 def check_text(job: Job, model: PreTrainedModel) -> None:

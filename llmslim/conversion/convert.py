@@ -25,11 +25,11 @@ from llmslim.surgery import Progress, quietly
 from .calibrate import asked_for, check_text
 from .device import device_named, memory_of
 from .in_memory import convert_in_memory
-from .job import Conversion, Job, RecipeLike
+from .options import Conversion, Job, RecipeLike
 from .journal import key_of
-from .layered import check_layers
+from .layer_store import check_layers
 from .streamed import convert_streamed
-from .work import Work
+from .conversion_dir import Work
 
 
 def convert(

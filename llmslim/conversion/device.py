@@ -9,7 +9,7 @@ import torch
 
 from llmslim.errors import SlimError, UnfinishedError
 
-from .work import Work
+from .conversion_dir import Work
 
 
 def device_named(name: str | None) -> torch.device:

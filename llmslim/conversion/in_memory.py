@@ -19,7 +19,7 @@ from llmslim.recipe import recipe_yaml
 from llmslim.reporting.card import model_card
 
 from .calibrate import read_text, token_ids, told_of_overflow
-from .job import Conversion, Job
+from .options import Conversion, Job
 
 
 def convert_in_memory(job: Job, notes: tuple[str, ...] = ()) -> Conversion:

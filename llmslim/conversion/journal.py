@@ -26,7 +26,7 @@ from llmslim.data import Windows
 from llmslim.errors import CheckpointError
 from llmslim.recipe import recipe_yaml
 
-from .job import Job
+from .options import Job
 
 FORMAT = 2
 _MAX_LINE = 1 << 26

@@ -53,12 +53,12 @@ from llmslim.surgery import Fitted, Plan, Report
 from llmslim.surgery.sites import find_layers
 
 from .calibrate import read_text
-from .job import Conversion, Job
+from .options import Conversion, Job
 from .journal import Done, Journal, key_of
-from .layered import LayersOnDisk, most_bytes
-from .outcome import Outcome, is_dropped
+from .layer_store import LayersOnDisk, most_bytes
+from .target_model import Outcome, is_dropped
 from .proof import Prover, check_computes
-from .work import Work
+from .conversion_dir import Work
 
 
 def convert_streamed(
