@@ -1,4 +1,4 @@
-"""Put a finished folder in its place by one rename, and name what went wrong with the disk."""
+"""Put a finished file or folder in its place by one rename; name what went wrong with the disk."""
 
 from __future__ import annotations
 
@@ -115,6 +115,18 @@ def staged(out: Path, overwrite: bool) -> Iterator[Path]:
         if problem is None:
             raise
         raise CheckpointError(f"{out}: {problem}") from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there as a whole or not at all, whatever happens; it is on the disk."""
+    partial = path.with_name(f".{path.name}.new")
+    partial.unlink(missing_ok=True)
+    with partial.open("x", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    flush(path.parent)
 
 
 def publish(partial: Path, target: Path, aside: Path) -> None:

@@ -53,7 +53,7 @@ def nonfinite_tensors(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
     return found
 
 
-def told_of_nonfinite(
+def nonfinite_notes(
     found: Sequence[str], where: str, *, allow_nonfinite: bool | None = False
 ) -> tuple[str, ...]:
     """Say which weights are not finite.
@@ -92,8 +92,8 @@ def check_finite(
 
     Args:
         tensors: as for `nonfinite_tensors`.
-        where: as for `told_of_nonfinite`.
-        allow_nonfinite: as for `told_of_nonfinite`.
+        where: as for `nonfinite_notes`.
+        allow_nonfinite: as for `nonfinite_notes`.
 
     Raises:
         CheckpointError: if there are any and they are not allowed.
@@ -102,15 +102,15 @@ def check_finite(
         >>> check_finite([("a", torch.tensor([1.0, float("nan")]))], "m", allow_nonfinite=True)
         ('m: 1 tensor holds NaN or infinities: a (1 of 2).',)
     """
-    return told_of_nonfinite(nonfinite_tensors(tensors), where, allow_nonfinite=allow_nonfinite)
+    return nonfinite_notes(nonfinite_tensors(tensors), where, allow_nonfinite=allow_nonfinite)
 
 
 @contextmanager
-def blamed_on(nonfinite: tuple[str, ...]) -> Iterator[None]:
+def explain_nonfinite(nonfinite: tuple[str, ...]) -> Iterator[None]:
     """Tell of weights that are not finite where a fit to them fails.
 
     Args:
-        nonfinite: what `told_of_nonfinite` returned.
+        nonfinite: what `nonfinite_notes` returned.
 
     Raises:
         CheckpointError: in place of what linear algebra says of NaN.

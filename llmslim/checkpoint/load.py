@@ -26,10 +26,9 @@ from llmslim.errors import CheckpointError
 from llmslim.modeling.base_class import auto_class_of
 from llmslim.modeling.configuration_llmslim import register
 
-from .quantised import unpacking
-from .quiet import quiet
+from .config import unpacking
 from .safetensors_io import FLOATS, Entry, read_weights
-from .source import Source, empty_model, first_line
+from .source import Source, empty_model, first_line, quiet
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Types that a model may be loaded in."""

@@ -4,34 +4,50 @@ Everything that can be known without reading a weight is checked first, so that 
 is one sentence naming the file, and never a model with fresh random weights in the gaps.
 
 Left out: pickled weights (they can run code), and quantised ones that only a library of their own
-can unpack (see `quantised`).
+can unpack (see `config`).
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from huggingface_hub.utils.tqdm import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
+from transformers import (
+    AutoConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    modeling_gguf_pytorch_utils,
+)
+from transformers.utils import logging
 
 from llmslim.errors import CheckpointError
 from llmslim.modeling.base_class import auto_class_of
 from llmslim.modeling.configuration_llmslim import MODEL_TYPE, register
 
-from .config import check_config, check_folder, told_of_adapter
+from .config import check_config, check_folder, check_head, check_quantisation, told_of_adapter
 from .gguf_header import check_gguf
-from .heads import check_head
-from .quantised import check_quantisation
-from .quiet import quiet
 from .safetensors_io import hub_snapshot, read_json, read_weights
 
+_GGUF: Any = modeling_gguf_pytorch_utils
+"""Its bar over tensors asks no switch: it is taken away by name."""
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _MAX_HUB_ID = 200
+_MAX_GGUF: Any = modeling_gguf_pytorch_utils
+"""Its bar over tensors asks no switch: it is taken away by name."""
+_HUB_ID = 200
 
 
 @dataclass(frozen=True)
@@ -237,3 +253,27 @@ def _read_config(
             f"{given}: its config.json cannot be used ({first_line(error)}).{hint}"
         ) from error
     return False, config
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' and the hub's logs and progress bars; restore what was set before."""
+    verbosity = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    no_hub_bars = are_progress_bars_disabled()
+    gguf_bar = _GGUF.tqdm
+    _GGUF.tqdm = functools.partial(gguf_bar, disable=True)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        _GGUF.tqdm = gguf_bar
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+        # transformers' switch moves the hub's as well, so the hub's comes last.
+        if no_hub_bars:
+            disable_progress_bars()
+        else:
+            enable_progress_bars()

@@ -53,7 +53,7 @@ def show_cost(plan: Plan, device: str | None = None) -> None:
         plan: what will be done.
         device: where, see `convert`.
     """
-    from llmslim.conversion import device_named
+    from llmslim.conversion.device import device_named
     from llmslim.surgery import fitting_cost, speed
 
     cost, where = fitting_cost(plan), device_named(device)

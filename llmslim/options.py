@@ -1,0 +1,130 @@
+"""What the verbs take besides a model: one frozen dataclass for each, and the only list of it.
+
+Keywords in Python and options on the command line (`llmslim/cli/options.py`) are both made from the
+fields; the docstring of the dataclass is the help of both. Metadata of a field says how the command
+line shows it: `flags` in place of `--name`, none where it is for Python alone, and `metavar`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
+
+from llmslim.progress import Progress
+from llmslim.recipe import Heal, Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+else:  # which imports torch, and `--help` needs none
+    PreTrainedModel = Any
+
+Model = TypeVar("Model")
+Keywords = ParamSpec("Keywords")
+Options = TypeVar("Options")
+Result = TypeVar("Result")
+
+_PYTHON_ONLY: Mapping[str, Any] = {"flags": ()}
+
+
+@dataclass(frozen=True)
+class HealOptions:
+    """Options of `heal` and `plan_heal`.
+
+    What is also a key of the recipe's `heal` section replaces it there; None leaves the section as
+    it is. A model in memory is changed in place, and written only where `out` is given; its text may
+    be rows, as `llmslim.data.healing_text` returns them.
+
+    Attributes:
+        out: Folder to write; ./MODEL-healed by default.
+        recipe: Recipe whose `heal` section is followed, in place of the checkpoint's own.
+        data: Text to train on: lamini, self (sampled from the teacher), a data set on the hub, or a
+            .jsonl, .json, .parquet, .csv or .txt file.
+        teacher: The dense model, to learn from.
+        train: What is trained: what surgery changed, everything, or that and LoRA on the rest.
+        objective: cross_entropy or logits.
+        tokens: How many tokens to train on.
+        epochs: Passes over the data, in place of a number of tokens.
+        learning_rate: Learning rate at its peak.
+        context_length: Tokens of a packed row.
+        batch_size: Rows of one step.
+        seed: Seed of shuffling and of the held-out rows.
+        settings: Any other key of the `heal` section; may be given more than once.
+        resume: Continue a run that was interrupted.
+        overwrite: Replace the folder, and throw an unfinished run away.
+        tokenizer: Tokenizer of a model in memory.
+        progress: Called with how many steps are done, how many there are, and what comes now.
+    """
+
+    out: str | Path | None = field(default=None, metadata={"flags": ("-o", "--out")})
+    _: KW_ONLY
+    recipe: Recipe | Heal | Mapping[str, Any] | str | Path | None = field(
+        default=None, metadata={"flags": ("-r", "--recipe"), "metavar": "NAME|FILE"}
+    )
+    data: Any = field(default=None, metadata={"metavar": "NAME|FILE"})
+    teacher: PreTrainedModel | str | Path | None = field(
+        default=None, metadata={"metavar": "MODEL"}
+    )
+    train: Literal["blocks", "all", "lora"] | None = None
+    objective: str | None = field(default=None, metadata={"metavar": "NAME"})
+    tokens: int | None = field(default=None, metadata={"metavar": "N"})
+    epochs: float | None = field(default=None, metadata={"metavar": "N"})
+    learning_rate: float | None = field(default=None, metadata={"metavar": "RATE"})
+    context_length: int | None = field(default=None, metadata={"metavar": "N"})
+    batch_size: int | None = field(default=None, metadata={"metavar": "ROWS"})
+    seed: int | None = None
+    settings: Mapping[str, Any] | None = field(default=None, metadata={"flags": ("--set",)})
+    resume: bool = False
+    overwrite: bool = False
+    tokenizer: Any = field(default=None, metadata=_PYTHON_ONLY)
+    progress: Progress | None = field(default=None, metadata=_PYTHON_ONLY)
+
+    def changes(self) -> dict[str, Any]:
+        """Return what replaces keys of the `heal` section; rows and models in memory do not."""
+        given = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(self).items()
+            if name in Heal.model_fields and value is not None
+        }
+        if not isinstance(self.teacher, str | Path | None):
+            given["teacher"] = None  # in place of one that the section names
+        if hasattr(self.data, "train"):
+            del given["data"]
+        return {**(self.settings or {}), **given}
+
+
+def takes(
+    options: Callable[Keywords, Options],
+) -> Callable[[Callable[[Model, Options], Result]], Callable[Concatenate[Model, Keywords], Result]]:
+    """Let callers of `function(model, options)` give the fields of `options` as keywords.
+
+    Args:
+        options: a dataclass.
+
+    Example:
+        >>> @takes(HealOptions)
+        ... def seed_of(model, options):
+        ...     return options.seed
+        >>> seed_of("slim", seed=3)
+        3
+    """
+
+    def decorate(
+        function: Callable[[Model, Options], Result],
+    ) -> Callable[Concatenate[Model, Keywords], Result]:
+        @functools.wraps(function)
+        def call(model: Model, *args: Keywords.args, **keywords: Keywords.kwargs) -> Result:
+            return function(model, options(*args, **keywords))
+
+        (first, _), own = (
+            inspect.signature(function).parameters.values(),
+            inspect.signature(options),
+        )
+        shown = own.replace(parameters=[first, *own.parameters.values()])
+        call.__signature__ = shown  # type: ignore[attr-defined]  # what help() shows
+        return call
+
+    return decorate
