@@ -35,8 +35,8 @@ class HealOptions:
     """Options of `heal` and `plan_heal`.
 
     What is also a key of the recipe's `heal` section replaces it there; None leaves the section as
-    it is. A model in memory is changed in place, and written only where `out` is given; its text may
-    be rows, as `llmslim.data.healing_text` returns them.
+    it is. A model in memory is changed in place, and written only where `out` is given. Text may be
+    rows, as `llmslim.data.healing_text` returns them.
 
     Attributes:
         out: Folder to write; ./MODEL-healed by default.
@@ -116,15 +116,13 @@ def takes(
         function: Callable[[Model, Options], Result],
     ) -> Callable[Concatenate[Model, Keywords], Result]:
         @functools.wraps(function)
-        def call(model: Model, *args: Keywords.args, **keywords: Keywords.kwargs) -> Result:
+        def call(model: Model, /, *args: Keywords.args, **keywords: Keywords.kwargs) -> Result:
             return function(model, options(*args, **keywords))
 
-        (first, _), own = (
-            inspect.signature(function).parameters.values(),
-            inspect.signature(options),
-        )
-        shown = own.replace(parameters=[first, *own.parameters.values()])
-        call.__signature__ = shown  # type: ignore[attr-defined]  # what help() shows
+        own, given = inspect.signature(function), inspect.signature(options)
+        model = next(iter(own.parameters.values())).replace(kind=inspect.Parameter.POSITIONAL_ONLY)
+        shown = own.replace(parameters=[model, *given.parameters.values()])
+        call.__signature__ = shown  # type: ignore[attr-defined]  # for help()
         return call
 
     return decorate

@@ -15,7 +15,7 @@ from tiny import logits, tiny_model, tokens
 
 import llmslim
 from llmslim import api
-from llmslim.conversion import device_named
+from llmslim.conversion.device import device_named
 from llmslim.conversion.layer_store import LayersOnDisk
 from llmslim.data import Windows
 from llmslim.errors import CheckpointError, SlimError, UnfinishedError

@@ -45,9 +45,6 @@ _GGUF: Any = modeling_gguf_pytorch_utils
 """Its bar over tensors asks no switch: it is taken away by name."""
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _MAX_HUB_ID = 200
-_MAX_GGUF: Any = modeling_gguf_pytorch_utils
-"""Its bar over tensors asks no switch: it is taken away by name."""
-_HUB_ID = 200
 
 
 @dataclass(frozen=True)

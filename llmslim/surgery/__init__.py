@@ -1,5 +1,8 @@
 """What becomes of every module of a model: the plan, the ledger, and carrying it out."""
 
+from llmslim.progress import Progress as Progress
+from llmslim.progress import quietly as quietly
+
 from .allocation import allocate as allocate
 from .blocks import fill_site as fill_site
 from .blocks import seed_of as seed_of
@@ -14,9 +17,7 @@ from .report import Report as Report
 from .report import Row as Row
 from .report import Totals as Totals
 from .rewrite import Calibration as Calibration
-from .rewrite import Progress as Progress
 from .rewrite import filled_in as filled_in
-from .rewrite import quietly as quietly
 from .rewrite import rewrite as rewrite
 from .scrambled import scrambled_tokens as scrambled_tokens
 from .sequential import fit_sequentially as fit_sequentially

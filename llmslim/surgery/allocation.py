@@ -39,11 +39,12 @@ from llmslim.errors import RecipeError
 from llmslim.init import low_rank_factors, output_power, wide
 from llmslim.modeling.pivoted_low_rank import PivotedLowRank
 from llmslim.modeling.sizes import StaysDense, exact_ratio
+from llmslim.progress import Progress, quietly
 from llmslim.recipe import Recipe, rules_by_name
 from llmslim.surgery.depth import kept_layers
 from llmslim.surgery.moments import Moments
 from llmslim.surgery.neurons import eliminate
-from llmslim.surgery.rewrite import Calibration, Progress, quietly
+from llmslim.surgery.rewrite import Calibration
 from llmslim.surgery.roles import find_roles
 from llmslim.surgery.rules import AUTO, WIDTH, init_of
 from llmslim.surgery.sites import (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -10,19 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from llmslim.errors import DataError
+from llmslim.progress import Progress, quietly
 from llmslim.surgery.blocks import fill_site, seed_of
 from llmslim.surgery.finalise import finalise
 from llmslim.surgery.planned import Plan
 from llmslim.surgery.report import Report
 from llmslim.surgery.sequential import fit_sequentially
 from llmslim.surgery.width import resize_mlp
-
-Progress = Callable[[int, int, str], None]
-"""Called with how many steps are done, how many there are, and what comes now."""
-
-
-def quietly(done: int, total: int, what: str) -> None:
-    """Tell nobody."""
 
 
 @dataclass(frozen=True)
