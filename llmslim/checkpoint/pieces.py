@@ -100,6 +100,7 @@ class Pieces:
         entries = read_weights(source.path)
         check_size(source, entries, trust_remote_code)
         self.model = self._empty(entries, dtype, trust_remote_code)
+        self._shapes = self.model.state_dict()
         try:
             self._config = LoadStateDictConfig(
                 device_map={"": self.device},
@@ -142,17 +143,21 @@ class Pieces:
         self._put_tables()
 
     def load_zeros(self, piece: Piece) -> None:
-        """Give a piece weights that are all zero."""
+        """Give a piece weights that are all zero and take no memory."""
         for home in piece.homes:
             for module in self.model.get_submodule(home).modules():
                 for name, weight in module._parameters.items():
                     if weight is not None and weight.is_meta:
-                        zeros = torch.zeros_like(weight, device=self.device)
-                        module._parameters[name] = nn.Parameter(zeros, requires_grad=False)
+                        module._parameters[name] = nn.Parameter(
+                            self._zeros(weight), requires_grad=False
+                        )
                 for name, buffer in module._buffers.items():
                     if buffer is not None and buffer.is_meta:
-                        module._buffers[name] = torch.zeros_like(buffer, device=self.device)
+                        module._buffers[name] = self._zeros(buffer)
         self._put_tables()
+
+    def _zeros(self, like: Tensor) -> Tensor:
+        return torch.zeros((), dtype=like.dtype, device=self.device).expand(like.shape)
 
     def release(self, piece: Piece) -> None:
         """Take a piece's weights away again, those of blocks that it got in between as well."""
@@ -289,8 +294,14 @@ class Pieces:
         refuse_absent(self.source.given, {*missing, *wrong})
 
     def _put(self, tensors: dict[str, Tensor], config: LoadStateDictConfig) -> Any:
+        # transformers asks for the names of the whole model each time: they stay the same.
+        model: Any = self.model
+        model.state_dict, model.named_buffers = (lambda: self._shapes), (lambda: iter(()))
         with quiet():
-            info, _ = convert_and_load_state_dict_in_model(self.model, tensors, config)
+            try:
+                info, _ = convert_and_load_state_dict_in_model(self.model, tensors, config)
+            finally:
+                del model.state_dict, model.named_buffers
             if self.model.all_tied_weights_keys:
                 self.model.tie_weights(set(info.missing_keys), recompute_mapping=False)
         return info

@@ -255,6 +255,9 @@ def _read_config(
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence transformers' and the hub's logs and progress bars; restore what was set before."""
+    if isinstance(_GGUF.tqdm, functools.partial):
+        yield  # inside of another one
+        return
     verbosity = logging.get_verbosity()
     bars = logging.is_progress_bar_enabled()
     no_hub_bars = are_progress_bars_disabled()
