@@ -1,15 +1,17 @@
 """What proving by computing costs a conversion: CPU time with and without the proof, side by side.
 
     python benchmarks/bench_proof.py MODEL [--recipe mlp-half] [--init project] [--repeat 5]
+        [--threads N]
 
 Each run is a conversion in a fresh process; with and without take turns, so that other work on the
-machine meets both. Without, pieces are neither run when they are made nor when they are loaded back;
-headers and bytes are compared in both. CPU seconds are of the conversion alone, user and system, all
-threads; imports are not counted.
+machine meets both. Without, pieces are neither run when they are made nor when they are loaded
+back; headers and bytes are compared in both. CPU seconds are of the conversion alone, user and
+system, all threads; imports are not counted.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
@@ -39,16 +41,20 @@ print(time.process_time() - start)
 @click.argument("model")
 @click.option("--recipe", default="mlp-half", show_default=True)
 @click.option("--init", default="project", show_default=True)
+@click.option("--threads", type=int, help="Of torch; as many as there are cores by default.")
 @click.option("--repeat", default=5, show_default=True, help="Conversions of each kind.")
-def main(model: str, recipe: str, init: str, repeat: int) -> None:
+def main(model: str, recipe: str, init: str, threads: int | None, repeat: int) -> None:
     """Convert MODEL, with the proof and without."""
+    environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
     seconds: dict[str, list[float]] = {"with": [], "without": []}
     for _ in range(repeat):
         for kind, found in seconds.items():
             with tempfile.TemporaryDirectory() as folder:
                 out = str(Path(folder) / "out")
                 command = [sys.executable, "-c", _RUN, model, out, recipe, init, kind]
-                ran = subprocess.run(command, check=True, capture_output=True, text=True)
+                ran = subprocess.run(
+                    command, check=True, capture_output=True, text=True, env=environment
+                )
             found.append(float(ran.stdout))
     for kind, found in seconds.items():
         each = " ".join(f"{one:.2f}" for one in found)

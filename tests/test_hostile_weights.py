@@ -50,7 +50,6 @@ def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
         (f'{{"weight_map": {{"a": "{"é" * 200}"}}}}', "outside"),
         ('{"weight_map": {"a": "loop.safetensors"}}', "outside"),
         (r'{"weight_map": {"\u001b[2J": "one.safetensors"}}', "unprintable"),
-        ('{"weight_map": {"a": "one.safetensors", "a": "two.safetensors"}}', "gives 'a' twice"),
     ],
 )
 def test_an_index_with_names_that_no_file_has(tmp_path: Path, index: str, said: str) -> None:

@@ -2,6 +2,7 @@
 
 from .atomic import check_apart as check_apart
 from .atomic import check_target as check_target
+from .atomic import disk_is_full as disk_is_full
 from .atomic import disk_problem as disk_problem
 from .atomic import flush as flush
 from .atomic import publish as publish

@@ -151,6 +151,13 @@ def publish(partial: Path, target: Path, aside: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def disk_is_full(error: BaseException) -> bool:
+    """Return whether an error means that there is no space left."""
+    # torch.save's archive writer gives no number.
+    lost = "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
+    return lost or _error_number(error) in _FULL
+
+
 def disk_problem(error: BaseException) -> str | None:
     """Return what an error says about the disk, as the end of a sentence; None if nothing."""
     number = _error_number(error)

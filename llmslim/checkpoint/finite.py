@@ -16,7 +16,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from llmslim.errors import CheckpointError, SlimError
+from llmslim.errors import CheckpointError, SlimError, and_more
 
 _PIECE = 1 << 24
 """Elements looked at together."""
@@ -71,10 +71,9 @@ def nonfinite_notes(
     """
     if not found:
         return ()
-    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     said = (
         f"{where}: {len(found)} {'tensor holds' if len(found) == 1 else 'tensors hold'} "
-        f"NaN or infinities: {', '.join(found[:_SHOWN])}{more}"
+        f"NaN or infinities: {and_more(found, _SHOWN)}"
     )
     if not allow_nonfinite:
         switch = ", or pass allow_nonfinite (--allow-nonfinite) to go on with them"

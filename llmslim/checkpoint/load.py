@@ -22,7 +22,7 @@ from transformers import (
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from llmslim.errors import CheckpointError
+from llmslim.errors import CheckpointError, and_more
 from llmslim.modeling.base_class import auto_class_of
 from llmslim.modeling.configuration_llmslim import register
 
@@ -208,9 +208,8 @@ def refuse_other_kinds(
         if wanted[name].is_floating_point() and entries[key].dtype not in FLOATS
     )
     if wrong:
-        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise CheckpointError(
-            f"{given}: {wrong[0]}{more} stored as {entries[wrong[0]].dtype}; allowed "
+            f"{given}: {and_more(wrong)} stored as {entries[wrong[0]].dtype}; allowed "
             f"{', '.join(FLOATS)}. Use the model that they were made from."
         )
 

@@ -63,7 +63,7 @@ class Piece(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What messages and journals call it."""
+        """What messages and records call it."""
         return self.homes[0]
 
 

@@ -217,12 +217,11 @@ def read_weights(folder: Path) -> dict[str, Entry]:
     return {tensor: entry for header in headers.values() for tensor, entry in header.items()}
 
 
-def read_json(path: Path, *, once: bool = False) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file.
 
     Args:
         path: the file.
-        once: whether a key that an object has twice is an error; else the last one holds.
 
     Raises:
         CheckpointError: if the file cannot be read, is not JSON, or holds something else.
@@ -235,9 +234,7 @@ def read_json(path: Path, *, once: bool = False) -> dict[str, Any]:
     if len(text) > _MAX_JSON:
         raise CheckpointError(f"{path}: larger than the {_MAX_JSON:,} bytes that are read.")
     try:
-        data = json.loads(text.decode("utf-8"), object_pairs_hook=_once if once else None)
-    except _RepeatedKeyError as error:
-        raise CheckpointError(f"{path}: gives {error} twice. Keep one.") from error
+        data = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON ({str(error).splitlines()[0]}).") from error
     if not isinstance(data, dict):
@@ -277,7 +274,7 @@ def hub_snapshot(folder: Path) -> Path | None:
 
 def _weight_map(folder: Path) -> dict[str, str]:
     path = folder / INDEX
-    names = read_json(path, once=True).get("weight_map")
+    names = read_json(path).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise CheckpointError(f"{path}: has no weight_map of tensor names to files.")
     if not all(isinstance(name, str) for name in names.values()):
@@ -285,24 +282,6 @@ def _weight_map(folder: Path) -> dict[str, str]:
     if not all(map(_is_plain, names)):
         raise CheckpointError(f"{path}: its weight_map names tensors in unprintable characters.")
     return names
-
-
-class _RepeatedKeyError(ValueError):
-    """A key that stands twice in one object: two readers may each take another one."""
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a dictionary of the pairs of a JSON object.
-
-    Raises:
-        _RepeatedKeyError: if it has a key twice.
-    """
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise _RepeatedKeyError(repr(name)[:80])
-        found[name] = value
-    return found
 
 
 def _is_plain(name: str) -> bool:

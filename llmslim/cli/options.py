@@ -53,7 +53,7 @@ def _kind(hint: Any) -> dict[str, Any]:
             return {"type": one}
         if get_origin(one) is Literal:
             return {"type": click.Choice(get_args(one))}
-    if Mapping in map(get_origin, get_args(hint)) and str not in get_args(hint):
+    if Mapping in [get_origin(one) for one in kinds] and str not in kinds:
         return {"multiple": True, "metavar": "KEY=VALUE", "callback": _read_pairs}
     return {}
 

@@ -16,16 +16,6 @@ if TYPE_CHECKING:
     from llmslim.surgery.report import Report
 
 
-def printable(text: str) -> str:
-    r"""Return text that cannot steer a terminal: names in a message may come from anyone.
-
-    Example:
-        >>> printable("a\x1b[2Jb")
-        'a?[2Jb'
-    """
-    return "".join(char if char.isprintable() or char == "\n" else "?" for char in text)
-
-
 def console(*, err: bool = False) -> Console:
     """Return a console on stdout or stderr; markup off: names may hold brackets."""
     from rich.console import Console

@@ -88,8 +88,7 @@ def convert(model: str | Path, options: ConvertOptions) -> Conversion:
                 unused = told_of_unused(source, pieces.model, pieces.unused)
                 with memory_of(request.device, work):
                     return convert_streamed(request, pieces, work, unused)
-            kind = "a GGUF file" if source.gguf_file else "a model whose layers share weights"
-            reason = kind
+            reason = "a GGUF file" if source.gguf_file else "a model whose layers share weights"
         except NotInPiecesError as error:
             reason = f"a model that cannot be loaded in pieces ({error})"
             notes = (f"Converted in memory, as a whole: {error}.",)
@@ -173,7 +172,8 @@ def _convert_in_memory(request: Request, notes: tuple[str, ...]) -> Conversion:
     )
     plan = surgery.plan(model, request.recipe, model_name=source.name, init=options.init)
     tokenizer = load_tokenizer(source, trust_remote_code=trusted)
-    windows, overflow = None, ()
+    windows: Windows | None = None
+    overflow: tuple[str, ...] = ()
     if plan.needs_calibration:
         model.to(request.device)  # type: ignore[arg-type]
         windows = read_text(request, tokenizer, model)

@@ -86,9 +86,14 @@ class FinishedPieces:
         """By piece."""
         for piece, path in self._records.items():
             found = None if path.is_symlink() else PieceRecord.read(path)
-            files = target.files[piece]
-            there = all((folder / f).is_file() and not (folder / f).is_symlink() for f in files)
-            if found and there and (found.piece, found.files.keys()) == (piece, files.keys()):
+            files = [folder / file for file in target.files[piece]]
+            there = all(file.is_file() and not file.is_symlink() for file in files)
+            if (
+                found
+                and there
+                and found.piece == piece
+                and {*found.files} == {*target.files[piece]}
+            ):
                 self.done[piece] = found
         kept = [folder / file for record in self.done.values() for file in record.files]
         kept += [self._records[piece] for piece in self.done]

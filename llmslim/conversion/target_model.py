@@ -26,7 +26,7 @@ from llmslim.checkpoint import (
     model_without_weights,
     quiet,
 )
-from llmslim.errors import CheckpointError
+from llmslim.errors import CheckpointError, and_more
 from llmslim.modeling.modeling_llmslim import SlimModelMixin
 from llmslim.surgery import Plan
 
@@ -92,16 +92,16 @@ class TargetModel:
         """
         made, files = self._stored(tensors), self.files[piece]
         wanted = {name: tensor for group in files.values() for name, tensor in group.items()}
-        for name in sorted(made.keys() | wanted.keys()):
-            one, other = (
-                None if found is None else (found.dtype, list(found.shape))
-                for found in (made.get(name), wanted.get(name))
+        as_made, as_wanted = (
+            {name: (tensor.dtype, tensor.shape) for name, tensor in some.items()}
+            for some in (made, wanted)
+        )
+        if as_made != as_wanted:
+            wrong = sorted(name for name, _ in as_made.items() ^ as_wanted.items())
+            raise CheckpointError(
+                f"{piece}: made with other tensors than the new model has: {and_more(wrong)}. This "
+                "is a fault of llmslim; leave these modules out of the recipe."
             )
-            if one != other:
-                raise CheckpointError(
-                    f"{name}: made as {one}; the new model has {other}. This is a fault of "
-                    "llmslim; leave these modules out of the recipe."
-                )
         return {file: {name: made[name] for name in group} for file, group in files.items()}
 
     def _stored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
