@@ -15,8 +15,8 @@ from .finite import nonfinite_notes as nonfinite_notes
 from .finite import nonfinite_tensors as nonfinite_tensors
 from .load import load_model as load_model
 from .load import load_tokenizer as load_tokenizer
-from .load import told_of_types as told_of_types
-from .load import told_of_unused as told_of_unused
+from .load import type_notes as type_notes
+from .load import unused_notes as unused_notes
 from .manifest import FileHashes as FileHashes
 from .manifest import Verification as Verification
 from .manifest import file_sha256 as file_sha256

@@ -29,7 +29,7 @@ def resolved(out: Path) -> Path:
         target = out.resolve()
         os.lstat(target)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
-        pass  # as it should be, or told with what can be done about it
+        pass  # as it should be, or reported later with what can be done about it
     except (OSError, RuntimeError, ValueError) as error:  # too long, links in a circle, null bytes
         why = error.strerror if isinstance(error, OSError) else str(error).partition(" from ")[0]
         raise CheckpointError(
@@ -96,7 +96,7 @@ def check_target(out: Path, overwrite: bool = False) -> None:
 
 @contextmanager
 def staged(out: Path, overwrite: bool) -> Iterator[Path]:
-    """Lend a new folder beside `out`, and rename it to `out` if all goes well.
+    """Make a new folder beside `out`, and rename it to `out` if all goes well.
 
     Raises:
         CheckpointError: if `out` cannot be written; the folder is gone and `out` as it was.
@@ -159,7 +159,7 @@ def disk_is_full(error: BaseException) -> bool:
 
 
 def disk_problem(error: BaseException) -> str | None:
-    """Return what an error says about the disk, as the end of a sentence; None if nothing."""
+    """Return what is wrong with the disk, as the end of a sentence; None if nothing."""
     number = _error_number(error)
     if number is None or isinstance(error, CheckpointError):
         return None

@@ -71,7 +71,7 @@ def check_config(config: Mapping[str, Any], where: str | Path) -> None:
         where: the file, for messages.
 
     Raises:
-        CheckpointError: if it says something that is not allowed.
+        CheckpointError: if it has something that is not allowed.
     """
     for key, value in _entries(config):
         if type(value) is int:
@@ -112,7 +112,7 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def told_of_adapter(folder: Path) -> str | None:
+def adapter_note(folder: Path) -> str | None:
     """Say so where a folder holds an adapter and no model; None where it does not.
 
     Args:
@@ -186,7 +186,7 @@ def _has_head(config: Any, folder: Path) -> bool:
     try:
         entries = read_weights(folder)
     except CheckpointError:
-        return False  # none are needed, or `open_source` has said so
+        return False  # none are needed, or `open_source` has refused it
     vocabulary = getattr(text, "vocab_size", None)
     return sum(vocabulary in entry.shape for entry in entries.values()) > 1
 

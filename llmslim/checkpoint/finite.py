@@ -71,17 +71,17 @@ def nonfinite_notes(
     """
     if not found:
         return ()
-    said = (
+    sentence = (
         f"{where}: {len(found)} {'tensor holds' if len(found) == 1 else 'tensors hold'} "
         f"NaN or infinities: {and_more(found, _SHOWN)}"
     )
     if not allow_nonfinite:
-        switch = ", or pass allow_nonfinite (--allow-nonfinite) to go on with them"
+        switch = ", or pass allow_nonfinite (--allow-nonfinite) to accept them"
         raise CheckpointError(
-            f"{said}; weights must be finite. Download the model again"
+            f"{sentence}; weights must be finite. Download the model again"
             f"{'' if allow_nonfinite is None else switch}."
         )
-    return (f"{said}.",)
+    return (f"{sentence}.",)
 
 
 def check_finite(
@@ -112,7 +112,7 @@ def explain_nonfinite(nonfinite: tuple[str, ...]) -> Iterator[None]:
         nonfinite: what `nonfinite_notes` returned.
 
     Raises:
-        CheckpointError: in place of what linear algebra says of NaN.
+        CheckpointError: in place of linear algebra's own error.
         RuntimeError: as it was, where all weights are finite.
         ValueError: the same.
     """

@@ -120,20 +120,20 @@ def kphi3_config(folder: Path) -> PreTrainedConfig:
     return config
 
 
-def _wanted_dtype(folder: Path, asked: str | None, entries: Mapping[str, Entry]) -> torch.dtype:
-    """Return the type asked for, else the narrowest that holds every tensor exactly.
+def _wanted_dtype(folder: Path, dtype: str | None, entries: Mapping[str, Entry]) -> torch.dtype:
+    """Return the type given, else the narrowest that holds every tensor exactly.
 
     Raises:
         CheckpointError: if that one, or a tensor's, is not a plain floating-point type.
     """
-    if asked is not None and asked not in FLOATS.values():
-        raise CheckpointError(f"dtype: {asked!r}; allowed {', '.join(FLOATS.values())}.")
+    if dtype is not None and dtype not in FLOATS.values():
+        raise CheckpointError(f"dtype: {dtype!r}; allowed {', '.join(FLOATS.values())}.")
     other = [f"{name} ({e.dtype})" for name, e in entries.items() if e.dtype not in FLOATS]
     if other:
         raise CheckpointError(
             f"{folder}: {and_more(other, _SHOWN)}; allowed types {', '.join(FLOATS)}."
         )
-    names = {FLOATS[e.dtype] for e in entries.values()} if asked is None else {asked}
+    names = {FLOATS[e.dtype] for e in entries.values()} if dtype is None else {dtype}
     dtypes: list[torch.dtype] = [getattr(torch, name) for name in names]
     return reduce(torch.promote_types, dtypes, dtypes[0]) if dtypes else torch.float32
 

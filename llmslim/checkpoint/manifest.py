@@ -2,7 +2,7 @@
 
 `llmslim_manifest.json` names every file of the checkpoint with its size and SHA-256, and the
 files of the model it was made from. No times, no absolute paths: the same input gives the same
-bytes. It finds damage and accidents; whoever can change a file can change the manifest too, so
+bytes. It finds damage and accidents; who can change a file can change the manifest too, so
 it proves no origin.
 """
 

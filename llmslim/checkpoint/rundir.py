@@ -6,7 +6,7 @@
         ...         what is done
 
 A key has a name and a value for each part. Contents go by their SHA-256; their names begin with
-`the`, so that a message says that they have changed and not from which digest to which.
+`the`, so that a message states that they have changed and not from which digest to which.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .atomic import write_whole
 
 try:
     import fcntl
-except ImportError:  # Windows: two processes there are the user's to keep apart
+except ImportError:  # Windows: it is for the user to run one process
     fcntl = None  # type: ignore[assignment]
 
 LOCK, RUN = "lock", "run.json"
@@ -220,7 +220,7 @@ def what_changed(begun: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
     Args:
         begun: of the work that was cut short.
-        now: of what is asked for.
+        now: of the work that is to be done.
 
     Example:
         >>> what_changed({"the model": "a1", "seed": 1, "tau": 2}, {"the model": "b2", "seed": 3})

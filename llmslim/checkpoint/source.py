@@ -37,7 +37,7 @@ from llmslim.errors import CheckpointError
 from llmslim.modeling.base_class import auto_class_of
 from llmslim.modeling.configuration_llmslim import MODEL_TYPE, register
 
-from .config import check_config, check_folder, check_head, check_quantisation, told_of_adapter
+from .config import adapter_note, check_config, check_folder, check_head, check_quantisation
 from .gguf_header import check_gguf
 from .safetensors_io import hub_snapshot, read_json, read_weights
 
@@ -111,7 +111,7 @@ def open_source(
             )
         return _open_gguf(given, ggufs[0])
     if not (folder / "config.json").is_file():
-        adapter = told_of_adapter(folder)
+        adapter = adapter_note(folder)
         if adapter is not None:
             raise CheckpointError(adapter)
         raise CheckpointError(
@@ -158,7 +158,7 @@ def empty_model(
 
 
 def first_line(error: BaseException) -> str:
-    """Return what an error says, short enough to stand in a sentence."""
+    """Return the class and text of an error, short enough to stand in a sentence."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
 
@@ -240,10 +240,10 @@ def _read_config(
             )
     except Exception as error:  # config classes check their own fields, each in its own way
         # The files that slim checkpoints come with are llmslim's own, and here already.
-        asked = trust_remote_code or config_dict.get("model_type") == MODEL_TYPE
+        trusted = trust_remote_code or config_dict.get("model_type") == MODEL_TYPE
         hint = (
             ""
-            if asked or "auto_map" not in config_dict
+            if trusted or "auto_map" not in config_dict
             else (" It comes with Python files: if you trust them, pass trust_remote_code=True.")
         )
         raise CheckpointError(

@@ -170,21 +170,13 @@ def _check_model(model: PreTrainedModel, folder: Path) -> None:
         raise CheckpointError(
             f"{folder.name}: what was written does not load ({first_line(error)})."
         ) from error
-    if type(again).__name__ != type(model).__name__:
-        raise CheckpointError(
-            f"{folder.name}: written as {type(model).__name__}, loads as {type(again).__name__}; "
-            "only language models that transformers' Auto classes find can be written."
-        )
+    _refuse_other_class(folder, type(model).__name__, again)
     wanted, loaded = model.state_dict(), again.state_dict()
-    different = sorted(wanted.keys() ^ loaded.keys()) or [
-        name for name, tensor in wanted.items() if not _identical(tensor, loaded[name])
-    ]
-    if different:
-        raise CheckpointError(
-            f"{folder.name}: {len(different)} tensors load back differently, such as "
-            f"{different[0]}; all weights of a checkpoint must be of one type and untied from "
-            "each other, or tied as its config says."
-        )
+    _refuse_different(
+        folder,
+        wanted.keys() ^ loaded.keys()
+        or {name for name, tensor in wanted.items() if not _identical(tensor, loaded[name])},
+    )
     check_same_logits(model, again, folder.name)
 
 
@@ -247,24 +239,30 @@ def check_loads(
         raise CheckpointError(
             f"{folder.name}: what was written does not load ({error})."
         ) from error
-    if type(pieces.model).__name__ != kind:
-        raise CheckpointError(
-            f"{folder.name}: written as {kind}, loads as {type(pieces.model).__name__}; "
-            "only language models that transformers' Auto classes find can be written."
-        )
-    loaded = pieces.model.state_dict()
-    different = sorted({*pieces.unused, *(tensors.keys() ^ loaded.keys())}) or [
-        name
-        for name, tensor in tensors.items()
-        if (tensor.shape, tensor.dtype) != (loaded[name].shape, loaded[name].dtype)
-    ]
-    if different:
-        raise CheckpointError(
-            f"{folder.name}: {len(different)} tensors load back differently, such as "
-            f"{different[0]}; all weights of a checkpoint must be of one type and untied from "
-            "each other, or tied as its config says."
-        )
+    _refuse_other_class(folder, kind, pieces.model)
+    wanted, loaded = (
+        {name: (tensor.shape, tensor.dtype) for name, tensor in some.items()}
+        for some in (tensors, pieces.model.state_dict())
+    )
+    _refuse_different(folder, {*pieces.unused, *(n for n, _ in wanted.items() ^ loaded.items())})
     return pieces
+
+
+def _refuse_other_class(folder: Path, kind: str, loaded: PreTrainedModel) -> None:
+    if type(loaded).__name__ != kind:
+        raise CheckpointError(
+            f"{folder.name}: written as {kind}, loads as {type(loaded).__name__}; only language "
+            "models that transformers' Auto classes find can be written."
+        )
+
+
+def _refuse_different(folder: Path, names: set[str]) -> None:
+    if names:
+        raise CheckpointError(
+            f"{folder.name}: {len(names)} tensors load back differently, such as {min(names)}; all "
+            "weights of a checkpoint must be of one type and untied from each other, or tied as "
+            "its config has it."
+        )
 
 
 @torch.no_grad()

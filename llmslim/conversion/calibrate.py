@@ -60,7 +60,7 @@ def try_text(model: str, recipe: Recipe, *, trust_remote_code: bool = False) -> 
 
     Args:
         model: what would be converted; none of its weights are read.
-        recipe: says which text; what is no file here is not read, which is told.
+        recipe: says which text; what is no file here is not read, which a note states.
         trust_remote_code: run model code that comes with the model.
 
     Returns:

@@ -25,8 +25,8 @@ from llmslim.checkpoint import (
     load_tokenizer,
     open_source,
     parse_size,
-    told_of_types,
-    told_of_unused,
+    type_notes,
+    unused_notes,
     write_checkpoint,
 )
 from llmslim.data import Windows
@@ -85,14 +85,14 @@ def convert(model: str | Path, options: ConvertOptions) -> Conversion:
         try:
             if source.gguf_file is None and not any(site.also for site in plan.sites):
                 pieces = _pieces(request, empty, fitted=plan.needs_calibration)
-                unused = told_of_unused(source, pieces.model, pieces.unused)
+                unused = unused_notes(source, pieces.model, pieces.unused)
                 with memory_of(request.device, work):
                     return convert_streamed(request, pieces, work, unused)
             reason = "a GGUF file" if source.gguf_file else "a model whose layers share weights"
         except NotInPiecesError as error:
             reason = f"a model that cannot be loaded in pieces ({error})"
             notes = (f"Converted in memory, as a whole: {error}.",)
-        notes += told_of_unused(source, empty)
+        notes += unused_notes(source, empty)
     if options.resume:
         raise CheckpointError(
             f"{target}: nothing to resume; {reason} is converted in memory and starts over each "
@@ -190,7 +190,7 @@ def _convert_in_memory(request: Request, notes: tuple[str, ...]) -> Conversion:
             model, plan, windows, seed=options.seed, init=options.init, progress=fitting
         )
     model.to("cpu")  # type: ignore[arg-type]
-    written = told_of_types(source, model.dtype, options.dtype)
+    written = type_notes(source, model.dtype, options.dtype)
     notes = (*nonfinite, *overflow, *(windows.notes if windows else ()), *written, *notes)
     report = replace(report, problems=(*report.problems, *notes))
     tell(steps, steps + 1, "writing and reading back")

@@ -61,12 +61,12 @@ class LayersOnDisk(Visits):
 
     @contextmanager
     def beginning(self) -> Iterator[None]:
-        """Lend what runs before the decoder layers, and the first of these."""
-        lent = [p for p in self._pieces.all if self._layers.index_of(p.name) in (None, 0)]
-        for piece in lent:
+        """Load what runs before the decoder layers, and the first of these."""
+        first = [p for p in self._pieces.all if self._layers.index_of(p.name) in (None, 0)]
+        for piece in first:
             self._pieces.load(piece)
         yield
-        for piece in lent:
+        for piece in first:
             self._pieces.release(piece)
 
     def go_on(self, streams: Streams) -> tuple[int, Streams]:
@@ -77,7 +77,7 @@ class LayersOnDisk(Visits):
 
     @contextmanager
     def layer(self, index: int) -> Iterator[None]:
-        """Lend a decoder layer with its dense weights."""
+        """Load a decoder layer with its dense weights."""
         piece = self._piece(index)
         self._pieces.load(piece)
         for mlp in self._plan.mlps:

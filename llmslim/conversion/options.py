@@ -1,4 +1,4 @@
-"""What a conversion is asked to do, and what it made; no torch, for `--help` needs none."""
+"""What `convert` takes, and what it returns; no torch, for `--help` needs none."""
 
 from __future__ import annotations
 

@@ -113,10 +113,10 @@ def _calls(pieces: Pieces) -> tuple[Layers | None, Calls | None]:
     except TargetError:
         return None, None
     stack = list(model.get_submodule(layers.path))
-    lent = [piece for piece in pieces.all if layers.index_of(piece.name) in (None, 0)]
+    first = [piece for piece in pieces.all if layers.index_of(piece.name) in (None, 0)]
     try:
         pieces.make_tables()
-        for piece in lent:
+        for piece in first:
             pieces.load_zeros(piece)
         vocabulary = int(model.get_input_embeddings().num_embeddings)
         ids = torch.arange(_TOKENS, device=pieces.device)[None] % vocabulary
@@ -124,7 +124,7 @@ def _calls(pieces: Pieces) -> tuple[Layers | None, Calls | None]:
     except (NotInPiecesError, TargetError, AttributeError):
         return layers, None
     finally:
-        for piece in lent:
+        for piece in first:
             pieces.release(piece)
 
 

@@ -40,7 +40,7 @@ from llmslim.checkpoint import (
     nonfinite_tensors,
     parse_size,
     quiet,
-    told_of_types,
+    type_notes,
     write_companions,
     write_manifest,
     write_whole,
@@ -93,7 +93,7 @@ def convert_streamed(
     ):
         conversion = _Streamed(request, pieces, plan, target, work, hashes)
         conversion.write_weights(text)
-        written = told_of_types(source, pieces.model.dtype, options.dtype)
+        written = type_notes(source, pieces.model.dtype, options.dtype)
         report = conversion.finish(tokenizer, text, (*written, *notes))
         work.publish(key)
     request.tell(conversion.total + 1, conversion.total + 1, "done")
