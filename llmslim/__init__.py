@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from llmslim.api import save as save
     from llmslim.api import slim as slim
     from llmslim.api import verify as verify
+    from llmslim.conversion.options import ConvertOptions as ConvertOptions
     from llmslim.errors import CheckpointError as CheckpointError
     from llmslim.errors import DataError as DataError
     from llmslim.errors import HealingError as HealingError
@@ -50,6 +51,7 @@ _HOMES = {
     "save": "llmslim.api",
     "slim": "llmslim.api",
     "verify": "llmslim.api",
+    "ConvertOptions": "llmslim.conversion.options",
     "CheckpointError": "llmslim.errors",
     "DataError": "llmslim.errors",
     "HealingError": "llmslim.errors",
