@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llmslim.progress import Progress
-from llmslim.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
 
     from llmslim.checkpoint import Source
+    from llmslim.recipe import Recipe
     from llmslim.surgery import Report
 
-RecipeLike = Recipe | str | Path | Mapping[str, Any]
+    RecipeLike = Recipe | str | Path | Mapping[str, Any]
+else:  # which imports pydantic, and `--help` needs none
+    RecipeLike = Any
 """A recipe, its file, the name of a shipped one, or a mapping shaped like a recipe file."""
 _IN_KEY: Mapping[str, Any] = {"in_key": True}  # a result depends on it
 

@@ -6,7 +6,7 @@ import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,7 +15,9 @@ from llmslim.cli.options import options_from
 from llmslim.cli.output import progress, show_cost, show_report
 from llmslim.cli.settings import backend, settings
 from llmslim.conversion.options import ConvertOptions
-from llmslim.recipe import Recipe, shipped_recipes
+
+if TYPE_CHECKING:
+    from llmslim.recipe import Recipe
 
 _NEXT = """
 wrote {path}
@@ -52,6 +54,8 @@ def command(model: str, heal: bool, dry_run: bool, **keywords: Any) -> None:
     --resume. GGUF files, fits to text of the model's own (`self`) or to what it predicts
     (`logits_steps`), and `structure: auto` are converted in memory, from the beginning each time.
     """
+    from llmslim.recipe import Recipe, shipped_recipes
+
     # What is wrong with a recipe is known before torch is imported.
     recipe = None if keywords["recipe"] is None else Recipe.load(keywords["recipe"])
     if recipe is None and not _is_kphi3(model):
