@@ -48,7 +48,8 @@ _MAKE = """
 import json, sys, torch
 from pathlib import Path
 from transformers import AutoTokenizer, Phi3Config, Phi3ForCausalLM
-from llmslim.checkpoint import Layout, TensorFiles
+from huggingface_hub import split_torch_state_dict_into_shards
+from llmslim.checkpoint import write_tensors
 folder, layers, size = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 hidden, intermediate = map(int, sys.argv[4:6])
 config = Phi3Config(
@@ -64,14 +65,16 @@ config.save_pretrained(folder)
 for tokenizer in sys.argv[6:]:
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
 state = model.state_dict()
-layout = Layout.of(state, parameters=model.num_parameters(), max_shard_size=size)
+split = split_torch_state_dict_into_shards(
+    state, filename_pattern="model{suffix}.safetensors", max_shard_size=size
+)
 torch.manual_seed(0)
-with TensorFiles(folder, layout, lambda name, digests: None) as files:
-    for name, tensor in state.items():
-        files.put(name, {name: torch.empty(tensor.shape, dtype=tensor.dtype).normal_(std=0.02)})
-    files.wait()
-if layout.index:
-    (folder / "model.safetensors.index.json").write_text(layout.index)
+for file, names in split.filename_to_tensors.items():
+    empty = {name: torch.empty(state[name].shape, dtype=state[name].dtype) for name in names}
+    write_tensors(folder / file, {name: t.normal_(std=0.02) for name, t in empty.items()})
+if split.is_sharded:
+    index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 """
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from llmslim.api import slim as slim
     from llmslim.api import verify as verify
     from llmslim.checkpoint import Verification as Verification
+    from llmslim.conversion.options import ConvertOptions as ConvertOptions
     from llmslim.data import Windows as Windows
     from llmslim.errors import CheckpointError as CheckpointError
     from llmslim.errors import DataError as DataError
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from llmslim.errors import SlimError as SlimError
     from llmslim.errors import TargetError as TargetError
     from llmslim.errors import UnfinishedError as UnfinishedError
-    from llmslim.healing.planning import HealingPlan as HealingPlan
+    from llmslim.healing.plan import HealingPlan as HealingPlan
     from llmslim.healing.report import HealReport as HealReport
     from llmslim.modeling.grouped_pointwise import GroupedPointwise as GroupedPointwise
     from llmslim.modeling.low_rank import LowRank as LowRank
@@ -65,6 +66,7 @@ _HOMES = {
     "verify": "llmslim.api",
     "Verification": "llmslim.checkpoint",
     "Windows": "llmslim.data",
+    "ConvertOptions": "llmslim.conversion.options",
     "CheckpointError": "llmslim.errors",
     "DataError": "llmslim.errors",
     "HealingError": "llmslim.errors",
@@ -74,7 +76,7 @@ _HOMES = {
     "SlimError": "llmslim.errors",
     "TargetError": "llmslim.errors",
     "UnfinishedError": "llmslim.errors",
-    "HealingPlan": "llmslim.healing.planning",
+    "HealingPlan": "llmslim.healing.plan",
     "HealReport": "llmslim.healing.report",
     "GroupedPointwise": "llmslim.modeling.grouped_pointwise",
     "LowRank": "llmslim.modeling.low_rank",

@@ -27,7 +27,9 @@ from llmslim.checkpoint import (
     verify_folder,
     write_checkpoint,
 )
-from llmslim.conversion import Conversion, RecipeLike, calibration_spec, convert, token_ids
+from llmslim.conversion.calibrate import calibration_spec
+from llmslim.conversion.convert import convert, slim_with
+from llmslim.conversion.options import Conversion, RecipeLike
 from llmslim.data import Windows, calibration_windows, embedding_rows
 from llmslim.errors import CheckpointError, DataError, UnfinishedError
 from llmslim.options import HealOptions, takes
@@ -112,7 +114,7 @@ def slim(
     recipe = Recipe.of(recipe)
     made = plan(model, recipe, init=init)
     if calibration is None and made.needs_calibration:
-        spec = calibration_spec(recipe, model, (), None)
+        spec = calibration_spec(recipe, model)
         calibration = calibration_windows(spec, tokenizer, model, progress=progress)
     elif calibration is not None:
         if not isinstance(calibration, Windows):
@@ -121,13 +123,7 @@ def slim(
                 "llmslim.data.calibration_windows gives them."
             )
         calibration.check_known(tokenizer, embedding_rows(model))
-    windows = token_ids(calibration)
-    if windows is not None and recipe.has_auto and made.needs_calibration:
-        recipe = surgery.allocate(model, recipe, windows, init=init, progress=progress)
-        made = plan(model, recipe, init=init)
-    report = surgery.rewrite(model, made, seed=seed, calibration=windows, progress=progress)
-    if calibration is not None and made.needs_calibration:
-        report = replace(report, fitted_to=calibration.description)
+    report, _ = slim_with(model, made, calibration, seed=seed, init=init, progress=progress)
     return report
 
 

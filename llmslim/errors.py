@@ -76,3 +76,28 @@ def raise_together(errors: Sequence[SlimError]) -> None:
     """
     if errors:
         raise type(errors[0])([sentence for error in errors for sentence in error.problems])
+
+
+def and_more(names: Sequence[str], shown: int = 1, separator: str = ", ") -> str:
+    """Return the first few of some names, and how many more there are.
+
+    Example:
+        >>> and_more(["a", "b", "c", "d"]), and_more(["a", "b"], 2)
+        ('a and 3 more', 'a, b')
+    """
+    more = f" and {len(names) - shown:,} more" if len(names) > shown else ""
+    return separator.join(names[:shown]) + more
+
+
+def printable(text: str, *, lines: bool = False) -> str:
+    r"""Return text that no terminal takes for a command: a `?` in place of each such character.
+
+    Args:
+        text: from anyone.
+        lines: whether it may have several lines.
+
+    Example:
+        >>> printable("a\x1b[2J\nb"), printable("a\nb", lines=True)
+        ('a?[2J?b', 'a\nb')
+    """
+    return "".join(c if c.isprintable() or (lines and c == "\n") else "?" for c in text)

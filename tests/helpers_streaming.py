@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers as tf
-from helpers_checkpoint import hashes
+from helpers_checkpoint import hashes, stored
 from tiny import tiny_model
 
 from llmslim import api
@@ -65,8 +66,15 @@ def in_memory(monkeypatch: pytest.MonkeyPatch, *args: Any, **options: Any) -> An
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """Return hashes of all files but the report and the manifest, and what the report says."""
-    found: dict[str, Any] = hashes(folder)
+    """Return hashes of all files but those below, what the report says, and the tensors' bytes.
+
+    How tensors are shared out among files, and with it the manifest, may differ.
+    """
+    found = {k: v for k, v in hashes(folder).items() if not k.startswith("model")}
     report = json.loads((folder / "llmslim_report.json").read_text())
     del found["llmslim_manifest.json"], report["problems"]
-    return {**found, "llmslim_report.json": report}
+    tensors = {
+        name: (tensor.dtype, tensor.shape, tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        for name, tensor in stored(folder).items()
+    }
+    return {**found, "llmslim_report.json": report, "tensors": tensors}

@@ -22,7 +22,7 @@ from safetensors import safe_open
 
 from llmslim.checkpoint import empty_model, open_source
 from llmslim.checkpoint.gguf_header import check_gguf
-from llmslim.checkpoint.shards import INDEX, read_header, read_weights
+from llmslim.checkpoint.safetensors_io import INDEX, read_header, read_weights
 from llmslim.errors import SlimError
 from llmslim.plugins import STRUCTURES
 from llmslim.recipe import Recipe, shipped_recipes

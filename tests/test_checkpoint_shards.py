@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llmslim.checkpoint.shards import INDEX, Entry, read_header, read_weights, weight_files
+from llmslim.checkpoint.safetensors_io import INDEX, Entry, read_header, read_weights, weight_files
 from llmslim.errors import CheckpointError
 
 GOOD = {
@@ -59,30 +59,19 @@ def test_a_length_that_begins_as_a_pickle_does(length: int, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "a header of 0 bytes in a file of 0"),
-        (b"\x00\x01", "in a file of 2"),
-        (struct.pack("<Q", 10**15) + b"{}", "a header of 1,000,000,000,000,000 bytes"),
-        (raw(GOOD)[:60], "bytes in a file of 60; not a whole safetensors file"),
-        (raw(b"{not json"), "header is not JSON"),
-        (raw(b"\xff\xfe\x00\x01"), "header is not JSON"),
-        (raw(b"[" * 50_000), "header is not JSON"),
-        (raw([1, 2]), "does not give every tensor"),
-        (raw({"a": 3}), "does not give every tensor"),
-        (raw(b(dtype="F99")), "does not give every tensor"),
-        (raw(b(dtype=["F32"])), "does not give every tensor"),
-        (raw(b(shape=["x", 10**15])), "does not give every tensor"),
-        (raw(b(shape=[-4])), "does not give every tensor"),
-        (raw(b(shape=[True])), "does not give every tensor"),
-        (raw(b(data_offsets=[16])), "does not give every tensor"),
-        (raw(b(data_offsets=[16, 24.0])), "does not give every tensor"),
-        (raw(b(data_offsets=["16", "24"])), "does not give every tensor"),
-        (raw(b(data_offsets=[8, 16])), "b overlaps the tensor before it"),
-        (raw(b(data_offsets=[20, 28]), bytes(28)), "b leaves a gap before it"),
-        (raw(b(shape=[5])), "b has data_offsets 16 to 24; BF16 of shape [5]"),
-        (raw(b(data_offsets=[16, 8])), "b has data_offsets 16 to 8"),
-        (raw(b(shape=[2**40], data_offsets=[16, 16 + 2**41])), "its header describes 2,199,"),
-        (raw(GOOD, bytes(23)), "its header describes"),
-        (raw(GOOD, bytes(25)), "its header describes"),
+        (b"", "header too small"),
+        (raw(GOOD)[:60], "invalid header length"),
+        (raw(b"{not json"), "JSON"),
+        (raw(b(data_offsets=[8, 16])), "`b`"),  # overlaps
+        (raw(b(data_offsets=[20, 28]), bytes(28)), "`b`"),  # leaves a gap
+        (raw(b(shape=[5])), "shape"),
+        (raw(b(dtype="F99")), "F99"),
+        (raw(GOOD, bytes(23)), "not fully covered"),
+        (raw(GOOD, bytes(25)), "not fully covered"),
+        (raw({"a": GOOD["a"], "\x1b[2J": GOOD["b"]}), "not printable"),
+        (raw({"a": GOOD["a"], "\x1b[2J": {**GOOD["b"], "shape": [5]}}), "shape"),
+        (raw({"a": GOOD["a"], "\x1b[2J": {**GOOD["b"], "data_offsets": [8, 16]}}), "`?[2J`"),
+        (raw({"a": GOOD["a"], "b" * 1001: GOOD["b"]}), "longer than 1000"),
     ],
 )
 def test_a_broken_file_is_named_with_what_is_wrong(
@@ -92,8 +81,10 @@ def test_a_broken_file_is_named_with_what_is_wrong(
     path.write_bytes(content)
     with pytest.raises(CheckpointError) as caught:
         read_header(path)
-    assert str(caught.value).startswith(f"{path}: ")
-    assert said in str(caught.value)
+    (sentence,) = caught.value.problems
+    assert sentence.startswith(f"{path}: ")
+    assert said in sentence
+    assert sentence.isprintable()
 
 
 def test_every_cut_of_a_file_is_noticed(tmp_path: Path) -> None:
@@ -160,7 +151,7 @@ def test_a_truncated_shard_is_named(tmp_path: Path) -> None:
     sharded(tmp_path)
     path = tmp_path / "two.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match=r"two\.safetensors: .* bytes; its header describes"):
+    with pytest.raises(CheckpointError, match=r"two\.safetensors: not a whole"):
         read_weights(tmp_path)
 
 

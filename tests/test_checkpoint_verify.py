@@ -95,9 +95,7 @@ def test_weights_or_config_that_cannot_be_read(folder: Path) -> None:
     path = folder / "model.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-5])
-    assert any(
-        said.startswith(f"{path}: ") and "its header describes" in said for said in problems(folder)
-    )
+    assert any(said.startswith(f"{path}: ") for said in problems(folder))
     path.write_bytes(whole)
     edit_json(folder / "config.json", llmslim={"format": 1, "sites": {"lm_head": {"structure": 1}}})
     assert any("config.json: no model can be built from it" in said for said in problems(folder))

@@ -34,7 +34,7 @@ from llmslim.checkpoint import (
     quiet,
     write_checkpoint,
 )
-from llmslim.conversion.work import Work
+from llmslim.conversion.conversion_dir import ConversionDir
 from llmslim.errors import CheckpointError
 
 ROOT = Path(__file__).parents[1]
@@ -279,7 +279,7 @@ def test_a_target_that_no_folder_can_have(
             write_checkpoint(slim_llama(), Path(out), overwrite=overwrite)
         assert said in str(caught.value)
         with pytest.raises(CheckpointError) as caught:
-            Work(Path(out))
+            ConversionDir(Path(out))
         assert said in str(caught.value)
     assert names(tmp_path) == ["loop"]
 

@@ -15,8 +15,8 @@ from tiny import logits, tiny_model, tokens
 
 import llmslim
 from llmslim import api
-from llmslim.conversion import device_named
-from llmslim.conversion.layered import LayersOnDisk
+from llmslim.conversion.device import device_named
+from llmslim.conversion.layer_store import LayersOnDisk
 from llmslim.data import Windows
 from llmslim.errors import CheckpointError, SlimError, UnfinishedError
 from llmslim.surgery.calibration import windows_per_batch

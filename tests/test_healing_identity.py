@@ -11,7 +11,7 @@ from helpers_healing import Rows, Text, healed, losses, slimmed, text
 from tiny import tiny_model
 
 import llmslim
-from llmslim.checkpoint import identity, lock
+from llmslim.checkpoint import lock, rundir
 from llmslim.errors import HealingError
 from llmslim.healing import HealingDir, HealInputs, heal_model
 from llmslim.healing.distributed import processes
@@ -100,7 +100,7 @@ def test_what_changed_is_named_and_nothing_is_lost(begun, change):
 @pytest.mark.parametrize("library", ["llmslim", "torch"])
 def test_another_version_is_named(begun, monkeypatch, library):
     folder, options = begun
-    module = {"llmslim": identity, "torch": torch}[library]
+    module = {"llmslim": rundir, "torch": torch}[library]
     now = "__version__"
     was = str(getattr(module, now))
     monkeypatch.setattr(module, now, "99.0")

@@ -19,7 +19,7 @@ from tiny import tiny_model
 from llmslim import api
 from llmslim.checkpoint import load_model, open_source, quiet, verify_folder
 from llmslim.checkpoint.config import check_config
-from llmslim.checkpoint.shards import read_json
+from llmslim.checkpoint.safetensors_io import read_json
 from llmslim.cli.main import cli
 from llmslim.errors import RecipeError
 from llmslim.modeling.sizes import common_divisors

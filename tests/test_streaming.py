@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from every_architecture import MLP_AND_ATTENTION, config_classes
 from every_architecture import tiny_model as tiny
 from helpers_checkpoint import hashes, names, same_bytes, stored, tiny_tokenizer
@@ -24,10 +25,18 @@ from helpers_streaming import (
 from safetensors.torch import load_file, save_file
 from tiny import logits, tiny_model, tokens
 
-from llmslim import api
-from llmslim.checkpoint import Layout, NotInPiecesError, Pieces, open_source, parse_size
-from llmslim.checkpoint import tensor_files as writing
+from llmslim import api, surgery
+from llmslim.checkpoint import (
+    NotInPiecesError,
+    Pieces,
+    open_source,
+    parse_size,
+    safetensors_io,
+    write_tensors,
+)
+from llmslim.conversion.target_model import TargetModel
 from llmslim.errors import CheckpointError
+from llmslim.recipe import Recipe
 
 CASES = [
     *(
@@ -193,19 +202,20 @@ def test_weights_of_several_types_keep_all_their_values(
     assert {t.dtype for t in stored(streamed).values()} == {torch.float32}
 
 
-def test_a_tensor_that_reads_back_differently_is_found(
+def test_a_piece_that_reads_back_differently_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = stored_model(tmp_path / "m")
-    real = writing._write
+    real = safetensors_io._write
 
-    def spoil(file: int, data: memoryview, start: int) -> None:
-        real(file, data, start)
+    def spoil(file: Any, data: memoryview, digest: Any) -> None:
+        real(file, data, digest)
         if len(data) == 48 * 4:  # a norm
-            real(file, memoryview(bytes([data[0] ^ 1])), start)
+            file.seek(-1, 1)
+            file.write(bytes([data[-1] ^ 1]))
 
-    monkeypatch.setattr(writing, "_write", spoil)
-    with pytest.raises(CheckpointError, match=r"layernorm.weight reads back differently"):
+    monkeypatch.setattr(safetensors_io, "_write", spoil)
+    with pytest.raises(CheckpointError, match=r"layers.0 reads back differently"):
         api.convert(model, RECIPES["random"], tmp_path / "out")
     assert names(tmp_path) == ["m"]
 
@@ -221,7 +231,7 @@ def test_an_already_slim_model_is_converted_further(
     assert contents(streamed) == contents(whole)
 
 
-def test_a_layout_is_what_safetensors_writes(tmp_path: Path) -> None:
+def test_a_file_is_what_safetensors_writes(tmp_path: Path) -> None:
     tensors = {
         "z": torch.ones(3, dtype=torch.bfloat16),
         'ä"b': torch.ones(2, 2),
@@ -230,14 +240,45 @@ def test_a_layout_is_what_safetensors_writes(tmp_path: Path) -> None:
         "e": torch.empty(0, 4),
         "u": torch.ones(5, dtype=torch.uint8),
     }
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    layout = Layout.of(tensors, parameters=1, max_shard_size="1GB")
-    (tmp_path / "ours").mkdir()
-    with writing.TensorFiles(tmp_path / "ours", layout, lambda name, digests: None) as files:
-        for name in reversed(tensors):
-            files.put(name, {name: tensors[name]})
-        files.wait()
-    assert hashes(tmp_path / "ours")["model.safetensors"] == hashes(tmp_path)["model.safetensors"]
+    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    digest = write_tensors(tmp_path / "ours", dict(reversed(tensors.items())))
+    assert hashes(tmp_path) == {"ours": digest, "theirs": digest}
+
+
+@pytest.mark.parametrize("size", ["50GB", "10KB"])
+def test_files_follow_pieces_and_none_is_larger_than_allowed(size: str, tmp_path: Path) -> None:
+    model = stored_model(tmp_path / "m")
+    out = api.convert(model, RECIPES["random"], tmp_path / "out", max_shard_size=size).path
+    files = sorted(path.name for path in out.glob("*.safetensors"))
+    assert files == [f"model-{n + 1:05}-of-{len(files):05}.safetensors" for n in range(len(files))]
+    pieces = {piece.name for piece in Pieces(open_source(out)).all}
+    held = [load_file(out / file) for file in files]
+    for tensors in held:
+        assert len({name for name in pieces for key in tensors if key.startswith(name)}) == 1
+        bytes_ = sum(tensor.nbytes for tensor in tensors.values())
+        assert len(tensors) == 1 or bytes_ <= parse_size(size)
+    assert (len(files) == len(pieces)) is (size == "50GB")
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {
+        key: file for file, tensors in zip(files, held, strict=True) for key in tensors
+    }
+    loaded = tf.AutoModelForCausalLM.from_pretrained(out)
+    assert index["metadata"]["total_parameters"] == loaded.num_parameters()
+
+
+def test_a_model_of_one_piece_is_one_file(tmp_path: Path) -> None:
+    model = tiny_model("llama", num_hidden_layers=1)
+    model.save_pretrained(tmp_path / "m")
+    pieces = Pieces(open_source(tmp_path / "m"))
+    whole = pieces.all[0]._replace(
+        homes=tuple(home for piece in pieces.all for home in piece.homes),
+        stored=tuple(name for piece in pieces.all for name in piece.stored),
+    )
+    pieces.all = (whole,)
+    pieces._pieces = dict.fromkeys(whole.homes, whole)
+    target = TargetModel(pieces, surgery.plan(pieces.model, Recipe(name="as it is")), 1 << 40)
+    assert list(target.files[whole.name]) == ["model.safetensors"]
+    assert target.index is None
 
 
 @pytest.mark.parametrize(

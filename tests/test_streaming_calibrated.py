@@ -8,6 +8,7 @@ import signal
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,9 +21,10 @@ from safetensors.torch import load_file, save_file
 
 from llmslim import api
 from llmslim.checkpoint import NotInPiecesError, Pieces, load_model, open_source
-from llmslim.checkpoint import tensor_files as writing
-from llmslim.conversion.layered import LayersOnDisk, check_layers
-from llmslim.conversion.work import Work
+from llmslim.conversion import conversion_dir
+from llmslim.conversion.conversion_dir import ConversionDir
+from llmslim.conversion.finished import FinishedPieces
+from llmslim.conversion.layer_store import LayersOnDisk, check_layers
 from llmslim.errors import CheckpointError
 from llmslim.surgery.sites import find_layers
 
@@ -118,7 +120,7 @@ class Cut(BaseException):
 
 def cut_after(patch: pytest.MonkeyPatch, pieces: int) -> None:
     """Fail while the piece after so many is handed over."""
-    real, seen = writing.TensorFiles.put, 0
+    real, seen = FinishedPieces.put, 0
 
     def put(self: Any, *args: Any) -> None:
         nonlocal seen
@@ -128,7 +130,7 @@ def cut_after(patch: pytest.MonkeyPatch, pieces: int) -> None:
             raise Cut
         real(self, *args)
 
-    patch.setattr(writing.TensorFiles, "put", put)
+    patch.setattr(FinishedPieces, "put", put)
 
 
 def begun(monkeypatch: pytest.MonkeyPatch, model: Path, name: str, pieces: int) -> Path:
@@ -137,7 +139,7 @@ def begun(monkeypatch: pytest.MonkeyPatch, model: Path, name: str, pieces: int) 
         cut_after(patch, pieces)
         with pytest.raises(Cut):
             api.convert(model, recipe(name), "out")
-    return Work(Path("out")).path
+    return ConversionDir(Path("out")).path
 
 
 def resumed(model: Path, name: str, **options: Any) -> list[tuple[int, str]]:
@@ -279,7 +281,7 @@ def test_weights_that_are_not_finite_are_found_before_any_fit(
 def test_a_disk_without_space_for_hidden_states(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_folder()
     monkeypatch.setattr(
-        "llmslim.conversion.work.shutil.disk_usage", lambda path: type("", (), {"free": 400_000})
+        conversion_dir.shutil, "disk_usage", lambda path: SimpleNamespace(free=400_000)
     )
     api.convert(model, {"name": "p", "replace": RECIPES["low_rank"]["replace"]}, "out")
     with pytest.raises(CheckpointError, match=r"hidden states beside them 552,960, and 400,000"):
@@ -359,4 +361,4 @@ def test_killed_at_thirty_random_moments() -> None:
         if seed % 3 == 2:
             api.convert(model, recipe("low_rank"), "out", resume=True, overwrite=True)
             assert hashes(Path("out")) == undisturbed
-            assert not Work(Path("out")).exists
+            assert not ConversionDir(Path("out")).exists

@@ -5,3 +5,4 @@ from .dry_run import layer_operations as layer_operations
 from .likeness import changed_attributes as changed_attributes
 from .likeness import differences as differences
 from .likeness import first_difference as first_difference
+from .precision import bf16_is_fast as bf16_is_fast

@@ -5,8 +5,8 @@ and making a processor of them could take libraries that are not here. Names of 
 (`auto_map`) stay only where the file is in the folder: code that read the model's config is not
 what reads the written one, unless it was trusted and its class was written.
 
-Nothing of the code is run here. It is copied where a processor or tokenizer needs it; whoever
-loads that decides about it, as with the source.
+Nothing of the code is run here. It is copied where a processor or tokenizer needs it; to run it
+or not is decided when that is loaded, as with the source.
 """
 
 from __future__ import annotations

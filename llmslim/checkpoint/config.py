@@ -5,6 +5,10 @@ fill the memory before a weight is read: ten thousand million layers are built o
 of as many labels is written out. What no model needs is refused here, by the key's name, in the
 config and in every config inside it.
 
+A model that predicts no tokens is refused, too: loaded as a language model, one without an output
+head lacks a weight, and one with a head of its own would lose what it was trained for. And weights
+are refused that are stored quantised in a way that transformers cannot unpack on a CPU.
+
 Left out: whether the values make a model. That is for transformers to say, and for the files'
 tensors, which must fit it.
 """
@@ -16,9 +20,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llmslim.errors import CheckpointError
+from transformers import AutoModel
+from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
-from .shards import is_inside, read_json
+from llmslim.errors import CheckpointError
+from llmslim.modeling.base_class import auto_classes, listed_classes
+
+from .safetensors_io import is_inside, read_json, read_weights
 
 _LAYERS = re.compile(r"(^|_)n?_?layers?$|(^|_)depths?$")
 _PARTS = re.compile(r"_(heads?|experts?|blocks?)$")
@@ -39,6 +47,22 @@ _READ = (
 """Files that transformers reads by themselves, and may write again into the result."""
 
 
+_OTHER_HEAD = re.compile(
+    r"For\w*(Classification|Answering|MultipleChoice|SentencePrediction|Reward\w*|Regression"
+    r"|Retrieval|Detection|Segmentation)$"
+)
+
+_READ_PICKLES = {
+    "Qwen2_5OmniForConditionalGeneration": (
+        "spk_dict.pt",
+        "Qwen2_5OmniThinkerForConditionalGeneration",
+    )
+}
+"""Classes whose `from_pretrained` fails without a file that holds neither config nor weights: the
+file, and the class of the part that needs none."""
+_UNPACKED: Mapping[str, Any] = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
+
+
 def check_config(config: Mapping[str, Any], where: str | Path) -> None:
     """Refuse a config that would fetch code or weights, or fill the memory.
 
@@ -47,7 +71,7 @@ def check_config(config: Mapping[str, Any], where: str | Path) -> None:
         where: the file, for messages.
 
     Raises:
-        CheckpointError: if it says something that is not allowed.
+        CheckpointError: if it has something that is not allowed.
     """
     for key, value in _entries(config):
         if type(value) is int:
@@ -88,7 +112,7 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def told_of_adapter(folder: Path) -> str | None:
+def adapter_note(folder: Path) -> str | None:
     """Say so where a folder holds an adapter and no model; None where it does not.
 
     Args:
@@ -108,6 +132,107 @@ def told_of_adapter(folder: Path) -> str | None:
         "config.json and the weights. Merge it into that model (peft: merge_and_unload, then "
         "save_pretrained), and give the folder of the merged one."
     )
+
+
+def check_head(config: Any, folder: Path, given: str) -> None:
+    """Refuse a config whose class is known to write no text, or to load a pickle.
+
+    Args:
+        config: the model's.
+        folder: its files; weights need not be among them.
+        given: the model, for messages.
+
+    Raises:
+        CheckpointError: if its class has no output head, or one for something else, or cannot be
+            loaded without a pickle.
+    """
+    named = getattr(config, "architectures", None)
+    kind = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
+    if _OTHER_HEAD.search(kind):
+        raise CheckpointError(
+            f"{given}: is a {kind[:80]}, which scores text and writes none; a language model, such "
+            "as a ...ForCausalLM, is needed. Give the model that it was trained from."
+        )
+    if kind in _READ_PICKLES:
+        file, part = _READ_PICKLES[kind]
+        raise CheckpointError(
+            f"{given}: is a {kind}, which loads {file} beside its weights, a pickle; none are read "
+            f"or written here. Give the part of it that writes text, saved as {part}."
+        )
+    if kind and kind in _base_classes(config) and not _has_head(config, folder):
+        raise CheckpointError(
+            f"{given}: is a {kind[:80]}, which has no output head; a language model, such as a "
+            "...ForCausalLM, is needed. Give the whole model, saved with its head."
+        )
+
+
+def _base_classes(config: Any) -> set[str]:
+    """Return the names of the classes without a head that a config's type has."""
+    listed = AutoModel._model_mapping._model_mapping.get(config.model_type, ())
+    # A few types list the class that writes text there, too.
+    writing = {
+        cls.__name__
+        for auto in auto_classes(type(config)).values()
+        for cls in listed_classes(auto, type(config))
+    }
+    return ({listed} if isinstance(listed, str) else set(listed)) - writing
+
+
+def _has_head(config: Any, folder: Path) -> bool:
+    """Return whether a head is stored all the same, or is the embedding."""
+    text = config.get_text_config()
+    if getattr(text, "tie_word_embeddings", False):
+        return True
+    try:
+        entries = read_weights(folder)
+    except CheckpointError:
+        return False  # none are needed, or `open_source` has refused it
+    vocabulary = getattr(text, "vocab_size", None)
+    return sum(vocabulary in entry.shape for entry in entries.values()) > 1
+
+
+def check_quantisation(config: Mapping[str, Any], given: str) -> None:
+    """Refuse weights that cannot be unpacked here.
+
+    Args:
+        config: what config.json holds.
+        given: the model, for messages.
+
+    Raises:
+        CheckpointError: if they are quantised in another way.
+    """
+    parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
+    for part in parts:
+        name = _method(part)
+        if name is not None and (name not in _UNPACKED or part is not config):
+            raise CheckpointError(
+                f"{given}: its weights are quantised ({name[:80]}); only plain weights, GGUF, "
+                f"{' and '.join(_UNPACKED)} are read. Use the model it was quantised from, or, "
+                "where the library that made it runs, load it with transformers, call "
+                "model.dequantize() and model.save_pretrained(FOLDER), and give that folder."
+            )
+
+
+def unpacking(config: Any) -> Any:
+    """Return the quantisation config to load with, None for plain weights.
+
+    Args:
+        config: the model's.
+    """
+    name = _method({"quantization_config": getattr(config, "quantization_config", None)})
+    return None if name is None else _UNPACKED[name](dequantize=True)
+
+
+def _method(config: Mapping[str, Any]) -> str | None:
+    """Return the name of the method that a config names, None where it names none."""
+    method = config.get("quantization_config")
+    if not method:
+        return None
+    if isinstance(method, Mapping):
+        method = method.get("quant_method")
+    else:
+        method = getattr(method, "quant_method", method)
+    return str(getattr(method, "value", method))
 
 
 def _entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -26,7 +26,7 @@ from llmslim.modeling.modeling_llmslim import SlimModelMixin, base_of, other_nam
 from llmslim.modeling.sizes import WIDTH_FIELDS
 from llmslim.modeling.structured import StructuredLinear
 
-from .quiet import quiet
+from .source import quiet
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from llmslim.errors import CheckpointError, SlimError
+from llmslim.errors import CheckpointError, SlimError, and_more
 
 _PIECE = 1 << 24
 """Elements looked at together."""
@@ -53,7 +53,7 @@ def nonfinite_tensors(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
     return found
 
 
-def told_of_nonfinite(
+def nonfinite_notes(
     found: Sequence[str], where: str, *, allow_nonfinite: bool | None = False
 ) -> tuple[str, ...]:
     """Say which weights are not finite.
@@ -71,18 +71,17 @@ def told_of_nonfinite(
     """
     if not found:
         return ()
-    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    said = (
+    sentence = (
         f"{where}: {len(found)} {'tensor holds' if len(found) == 1 else 'tensors hold'} "
-        f"NaN or infinities: {', '.join(found[:_SHOWN])}{more}"
+        f"NaN or infinities: {and_more(found, _SHOWN)}"
     )
     if not allow_nonfinite:
-        switch = ", or pass allow_nonfinite (--allow-nonfinite) to go on with them"
+        switch = ", or pass allow_nonfinite (--allow-nonfinite) to accept them"
         raise CheckpointError(
-            f"{said}; weights must be finite. Download the model again"
+            f"{sentence}; weights must be finite. Download the model again"
             f"{'' if allow_nonfinite is None else switch}."
         )
-    return (f"{said}.",)
+    return (f"{sentence}.",)
 
 
 def check_finite(
@@ -92,8 +91,8 @@ def check_finite(
 
     Args:
         tensors: as for `nonfinite_tensors`.
-        where: as for `told_of_nonfinite`.
-        allow_nonfinite: as for `told_of_nonfinite`.
+        where: as for `nonfinite_notes`.
+        allow_nonfinite: as for `nonfinite_notes`.
 
     Raises:
         CheckpointError: if there are any and they are not allowed.
@@ -102,18 +101,18 @@ def check_finite(
         >>> check_finite([("a", torch.tensor([1.0, float("nan")]))], "m", allow_nonfinite=True)
         ('m: 1 tensor holds NaN or infinities: a (1 of 2).',)
     """
-    return told_of_nonfinite(nonfinite_tensors(tensors), where, allow_nonfinite=allow_nonfinite)
+    return nonfinite_notes(nonfinite_tensors(tensors), where, allow_nonfinite=allow_nonfinite)
 
 
 @contextmanager
-def blamed_on(nonfinite: tuple[str, ...]) -> Iterator[None]:
+def explain_nonfinite(nonfinite: tuple[str, ...]) -> Iterator[None]:
     """Tell of weights that are not finite where a fit to them fails.
 
     Args:
-        nonfinite: what `told_of_nonfinite` returned.
+        nonfinite: what `nonfinite_notes` returned.
 
     Raises:
-        CheckpointError: in place of what linear algebra says of NaN.
+        CheckpointError: in place of linear algebra's own error.
         RuntimeError: as it was, where all weights are finite.
         ValueError: the same.
     """

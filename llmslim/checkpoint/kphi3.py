@@ -41,12 +41,12 @@ from transformers import (
     PreTrainedModel,
 )
 
-from llmslim.errors import CheckpointError, raise_together
+from llmslim.errors import CheckpointError, and_more, raise_together
 from llmslim.modeling.modeling_llmslim import become_slim, replace_sites
 
 from .kphi3_layout import block_kinds, blocks_of, check_fields
 from .kphi3_layout import is_kphi3_config as is_kphi3_config
-from .shards import (
+from .safetensors_io import (
     FLOATS,
     INDEX,
     WEIGHTS,
@@ -120,18 +120,20 @@ def kphi3_config(folder: Path) -> PreTrainedConfig:
     return config
 
 
-def _wanted_dtype(folder: Path, asked: str | None, entries: Mapping[str, Entry]) -> torch.dtype:
-    """Return the type asked for, else the narrowest that holds every tensor exactly.
+def _wanted_dtype(folder: Path, dtype: str | None, entries: Mapping[str, Entry]) -> torch.dtype:
+    """Return the type given, else the narrowest that holds every tensor exactly.
 
     Raises:
         CheckpointError: if that one, or a tensor's, is not a plain floating-point type.
     """
-    if asked is not None and asked not in FLOATS.values():
-        raise CheckpointError(f"dtype: {asked!r}; allowed {', '.join(FLOATS.values())}.")
+    if dtype is not None and dtype not in FLOATS.values():
+        raise CheckpointError(f"dtype: {dtype!r}; allowed {', '.join(FLOATS.values())}.")
     other = [f"{name} ({e.dtype})" for name, e in entries.items() if e.dtype not in FLOATS]
     if other:
-        raise CheckpointError(f"{folder}: {_some(other)}; allowed types {', '.join(FLOATS)}.")
-    names = {FLOATS[e.dtype] for e in entries.values()} if asked is None else {asked}
+        raise CheckpointError(
+            f"{folder}: {and_more(other, _SHOWN)}; allowed types {', '.join(FLOATS)}."
+        )
+    names = {FLOATS[e.dtype] for e in entries.values()} if dtype is None else {dtype}
     dtypes: list[torch.dtype] = [getattr(torch, name) for name in names]
     return reduce(torch.promote_types, dtypes, dtypes[0]) if dtypes else torch.float32
 
@@ -223,7 +225,7 @@ def _check_tensors(
     ]
     raise_together(
         [
-            CheckpointError(f"{folder}: {what} {_some(names)}.")
+            CheckpointError(f"{folder}: {what} {and_more(names, _SHOWN)}.")
             for what, names in (
                 ("missing weights", sorted(expected.keys() - shapes.keys())),
                 ("left-over weights", sorted(shapes.keys() - expected.keys())),
@@ -232,11 +234,6 @@ def _check_tensors(
             if names
         ]
     )
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
 
 
 def _set_parameter(model: nn.Module, name: str, tensor: torch.Tensor) -> None:

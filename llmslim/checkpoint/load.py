@@ -22,14 +22,13 @@ from transformers import (
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from llmslim.errors import CheckpointError
+from llmslim.errors import CheckpointError, and_more
 from llmslim.modeling.base_class import auto_class_of
 from llmslim.modeling.configuration_llmslim import register
 
-from .quantised import unpacking
-from .quiet import quiet
-from .shards import FLOATS, Entry, read_weights
-from .source import Source, empty_model, first_line
+from .config import unpacking
+from .safetensors_io import FLOATS, Entry, read_weights
+from .source import Source, empty_model, first_line, quiet
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Types that a model may be loaded in."""
@@ -140,8 +139,9 @@ def check_size(
 ) -> PreTrainedModel:
     """Compare the size of the model that the config describes with what the files hold.
 
-    transformers takes memory for what the files lack before it says so. Which tensors are lacking
-    is told after loading; this is about a config that asks for a thousand times the files.
+    transformers takes memory for what the files lack before it reports it. Which tensors are
+    lacking is an error after loading; this is about a config that describes a thousand times as
+    much as the files hold.
 
     Returns:
         That model, on the meta device.
@@ -209,14 +209,13 @@ def refuse_other_kinds(
         if wanted[name].is_floating_point() and entries[key].dtype not in FLOATS
     )
     if wrong:
-        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise CheckpointError(
-            f"{given}: {wrong[0]}{more} stored as {entries[wrong[0]].dtype}; allowed "
+            f"{given}: {and_more(wrong)} stored as {entries[wrong[0]].dtype}; allowed "
             f"{', '.join(FLOATS)}. Use the model that they were made from."
         )
 
 
-def told_of_unused(
+def unused_notes(
     source: Source, model: PreTrainedModel, unused: Iterable[str] | None = None
 ) -> tuple[str, ...]:
     """Say which stored tensors a model has no use for; what its class means to leave out is not.
@@ -235,29 +234,29 @@ def told_of_unused(
         entries = read_weights(source.path)
         unused = entries.keys() - names_in_model(model, entries)
     ignored = [*map(re.compile, model._keys_to_ignore_on_load_unexpected or ()), _TABLES]
-    told = sorted(key for key in unused if not any(each.search(key) for each in ignored))
-    if not told:
+    useless = sorted(key for key in unused if not any(each.search(key) for each in ignored))
+    if not useless:
         return ()
-    count = f"{len(told)} stored tensors are" if len(told) > 1 else "1 stored tensor is"
+    count = f"{len(useless)} stored tensors are" if len(useless) > 1 else "1 stored tensor is"
     return (
-        f"{source.given}: {count} of no use to {type(model).__name__}, such as {told[0]}; "
+        f"{source.given}: {count} of no use to {type(model).__name__}, such as {useless[0]}; "
         "they are not in the result.",
     )
 
 
-def told_of_types(source: Source, written: torch.dtype, asked: str | None) -> tuple[str, ...]:
+def type_notes(source: Source, written: torch.dtype, dtype: str | None) -> tuple[str, ...]:
     """Say so where weights of several types are written in the widest of them.
 
     Args:
         source: the model's files.
         written: the type of the result.
-        asked: the type that the caller asked for, if any.
+        dtype: the type that the caller chose, if any.
 
     Returns:
         A sentence for the report, where some weights become larger than they were.
     """
     plain = source.path is not None and source.gguf_file is None and not source.is_kphi3
-    if asked is not None or not plain or unpacking(source.config) is not None:
+    if dtype is not None or not plain or unpacking(source.config) is not None:
         return ()
     assert source.path is not None
     stored = {entry.dtype for entry in read_weights(source.path).values()} & FLOATS.keys()

@@ -2,7 +2,7 @@
 
 `llmslim_manifest.json` names every file of the checkpoint with its size and SHA-256, and the
 files of the model it was made from. No times, no absolute paths: the same input gives the same
-bytes. It finds damage and accidents; whoever can change a file can change the manifest too, so
+bytes. It finds damage and accidents; who can change a file can change the manifest too, so
 it proves no origin.
 """
 
@@ -12,9 +12,11 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from threading import Event
+from typing import Any, Self
 
 import torch
 from transformers import AutoConfig
@@ -26,12 +28,12 @@ from llmslim.modeling.configuration_llmslim import MODEL_TYPE, register
 
 from .companions import PROCESSORS, TEMPLATES
 from .config import check_config
-from .quiet import quiet
-from .shards import INDEX, read_json, read_weights, weight_files
-from .source import Source, first_line
+from .safetensors_io import INDEX, read_json, read_weights, weight_files
+from .source import Source, first_line, quiet
 
 FORMAT = 1
 MANIFEST = "llmslim_manifest.json"
+_CHUNK = 1 << 23
 
 _INPUTS = (
     *("config.json", "generation_config.json", "tokenizer*", "*.model", "vocab.*", INDEX),
@@ -185,7 +187,43 @@ def _describe(folder: Path, files: Iterable[Path], known: Mapping[Path, str]) ->
     }
 
 
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def file_sha256(path: Path, stopped: Event | None = None) -> str:
+    """Return the SHA-256 of a file, in hexadecimal.
+
+    Args:
+        path: the file.
+        stopped: once this is set, there is no need to read on.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while (chunk := file.read(_CHUNK)) and not (stopped and stopped.is_set()):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class FileHashes:
+    """SHA-256 of files, taken by a thread beside other work."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "llmslim-hash")
+        self._found: dict[Path, Future[str]] = {}
+        self._stop = Event()
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """End the thread, in the middle of a file if need be."""
+        self._stop.set()
+        self._thread.shutdown(cancel_futures=True)
+
+    def start(self, path: Path) -> None:
+        """Take a file's hash as soon as there is time, once."""
+        if path not in self._found:
+            self._found[path] = self._thread.submit(file_sha256, path, self._stop)
+
+    def of(self, path: Path) -> str:
+        """Return a file's hash, in hexadecimal; waits for it."""
+        self.start(path)
+        return self._found[path].result()

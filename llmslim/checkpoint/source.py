@@ -4,32 +4,45 @@ Everything that can be known without reading a weight is checked first, so that 
 is one sentence naming the file, and never a model with fresh random weights in the gaps.
 
 Left out: pickled weights (they can run code), and quantised ones that only a library of their own
-can unpack (see `quantised`).
+can unpack (see `config`).
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from huggingface_hub.utils.tqdm import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
+from transformers import (
+    AutoConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    modeling_gguf_pytorch_utils,
+)
+from transformers.utils import logging
 
 from llmslim.errors import CheckpointError
 from llmslim.modeling.base_class import auto_class_of
 from llmslim.modeling.configuration_llmslim import MODEL_TYPE, register
 
-from .config import check_config, check_folder, told_of_adapter
+from .config import adapter_note, check_config, check_folder, check_head, check_quantisation
 from .gguf_header import check_gguf
-from .heads import check_head
-from .quantised import check_quantisation
-from .quiet import quiet
-from .shards import hub_snapshot, read_json, read_weights
+from .safetensors_io import hub_snapshot, read_json, read_weights
 
+_GGUF: Any = modeling_gguf_pytorch_utils
+"""Its bar over tensors asks no switch: it is taken away by name."""
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _MAX_HUB_ID = 200
 
@@ -98,7 +111,7 @@ def open_source(
             )
         return _open_gguf(given, ggufs[0])
     if not (folder / "config.json").is_file():
-        adapter = told_of_adapter(folder)
+        adapter = adapter_note(folder)
         if adapter is not None:
             raise CheckpointError(adapter)
         raise CheckpointError(
@@ -145,7 +158,7 @@ def empty_model(
 
 
 def first_line(error: BaseException) -> str:
-    """Return what an error says, short enough to stand in a sentence."""
+    """Return the class and text of an error, short enough to stand in a sentence."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
 
@@ -227,13 +240,40 @@ def _read_config(
             )
     except Exception as error:  # config classes check their own fields, each in its own way
         # The files that slim checkpoints come with are llmslim's own, and here already.
-        asked = trust_remote_code or config_dict.get("model_type") == MODEL_TYPE
+        trusted = trust_remote_code or config_dict.get("model_type") == MODEL_TYPE
         hint = (
             ""
-            if asked or "auto_map" not in config_dict
+            if trusted or "auto_map" not in config_dict
             else (" It comes with Python files: if you trust them, pass trust_remote_code=True.")
         )
         raise CheckpointError(
             f"{given}: its config.json cannot be used ({first_line(error)}).{hint}"
         ) from error
     return False, config
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' and the hub's logs and progress bars; restore what was set before."""
+    if isinstance(_GGUF.tqdm, functools.partial):
+        yield  # inside of another one
+        return
+    verbosity = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    no_hub_bars = are_progress_bars_disabled()
+    gguf_bar = _GGUF.tqdm
+    _GGUF.tqdm = functools.partial(gguf_bar, disable=True)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        _GGUF.tqdm = gguf_bar
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+        # transformers' switch moves the hub's as well, so the hub's comes last.
+        if no_hub_bars:
+            disable_progress_bars()
+        else:
+            enable_progress_bars()

@@ -12,6 +12,7 @@ killed outright leaves its temporary folder (`.<name>.partial-…`) behind.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,19 +25,24 @@ from llmslim.errors import CheckpointError
 from llmslim.modeling.base_class import auto_class_of
 from llmslim.modeling.configuration_llmslim import register
 
+from .atomic import all_files, flush, staged
 from .companions import LEGACY_TEMPLATE, bring_companions
-from .layout import MAX_SHARD_SIZE
 from .load import load_tokenizer
 from .manifest import write_manifest
-from .quiet import quiet
-from .reload import check_same_logits
-from .source import Source, first_line
-from .staging import all_files, flush, staged
+from .pieces import NotInPiecesError, Pieces
+from .source import Source, first_line, open_source, quiet
 
+MAX_SHARD_SIZE = "50GB"
+"""What `save_pretrained` does by itself."""
 REPORT = "llmslim_report.json"
 RECIPE = "recipe.yaml"
 CARD = "README.md"
 
+_TOKENS = 6
+_CLOSE, _CLOSE_NARROW = 1e-4, 5e-2
+"""Standard deviations of the logits that the order of sums may account for: where memory lies
+otherwise they may be added up otherwise. The second one is for types narrower than float32."""
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _PROBE = "The quick brown fox, 42 jumps; over\n\tthe lazy dog. Ünïcödé"
 
 
@@ -164,21 +170,13 @@ def _check_model(model: PreTrainedModel, folder: Path) -> None:
         raise CheckpointError(
             f"{folder.name}: what was written does not load ({first_line(error)})."
         ) from error
-    if type(again).__name__ != type(model).__name__:
-        raise CheckpointError(
-            f"{folder.name}: written as {type(model).__name__}, loads as {type(again).__name__}; "
-            "only language models that transformers' Auto classes find can be written."
-        )
+    _refuse_other_class(folder, type(model).__name__, again)
     wanted, loaded = model.state_dict(), again.state_dict()
-    different = sorted(wanted.keys() ^ loaded.keys()) or [
-        name for name, tensor in wanted.items() if not _identical(tensor, loaded[name])
-    ]
-    if different:
-        raise CheckpointError(
-            f"{folder.name}: {len(different)} tensors load back differently, such as "
-            f"{different[0]}; all weights of a checkpoint must be of one type and untied from "
-            "each other, or tied as its config says."
-        )
+    _refuse_different(
+        folder,
+        wanted.keys() ^ loaded.keys()
+        or {name for name, tensor in wanted.items() if not _identical(tensor, loaded[name])},
+    )
     check_same_logits(model, again, folder.name)
 
 
@@ -212,3 +210,122 @@ def _identical(a: Tensor, b: Tensor) -> bool:
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def check_loads(
+    folder: Path, tensors: Mapping[str, Tensor], kind: str, device: torch.device
+) -> Pieces:
+    """Hold the headers of a checkpoint against the model that its config describes.
+
+    Nothing is read but headers: this is for a checkpoint whose bytes were compared already.
+
+    Args:
+        folder: the checkpoint.
+        tensors: names, shapes and types of every tensor that the model is to have.
+        kind: name of its class.
+        device: where its pieces will be.
+
+    Returns:
+        Its pieces.
+
+    Raises:
+        CheckpointError: if it does not load as that model.
+    """
+    try:
+        source = open_source(folder)
+        dtype = str(source.config.dtype).removeprefix("torch.")
+        pieces = Pieces(source, dtype=dtype, device=device, tried=False)
+    except (CheckpointError, NotInPiecesError) as error:
+        raise CheckpointError(
+            f"{folder.name}: what was written does not load ({error})."
+        ) from error
+    _refuse_other_class(folder, kind, pieces.model)
+    wanted, loaded = (
+        {name: (tensor.shape, tensor.dtype) for name, tensor in some.items()}
+        for some in (tensors, pieces.model.state_dict())
+    )
+    _refuse_different(folder, {*pieces.unused, *(n for n, _ in wanted.items() ^ loaded.items())})
+    return pieces
+
+
+def _refuse_other_class(folder: Path, kind: str, loaded: PreTrainedModel) -> None:
+    if type(loaded).__name__ != kind:
+        raise CheckpointError(
+            f"{folder.name}: written as {kind}, loads as {type(loaded).__name__}; only language "
+            "models that transformers' Auto classes find can be written."
+        )
+
+
+def _refuse_different(folder: Path, names: set[str]) -> None:
+    if names:
+        raise CheckpointError(
+            f"{folder.name}: {len(names)} tensors load back differently, such as {min(names)}; all "
+            "weights of a checkpoint must be of one type and untied from each other, or tied as "
+            "its config has it."
+        )
+
+
+@torch.no_grad()
+def check_same_logits(made: PreTrainedModel, again: PreTrainedModel, where: str) -> None:
+    """Run a model and what was loaded of it on a few tokens.
+
+    Both hold the same bytes by now: this is about what is not stored, but worked out when a model
+    is built.
+
+    Args:
+        made: the model that was written.
+        again: the one that was loaded; moved to the device of the other.
+        where: the checkpoint, for messages.
+
+    Raises:
+        CheckpointError: if what they give differs by more than the order of sums accounts for.
+    """
+    vocabulary = made.get_input_embeddings().num_embeddings
+    ids = torch.arange(_TOKENS, device=made.device)[None] % int(vocabulary)  # type: ignore[arg-type]
+    modes = [(module, module.training) for module in made.modules()]
+    try:
+        wanted = _logits(made.eval(), ids)
+    except Exception:  # it needs more than text, and its bytes and code are compared
+        return
+    finally:
+        for module, training in modes:
+            module.training = training
+    found = _logits(again.to(made.device).eval(), ids)  # type: ignore[arg-type]
+    finite = wanted.isfinite()
+    size = float(wanted[finite].std()) if int(finite.sum()) > 1 else 1.0
+    close = _CLOSE * size if wanted.dtype == torch.float32 else _CLOSE_NARROW * size
+    same = torch.equal(finite, found.isfinite())
+    far = float((wanted - found)[finite].abs().max()) if same and bool(finite.any()) else 0.0
+    if not same or far > close:
+        raise CheckpointError(
+            f"{where}: what was written computes something else than what was made (logits differ "
+            f"by {far / size:.2g} standard deviations). This is a fault of llmslim; leave out "
+            "depth, width or the rules of the recipe until it is gone."
+        )
+
+
+def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits
+
+
+def parse_size(size: int | str) -> int:
+    """Return a number of bytes, given as such or as text.
+
+    Args:
+        size: `5GB`, `500MB`, `5000000`; units are powers of ten, as on the hub.
+
+    Raises:
+        CheckpointError: if it is no size.
+
+    Example:
+        >>> parse_size("1.5GB")
+        1500000000
+    """
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)B?", str(size).strip().upper())
+    number = 0 if match is None else int(float(match[1]) * _UNITS[match[2]])
+    if number < 1:
+        raise CheckpointError(
+            f"max_shard_size: {size!r}; a number of bytes, or of KB, MB, GB or TB. Write 5GB."
+        )
+    return number

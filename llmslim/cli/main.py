@@ -19,9 +19,8 @@ from typing import Any
 import click
 
 from llmslim._version import __version__
-from llmslim.errors import SlimError, UnfinishedError
+from llmslim.errors import SlimError, UnfinishedError, printable
 
-from .output import printable
 from .settings import Settings, shared_options
 
 
@@ -60,7 +59,10 @@ class CommandFolder(click.Group):
             if settings.debug:
                 raise
             # The problems of one run line up below each other.
-            click.echo("Error: " + "\n       ".join(map(printable, error.problems)), err=True)
+            click.echo(
+                "Error: " + "\n       ".join(printable(one, lines=True) for one in error.problems),
+                err=True,
+            )
             ctx.exit(75 if isinstance(error, UnfinishedError) else 1)
         except Exception as error:
             if settings.debug:

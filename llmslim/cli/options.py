@@ -18,7 +18,8 @@ def options_from(options: type) -> Decorator:
 
     Args:
         options: a dataclass whose docstring has a section `Attributes`; metadata of a field may
-            have `flags` (none: no option) and `metavar`.
+            have `flags` (none: no option), `metavar` and `multiple`. A default that says something
+            is shown.
     """
     hints, help_of = get_type_hints(options), _described(options)
 
@@ -26,7 +27,8 @@ def options_from(options: type) -> Decorator:
         for field in reversed(fields(options)):
             flags = field.metadata.get("flags", (f"--{field.name.replace('_', '-')}",))
             if flags:
-                kind = {"metavar": field.metadata.get("metavar"), **_kind(hints[field.name])}
+                kind = {**_kind(hints[field.name]), "default": field.default, "show_default": True}
+                kind |= {k: v for k, v in field.metadata.items() if k in ("metavar", "multiple")}
                 text = help_of[field.name]
                 command = click.option(*flags, field.name, help=text, **kind)(command)
         return command
@@ -43,14 +45,15 @@ def _described(options: type) -> dict[str, str]:
 
 def _kind(hint: Any) -> dict[str, Any]:
     """Return what click is given for a value of a type; text, where it has no better way."""
-    for one in get_args(hint) or (hint,):
+    kinds = get_args(hint) or (hint,)
+    for one in () if str in kinds else kinds:
         if one is bool:
             return {"is_flag": True}
         if one in (int, float):
             return {"type": one}
         if get_origin(one) is Literal:
             return {"type": click.Choice(get_args(one))}
-    if str not in get_args(hint) and any(get_origin(one) is Mapping for one in get_args(hint)):
+    if Mapping in [get_origin(one) for one in kinds] and str not in kinds:
         return {"multiple": True, "metavar": "KEY=VALUE", "callback": _read_pairs}
     return {}
 

@@ -16,16 +16,6 @@ if TYPE_CHECKING:
     from llmslim.surgery.report import Report
 
 
-def printable(text: str) -> str:
-    r"""Return text that cannot steer a terminal: names in a message may come from anyone.
-
-    Example:
-        >>> printable("a\x1b[2Jb")
-        'a?[2Jb'
-    """
-    return "".join(char if char.isprintable() or char == "\n" else "?" for char in text)
-
-
 def console(*, err: bool = False) -> Console:
     """Return a console on stdout or stderr; markup off: names may hold brackets."""
     from rich.console import Console
@@ -53,7 +43,7 @@ def show_cost(plan: Plan, device: str | None = None) -> None:
         plan: what will be done.
         device: where, see `convert`.
     """
-    from llmslim.conversion import device_named
+    from llmslim.conversion.device import device_named
     from llmslim.surgery import fitting_cost, speed
 
     cost, where = fitting_cost(plan), device_named(device)

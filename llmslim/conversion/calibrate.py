@@ -12,41 +12,47 @@ from transformers import PreTrainedModel
 from llmslim import surgery
 from llmslim.checkpoint import NotInPiecesError, empty_model, load_tokenizer, open_source
 from llmslim.data import Windows, calibration_windows, longest_input
+from llmslim.errors import DataError
 from llmslim.recipe import Calibration, Recipe
 
-from .job import Job
+from .options import Request
 
 
-def check_text(job: Job, model: PreTrainedModel) -> None:
+def check_text(request: Request, model: PreTrainedModel) -> None:
     """Refuse, for loading in pieces, calibration that runs the whole dense model.
 
     Args:
-        job: a conversion that fits to text.
+        request: a conversion that fits to text.
         model: on any device.
 
     Raises:
         NotInPiecesError: if it does.
     """
-    if job.recipe.has_auto:
+    recipe = request.recipe
+    if recipe.has_auto:
         raise NotInPiecesError("sharing out a budget measures the whole model")
-    spec = calibration_spec(job.recipe, model, job.calibration, job.calibration_tokens)
-    refine = job.recipe.refine
-    if refine is not None and refine.logits_steps:
+    if recipe.refine is not None and recipe.refine.logits_steps:
         raise NotInPiecesError("refining by what is predicted runs the whole model")
-    if "self" in spec.texts:
+    if "self" in _spec(request, model).texts:
         raise NotInPiecesError("the calibration text is sampled from the whole model")
 
 
-def read_text(job: Job, tokenizer: Any, model: PreTrainedModel) -> Windows:
+def read_text(request: Request, tokenizer: Any, model: PreTrainedModel) -> Windows:
     """Return the windows of text that a conversion fits to.
 
     Args:
-        job: the conversion.
+        request: the conversion.
         tokenizer: the model's.
         model: in memory, if the text is to be sampled from it.
     """
-    spec = calibration_spec(job.recipe, model, job.calibration, job.calibration_tokens)
-    return calibration_windows(spec, tokenizer, model, progress=job.tell)
+    return calibration_windows(_spec(request, model), tokenizer, model, progress=request.tell)
+
+
+def _spec(request: Request, model: PreTrainedModel) -> Calibration:
+    options = request.options
+    return calibration_spec(
+        request.recipe, model, tuple(options.calibration or ()), options.calibration_tokens
+    )
 
 
 def try_text(model: str, recipe: Recipe, *, trust_remote_code: bool = False) -> tuple[str, ...]:
@@ -54,7 +60,7 @@ def try_text(model: str, recipe: Recipe, *, trust_remote_code: bool = False) -> 
 
     Args:
         model: what would be converted; none of its weights are read.
-        recipe: says which text; what is no file here is not read, which is told.
+        recipe: says which text; what is no file here is not read, which a note states.
         trust_remote_code: run model code that comes with the model.
 
     Returns:
@@ -65,7 +71,7 @@ def try_text(model: str, recipe: Recipe, *, trust_remote_code: bool = False) -> 
     """
     source = open_source(model, trust_remote_code=trust_remote_code, weights=False)
     empty = empty_model(source.config, source.given, trust_remote_code=trust_remote_code)
-    spec = calibration_spec(recipe, empty, (), None)
+    spec = calibration_spec(recipe, empty)
     files = tuple(text for text in spec.texts if Path(text).expanduser().is_file())
     others = tuple(
         f"{text}: no file here; it was not read."
@@ -81,9 +87,7 @@ def try_text(model: str, recipe: Recipe, *, trust_remote_code: bool = False) -> 
 
 
 @torch.no_grad()
-def told_of_overflow(
-    model: PreTrainedModel, windows: Windows | None, given: str
-) -> tuple[str, ...]:
+def overflow_notes(model: PreTrainedModel, windows: Windows | None, given: str) -> tuple[str, ...]:
     """Say so where a dense model overflows its own type: no recipe is to blame for that.
 
     Args:
@@ -100,10 +104,10 @@ def told_of_overflow(
         logits = model(input_ids=windows.ids[:1].to(model.device), use_cache=False).logits
     except (RuntimeError, TypeError, ValueError):
         return ()  # what does not run on text alone is refused by the fit, with a reason
-    return () if logits.isfinite().all() else (overflow_told(given, "predictions of text are"),)
+    return () if logits.isfinite().all() else (overflow_note(given, "predictions of text are"),)
 
 
-def overflow_told(given: str, what: str) -> str:
+def overflow_note(given: str, what: str) -> str:
     """Return the sentence about a model whose type is too narrow for it.
 
     Args:
@@ -125,10 +129,10 @@ def token_ids(windows: Windows | None) -> surgery.TokenWindows | None:
 def calibration_spec(
     recipe: Recipe,
     model: PreTrainedModel,
-    data: Sequence[str],
-    tokens: int | None,
+    data: Sequence[str] = (),
+    tokens: int | None = None,
 ) -> Calibration:
-    """Return the recipe's calibration section, with what the caller asked for instead.
+    """Return the recipe's calibration section, with what the caller gave instead.
 
     Args:
         recipe: may have a section `calibration`.
@@ -136,8 +140,7 @@ def calibration_spec(
         data: texts in place of the section's, if any.
         tokens: how many of it.
     """
-    asked, _ = asked_for(recipe, None, data, tokens)
-    given = asked.calibration or Calibration()
+    given = with_overrides(recipe, None, data, tokens)[0].calibration or Calibration()
     if "sequence_length" not in given.model_fields_set:
         # Windows as long as the model reads, where that is less than the usual length.
         usual = given.sequence_length
@@ -146,17 +149,22 @@ def calibration_spec(
     return given
 
 
-def asked_for(
+def with_overrides(
     recipe: Recipe, init: str | None, data: Sequence[str], tokens: int | None
 ) -> tuple[Recipe, str | None]:
-    """Return a recipe and a method with what the caller asked for in their place.
+    """Return a recipe and a method with what the caller gave in their place.
 
     Args:
         recipe: may have a section `calibration`.
-        init: the method asked for; where there is none, asking for text asks for a fit to it.
+        init: the caller's method; where there is none, a caller's text is to be fitted to.
         data: texts in place of the section's, if any.
         tokens: how many of it.
+
+    Raises:
+        DataError: if that is none.
     """
+    if tokens is not None and tokens < 1:
+        raise DataError(f"calibration_tokens: {tokens}; at least 1. Leave it out for the recipe's.")
     changes: dict[str, Any] = {"data": tuple(data) or None, "tokens": tokens}
     changes = {key: value for key, value in changes.items() if value is not None}
     if not changes:

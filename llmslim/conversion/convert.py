@@ -1,168 +1,247 @@
-"""The verb `convert`: check everything that can be checked, then choose the way."""
+"""The verb `convert`: check everything that can be checked, then choose the way.
+
+Most models are converted piece by piece, see `streamed`. Here is the other way: load a model as a
+whole, rewrite it, write it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+
+from transformers import PreTrainedModel
 
 from llmslim import surgery
 from llmslim.checkpoint import (
-    MAX_SHARD_SIZE,
     NotInPiecesError,
     Pieces,
     check_apart,
+    check_finite,
     check_target,
     empty_model,
+    explain_nonfinite,
+    load_model,
+    load_tokenizer,
     open_source,
     parse_size,
-    told_of_unused,
+    type_notes,
+    unused_notes,
+    write_checkpoint,
 )
+from llmslim.data import Windows
 from llmslim.errors import CheckpointError, RecipeError
 from llmslim.modeling.base_class import auto_class_name
-from llmslim.recipe import Recipe
-from llmslim.surgery import Progress, quietly
+from llmslim.modeling.modeling_llmslim import SlimModelMixin
+from llmslim.options import takes
+from llmslim.recipe import Recipe, recipe_yaml
+from llmslim.reporting.card import model_card
+from llmslim.surgery import Progress, Report, quietly
 
-from .calibrate import asked_for, check_text
+from .calibrate import check_text, overflow_notes, read_text, token_ids, with_overrides
+from .conversion_dir import ConversionDir, key_of
 from .device import device_named, memory_of
-from .in_memory import convert_in_memory
-from .job import Conversion, Job, RecipeLike
-from .journal import key_of
-from .layered import check_layers
+from .layer_store import check_layers
+from .options import Conversion, ConvertOptions, Request
 from .streamed import convert_streamed
-from .work import Work
 
 
-def convert(
-    model: str | Path,
-    recipe: RecipeLike | None = None,
-    out: str | Path | None = None,
-    *,
-    init: str | None = None,
-    dtype: str | None = None,
-    seed: int = 0,
-    calibration: str | Sequence[str] | None = None,
-    calibration_tokens: int | None = None,
-    device: str | None = None,
-    trust_remote_code: bool = False,
-    allow_nonfinite: bool = False,
-    max_shard_size: int | str = MAX_SHARD_SIZE,
-    resume: bool = False,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> Conversion:
-    """Make a slim checkpoint from a model.
+@takes(ConvertOptions)
+def convert(model: str | Path, options: ConvertOptions) -> Conversion:
+    """Make a slim checkpoint from a model; keywords are the fields of `ConvertOptions`.
 
     A folder of safetensors is converted piece by piece: the largest decoder layer has to fit into
     the memory, not the model. What is done is kept in `.<name of out>.partial` until all is, so
-    that an interrupted conversion can go on. GGUF files, models whose code comes with them, fits to
-    text that the model itself writes or to what it predicts (`logits_steps`), and `structure: auto`
-    are converted in memory.
+    that an interrupted conversion can be continued. GGUF files, models whose code comes with them,
+    fits to text that the model itself writes or to what it predicts (`logits_steps`), and
+    `structure: auto` are converted in memory.
 
     Args:
         model: a hub id, a folder, a GGUF file, or a folder with a published kphi-3 checkpoint.
-        recipe: what to do; may be left out for a kphi-3 checkpoint, which is slim already.
-        out: folder to write; `./<model>-<recipe>` by default. Must not exist.
-        init: a method that takes the place of the recipe's.
-        dtype: `float32`, `bfloat16` or `float16`; the source's own by default.
-        seed: seed of everything drawn.
-        calibration: text to fit to, in place of the recipe's: `self`, a file or a data set, or
-            several of them. With it, a recipe that needs none is fitted by `least_squares`, unless
-            `init` says otherwise.
-        calibration_tokens: how many tokens of it, in all.
-        device: where blocks are fitted to text, such as `cpu` or `cuda:1`; a GPU where there is
-            one by default. What needs no text is done on the processor.
-        trust_remote_code: run model code that comes with the model.
-        allow_nonfinite: go on where weights of the model are NaN or infinite; the report then
-            names them.
-        max_shard_size: bytes in one file of weights, such as `5GB`; a larger model gets several
-            and an index.
-        resume: go on with a conversion to the same `out` that was interrupted.
-        overwrite: replace `out` where it exists, once the new one is whole, and throw away an
-            unfinished conversion to it, unless `resume` is given.
-        progress: told how many steps are done, how many there are (0 while that is not known),
-            and what comes now.
+        options: how, see `ConvertOptions`.
 
     Raises:
-        RecipeError: if no recipe is given and the model is not slim already.
         CheckpointError: if there is nothing that could be resumed, or it was begun differently.
         UnfinishedError: if the disk is full; what is done is kept for `resume`.
         SlimError: with every problem found; `out` is then as it was.
     """
-    chosen = None if recipe is None else Recipe.of(recipe)
-    shard_size = parse_size(max_shard_size)
-    source = open_source(model, trust_remote_code=trust_remote_code)
-    if chosen is None:
-        if not source.is_kphi3:
-            raise RecipeError(
-                f"{source.given}: no recipe given; only kphi-3 checkpoints are slim already. "
-                "Name a recipe."
-            )
-        chosen = Recipe(name="kphi3", description="A published kphi-3 checkpoint, as it is.")
-    texts = (calibration,) if isinstance(calibration, str) else tuple(calibration or ())
-    _, init = asked_for(chosen, init, texts, calibration_tokens)
-    target = Path(out) if out is not None else Path(f"{source.name}-{chosen.name}")
-    job = Job(
-        source=source,
-        recipe=chosen,
-        target=target,
-        init=init,
-        dtype=dtype,
-        seed=seed,
-        calibration=texts,
-        calibration_tokens=calibration_tokens,
-        device=device_named(device),
-        trust_remote_code=trust_remote_code,
-        allow_nonfinite=allow_nonfinite,
-        max_shard_size=shard_size,
-        resume=resume,
-        overwrite=overwrite,
-        tell=progress or quietly,
-    )
-    work = Work(target)
-    published = work.published(key_of(job)) if resume and work.exists else None
+    request = _request(model, options)
+    source, recipe, target = request.source, request.recipe, request.target
+    work = ConversionDir(target)
+    published = work.published(key_of(request)) if options.resume and work.exists else None
     if published is not None:
         return Conversion(target, published, auto_class_name(source.config))
-    check_target(target, overwrite)
+    check_target(target, options.overwrite)
     check_apart(target, source.path, source.given)
-    work.check(resume=resume, overwrite=overwrite)
-    reason = None
+    work.check(resume=options.resume, overwrite=options.overwrite)
+    trusted = options.trust_remote_code
     notes: tuple[str, ...] = ()
     if source.is_kphi3:
         reason = "a published kphi-3 checkpoint"
     else:
         # Everything that can be wrong with the recipe is found before gigabytes are read.
-        empty = empty_model(source.config, source.given, trust_remote_code=trust_remote_code)
-        made = surgery.plan(empty, chosen, model_name=source.name, init=init)
-        if source.gguf_file is not None:
-            reason = "a GGUF file"
-        elif any(site.also for site in made.sites):
-            reason = "a model whose layers share weights"
-    if reason is None:
+        empty = empty_model(source.config, source.given, trust_remote_code=trusted)
+        plan = surgery.plan(empty, recipe, model_name=source.name, init=request.options.init)
         try:
-            if made.needs_calibration:
-                check_text(job, empty)
-            pieces = Pieces(
-                source,
-                dtype=dtype,
-                trust_remote_code=trust_remote_code,
-                device=job.device if made.needs_calibration else "cpu",
-            )
-            if made.needs_calibration:
-                check_layers(pieces)
+            if source.gguf_file is None and not any(site.also for site in plan.sites):
+                pieces = _pieces(request, empty, fitted=plan.needs_calibration)
+                unused = unused_notes(source, pieces.model, pieces.unused)
+                with memory_of(request.device, work):
+                    return convert_streamed(request, pieces, work, unused)
+            reason = "a GGUF file" if source.gguf_file else "a model whose layers share weights"
         except NotInPiecesError as error:
             reason = f"a model that cannot be loaded in pieces ({error})"
             notes = (f"Converted in memory, as a whole: {error}.",)
-        else:
-            unused = told_of_unused(source, pieces.model, pieces.unused)
-            with memory_of(job.device, work):
-                return convert_streamed(job, pieces, work, unused)
-    if resume:
+        notes += unused_notes(source, empty)
+    if options.resume:
         raise CheckpointError(
-            f"{target}: nothing to resume; {reason} is converted in memory and begins anew each "
+            f"{target}: nothing to resume; {reason} is converted in memory and starts over each "
             "time. Leave resume (--resume) out."
         )
     work.discard()  # checked above: there is nothing, or it may go
-    if not source.is_kphi3:
-        notes = (*notes, *told_of_unused(source, empty))
-    with memory_of(job.device, work):
-        return convert_in_memory(job, notes)
+    with memory_of(request.device, work):
+        return _convert_in_memory(request, notes)
+
+
+def _request(model: str | Path, options: ConvertOptions) -> Request:
+    """Return what is to be done, once the model is found.
+
+    Raises:
+        RecipeError: if no recipe is given and the model is not slim already.
+    """
+    recipe = None if options.recipe is None else Recipe.of(options.recipe)
+    shard_size = parse_size(options.max_shard_size)
+    source = open_source(model, trust_remote_code=options.trust_remote_code)
+    if recipe is None:
+        if not source.is_kphi3:
+            raise RecipeError(
+                f"{source.given}: no recipe given; only kphi-3 checkpoints are slim already. "
+                "Name a recipe."
+            )
+        recipe = Recipe(name="kphi3", description="A published kphi-3 checkpoint, as it is.")
+    given: Sequence[str] | str = options.calibration or ()
+    texts = (given,) if isinstance(given, str) else tuple(given)
+    _, init = with_overrides(recipe, options.init, texts, options.calibration_tokens)
+    return Request(
+        source,
+        recipe,
+        Path(options.out or f"{source.name}-{recipe.name}"),
+        device_named(options.device),
+        replace(options, init=init, calibration=texts, max_shard_size=shard_size),
+        options.progress or quietly,
+    )
+
+
+def _pieces(request: Request, empty: PreTrainedModel, *, fitted: bool) -> Pieces:
+    """Return the pieces that a model can be loaded in.
+
+    Args:
+        request: the conversion.
+        empty: the model, without weights.
+        fitted: whether blocks are fitted to text.
+
+    Raises:
+        NotInPiecesError: if it cannot be converted that way.
+    """
+    if fitted:
+        check_text(request, empty)
+    pieces = Pieces(
+        request.source,
+        dtype=request.options.dtype,
+        trust_remote_code=request.options.trust_remote_code,
+        device=request.device if fitted else "cpu",
+    )
+    if fitted:
+        check_layers(pieces)
+    return pieces
+
+
+def _convert_in_memory(request: Request, notes: tuple[str, ...]) -> Conversion:
+    """Load, rewrite, write and read back.
+
+    Args:
+        request: what to do.
+        notes: sentences for the report.
+    """
+    source, options, tell = request.source, request.options, request.tell
+    trusted = options.trust_remote_code
+    tell(0, 0, "reading the model")
+    model = load_model(source, dtype=options.dtype, trust_remote_code=trusted)
+    nonfinite = check_finite(
+        model.state_dict().items(), source.given, allow_nonfinite=options.allow_nonfinite
+    )
+    plan = surgery.plan(model, request.recipe, model_name=source.name, init=options.init)
+    tokenizer = load_tokenizer(source, trust_remote_code=trusted)
+    windows: Windows | None = None
+    overflow: tuple[str, ...] = ()
+    if plan.needs_calibration:
+        model.to(request.device)  # type: ignore[arg-type]
+        windows = read_text(request, tokenizer, model)
+        overflow = () if nonfinite else overflow_notes(model, windows, source.given)
+    steps = 0
+
+    def fitting(done: int, total: int, what: str) -> None:
+        nonlocal steps
+        steps = total
+        tell(done, total + 1, what)
+
+    with explain_nonfinite(nonfinite):
+        report, recipe = slim_with(
+            model, plan, windows, seed=options.seed, init=options.init, progress=fitting
+        )
+    model.to("cpu")  # type: ignore[arg-type]
+    written = type_notes(source, model.dtype, options.dtype)
+    notes = (*nonfinite, *overflow, *(windows.notes if windows else ()), *written, *notes)
+    report = replace(report, problems=(*report.problems, *notes))
+    tell(steps, steps + 1, "writing and reading back")
+    write_checkpoint(
+        model,
+        request.target,
+        source=source,
+        tokenizer=tokenizer,
+        report=report.to_dict(),
+        recipe_text=recipe_yaml(recipe),
+        model_card=model_card(
+            report,
+            recipe_text=recipe_yaml(recipe),
+            base_model=source.given,
+            slim=isinstance(model, SlimModelMixin),
+            auto_class=auto_class_name(model.config),
+        ),
+        max_shard_size=options.max_shard_size,
+        overwrite=options.overwrite,
+    )
+    tell(steps + 1, steps + 1, "done")
+    return Conversion(request.target, report, auto_class_name(source.config))
+
+
+def slim_with(
+    model: PreTrainedModel,
+    plan: surgery.Plan,
+    windows: Windows | None,
+    *,
+    seed: int,
+    init: str | None,
+    progress: Progress | None,
+) -> tuple[Report, Recipe]:
+    """Change a model in memory as a plan says, in place.
+
+    Args:
+        model: what to change.
+        plan: of a recipe, for this model.
+        windows: text to fit to, where the plan needs it.
+        seed: seed of everything drawn.
+        init: the method that the plan has in place of its recipe's.
+        progress: called with how many blocks are done, how many there are, and what comes now.
+
+    Returns:
+        The ledger, and the recipe with the sizes that a budget comes to.
+    """
+    ids = token_ids(windows)
+    if ids is not None and plan.recipe.has_auto and plan.needs_calibration:
+        recipe = surgery.allocate(model, plan.recipe, ids, init=init, progress=progress)
+        plan = surgery.plan(model, recipe, model_name=plan.model, init=init)
+    report = surgery.rewrite(model, plan, seed=seed, calibration=ids, progress=progress)
+    if windows is not None and plan.needs_calibration:
+        report = replace(report, fitted_to=windows.description)
+    return report, plan.recipe

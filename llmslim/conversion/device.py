@@ -9,7 +9,7 @@ import torch
 
 from llmslim.errors import SlimError, UnfinishedError
 
-from .work import Work
+from .conversion_dir import ConversionDir
 
 
 def device_named(name: str | None) -> torch.device:
@@ -39,12 +39,12 @@ def device_named(name: str | None) -> torch.device:
 
 
 @contextmanager
-def memory_of(device: torch.device, work: Work) -> Iterator[None]:
-    """Say in one sentence what to do where a device's memory does not do.
+def memory_of(device: torch.device, work: ConversionDir) -> Iterator[None]:
+    """Turn out-of-memory into an error that says what to do.
 
     Args:
         device: that blocks are fitted on.
-        work: where what is done by then is kept, if it is.
+        work: where what is done by then is kept, if anything is.
 
     Raises:
         UnfinishedError: in place of torch's own error, where something is kept.
@@ -60,6 +60,6 @@ def memory_of(device: torch.device, work: Work) -> Iterator[None]:
         if not work.exists:
             raise SlimError(f"{problem}.") from error
         raise UnfinishedError(
-            f"{problem}; for either, begin anew (--overwrite). What is done is kept in "
-            f"{work.path}: with more memory free, go on with --resume."
+            f"{problem}; for either, start over (--overwrite). What is done is kept in "
+            f"{work.path}: with more memory free, continue it with --resume."
         ) from error

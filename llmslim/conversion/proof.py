@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from llmslim.errors import CheckpointError, TargetError
 from llmslim.surgery.sites import Layers, find_layers
 from llmslim.surgery.streams import Calls, record_calls, run_layer
 
-_TOKENS = 6
+_TOKENS = 4
 _DIRECTIONS = 4
 _CLOSE = {torch.float32: 1e-4, torch.float64: 1e-8}
 """Part of a sketch by which two may differ: sums may be ordered differently where memory lies
@@ -112,10 +113,10 @@ def _calls(pieces: Pieces) -> tuple[Layers | None, Calls | None]:
     except TargetError:
         return None, None
     stack = list(model.get_submodule(layers.path))
-    lent = [piece for piece in pieces.all if layers.index_of(piece.name) in (None, 0)]
+    first = [piece for piece in pieces.all if layers.index_of(piece.name) in (None, 0)]
     try:
         pieces.make_tables()
-        for piece in lent:
+        for piece in first:
             pieces.load_zeros(piece)
         vocabulary = int(model.get_input_embeddings().num_embeddings)
         ids = torch.arange(_TOKENS, device=pieces.device)[None] % vocabulary
@@ -123,7 +124,7 @@ def _calls(pieces: Pieces) -> tuple[Layers | None, Calls | None]:
     except (NotInPiecesError, TargetError, AttributeError):
         return layers, None
     finally:
-        for piece in lent:
+        for piece in first:
             pieces.release(piece)
 
 
@@ -154,10 +155,14 @@ def _draw(shape: torch.Size, module: nn.Module) -> Tensor:
 def _sketch(output: Tensor) -> list[float]:
     """Return the length of an output and its products with vectors of random signs."""
     flat = output.detach().float().cpu().flatten()
-    generator = torch.Generator().manual_seed(len(flat))
-    signs = torch.randint(0, 2, (_DIRECTIONS, len(flat)), generator=generator, dtype=torch.int8)
-    products = signs.mul_(2).sub_(1).to(flat.dtype) @ flat
-    return [float(flat.norm()), *products.tolist()]
+    return [float(flat.norm()), *(_signs(len(flat)) @ flat).tolist()]
+
+
+@lru_cache(maxsize=1)  # layer after layer is of one size
+def _signs(size: int) -> Tensor:
+    generator = torch.Generator().manual_seed(size)
+    signs = torch.randint(0, 2, (_DIRECTIONS, size), generator=generator, dtype=torch.int8)
+    return signs.mul_(2).sub_(1).float()
 
 
 def _agree(one: list[float], other: list[float], close: float) -> bool:

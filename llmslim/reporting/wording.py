@@ -4,22 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from llmslim.errors import printable
 from llmslim.surgery.report import Report, Row, Totals
 
 from .lines import Line
 
 _SHORT_OPTIONS = {"groups": "G", "rank": "r"}
 _BARE_OPTIONS = ("variant", "activation")
-
-
-def plain(text: str) -> str:
-    r"""Return text that cannot steer a terminal: a report may come from anyone.
-
-    Example:
-        >>> plain("a\x1b[2Jb")
-        'a?[2Jb'
-    """
-    return "".join(char if char.isprintable() else "?" for char in text)
+plain = printable  # a report may come from anyone
 
 
 def short(number: int) -> str:

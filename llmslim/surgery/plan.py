@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmslim.errors import SizeError, SlimError, TargetError, raise_together
+from llmslim.errors import SizeError, SlimError, TargetError, and_more, raise_together
 from llmslim.init import method_named, method_names
 from llmslim.modeling.base_class import auto_class_of
 from llmslim.modeling.experts import Experts
@@ -108,8 +108,7 @@ class _Planner:
         rows = tuple(self._rows())
         for (index, key, cause), names in self.wrong.items():
             where = recipe.where("replace", index, *([key] if key else []))
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            self.errors.append(SizeError(f"{where}: {names[0]}{more}: {cause}."))
+            self.errors.append(SizeError(f"{where}: {and_more(names)}: {cause}."))
         raise_together(self.errors)
         self.notes += self._without_effect(rows)
         draft = Plan(self.name, recipe, rows, layers=self.layers, keep_layers=self.keep)
@@ -210,11 +209,10 @@ class _Planner:
                 met[index].append(row)
         for index, matched in sorted(met.items()):
             if not any(row.action == "replaced" for row in matched):
-                first = matched[0]
-                more = f" and {len(matched) - 1} more" if len(matched) > 1 else ""
+                names = and_more([row.name for row in matched])
                 yield (
-                    f"{self.recipe.where('replace', index)}: replaces nothing; {first.name}{more}: "
-                    f"{first.reason or 'stays as it is'}."
+                    f"{self.recipe.where('replace', index)}: replaces nothing; {names}: "
+                    f"{matched[0].reason or 'stays as it is'}."
                 )
 
     def _sizes(self, site: Site) -> tuple[int, int]:

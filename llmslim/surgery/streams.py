@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmslim.anatomy import bf16_is_fast
 from llmslim.errors import TargetError
 from llmslim.init import wide
 from llmslim.surgery.sites import is_projection, out_features_of
@@ -33,11 +34,7 @@ def fast_type(device: torch.device, own: torch.dtype) -> torch.dtype | None:
     """
     if own == torch.float64:
         return None
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if fast else None
+    return torch.bfloat16 if bf16_is_fast(device) else None
 
 
 def importance(stream: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from llmslim.errors import and_more
+
 
 @dataclass
 class Fitted:
@@ -31,8 +33,7 @@ class Fitted:
         """The notes, and a sentence about what was not reached."""
         if not self.unseen:
             return self.notes
-        more = f" and {len(self.unseen) - 1} more" if len(self.unseen) > 1 else ""
-        unseen = f"{self.unseen[0]}{more}: never called on the calibration text; init: project."
+        unseen = f"{and_more(self.unseen)}: never called on the calibration text; init: project."
         return [*self.notes, unseen]
 
     def add(self, other: Fitted) -> None:

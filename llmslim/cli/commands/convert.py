@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from llmslim.cli.healing import heal_and_show
+from llmslim.cli.options import options_from
 from llmslim.cli.output import progress, show_cost, show_report
 from llmslim.cli.settings import backend, settings
+from llmslim.conversion.options import ConvertOptions
+
+if TYPE_CHECKING:
+    from llmslim.recipe import Recipe
 
 _NEXT = """
 wrote {path}
@@ -28,62 +35,7 @@ healed (`llmslim heal`)."""
 
 @click.command()
 @click.argument("model")
-@click.option("-r", "--recipe", help="Name of a shipped recipe, or a recipe file.")
-@click.option(
-    "-o",
-    "--out",
-    type=click.Path(path_type=Path),
-    help="Folder to write; by default ./<model>-<recipe>.",
-)
-@click.option(
-    "--init", metavar="NAME", help="How blocks get their weights, in place of the recipe's."
-)
-@click.option(
-    "--calibration",
-    multiple=True,
-    metavar="NAME|FILE",
-    help="Text to fit the blocks to: `self` (sampled from MODEL), a .txt, .jsonl, .json, .csv or "
-    ".parquet file (each also .gz), or a data set. Given several times, equal parts of each. "
-    "Implies --init least_squares.",
-)
-@click.option(
-    "--calibration-tokens",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="How many tokens of it, in all; 65536 where the recipe does not say.",
-)
-@click.option(
-    "--device",
-    metavar="NAME",
-    help="Where blocks are fitted to text: cpu, cuda, cuda:1 …; by default a GPU, if there is one.",
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Type of the weights; by default as MODEL has them.",
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="For weights that are drawn.")
-@click.option(
-    "--trust-remote-code", is_flag=True, help="Run the modeling code that comes with MODEL."
-)
-@click.option(
-    "--allow-nonfinite",
-    is_flag=True,
-    help="Go on where weights of MODEL are NaN or infinite; the report names them.",
-)
-@click.option(
-    "--max-shard-size",
-    metavar="SIZE",
-    default="50GB",
-    show_default=True,
-    help="Largest file of weights, such as 5GB; a larger model gets several and an index.",
-)
-@click.option("--resume", is_flag=True, help="Go on with a conversion that was interrupted.")
-@click.option(
-    "--overwrite",
-    is_flag=True,
-    help="Replace the folder if it exists; throw away an unfinished conversion, unless --resume.",
-)
+@options_from(ConvertOptions)
 @click.option(
     "--heal",
     is_flag=True,
@@ -91,24 +43,7 @@ healed (`llmslim heal`)."""
     "written beside it, as FOLDER-healed. With --resume, a finished FOLDER is only healed.",
 )
 @click.option("--dry-run", is_flag=True, help="Only show the plan, as `llmslim plan` does.")
-def command(
-    model: str,
-    recipe: str | None,
-    out: Path | None,
-    init: str | None,
-    calibration: tuple[str, ...],
-    calibration_tokens: int | None,
-    device: str | None,
-    dtype: str | None,
-    seed: int,
-    trust_remote_code: bool,
-    allow_nonfinite: bool,
-    max_shard_size: str,
-    resume: bool,
-    overwrite: bool,
-    heal: bool,
-    dry_run: bool,
-) -> None:
+def command(model: str, heal: bool, dry_run: bool, **keywords: Any) -> None:
     """Make MODEL smaller as a recipe says, and write it to a folder.
 
     MODEL is a hub id, a folder, or a .gguf file. A folder with a published kphi-3 model needs no
@@ -122,55 +57,32 @@ def command(
     from llmslim.recipe import Recipe, shipped_recipes
 
     # What is wrong with a recipe is known before torch is imported.
-    read = None if recipe is None else Recipe.load(recipe)
-    if read is None and not _is_kphi3(model):
+    recipe = None if keywords["recipe"] is None else Recipe.load(keywords["recipe"])
+    if recipe is None and not _is_kphi3(model):
         raise click.UsageError(
             f"Missing option '--recipe'; a file, or one of {', '.join(shipped_recipes())}."
         )
+    options = ConvertOptions(**{**keywords, "recipe": recipe})
+    if dry_run:
+        _show_plan(model, recipe or Recipe(name="kphi3"), options)
+        return
     api = backend()
     healed = None
-    if heal and not dry_run:
+    if heal:
         from llmslim.checkpoint import check_target, open_source
 
-        name = read.name if read else "kphi3"
-        out = out or Path(f"{open_source(model, trust_remote_code=trust_remote_code).name}-{name}")
+        name = recipe.name if recipe else "kphi3"
+        source = open_source(model, trust_remote_code=options.trust_remote_code)
+        out = Path(options.out or f"{source.name}-{name}")
+        options = replace(options, out=out)
         healed = out.with_name(f"{out.name}-healed")
-        check_target(healed, overwrite)  # known before hours of work, not after
-        if resume and (out / "config.json").is_file():  # there only when it is whole
-            click.echo(f"{out} is converted already; going on with its healing", err=True)
+        check_target(healed, options.overwrite)  # known before hours of work, not after
+        if options.resume and (out / "config.json").is_file():  # there only when it is whole
+            click.echo(f"{out} is converted already; continuing with its healing", err=True)
             heal_and_show(out, out=healed, teacher=model, resume=True)
             return
-    if dry_run:
-        from llmslim.conversion import asked_for, try_text
-
-        wanted = read or Recipe(name="kphi3")
-        wanted, init = asked_for(wanted, init, calibration, calibration_tokens)
-        made = api.plan(model, wanted, init=init, trust_remote_code=trust_remote_code)
-        show_report(made.report())
-        show_cost(made, device)
-        if made.needs_calibration:
-            for note in try_text(model, wanted, trust_remote_code=trust_remote_code):
-                click.echo(f"- {note}")
-        click.echo("\ndry run: nothing was written")
-        return
     with progress() as moved:
-        result = api.convert(
-            model,
-            read,
-            out,
-            init=init,
-            dtype=dtype,
-            seed=seed,
-            calibration=calibration,
-            calibration_tokens=calibration_tokens,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            allow_nonfinite=allow_nonfinite,
-            max_shard_size=max_shard_size,
-            resume=resume,
-            overwrite=overwrite,
-            progress=moved,
-        )
+        result = api.convert(model, **vars(replace(options, progress=moved)))
     settings().written = result.path
     show_report(result.report)
     path = str(result.path)
@@ -178,9 +90,31 @@ def command(
     click.echo(shown, nl=False)
     totals = result.report.totals
     if healed is not None:
-        heal_and_show(result.path, out=healed, teacher=model, resume=resume, overwrite=overwrite)
+        heal_and_show(
+            result.path,
+            out=healed,
+            teacher=model,
+            resume=options.resume,
+            overwrite=options.overwrite,
+        )
     elif totals.params_before != totals.params_after:
         click.echo(_HONEST)
+
+
+def _show_plan(model: str, recipe: Recipe, options: ConvertOptions) -> None:
+    api = backend()
+    from llmslim.conversion.calibrate import try_text, with_overrides
+
+    texts, tokens = tuple(options.calibration or ()), options.calibration_tokens
+    recipe, init = with_overrides(recipe, options.init, texts, tokens)
+    trusted = options.trust_remote_code
+    made = api.plan(model, recipe, init=init, trust_remote_code=trusted)
+    show_report(made.report())
+    show_cost(made, options.device)
+    if made.needs_calibration:
+        for note in try_text(model, recipe, trust_remote_code=trusted):
+            click.echo(f"- {note}")
+    click.echo("\ndry run: nothing was written")
 
 
 def _is_kphi3(model: str) -> bool:

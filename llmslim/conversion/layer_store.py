@@ -3,9 +3,9 @@
 The walk (`surgery.fit_sequentially`) is the one that fits a model in memory; here each layer is
 brought in from the files with its dense weights, and the finished one is handed over to be written.
 
-After each layer both streams of hidden states go to a file of the working folder, and are used from
-there, memory-mapped. So an interrupted conversion goes on at once: nothing runs twice. The files of
-the last two layers stay; the journal has the digest of each.
+After each layer both streams of hidden states go to a file of the working folder, and are used
+from there, memory-mapped. So an interrupted conversion continues at once: nothing runs twice. The
+files of the last two layers stay; the record of a layer has the digest of its own.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from llmslim.checkpoint import NotInPiecesError, Piece, Pieces
 from llmslim.surgery import Fitted, LayerStore, Plan, Streams
 from llmslim.surgery.sites import Layers, find_layers
 
-from .calibrate import overflow_told
-from .journal import Done
+from .calibrate import overflow_note
+from .finished import PieceRecord
 
 _ALIGNED = 64
 """What the address of a window is a multiple of, as a new tensor's is: sums depend on it."""
 
 Finished = Callable[[Piece, Fitted, str], None]
-"""Told of a finished layer, what its fit did, and the digest of the streams after it."""
+"""Takes a finished layer, what its fit did, and the digest of the streams after it."""
 
 
 class LayersOnDisk(LayerStore):
@@ -41,12 +41,17 @@ class LayersOnDisk(LayerStore):
         pieces: the model.
         plan: what is done to it.
         streams: folder for hidden states.
-        done: pieces that are finished; those that must be fitted anew are taken out.
+        done: pieces that are finished; those that must be fitted again are taken out.
         finished: takes up each layer; once it returns, the layer before it is on the disk.
     """
 
     def __init__(
-        self, pieces: Pieces, plan: Plan, streams: Path, done: dict[str, Done], finished: Finished
+        self,
+        pieces: Pieces,
+        plan: Plan,
+        streams: Path,
+        done: dict[str, PieceRecord],
+        finished: Finished,
     ) -> None:
         self._pieces, self._plan, self._finished = pieces, plan, finished
         self._layers = find_layers(pieces.model)
@@ -56,12 +61,12 @@ class LayersOnDisk(LayerStore):
 
     @contextmanager
     def beginning(self) -> Iterator[None]:
-        """Lend what runs before the decoder layers, and the first of these."""
-        lent = [p for p in self._pieces.all if self._layers.index_of(p.name) in (None, 0)]
-        for piece in lent:
+        """Load what runs before the decoder layers, and the first of these."""
+        first = [p for p in self._pieces.all if self._layers.index_of(p.name) in (None, 0)]
+        for piece in first:
             self._pieces.load(piece)
         yield
-        for piece in lent:
+        for piece in first:
             self._pieces.release(piece)
 
     def resume(self, streams: Streams) -> tuple[int, Streams]:
@@ -72,7 +77,7 @@ class LayersOnDisk(LayerStore):
 
     @contextmanager
     def layer(self, index: int) -> Iterator[None]:
-        """Lend a decoder layer with its dense weights."""
+        """Load a decoder layer with its dense weights."""
         piece = self._piece(index)
         self._pieces.load(piece)
         for mlp in self._plan.mlps:
@@ -83,27 +88,27 @@ class LayersOnDisk(LayerStore):
 
     def finished(self, index: int, fitted: Fitted, streams: Streams) -> Streams:
         """Write the streams after a layer, and hand the layer over."""
-        fitted.notes += self._told_of_overflow(streams)
+        fitted.notes += self._overflow_notes(streams)
         digest = self._files.write(index, streams)
         self._finished(self._piece(index), fitted, digest)
         self._files.remove(index - 2)  # the layer after that one is on the disk
         return self._files.read(index, streams.dense[0])
 
-    def _told_of_overflow(self, streams: Streams) -> list[str]:
+    def _overflow_notes(self, streams: Streams) -> list[str]:
         """Say once where the dense stream, which is kept in float32, is too large for float16."""
         dtype = self._pieces.model.dtype
         if self._overflowed or dtype != torch.float16:
             return []
         most = torch.finfo(dtype).max
         self._overflowed = any(bool((window.abs() > most).any()) for window in streams.dense)
-        told = overflow_told(self._pieces.source.given, "hidden states are")
-        return [told] if self._overflowed else []
+        note = overflow_note(self._pieces.source.given, "hidden states are")
+        return [note] if self._overflowed else []
 
     def _piece(self, index: int) -> Piece:
         return self._pieces.piece_of(f"{self._layers.path}.{index}")
 
-    def _first_to_fit(self, done: dict[str, Done]) -> int:
-        """Return how many layers are done whose fit can be gone on from."""
+    def _first_to_fit(self, done: dict[str, PieceRecord]) -> int:
+        """Return the index of the first layer still to be fitted."""
         names = [self._piece(index).name for index in range(self._layers.count)]
         first = next((n for n, name in enumerate(names) if name not in done), len(names))
         while first and not self._files.holds(first - 1, done[names[first - 1]].streams):

@@ -1,4 +1,4 @@
-"""Put a finished folder in its place by one rename, and name what went wrong with the disk."""
+"""Put a finished file or folder in its place by one rename; name what went wrong with the disk."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def resolved(out: Path) -> Path:
         target = out.resolve()
         os.lstat(target)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
-        pass  # as it should be, or told with what can be done about it
+        pass  # as it should be, or reported later with what can be done about it
     except (OSError, RuntimeError, ValueError) as error:  # too long, links in a circle, null bytes
         why = error.strerror if isinstance(error, OSError) else str(error).partition(" from ")[0]
         raise CheckpointError(
@@ -96,7 +96,7 @@ def check_target(out: Path, overwrite: bool = False) -> None:
 
 @contextmanager
 def staged(out: Path, overwrite: bool) -> Iterator[Path]:
-    """Lend a new folder beside `out`, and rename it to `out` if all goes well.
+    """Make a new folder beside `out`, and rename it to `out` if all goes well.
 
     Raises:
         CheckpointError: if `out` cannot be written; the folder is gone and `out` as it was.
@@ -115,6 +115,18 @@ def staged(out: Path, overwrite: bool) -> Iterator[Path]:
         if problem is None:
             raise
         raise CheckpointError(f"{out}: {problem}") from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there as a whole or not at all, whatever happens; it is on the disk."""
+    partial = path.with_name(f".{path.name}.new")
+    partial.unlink(missing_ok=True)
+    with partial.open("x", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    flush(path.parent)
 
 
 def publish(partial: Path, target: Path, aside: Path) -> None:
@@ -139,8 +151,15 @@ def publish(partial: Path, target: Path, aside: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def disk_is_full(error: BaseException) -> bool:
+    """Return whether an error means that there is no space left."""
+    # torch.save's archive writer gives no number.
+    lost = "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
+    return lost or _error_number(error) in _FULL
+
+
 def disk_problem(error: BaseException) -> str | None:
-    """Return what an error says about the disk, as the end of a sentence; None if nothing."""
+    """Return what is wrong with the disk, as the end of a sentence; None if nothing."""
     number = _error_number(error)
     if number is None or isinstance(error, CheckpointError):
         return None

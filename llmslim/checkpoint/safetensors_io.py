@@ -1,52 +1,58 @@
-"""Look into the safetensors files of a folder before anything is loaded from them.
+"""Read and write safetensors files: headers, the files that make up a model, one file of tensors.
 
-A file is eight bytes of header length, a JSON header, then the tensors end to end. Everything
-about it can be checked against the file's size without reading a single weight: a download that
-stopped half-way, an index that points elsewhere, an archive made to deceive. transformers would
-load some of these with fresh random weights in the gaps.
-
-What a file may make this reader do is bounded: sizes, dimensions and names have limits that no
-real model comes near. What passes here, the safetensors library reads the same way: each key is
-given once, and numbers and text are such as both can hold.
-
-Nothing here reads tensor data, and pickles are not opened at all.
+Headers are read by the safetensors library, which refuses a file that is not exactly the tensors it
+describes: a download that stopped half-way, tensors that overlap. What it does not look at is
+checked here: pickles and archives under another name, names that are not fit for a terminal, an
+index that points elsewhere. transformers would load some of these with fresh random weights in the
+gaps. Pickles are not opened at all.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from math import prod
+import os
+from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
-from llmslim.errors import CheckpointError
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from llmslim.errors import CheckpointError, printable
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 """Types that weights may have, as safetensors and as torch name them."""
+TORCH_TYPES = {
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I16": torch.int16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Types that are written, by the name that safetensors gives them, in the order of a file."""
 
-_MAX_HEADER = 16 << 20
-"""A hundred thousand tensors take 12 MB. The format's 100 MB would take gigabytes to parse."""
+_NAMES = {dtype: name for name, dtype in TORCH_TYPES.items()}
+_RANKS = {dtype: rank for rank, dtype in enumerate(_NAMES)}
+_CHUNK = 1 << 23
 _MAX_JSON = 64 << 20
-"""The same for other JSON files: the index of a model of a trillion weights takes 16 MB."""
-_MAX_DIMENSIONS = 32
+"""Bytes of a JSON file that are read: the index of a model of a trillion weights takes 16 MB."""
 _MAX_NAME = 1000
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.npz", "*.zip")
 _CONVERT = (
     "If you trust the file, load it with AutoModelForCausalLM.from_pretrained and write it back "
     "with save_pretrained."
 )
-_BITS = {
-    **dict.fromkeys(("BOOL", "U8", "I8"), 8),
-    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
-    **dict.fromkeys(("I32", "U32", "F32"), 32),
-    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
-    "F4": 4,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-}
 
 
 class Entry(NamedTuple):
@@ -63,85 +69,89 @@ def read_header(path: Path) -> dict[str, Entry]:
         path: the file.
 
     Raises:
-        CheckpointError: if the header cannot be read, or the file is not exactly the tensors
-            that the header describes.
+        CheckpointError: if it cannot be read, or is not exactly the tensors of its header.
     """
-    again = "Download or copy the file again."
     try:
-        size = path.stat().st_size
         with path.open("rb") as file:
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
-            text = file.read(length) if length <= min(size - 8, _MAX_HEADER) else None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
-    # A zip archive, which torch.save writes, or a pickle of protocol 2 or later. A header of 640
-    # bytes begins as a pickle does, but with JSON after its length.
-    pickle = start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"
-    if start[:4] == b"PK\x03\x04" or (pickle and (text is None or text[:1] != b"{")):
-        raise CheckpointError(
-            f"{path}: a {'zip archive' if start[:1] == b'P' else 'pickle'}, not safetensors; "
-            f"such files can run code when opened. {_CONVERT}"
-        )
-    if text is None and length <= size - 8:
-        raise CheckpointError(
-            f"{path}: a header of {length:,} bytes; at most {_MAX_HEADER:,} are read."
-        )
-    if text is None:
-        raise CheckpointError(
-            f"{path}: a header of {length:,} bytes in a file of {size:,}; not a whole safetensors "
-            f"file. {again}"
-        )
-    try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_once)
-    except _RepeatedKeyError as error:
-        raise CheckpointError(f"{path}: its header gives {error} twice. {again}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: its header is not JSON. {again}") from error
-    malformed = CheckpointError(
-        f"{path}: its header does not give every tensor a known dtype, a shape and two "
-        f"data_offsets. {again}"
-    )
-    entries, spans = {}, []
-    try:
-        about = header.pop("__metadata__", {})
-        if not all(type(value) is str for value in about.values()):
-            raise malformed
-        "".join((*about, *about.values())).encode("utf-8")  # half a surrogate pair has no bytes
-        for name, given in header.items():
-            if len(given) != 3 or type(given["shape"]) is not list:
-                raise malformed
-            start, stop = given["data_offsets"]
-            entries[name] = entry = Entry(given["dtype"], tuple(given["shape"]))
-            spans.append((start, stop, _BITS[entry.dtype], name))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise malformed from error
-    numbers = (n for *span, _, name in spans for n in (*span, *entries[name].shape))
-    if not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
-        raise malformed
-    # Names go into messages, and so to terminals; a product of many numbers has no end.
-    shapes = (entry.shape for entry in entries.values())
-    if not all(len(s) <= _MAX_DIMENSIONS and prod(n or 1 for n in s) < 1 << 63 for s in shapes):
-        raise malformed
-    if not all(map(_is_plain, entries)):
-        raise malformed
-    end = 0
-    for start, stop, bits, name in sorted(spans):
-        if start != end:
-            how = "overlaps the tensor before it" if start < end else "leaves a gap before it"
-            raise CheckpointError(f"{path}: {name} {how}; tensors must lie end to end. {again}")
-        shape = entries[name].shape
-        if (stop - start) * 8 != prod(shape) * bits:
+            start = file.read(9)
+        with safe_open(path, framework="pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            found = {n: Entry(s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
+    except SafetensorError as error:
+        # A zip archive, which torch.save writes, or a pickle of protocol 2 or later.
+        zipped = start[:4] == b"PK\x03\x04"
+        if zipped or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"):
             raise CheckpointError(
-                f"{path}: {name} has data_offsets {start} to {stop}; {entries[name].dtype} of "
-                f"shape {list(shape)} takes another number of bytes. {again}"
-            )
-        end = stop
-    if end != size - 8 - length:
+                f"{path}: a {'zip archive' if zipped else 'pickle'}, not safetensors; "
+                f"such files can run code when opened. {_CONVERT}"
+            ) from error
+        why = printable(str(error).removeprefix("Error while deserializing header: ")[:300])
         raise CheckpointError(
-            f"{path}: {size:,} bytes; its header describes {8 + length + end:,}. {again}"
+            f"{path}: not a whole safetensors file ({why}). Download or copy it again."
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    if not all(map(_is_plain, found)):
+        raise CheckpointError(
+            f"{path}: names of tensors that are not printable, or longer than {_MAX_NAME}; no "
+            "model has them. Download or copy it again."
         )
-    return entries
+    return found
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write a safetensors file, byte for byte as safetensors would, and bring it to the disk.
+
+    It is written from where the tensors lie; no copy of them is made.
+
+    Args:
+        path: the file; must not exist.
+        tensors: by name, on the processor.
+
+    Returns:
+        SHA-256 of the file, taken from the memory that it was written from.
+    """
+    order = sorted(tensors, key=lambda name: (_RANKS[tensors[name].dtype], name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        start, end = end, end + tensors[name].nbytes
+        about = {"dtype": _NAMES[tensors[name].dtype], "shape": list(tensors[name].shape)}
+        header[name] = {**about, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("xb", buffering=0) as file:
+        _write(file, memoryview(len(text).to_bytes(8, "little") + text), digest)
+        for name in order:
+            flat = tensors[name].detach().contiguous().reshape(-1)
+            if flat.numel():
+                _write(file, memoryview(flat.view(torch.uint8).numpy()), digest)  # type: ignore[arg-type]
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _write(file: Any, data: memoryview, digest: Any) -> None:
+    digest.update(data)
+    while data:
+        data = data[file.write(data[:_CHUNK]) :]
+
+
+def check_types(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that cannot be written.
+
+    Args:
+        tensors: by name, on any device.
+
+    Raises:
+        CheckpointError: if there are none, or one is of a type that is not written.
+    """
+    unknown = {str(tensor.dtype) for tensor in tensors.values() if tensor.dtype not in _NAMES}
+    if unknown or not tensors:
+        raise CheckpointError(
+            f"weights of type {', '.join(sorted(unknown)) or 'none'}; allowed "
+            f"{', '.join(str(dtype).removeprefix('torch.') for dtype in _NAMES)}."
+        )
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -207,12 +217,11 @@ def read_weights(folder: Path) -> dict[str, Entry]:
     return {tensor: entry for header in headers.values() for tensor, entry in header.items()}
 
 
-def read_json(path: Path, *, once: bool = False) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file.
 
     Args:
         path: the file.
-        once: whether a key that an object has twice is an error; else the last one holds.
 
     Raises:
         CheckpointError: if the file cannot be read, is not JSON, or holds something else.
@@ -225,9 +234,7 @@ def read_json(path: Path, *, once: bool = False) -> dict[str, Any]:
     if len(text) > _MAX_JSON:
         raise CheckpointError(f"{path}: larger than the {_MAX_JSON:,} bytes that are read.")
     try:
-        data = json.loads(text.decode("utf-8"), object_pairs_hook=_once if once else None)
-    except _RepeatedKeyError as error:
-        raise CheckpointError(f"{path}: gives {error} twice. Keep one.") from error
+        data = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON ({str(error).splitlines()[0]}).") from error
     if not isinstance(data, dict):
@@ -267,7 +274,7 @@ def hub_snapshot(folder: Path) -> Path | None:
 
 def _weight_map(folder: Path) -> dict[str, str]:
     path = folder / INDEX
-    names = read_json(path, once=True).get("weight_map")
+    names = read_json(path).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise CheckpointError(f"{path}: has no weight_map of tensor names to files.")
     if not all(isinstance(name, str) for name in names.values()):
@@ -275,24 +282,6 @@ def _weight_map(folder: Path) -> dict[str, str]:
     if not all(map(_is_plain, names)):
         raise CheckpointError(f"{path}: its weight_map names tensors in unprintable characters.")
     return names
-
-
-class _RepeatedKeyError(ValueError):
-    """A key that stands twice in one object: two readers may each take another one."""
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a dictionary of the pairs of a JSON object.
-
-    Raises:
-        _RepeatedKeyError: if it has a key twice.
-    """
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise _RepeatedKeyError(repr(name)[:80])
-        found[name] = value
-    return found
 
 
 def _is_plain(name: str) -> bool:
