@@ -19,7 +19,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mutations import (
+from hostile_files import (
     DTYPES,
     KINDS,
     NUMBERS,
