@@ -114,6 +114,33 @@ def test_a_second_write_gives_the_same_bytes(tmp_path: Path) -> None:
     assert names(tmp_path) == ["one", "two"]
 
 
+def test_all_is_on_the_disk_before_the_folder_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file whose name is there and whose content is not is what a power cut would leave."""
+    done: list[int | str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def noted_fsync(descriptor: int) -> None:
+        done.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def noted_rename(path: Path, target: Path) -> Path:
+        done.append(target.name)
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "rename", noted_rename)
+    out = write_checkpoint(
+        tiny_model("llama", num_hidden_layers=1), tmp_path / "out", tokenizer=tiny_tokenizer()
+    )
+    at = done.index("out")
+    files = [out, *(path for path in out.rglob("*") if path.is_file())]
+    assert len(files) > 4
+    assert {path.stat().st_ino for path in files} <= set(done[:at])
+    assert tmp_path.stat().st_ino in done[at:]  # the name itself
+
+
 def test_what_is_in_the_folder(tmp_path: Path) -> None:
     with quiet():
         tiny_model("llama").save_pretrained(tmp_path / "dense")

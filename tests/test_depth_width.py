@@ -143,3 +143,24 @@ def test_groups_are_checked_against_the_new_width() -> None:
     }
     with pytest.raises(SizeError, match="in_features 100"):
         llmslim.slim(tiny_model("llama"), recipe)
+
+
+def test_neurons_behind_a_closed_gate_go_first() -> None:
+    """A neuron that its gate never lets through does nothing, however large its other weights."""
+    model, dense = tiny_model("llama").double(), tiny_model("llama").double()
+    for each in (model, dense):
+        with torch.no_grad():
+            for layer in each.model.layers:
+                layer.mlp.gate_proj.weight[::2] = 0
+                layer.mlp.up_proj.weight[::2] *= 100
+    llmslim.slim(model, {"width": {"intermediate_size": 48}})
+    assert torch.allclose(logits(model, tokens()), logits(dense, tokens()), atol=1e-10)
+
+
+def test_a_share_of_neurons_means_the_fraction_it_is_written_for() -> None:
+    rule = {"match": "*.mlp.*", "structure": "width", "keep_ratio": 0.333}
+    made = llmslim.plan(tiny_model("llama"), {"init": "least_squares", "replace": [rule]})
+    assert {each.width for each in made.mlps} == {31}
+    rule["keep_ratio"] = 0.3333
+    made = llmslim.plan(tiny_model("llama"), {"init": "least_squares", "replace": [rule]})
+    assert {each.width for each in made.mlps} == {96 // 3}

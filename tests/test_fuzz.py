@@ -17,8 +17,6 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from hostile_files import (
     DTYPES,
     KINDS,
@@ -30,6 +28,8 @@ from hostile_files import (
     header_of,
     outcome,
 )
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from llmslim.errors import CheckpointError, RecipeError, SlimError
 from llmslim.recipe import Recipe

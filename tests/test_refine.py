@@ -13,7 +13,7 @@ from torch import nn
 import llmslim
 from llmslim.data import Windows
 from llmslim.surgery.layer_pair import LayerPair
-from llmslim.surgery.refine import descend, output_loss
+from llmslim.surgery.refine import descend, only_moving, output_loss
 
 WINDOWS = Windows(tokens(16, 64), "random tokens", tokens(8, 64, seed=5))
 RULE: dict[str, Any] = {"match": "*.mlp.*", "structure": "width", "keep_ratio": 0.5}
@@ -190,3 +190,12 @@ def test_an_end_that_is_given_more_features_than_it_adds_is_not_run_alone() -> N
     name = "model.layers.0.mlp.down_proj.1"
     (refined,), (closed,) = ([r for r in found.rows if r.name == name] for found in (report, truth))
     assert refined.init_error < closed.init_error
+
+
+def test_what_was_frozen_stays_frozen() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].weight.requires_grad_(False)
+    before = [p.requires_grad for p in model.parameters()]
+    with only_moving(model, [model[0].weight]):
+        assert [p.requires_grad for p in model.parameters()] == [True, False, False, False]
+    assert [p.requires_grad for p in model.parameters()] == before

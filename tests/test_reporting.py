@@ -182,13 +182,19 @@ def expand(name: str) -> list[str]:
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3), st.booleans()), unique=True))
 def test_a_fold_stands_for_its_rows_and_no_others(places):
     rows = [
-        Row(f"m.{a}.x.{b}.w", "projection", "kept" if kept else "unmatched", params_before=a)
+        Row(
+            f"m.{a}.x.{b}.w",
+            "projection",
+            "kept" if kept else "unmatched",
+            params_before=a,
+            params_after=b // 2,
+        )
         for a, b, kept in places
     ]
     lines = fold(rows)
     for line in lines:
         assert sorted(expand(line.name)) == sorted(row.name for row in line.rows)
-        assert len({(row.action, row.params_before) for row in line.rows}) == 1
+        assert len({(r.action, r.params_before, r.params_after) for r in line.rows}) == 1
     assert sorted(id(row) for line in lines for row in line.rows) == sorted(map(id, rows))
 
 

@@ -10,7 +10,6 @@ MUTATIONS = (
         "if rule.is_for(role) and any(",
         "if rule.is_for(role) or any(",
         "a role or a glob is enough",
-        "tests/test_roles.py::test_a_role_and_a_glob_must_both_hold",
         "tests/test_recipe_match.py",
     ),
     change(
@@ -26,7 +25,6 @@ MUTATIONS = (
         "role.startswith(wanted)",
         "attention.q means attention.qkv, too",
         "tests/test_recipe_match.py",
-        "tests/test_roles.py",
     ),
     change(
         "llmslim/recipe/load.py",
@@ -48,7 +46,6 @@ MUTATIONS = (
         "if False:",
         "a page of YAML takes all memory",
         "tests/test_recipe_load.py",
-        "tests/test_hostile_input.py::test_a_recipe_made_to_harm_is_refused_at_once",
     ),
     change(
         "llmslim/recipe/load.py",
@@ -63,7 +60,6 @@ MUTATIONS = (
         'data = recipe.model_dump(mode="json", exclude_defaults=True)',
         "what was set to the default is forgotten",
         "tests/test_recipe_load.py",
-        "tests/test_recipe_shipped.py",
     ),
     change(
         "llmslim/recipe/schema.py",
@@ -80,48 +76,39 @@ MUTATIONS = (
         "tests/test_recipe_load.py",
     ),
     change(
-        "llmslim/recipe/schema.py",
-        "for n in range(len(path), -1, -1)",
-        "for n in range(len(path) + 1)",
-        "messages name the line of the section",
-        "tests/test_recipe_load.py",
-    ),
-    # ------------------------------------------------------------------ reports
-    change(
         "llmslim/reporting/lines.py",
         "        row.params_before,\n        row.params_after,\n",
         "        row.params_before,\n",
         "lines hide rows of other sizes",
-        "tests/test_reporting.py",
+        "tests/test_reporting.py::test_a_fold_stands_for_its_rows_and_no_others",
     ),
     change(
         "llmslim/reporting/lines.py",
         "if spans and number == spans[-1][1] + 1:",
         "if spans and number > spans[-1][1]:",
         "layers are named that are not meant",
-        "tests/test_reporting.py",
+        "tests/test_reporting.py::test_a_fold_stands_for_its_rows_and_no_others",
     ),
     change(
         "llmslim/reporting/wording.py",
         "if scaled < 999.5:",
         "if scaled < 1000:",
         "999,999 is 1000k",
-        "tests/test_reporting.py",
+        "llmslim/reporting/wording.py",
     ),
     change(
         "llmslim/reporting/wording.py",
         'char if char.isprintable() else "?"',
         "char",
         "a report steers the terminal",
-        "tests/test_reporting.py",
-        "tests/test_hostile_input.py::test_a_message_cannot_steer_a_terminal",
+        "llmslim/reporting/wording.py",
     ),
     change(
         "llmslim/reporting/wording.py",
         'return f"{row.out_features}x{row.in_features}"',
         'return f"{row.in_features}x{row.out_features}"',
         "sizes are exchanged",
-        "tests/test_reporting.py",
+        "tests/test_reporting.py::test_golden",
     ),
     change(
         "llmslim/reporting/bars.py",
@@ -163,7 +150,7 @@ MUTATIONS = (
         "[_HONEST] if changed else []",
         "[]",
         "a card hides that nothing was trained",
-        "tests/test_reporting.py",
+        "tests/test_reporting.py::test_golden",
     ),
     change(
         "llmslim/reporting/read.py",
@@ -172,7 +159,6 @@ MUTATIONS = (
         "the card forgets the healing",
         "tests/test_healing_checkpoint.py::test_the_report_command_tells_of_the_healing",
     ),
-    # ------------------------------------------------------------------ command line
     change(
         "llmslim/cli/main.py",
         "ctx.exit(75 if isinstance(error, UnfinishedError) else 1)",
@@ -206,14 +192,14 @@ MUTATIONS = (
         'if json_target != "-":',
         "if True:",
         "stdout is not JSON alone",
-        "tests/test_cli.py",
+        "tests/test_cli.py::test_plan_json_to_nowhere",
     ),
     change(
         "llmslim/cli/commands/plan.py",
         "if not 0 < ratio <= 1:",
         "if not 0 < ratio < 1:",
         "all of it is no share",
-        "tests/test_cli.py",
+        "tests/test_cli.py::test_fail_under_is_exact",
     ),
     change(
         "llmslim/cli/commands/generate.py",
@@ -241,16 +227,15 @@ MUTATIONS = (
         "messages.insert(0,",
         "messages.insert(1,",
         "the system message comes last",
-        "tests/test_cli_generate.py",
+        "tests/test_cli_generate.py::test_generate_uses_the_chat_template",
     ),
     change(
         "llmslim/cli/chat.py",
         '{"do_sample": True, "temperature": temperature} if temperature else unset',
         "unset",
         "the temperature is ignored",
-        "tests/test_cli_generate.py",
+        "tests/test_cli_generate.py::test_generate_with_a_seed_repeats_itself",
     ),
-    # ------------------------------------------------------------------ api
     change(
         "llmslim/api.py",
         "calibration.check_known(tokenizer, embedding_rows(model))",
@@ -263,8 +248,7 @@ MUTATIONS = (
         "report = replace(report, fitted_to=calibration.description)",
         "pass",
         "a report hides what was fitted to",
-        "tests/test_sequential.py",
-        "tests/test_correction.py",
+        "tests/test_sequential.py::test_full_rank_blocks_give_the_dense_model_back[llama]",
     ),
     change(
         "llmslim/api.py",
@@ -278,28 +262,27 @@ MUTATIONS = (
         "allow_nonfinite=allow_nonfinite)\n    return model",
         "allow_nonfinite=True)\n    return model",
         "a broken model loads",
-        "tests/test_weight_values.py",
+        "tests/test_weight_values.py::test_weights_that_are_not_finite_are_refused_wherever_a_model_is_used",
     ),
     change(
         "llmslim/api.py",
         "tokenizer=tokenizer, report=data, overwrite=overwrite",
         "tokenizer=tokenizer, report=data, overwrite=True",
         "save replaces what is there",
-        "tests/test_checkpoint_interrupted.py",
-        "tests/test_checkpoint_write.py",
+        "tests/test_checkpoint_interrupted.py::test_save_replaces_nothing_unasked",
     ),
     change(
         "llmslim/api.py",
         "check_target(target, overwrite)\n        if",
         "pass\n        if",
         "hours of training for a folder that cannot be written",
-        "tests/test_healing_checkpoint.py::test_what_is_wrong_is_told_before_anything_is_trained",
+        "tests/test_healing_checkpoint.py::test_a_folder_that_is_there_is_refused_before_anything_is_read",
     ),
     change(
         "llmslim/api.py",
         "for k, v in asked.items() if v is not None}",
         "for k, v in asked.items() if v}",
         "a seed of 0 is ignored",
-        "tests/test_healing_checkpoint.py",
+        "tests/test_healing_checkpoint.py::test_what_is_0_is_asked_for_too",
     ),
 )
