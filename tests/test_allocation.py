@@ -344,3 +344,23 @@ def test_candidates_are_judged_on_other_tokens_than_their_fit(glob: str, inputs:
     assert kept == largest if unit.ups else 0 < kept < largest
     lost = other.double() @ (measurement._dense(unit.name).double() - candidate.double()).t()
     assert error == pytest.approx(float(lost.square().sum(1).mean()), rel=1e-5)
+
+
+@torch.no_grad()
+def test_a_candidates_loss_is_the_divergence_of_what_the_model_predicts() -> None:
+    """Truth: the model itself with the probed weight in place, on the tokens held out."""
+    rule = {"match": "*.mlp.*", "structure": "auto"}
+    measurement, unit = measured(Recipe.of({"budget": 0.5, "replace": [rule]}))
+    model = measurement.model
+    moments, _ = measurement._walk(0, model.model.layers[0], [unit])
+    fits = measurement._narrowed(unit, moments[unit.name])
+    found = measurement._candidates(unit, fits)
+    expected = logits(model, CALIBRATION.held_out).log_softmax(-1)
+    model.get_submodule(unit.name).weight.copy_(fits.probe[unit.name])
+    got = logits(model, CALIBRATION.held_out).log_softmax(-1)
+    lost = float((expected.exp() * (expected - got)).sum(-1).mean())
+    (probed,) = [one for one in found if one.share == 0.5]
+    assert probed.loss == pytest.approx(lost, rel=1e-3)
+    for one in found:  # the others in proportion to their errors
+        relative = fits.errors[one.share] / fits.errors[0.5]
+        assert one.loss == pytest.approx(relative * lost, rel=1e-3)

@@ -11,6 +11,8 @@ from tiny import ARCHITECTURES, logits, tiny_model, tokens
 
 import llmslim
 from llmslim import RecipeError, SizeError, TargetError
+from llmslim.recipe import Recipe
+from llmslim.surgery.depth import kept_layers
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -164,3 +166,13 @@ def test_a_share_of_neurons_means_the_fraction_it_is_written_for() -> None:
     rule["keep_ratio"] = 0.3333
     made = llmslim.plan(tiny_model("llama"), {"init": "least_squares", "replace": [rule]})
     assert {each.width for each in made.mlps} == {96 // 3}
+
+
+@pytest.mark.parametrize(("keep", "count"), [(1, 5), (2, 5), (3, 4), (3, 32), (7, 30), (5, 5)])
+def test_a_count_keeps_the_layers_nearest_to_even_steps(keep: int, count: int) -> None:
+    kept = kept_layers(Recipe.of({"depth": {"keep_layers": keep}}), count)
+    assert len(set(kept)) == keep
+    if keep > 1:
+        assert (kept[0], kept[-1]) == (0, count - 1)
+    for place, layer in enumerate(kept):
+        assert abs(layer - place * (count - 1) / max(1, keep - 1)) <= 0.5

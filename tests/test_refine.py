@@ -12,6 +12,7 @@ from torch import nn
 
 import llmslim
 from llmslim.data import Windows
+from llmslim.surgery import refine_layer
 from llmslim.surgery.layer_pair import LayerPair
 from llmslim.surgery.refine import descend, only_moving, output_loss
 
@@ -122,7 +123,14 @@ def test_only_what_was_planned_moves() -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_bfloat16_weights_are_refined_in_float32() -> None:
+def test_bfloat16_weights_are_refined_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: set[torch.dtype] = set()
+
+    def noted(loss: Any, parameters: Any, *args: Any, **options: Any) -> Any:
+        moved.update(p.dtype for p in parameters)
+        return descend(loss, parameters, *args, **options)
+
+    monkeypatch.setattr(refine_layer, "descend", noted)
     recipe = {"init": "least_squares", "replace": [RULE]}
     errors = []
     for extra in ({}, {"refine": {"steps": 10, "lr": 0.02}}):
@@ -131,6 +139,7 @@ def test_bfloat16_weights_are_refined_in_float32() -> None:
         errors.append(sum(r.init_error for r in report.rows if r.init_error is not None))
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert errors[1] < errors[0]
+    assert moved == {torch.float32}
 
 
 @pytest.mark.parametrize(

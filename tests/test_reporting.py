@@ -182,25 +182,24 @@ def expand(name: str) -> list[str]:
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3), st.booleans()), unique=True))
 def test_a_fold_stands_for_its_rows_and_no_others(places):
     rows = [
-        Row(
-            f"m.{a}.x.{b}.w",
-            "projection",
-            "kept" if kept else "unmatched",
-            params_before=a,
-            params_after=b // 2,
-        )
+        Row(f"m.{a}.x.{b}.w", "projection", "kept" if kept else "unmatched", params_before=a)
         for a, b, kept in places
     ]
     lines = fold(rows)
     for line in lines:
         assert sorted(expand(line.name)) == sorted(row.name for row in line.rows)
-        assert len({(r.action, r.params_before, r.params_after) for r in line.rows}) == 1
+        assert len({(row.action, row.params_before) for row in line.rows}) == 1
     assert sorted(id(row) for line in lines for row in line.rows) == sorted(map(id, rows))
 
 
 def test_rows_that_fill_a_grid_are_one_line():
     rows = [Row(f"m.{a}.x.{b}.w", "projection", "kept") for a in range(3) for b in (0, 1, 7)]
     assert [line.name for line in fold(rows)] == ["m.{0-2}.x.{0-1,7}.w"]
+
+
+def test_rows_of_which_something_else_is_left_are_no_one_line():
+    rows = [Row(f"m.{n}.w", "projection", "replaced", params_after=n % 2) for n in range(4)]
+    assert [line.name for line in fold(rows)] == ["m.{0,2}.w", "m.{1,3}.w"]
 
 
 def test_lines_add_up_to_the_totals():
@@ -397,3 +396,11 @@ def test_read_report_refuses(tmp_path, text, message):
 def test_read_report_of_nothing(tmp_path):
     with pytest.raises(CheckpointError, match="no such folder or file"):
         read_report(tmp_path / "gone")
+
+
+def test_totals_that_are_not_the_sums_of_the_rows_are_refused():
+    data = sample().to_dict()
+    assert Report.from_dict(data) == sample()
+    data["totals"]["params_after"] -= 1
+    with pytest.raises(CheckpointError):
+        Report.from_dict(data)

@@ -80,14 +80,14 @@ MUTATIONS = (
         "        row.params_before,\n        row.params_after,\n",
         "        row.params_before,\n",
         "lines hide rows of other sizes",
-        "tests/test_reporting.py::test_a_fold_stands_for_its_rows_and_no_others",
+        "tests/test_reporting.py::test_rows_of_which_something_else_is_left_are_no_one_line",
     ),
     change(
         "llmslim/reporting/lines.py",
         "if spans and number == spans[-1][1] + 1:",
         "if spans and number > spans[-1][1]:",
         "layers are named that are not meant",
-        "tests/test_reporting.py::test_a_fold_stands_for_its_rows_and_no_others",
+        "tests/test_reporting.py::test_rows_of_which_something_else_is_left_are_no_one_line",
     ),
     change(
         "llmslim/reporting/wording.py",
@@ -164,7 +164,7 @@ MUTATIONS = (
         "ctx.exit(75 if isinstance(error, UnfinishedError) else 1)",
         "ctx.exit(1)",
         "scripts cannot tell what to resume",
-        "tests/test_cli.py::test_every_error_of_ours_is_a_message_and_1",
+        "tests/test_cli.py::test_what_can_be_gone_on_with_has_a_status_of_its_own",
     ),
     change(
         "llmslim/cli/main.py",
@@ -192,7 +192,7 @@ MUTATIONS = (
         'if json_target != "-":',
         "if True:",
         "stdout is not JSON alone",
-        "tests/test_cli.py::test_plan_json_to_nowhere",
+        "tests/test_cli.py::test_plan_needs_no_weights",
     ),
     change(
         "llmslim/cli/commands/plan.py",
