@@ -24,6 +24,7 @@ from helpers_checkpoint import (
 )
 from safetensors.torch import save_file
 from tiny import ARCHITECTURES, logits, tiny_model, tokens
+from tokenizers.normalizers import Lowercase
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from llmslim import api
@@ -34,6 +35,7 @@ from llmslim.checkpoint import (
     quiet,
     write_checkpoint,
 )
+from llmslim.checkpoint.write import check_tokenizer
 from llmslim.conversion.work import Work
 from llmslim.errors import CheckpointError
 
@@ -269,6 +271,16 @@ def test_a_tokenizer_that_does_not_come_back_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="the tokenizer loads back as another one"):
         write_checkpoint(slim_llama(), tmp_path / "slim", tokenizer=tokenizer)
     assert names(tmp_path) == []
+
+
+def test_a_tokenizer_that_splits_text_otherwise_is_refused(tmp_path: Path) -> None:
+    tokenizer, other = tiny_tokenizer(), tiny_tokenizer()
+    other.save_pretrained(tmp_path)
+    check_tokenizer(tokenizer, tmp_path)
+    other.backend_tokenizer.normalizer = Lowercase()  # the same tokens, and the same template
+    other.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError):
+        check_tokenizer(tokenizer, tmp_path)
 
 
 def test_a_dense_model_is_written_as_an_ordinary_checkpoint(tmp_path: Path) -> None:

@@ -147,14 +147,20 @@ def test_groups_are_checked_against_the_new_width() -> None:
         llmslim.slim(tiny_model("llama"), recipe)
 
 
-def test_neurons_behind_a_closed_gate_go_first() -> None:
+@pytest.mark.parametrize("architecture", ["llama", "phi3"])
+def test_neurons_behind_a_closed_gate_go_first(architecture: str) -> None:
     """A neuron that its gate never lets through does nothing, however large its other weights."""
-    model, dense = tiny_model("llama").double(), tiny_model("llama").double()
+    model, dense = tiny_model(architecture).double(), tiny_model(architecture).double()
     for each in (model, dense):
         with torch.no_grad():
             for layer in each.model.layers:
-                layer.mlp.gate_proj.weight[::2] = 0
-                layer.mlp.up_proj.weight[::2] *= 100
+                mlp = layer.mlp
+                if architecture == "phi3":
+                    gate, up = mlp.gate_up_proj.weight.chunk(2)
+                else:
+                    gate, up = mlp.gate_proj.weight, mlp.up_proj.weight
+                gate[::2] = 0
+                up[::2] *= 100
     llmslim.slim(model, {"width": {"intermediate_size": 48}})
     assert torch.allclose(logits(model, tokens()), logits(dense, tokens()), atol=1e-10)
 

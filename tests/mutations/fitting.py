@@ -502,7 +502,7 @@ MUTATIONS = (
         "return init or rule.init or (",
         "return rule.init or init or (",
         "--init is ignored where a rule has its own",
-        "tests/test_init.py",
+        "tests/test_init.py::test_a_method_that_is_asked_for_takes_the_place_of_the_recipes_and_the_rules",
     ),
     change(
         "llmslim/surgery/rules.py",

@@ -130,7 +130,7 @@ MUTATIONS = (
         "lost += not found",
         "pass",
         "answers that are not found go unnoticed",
-        "tests/test_healing_templates.py::test_answers_are_found_in_any_template",
+        "tests/test_healing_templates.py::test_answers_that_a_template_leaves_out_are_counted",
     ),
     change(
         "llmslim/data/sampling.py",
@@ -144,7 +144,7 @@ MUTATIONS = (
         "at_B1, right=True)",
         "at_B1)",
         "a token of probability 0 may be drawn",
-        "tests/test_sampling.py::test_what_is_drawn_has_the_softmax_distribution",
+        "tests/test_sampling.py::test_the_first_token_is_not_drawn_by_a_0_where_it_is_impossible",
     ),
     change(
         "llmslim/data/sampling.py",
@@ -158,7 +158,7 @@ MUTATIONS = (
         "allowed = [token for token in range(vocabulary) if token not in special]",
         "allowed = list(range(vocabulary))",
         "text begins with special tokens",
-        "tests/test_sampling.py::test_self_comes_from_the_seed_and_half_is_conversation",
+        "tests/test_sampling.py::test_no_text_opens_with_a_special_token",
     ),
     change(
         "llmslim/data/vocabulary.py",
