@@ -87,7 +87,7 @@ MUTATIONS = (
         "for rows in (text.train, text.held_out):",
         "for rows in (text.train,):",
         "other held-out text is gone on with",
-        "tests/test_identity.py",
+        "tests/test_identity.py::test_any_token_trained_on_or_held_out_makes_another_text",
     ),
     change(
         "llmslim/healing/run.py",
@@ -143,7 +143,7 @@ MUTATIONS = (
         "return per_token_C[counted_T[where]].sum()",
         "return per_token_C.sum()",
         "padding is learned",
-        "tests/test_healing_objectives.py",
+        "tests/test_healing_objectives.py::test_distillation_is_torchs_kl_div",
     ),
     change(
         "llmslim/healing/objectives/logits.py",
@@ -255,7 +255,7 @@ MUTATIONS = (
         "return torch.where(held, nearest, either)",
         "return either",
         "what the type holds may change",
-        "tests/test_healing_rounding.py",
+        "tests/test_healing_rounding.py::test_what_the_type_holds_stays_as_it_is",
     ),
     change(
         "llmslim/healing/memory.py",
