@@ -3,9 +3,9 @@
     python benchmarks/fuzz.py [--cases 20000] [--seed 0] [--kind header]
 
 Recipes, headers of safetensors and GGUF files, index files and configs, changed at random
-(tests/hostile_files.py). Each must be refused by an error of llmslim's own, or accepted and read the
-same way by who comes next; anything else is printed with what repeats it, and the exit status is 1.
-So is a case that takes longer than `--slow` seconds.
+(tests/hostile_files.py). Each must be refused by an error of llmslim's own, or accepted and read
+the same way by who comes next; anything else is printed with what repeats it, and the exit status
+is 1. So is a case that takes longer than `--slow` seconds.
 """
 
 from __future__ import annotations

@@ -52,14 +52,14 @@ MUTATIONS = (
         'data.setdefault("name", path.stem)',
         'data["name"] = path.stem',
         "a recipe's own name is ignored",
-        "tests/test_recipe_load.py",
+        "tests/test_recipe_load.py::test_a_recipe_reads_back_under_its_own_name_with_all_that_was_set",
     ),
     change(
         "llmslim/recipe/load.py",
         'data = recipe.model_dump(mode="json", exclude_unset=True)',
         'data = recipe.model_dump(mode="json", exclude_defaults=True)',
         "what was set to the default is forgotten",
-        "tests/test_recipe_load.py",
+        "tests/test_recipe_load.py::test_a_recipe_reads_back_under_its_own_name_with_all_that_was_set",
     ),
     change(
         "llmslim/recipe/schema.py",
@@ -73,7 +73,7 @@ MUTATIONS = (
         "if (self.keep is None) == (self.structure is None):",
         "if self.keep is None and self.structure is None:",
         "a rule keeps and replaces",
-        "tests/test_recipe_load.py",
+        "tests/test_recipe_load.py::test_a_rule_keeps_or_replaces",
     ),
     change(
         "llmslim/reporting/lines.py",

@@ -276,7 +276,7 @@ MUTATIONS = (
         "max(found.layers, default=0)",
         "min(found.layers, default=0)",
         "the smallest layer is computed again",
-        "tests/test_healing_memory.py::test_checkpointing_keeps_what_layers_read",
+        "tests/test_healing_memory.py::test_the_largest_layer_is_the_one_that_is_computed_again",
     ),
     change(
         "llmslim/healing/restoring.py",
