@@ -3,9 +3,9 @@
     python benchmarks/fuzz.py [--cases 20000] [--seed 0] [--kind header]
 
 Recipes, headers of safetensors and GGUF files, index files and configs, changed at random
-(tests/mutations.py). Each must be refused by an error of llmslim's own, or accepted and read the
-same way by who comes next; anything else is printed with what repeats it, and the exit status is 1.
-So is a case that takes longer than `--slow` seconds.
+(tests/hostile_files.py). Each must be refused by an error of llmslim's own, or accepted and read
+the same way by who comes next; anything else is printed with what repeats it, and the exit status
+is 1. So is a case that takes longer than `--slow` seconds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import click
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a hostile name must not reach the network
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from mutations import KINDS, outcome
+from hostile_files import KINDS, outcome
 
 SHARES = {"recipe": 0.25, "header": 0.3, "index": 0.2, "config": 0.1, "gguf": 0.15}
 _MOST_SHOWN = 10

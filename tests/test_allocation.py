@@ -16,8 +16,11 @@ from tiny import ARCHITECTURES, logits, tiny_model, tokens
 import llmslim
 from llmslim import RecipeError, SlimError, surgery
 from llmslim.data import Windows
-from llmslim.recipe import Recipe
+from llmslim.recipe import Recipe, rules_by_name
+from llmslim.surgery import allocation
 from llmslim.surgery.allocation import Candidate, choose
+from llmslim.surgery.moments import Moments
+from llmslim.surgery.roles import find_roles
 from llmslim.surgery.sites import find_layers
 from llmslim.surgery.streams import TailModel, record_calls, run_layer
 
@@ -312,3 +315,52 @@ def test_what_is_never_called_is_fitted_without_data_and_said_so() -> None:
     told = [note for note in report.problems if "never called" in note]
     assert len(told) == 1
     assert told[0].startswith("model.layers.0.self_attn.idle and 3 more")
+
+
+def measured(recipe: Recipe) -> tuple[Any, Any]:
+    """Return what measures a model of one layer, and the first unit there is to decide."""
+    model = tiny_model("llama", num_hidden_layers=1)
+    units = allocation._find_units(model, recipe, rules_by_name(recipe, find_roles(model)))
+    return allocation._Measurement(model, recipe, units, CALIBRATION), units[0]
+
+
+@pytest.mark.parametrize(("glob", "inputs"), [("*.mlp.*", 96), ("*.o_proj", 48)])
+def test_candidates_are_judged_on_other_tokens_than_their_fit(glob: str, inputs: int) -> None:
+    """Truth: the probed candidate's own outputs on tokens it was not fitted to."""
+    rule = {"match": glob, "structure": "auto"}
+    measurement, unit = measured(Recipe.of({"budget": 0.3, "replace": [rule]}))
+    moments = Moments.of(inputs, device=torch.device("cpu"))
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(300, inputs, generator=draw)
+    other = 3 * torch.randn(200, inputs, generator=draw) * torch.rand(inputs, generator=draw)
+    moments.fit.update(x)
+    moments.held_out.update(other)
+    fits = (measurement._narrowed if unit.ups else measurement._low_rank)(unit, moments)
+    share, error = next(iter(fits.errors.items()))
+    assert share == 5 / 16  # the nearest to the budget
+    candidate = fits.probe[unit.name]
+    kept = int((candidate != 0).any(0).sum()) if unit.ups else torch.linalg.matrix_rank(candidate)
+    largest = int(inputs * share)  # of a pivoted low rank, more for as many weights
+    assert kept == largest if unit.ups else 0 < kept < largest
+    lost = other.double() @ (measurement._dense(unit.name).double() - candidate.double()).t()
+    assert error == pytest.approx(float(lost.square().sum(1).mean()), rel=1e-5)
+
+
+@torch.no_grad()
+def test_a_candidates_loss_is_the_divergence_of_what_the_model_predicts() -> None:
+    """Truth: the model itself with the probed weight in place, on the tokens held out."""
+    rule = {"match": "*.mlp.*", "structure": "auto"}
+    measurement, unit = measured(Recipe.of({"budget": 0.5, "replace": [rule]}))
+    model = measurement.model
+    moments, _ = measurement._walk(0, model.model.layers[0], [unit])
+    fits = measurement._narrowed(unit, moments[unit.name])
+    found = measurement._candidates(unit, fits)
+    expected = logits(model, CALIBRATION.held_out).log_softmax(-1)
+    model.get_submodule(unit.name).weight.copy_(fits.probe[unit.name])
+    got = logits(model, CALIBRATION.held_out).log_softmax(-1)
+    lost = float((expected.exp() * (expected - got)).sum(-1).mean())
+    (probed,) = [one for one in found if one.share == 0.5]
+    assert probed.loss == pytest.approx(lost, rel=1e-3)
+    for one in found:  # the others in proportion to their errors
+        relative = fits.errors[one.share] / fits.errors[0.5]
+        assert one.loss == pytest.approx(relative * lost, rel=1e-3)

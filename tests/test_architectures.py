@@ -106,3 +106,4 @@ def test_ledger_has_every_parameter_of_every_architecture(architecture: str) -> 
         if isinstance(module, torch.nn.Embedding) or module is model.get_output_embeddings()
     }
     assert {row.name for row in rows if row.counts_as_embedding} == embeddings
+    assert sum(row.params_before for row in rows) == sum(p.numel() for p in model.parameters())

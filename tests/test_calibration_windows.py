@@ -17,9 +17,11 @@ from helpers_data import (
 )
 from tiny import tiny_model
 
+from llmslim.conversion.calibrate import asked_for, calibration_spec
 from llmslim.data import calibration_windows, longest_input
 from llmslim.data.windows import OWN_TEXT
 from llmslim.errors import DataError
+from llmslim.recipe import Recipe
 
 EOS = 1
 
@@ -217,3 +219,28 @@ def test_progress_ends_at_the_whole(tmp_path, data):
     calibration_windows(spec(data), plain_tokenizer(), model, progress=lambda *at: seen.append(at))
     assert seen[-1][0] == seen[-1][1]
     assert [at[0] for at in seen] == sorted(at[0] for at in seen)
+
+
+def test_windows_are_as_long_as_a_small_model_reads_unless_a_length_is_asked_for():
+    model = tiny_model("gpt2", num_hidden_layers=1)
+    assert longest_input(model) == 64
+
+    def length(**section):
+        recipe = Recipe.of({"calibration": section} if section else {})
+        return calibration_spec(recipe, model, (), None).sequence_length
+
+    assert (length(), length(tokens=99), length(sequence_length=80)) == (64, 64, 80)
+
+
+def test_asking_for_text_asks_for_a_fit_to_it():
+    recipe = Recipe.of({"calibration": {"data": "a.txt", "seed": 3}})
+    assert asked_for(recipe, None, (), None) == (recipe, None)
+    found, init = asked_for(recipe, None, ["b.txt"], 5)
+    assert found.calibration is not None
+    assert found.calibration.model_dump(include={"texts", "data", "tokens", "seed"}) == {
+        "data": ("b.txt",),
+        "tokens": 5,
+        "seed": 3,
+    }
+    assert init == "least_squares"
+    assert asked_for(recipe, "random", (), 5)[1] == "random"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -178,3 +179,13 @@ def test_an_exported_mixture_has_the_names_of_the_models_own_files(tmp_path: Pat
     loaded = AutoModelForCausalLM.from_pretrained(dense)
     assert type(loaded).__name__ == "MixtralForCausalLM"
     torch.testing.assert_close(logits(loaded, tokens()), logits(api.load(slim), tokens()))
+
+
+def test_sums_of_two_products_are_rounded_once() -> None:
+    model = tiny_model("llama", num_hidden_layers=1).bfloat16()
+    rule = {"match": "*.o_proj", "structure": "grouped_low_rank", "groups": 4, "rank": 4}
+    api.slim(model, {"init": "random", "replace": [rule]})
+    block = model.model.layers[0].self_attn.o_proj
+    exact = copy.deepcopy(block).double().to_dense()
+    weight = dense_copy(model).model.layers[0].self_attn.o_proj.weight
+    assert torch.equal(weight, exact.bfloat16())

@@ -15,9 +15,10 @@ from helpers_checkpoint import (
     names,
     slim_llama,
 )
-from tiny import logits, tokens
+from tiny import logits, tiny_model, tokens
 
 import llmslim.checkpoint.write as writing
+from llmslim import api
 from llmslim.checkpoint import (
     check_target,
     load_model,
@@ -158,3 +159,16 @@ def test_a_write_that_does_not_load_back_is_not_kept(
     with pytest.raises(CheckpointError, match="1 tensors load back differently"):
         write_checkpoint(model, tmp_path / "slim")
     assert names(tmp_path) == []
+
+
+def test_save_replaces_nothing_unasked(tmp_path: Path) -> None:
+    model = tiny_model("llama", num_hidden_layers=1)
+    api.save(model, tmp_path / "out")
+    before = hashes(tmp_path)
+    with torch.no_grad():
+        model.model.norm.weight.add_(1)
+    with pytest.raises(CheckpointError):
+        api.save(model, tmp_path / "out")
+    assert hashes(tmp_path) == before
+    api.save(model, tmp_path / "out", overwrite=True)
+    assert hashes(tmp_path) != before

@@ -24,6 +24,7 @@ from helpers_checkpoint import (
 )
 from safetensors.torch import save_file
 from tiny import ARCHITECTURES, logits, tiny_model, tokens
+from tokenizers.normalizers import Lowercase
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from llmslim import api
@@ -34,6 +35,7 @@ from llmslim.checkpoint import (
     quiet,
     write_checkpoint,
 )
+from llmslim.checkpoint.write import check_tokenizer
 from llmslim.conversion.conversion_dir import ConversionDir
 from llmslim.errors import CheckpointError
 
@@ -112,6 +114,33 @@ def test_a_second_write_gives_the_same_bytes(tmp_path: Path) -> None:
     write_checkpoint(again, tmp_path / "two", **{**extras, "tokenizer": tokenizer})
     assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
     assert names(tmp_path) == ["one", "two"]
+
+
+def test_all_is_on_the_disk_before_the_folder_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file whose name is there and whose content is not is what a power cut would leave."""
+    done: list[int | str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def noted_fsync(descriptor: int) -> None:
+        done.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def noted_rename(path: Path, target: Path) -> Path:
+        done.append(target.name)
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "rename", noted_rename)
+    out = write_checkpoint(
+        tiny_model("llama", num_hidden_layers=1), tmp_path / "out", tokenizer=tiny_tokenizer()
+    )
+    at = done.index("out")
+    files = [out, *(path for path in out.rglob("*") if path.is_file())]
+    assert len(files) > 4
+    assert {path.stat().st_ino for path in files} <= set(done[:at])
+    assert tmp_path.stat().st_ino in done[at:]  # the name itself
 
 
 def test_what_is_in_the_folder(tmp_path: Path) -> None:
@@ -242,6 +271,16 @@ def test_a_tokenizer_that_does_not_come_back_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="the tokenizer loads back as another one"):
         write_checkpoint(slim_llama(), tmp_path / "slim", tokenizer=tokenizer)
     assert names(tmp_path) == []
+
+
+def test_a_tokenizer_that_splits_text_otherwise_is_refused(tmp_path: Path) -> None:
+    tokenizer, other = tiny_tokenizer(), tiny_tokenizer()
+    other.save_pretrained(tmp_path)
+    check_tokenizer(tokenizer, tmp_path)
+    other.backend_tokenizer.normalizer = Lowercase()  # the same tokens, and the same template
+    other.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError):
+        check_tokenizer(tokenizer, tmp_path)
 
 
 def test_a_dense_model_is_written_as_an_ordinary_checkpoint(tmp_path: Path) -> None:

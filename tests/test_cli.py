@@ -134,6 +134,11 @@ def test_every_error_of_ours_is_a_message_and_1(monkeypatch, error):
     assert result.stderr == "Error: a.yaml:3 here: this.\n       a.yaml:5 there: that.\n"
 
 
+def test_what_can_be_gone_on_with_has_a_status_of_its_own(monkeypatch):
+    stub(monkeypatch, "plan", errors.UnfinishedError("out: no space left for it."))
+    assert run("plan", "model", "--recipe", "mlp-half").exit_code == 75  # sysexits' EX_TEMPFAIL
+
+
 def test_an_error_nobody_foresaw_is_a_line_and_a_hint(monkeypatch):
     stub(monkeypatch, "plan", RuntimeError("boom\nsecond line"))
     result = run("plan", "model", "--recipe", "mlp-half")
@@ -223,6 +228,9 @@ def test_fail_under_is_exact(dense, recipe):
     share = f"{SAVED / NON_EMBEDDING:.2%}"
     assert result.stderr.startswith(f"Error: saves {share} of the non-embedding parameters")
     assert f"{NON_EMBEDDING:,}" in result.stdout  # the report is printed all the same
+    # All of it is a share, too; more or nothing is none.
+    for share, code in ((1, 1), (0, 2), ("1.01", 2)):
+        assert run("plan", dense, "--recipe", recipe, "--fail-under", share).exit_code == code
 
 
 def test_a_wrong_recipe_is_told_before_the_model_is_looked_at(tmp_path):

@@ -51,6 +51,49 @@ def test_everything_asked_for_on_top_costs_more() -> None:
     assert 2 * (half_sampled.flops - plain.flops) == sampled.flops - plain.flops
 
 
+def test_what_is_inside_a_layer_takes_a_third_pass_and_the_largest_map_its_memory() -> None:
+    """Of a low rank, every map has moments: of its inputs, its targets, and the two together."""
+    rule = {"match": ["*.mlp.*", "*.o_proj"], "structure": "low_rank", "rank": 4}
+    cost = fitting_cost(llmslim.plan(tiny_model("llama"), recipe(16_000, replace=[rule])))
+    assert cost is not None
+    numbers = {
+        (i, o): i * i + i * o + o * o
+        for i, o in ((HIDDEN, WIDTH), (WIDTH, HIDDEN), (HIDDEN, HIDDEN))
+    }
+    moments = numbers[HIDDEN, WIDTH] * 2 + numbers[WIDTH, HIDDEN] + numbers[HIDDEN, HIDDEN]
+    assert cost.flops == (17_000 + 1_600) * (3 * PER_TOKEN + 2 * LAYERS * moments)
+    streams = 2 * 2 * 4 * (17_000 + 16_000) * HIDDEN
+    layer = 2 * 4 * PER_TOKEN // 2 // LAYERS  # a dense copy of it, and the slim one, in float32
+    assert cost.memory == streams + 6 * 8 * numbers[HIDDEN, WIDTH] + layer
+
+
+def test_choosing_measures_every_unit() -> None:
+    rule = {"match": "*.mlp.*", "structure": "auto"}
+    model = tiny_model("llama")
+    plain = fitting_cost(llmslim.plan(model, recipe(16_000)))
+    chosen = fitting_cost(llmslim.plan(model, recipe(16_000, budget=0.5, replace=[rule])))
+    assert plain is not None
+    assert chosen is not None
+    walk = (16_384 + 8_192) * (PER_TOKEN + LAYERS * 2 * WIDTH * WIDTH)
+    # On the average half the layers run after the one that is tried, and the head.
+    trials = LAYERS * 2_048 * (PER_TOKEN // 2 + 2 * HIDDEN * VOCABULARY)
+    assert chosen.flops == plain.flops + walk + trials
+
+
+def test_predictions_run_what_follows_and_the_head() -> None:
+    model = tiny_model("llama")
+    refined, predicted = (
+        fitting_cost(llmslim.plan(model, recipe(16_000, refine={"steps": 10, "logits_steps": n})))
+        for n in (0, 5)
+    )
+    assert refined is not None
+    assert predicted is not None
+    head = 2 * HIDDEN * VOCABULARY
+    # Forward and backward through half the layers and the head, and the dense model's head.
+    step = LAYERS * 1_024 * (3 * (PER_TOKEN // 2 + head) + head)
+    assert predicted.flops == refined.flops + 5 * step + 17_000 * PER_TOKEN
+
+
 def test_without_text_there_is_no_such_cost() -> None:
     rule = {"match": "*.mlp.*", "structure": "low_rank", "rank": 4}
     assert fitting_cost(llmslim.plan(tiny_model("llama"), {"replace": [rule]})) is None

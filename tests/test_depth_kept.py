@@ -12,9 +12,11 @@ import torch
 import transformers as tf
 from six_layers import Subject
 from tiny import logits, tiny_model, tokens
+from torch import nn
 
 import llmslim
 from llmslim import CheckpointError, TargetError
+from llmslim.modeling.depth import drop_layers
 
 _SIZES = {
     "hidden_size": 48,
@@ -289,3 +291,19 @@ def test_a_plain_result_has_no_trace_of_llmslim(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["model_type"], config["num_hidden_layers"]) == ("qwen3", 2)
     assert not list(tmp_path.glob("*.py"))
+
+
+def test_a_layer_that_reads_from_another_keeps_it() -> None:
+    def model() -> Any:
+        layers = nn.ModuleList(nn.Identity() for _ in range(4))
+        for index, layer in enumerate(layers):
+            layer.layer_idx = index
+        layers[3].kv_layer_idx = 1
+        return nn.ModuleDict({"layers": layers})
+
+    kept = model()
+    drop_layers(kept, "layers", [1, 2, 3])
+    assert [layer.layer_idx for layer in kept["layers"]] == [0, 1, 2]
+    assert kept["layers"][2].kv_layer_idx == 0
+    with pytest.raises(ValueError, match="layer 3 reads from layer 1"):
+        drop_layers(model(), "layers", [0, 2, 3])

@@ -11,6 +11,8 @@ from tiny import ARCHITECTURES, logits, tiny_model, tokens
 
 import llmslim
 from llmslim import RecipeError, SizeError, TargetError
+from llmslim.recipe import Recipe
+from llmslim.surgery.depth import kept_layers
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -143,3 +145,40 @@ def test_groups_are_checked_against_the_new_width() -> None:
     }
     with pytest.raises(SizeError, match="in_features 100"):
         llmslim.slim(tiny_model("llama"), recipe)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "phi3"])
+def test_neurons_behind_a_closed_gate_go_first(architecture: str) -> None:
+    """A neuron that its gate never lets through does nothing, however large its other weights."""
+    model, dense = tiny_model(architecture).double(), tiny_model(architecture).double()
+    for each in (model, dense):
+        with torch.no_grad():
+            for layer in each.model.layers:
+                mlp = layer.mlp
+                if architecture == "phi3":
+                    gate, up = mlp.gate_up_proj.weight.chunk(2)
+                else:
+                    gate, up = mlp.gate_proj.weight, mlp.up_proj.weight
+                gate[::2] = 0
+                up[::2] *= 100
+    llmslim.slim(model, {"width": {"intermediate_size": 48}})
+    assert torch.allclose(logits(model, tokens()), logits(dense, tokens()), atol=1e-10)
+
+
+def test_a_share_of_neurons_means_the_fraction_it_is_written_for() -> None:
+    rule = {"match": "*.mlp.*", "structure": "width", "keep_ratio": 0.333}
+    made = llmslim.plan(tiny_model("llama"), {"init": "least_squares", "replace": [rule]})
+    assert {each.width for each in made.mlps} == {31}
+    rule["keep_ratio"] = 0.3333
+    made = llmslim.plan(tiny_model("llama"), {"init": "least_squares", "replace": [rule]})
+    assert {each.width for each in made.mlps} == {96 // 3}
+
+
+@pytest.mark.parametrize(("keep", "count"), [(1, 5), (2, 5), (3, 4), (3, 32), (7, 30), (5, 5)])
+def test_a_count_keeps_the_layers_nearest_to_even_steps(keep: int, count: int) -> None:
+    kept = kept_layers(Recipe.of({"depth": {"keep_layers": keep}}), count)
+    assert len(set(kept)) == keep
+    if keep > 1:
+        assert (kept[0], kept[-1]) == (0, count - 1)
+    for place, layer in enumerate(kept):
+        assert abs(layer - place * (count - 1) / max(1, keep - 1)) <= 0.5

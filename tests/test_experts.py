@@ -128,6 +128,8 @@ def test_another_operation_is_refused() -> None:
     x = torch.randn(3, O)
     with pytest.raises(TypeError, match=r"slim experts: matmul; they answer F\.linear"):
         torch.matmul(x, experts[0])  # (O, I) is not for a product
+    with pytest.raises(TypeError):
+        torch.nn.functional.linear(torch.randn(3, I), experts[0].T)  # nor (I, O) for F.linear
     with pytest.raises(TypeError, match="slim experts: einsum"):
         torch.einsum("eoi,ni->eno", experts, x)
     with pytest.raises(TypeError, match="last two dimensions"):

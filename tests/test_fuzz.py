@@ -17,9 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from mutations import (
+from hostile_files import (
     DTYPES,
     KINDS,
     NUMBERS,
@@ -31,6 +29,8 @@ from mutations import (
     header_of,
     outcome,
 )
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from llmslim.errors import CheckpointError, RecipeError, SlimError
 from llmslim.recipe import Recipe

@@ -150,3 +150,18 @@ def test_relative_error_is_that_of_the_outputs() -> None:
     truth = float((y - z).square().sum() / y.square().sum())
     assert relative_error(b_OI, w_OI, x.T @ x / 40) == pytest.approx(truth, rel=1e-9)
     assert relative_error(b_OI, w_OI, torch.zeros(6, 6)) == 0.0
+
+
+def test_channels_that_never_fire_take_no_damping_from_the_others() -> None:
+    live = torch.tensor([4.0, 2.0, 9.0])
+    alone = damping(live.diag())
+    dead = torch.zeros(5)
+    assert torch.equal(damping(torch.cat((dead, live)).diag())[5:], alone)
+    torch.testing.assert_close(alone, torch.full((3,), 0.1 * 4.0).double(), rtol=1e-6, atol=0)
+
+
+def test_a_matrix_wider_than_a_block_of_columns_is_whole() -> None:
+    x_TI = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gram = GramAccumulator(1000)
+    gram.update(x_TI)
+    torch.testing.assert_close(gram.gram_II, x_TI.t() @ x_TI / 3)

@@ -16,6 +16,7 @@ from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
 import llmslim
+from llmslim import healing
 from llmslim.cli.main import cli
 from llmslim.conversion import healed as write_healed
 from llmslim.data import healing_text
@@ -375,3 +376,23 @@ def test_wrong_usage_is_2(folders, options, said):
     result = CliRunner().invoke(cli, ["heal", str(folders / "slim"), *options])
     assert result.exit_code == 2
     assert said in result.stderr
+
+
+def test_a_folder_that_is_there_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(healing, "load_inputs", None)  # it is not even called
+    (tmp_path / "there").mkdir()
+    with pytest.raises(CheckpointError):
+        llmslim.heal(tmp_path / "slim", tmp_path / "there")
+
+
+def test_what_is_0_is_asked_for_too(monkeypatch):
+    seen = []
+
+    def noted(_model, options, _progress):
+        seen.append(options.changes())
+        raise HealingError("enough")
+
+    monkeypatch.setattr(healing, "load_inputs", noted)
+    with pytest.raises(HealingError):
+        llmslim.heal(tiny_model(num_hidden_layers=1), seed=0, settings={"warmup": 0})
+    assert seen == [{"warmup": 0, "seed": 0}]

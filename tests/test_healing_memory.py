@@ -88,6 +88,16 @@ def test_checkpointing_keeps_what_layers_read():
     assert less.peak < plain.peak
 
 
+def test_the_largest_layer_is_the_one_that_is_computed_again():
+    """Layers of two widths: as if all were of the larger one."""
+    plain, wide, mixed = (tiny_model(num_hidden_layers=2) for _ in range(3))
+    wider = tiny_model(num_hidden_layers=2, intermediate_size=192)
+    wide.model.layers = wider.model.layers
+    mixed.model.layers[0] = wider.model.layers[0]
+    again = [memory(m, gradient_checkpointing=True).again for m in (plain, mixed, wide)]
+    assert again[0] < again[1] == again[2]
+
+
 def test_a_teacher_counts_unless_it_is_asked_once():
     model, teacher = slimmed(), tiny_model().to(torch.bfloat16)
     numbers = sum(weight.numel() for weight in teacher.parameters())

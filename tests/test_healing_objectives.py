@@ -13,6 +13,7 @@ from llmslim.errors import HealingError
 from llmslim.healing import objective_named, objective_names
 from llmslim.healing.objectives import _chunks
 from llmslim.healing.objectives._step import Step
+from llmslim.healing.objectives.cross_entropy import summed_cross_entropy
 from llmslim.recipe import Heal
 
 
@@ -117,3 +118,15 @@ def test_a_model_that_is_its_own_teacher_has_nothing_to_learn():
     model = slimmed()
     loss = objective_named("logits").loss(step_of(model, model))
     assert loss.item() == pytest.approx(0, abs=1e-5)
+
+
+def test_a_share_of_a_loss_has_that_share_of_its_gradient():
+    draw = torch.Generator().manual_seed(0)
+    ours = torch.randn(2, 5, 7, generator=draw).requires_grad_()
+    theirs = ours.detach().clone().requires_grad_()
+    targets = torch.randint(0, 7, (2, 5), generator=draw)
+    targets[0, 1] = -100
+    (0.25 * summed_cross_entropy(ours, targets)).backward()
+    plain = functional.cross_entropy(theirs.flatten(0, 1), targets.flatten(), reduction="sum")
+    (0.25 * plain).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +12,12 @@ from helpers_healing import healed, independent_loss, slimmed, text
 from tiny import tiny_config, tiny_model
 
 import llmslim
+from llmslim.data.packing import collate
 from llmslim.healing import measure
+from llmslim.healing.measure import held_out_loss
 from llmslim.healing.restoring import as_it_was, evaluating
-from llmslim.healing.trainable import keep_activations
+from llmslim.healing.trainable import keep_activations, make_trainable
+from llmslim.recipe import Heal
 
 
 def teacher_in(dtype):
@@ -182,3 +186,27 @@ def test_float64_is_trained_and_stored_as_it_is(tmp_path):
     same = {n for n, t in model.state_dict().items() if torch.equal(t, before[n])}
     assert same == {n for n in before if ".mlp." not in n}
     assert report.loss_after == pytest.approx(independent_loss(model, text().held_out), rel=1e-6)
+
+
+def test_the_held_out_loss_is_measured_without_dropout():
+    model, rows = tiny_model(num_hidden_layers=1, attention_dropout=0.5), text(0, 4).held_out
+    one = SimpleNamespace(num_processes=1, process_index=0, device="cpu", reduce=lambda x, _: x)
+    for training in (True, False):
+        model.train(training)
+        found = held_out_loss(model, rows, collate, micro_batch=3, accelerator=one)
+        assert model.training is training
+        assert found == pytest.approx(independent_loss(model.eval(), rows), rel=1e-6)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_lora_is_scaled_by_two_whatever_its_rank(rank):
+    model, dense = (tiny_model(num_hidden_layers=1) for _ in range(2))
+    trained = make_trainable(model, Heal(train="lora", lora_rank=rank))
+    beside = model.model.layers[0].mlp.up_proj
+    down, up = (part["default"].weight for part in (beside.lora_A, beside.lora_B))
+    with torch.no_grad():
+        up.copy_(torch.randn_like(up))
+        added = 2 * up @ down
+    trained.finish()
+    weight = dense.model.layers[0].mlp.up_proj.weight
+    torch.testing.assert_close(model.model.layers[0].mlp.up_proj.weight, weight + added)

@@ -315,7 +315,8 @@ def test_bytes_that_are_no_text_in_a_table_are_named_with_their_row(tmp_path):
 @pytest.mark.parametrize("tokens", [None, 10**6])
 def test_what_is_held_out_is_not_trained_on_in_other_words_of_space(tmp_path, tokens):
     rows = [{"text": f"row number {i}"} for i in range(40)]
-    copies = [{"text": f" row  number\n{i}"} for i in range(40)]
+    # In another order: of the same number of rows, the same places are held out.
+    copies = [{"text": f" row  number\n{i}"} for i in reversed(range(40))]
     names = [jsonl(tmp_path / "a.jsonl", rows), jsonl(tmp_path / "b.jsonl", copies)]
     tokenizer = tokenizer_of(None)
     text = heal(names, tokenizer=tokenizer, length=64, held_out=20, tokens=tokens)
@@ -326,7 +327,7 @@ def test_what_is_held_out_is_not_trained_on_in_other_words_of_space(tmp_path, to
     assert not seen & held
     assert seen | held == {row["text"] for row in rows}
     counted = [int(note.split(": ")[1].split()[0]) for note in text.notes if "held out" in note]
-    assert sum(counted) == 80 - 20 - len(texts(text, tokenizer))
+    assert sum(counted) == 80 - 20 - len(texts(text, tokenizer)) > 0
 
 
 def test_rows_that_are_all_the_same_are_trained_on_with_a_note(tmp_path):

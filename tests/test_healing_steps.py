@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers_healing import healed, slimmed, text
+from tiny import tiny_model
 from torch.utils.data import Dataset
 
 from llmslim.healing.plan import StepPlan, rate_share
@@ -149,3 +151,21 @@ def test_what_is_planned_is_what_is_done(tmp_path):
     assert (plan.steps, plan.rows, plan.tokens) == (6, 21, 21 * 16)
     plan = StepPlan.of(spec, text(train=14), 3)  # six rows a step
     assert (plan.steps, plan.rows) == (3 + 2, 21)
+
+
+def test_matrices_alone_decay():
+    """Truth: without a gradient, a step of AdamW is the decay alone."""
+    model = tiny_model("gpt2", num_hidden_layers=1)
+    spec = Heal(weight_decay=0.5, learning_rate=0.1, block_learning_rate=0.2)
+    changed = {"transformer.h.0.mlp.c_fc.weight", "transformer.h.0.mlp.c_fc.bias"}
+    trainer = SimpleNamespace(optimizer=None, model=model, spec=spec)
+    trainer.trained = SimpleNamespace(changed=changed)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = HealingTrainer.create_optimizer(trainer)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        rate = 0.2 if name in changed else 0.1
+        kept = 1 - 0.5 * rate if parameter.ndim > 1 else 1
+        torch.testing.assert_close(parameter.detach(), kept * before[name], rtol=1e-6, atol=0)

@@ -154,3 +154,13 @@ def test_long_documents_are_cut_with_a_note(tmp_path):
     assert text.notes == (
         "a.jsonl: 1 documents are longer than the context of 8 tokens and were cut into pieces.",
     )
+
+
+def test_answers_that_a_template_leaves_out_are_counted():
+    without_the_first = (
+        "{% for m in messages %}{% if m['role'] == 'user' or loop.last %}"
+        "[{{ m['content'] }}]{% endif %}{% endfor %}"
+    )
+    whole, learned, happened = masked(without_the_first, TALK)
+    assert (whole, learned) == ("[Q1][Q2][A2]", "[A2]")
+    assert happened["lost"] == 1

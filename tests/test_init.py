@@ -144,3 +144,13 @@ def test_any_whole_number_is_a_seed(seed: int) -> None:
         drawn.append(model.state_dict()["model.layers.0.mlp.up_proj.up"])
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
+
+
+@pytest.mark.parametrize("own", [None, "random"])
+def test_a_method_that_is_asked_for_takes_the_place_of_the_recipes_and_the_rules(own):
+    rule = {"match": "*.mlp.*", "structure": "low_rank", "rank": 4, "init": own}
+    model, recipe = tiny_model("llama", num_hidden_layers=1), {"init": "random", "replace": [rule]}
+    made = llmslim.plan(model, recipe, init="project")
+    assert {site.init for site in made.sites} == {"project"}
+    made = llmslim.plan(model, recipe)
+    assert {site.init for site in made.sites} == {"random"}

@@ -438,3 +438,13 @@ def test_a_checkpoint_brings_the_files_of_a_structures_parts(tmp_path) -> None:
     model.save_pretrained(tmp_path)
     files = {path.stem for path in tmp_path.glob("*.py")}
     assert {"grouped_low_rank", "grouped_pointwise", "low_rank"} <= files
+
+
+@pytest.mark.parametrize("outputs", [12, 36])
+def test_both_factors_of_a_low_rank_are_of_one_scale(outputs: int) -> None:
+    """Of each rank-one part: an optimiser's step then means the same to either factor."""
+    x, w_OI = inputs_like_a_models(300, 24), drawn(outputs, 24, seed=5)
+    block = LowRank(24, outputs, rank=7, dtype=torch.float64)
+    for method in ("least_squares", "project"):
+        initialise(block, Target(w_OI, gram_II=gram_of(x)), method_named(method))
+        torch.testing.assert_close(block.down.norm(dim=0), block.up.norm(dim=1))

@@ -18,6 +18,7 @@ from llmslim.anatomy import first_difference
 from llmslim.checkpoint import Pieces
 
 _SAVE = tf.PreTrainedModel.save_pretrained
+RANK_FOUR = {"match": "*.mlp.*", "structure": "low_rank", "rank": 4}
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -38,6 +39,23 @@ def test_a_config_that_says_something_else(
     convert = partial(in_memory, monkeypatch) if whole else api.convert
     with pytest.raises(CheckpointError):
         convert(model, RECIPES["random"], tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m"]
+
+
+def test_a_config_that_says_something_else_of_long_text_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces are run on few tokens: what they would do with more is read off the models."""
+
+    def save(self: Any, folder: Any, *args: Any, **kwargs: Any) -> None:
+        self.config.sliding_window = 7
+        _SAVE(self, folder, *args, **kwargs)
+        self.config.sliding_window = 8
+
+    tiny_model("mistral", num_hidden_layers=1).save_pretrained(tmp_path / "m")
+    monkeypatch.setattr(tf.PreTrainedModel, "save_pretrained", save)
+    with pytest.raises(CheckpointError, match="computes something else"):
+        api.convert(tmp_path / "m", {"replace": [RANK_FOUR]}, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m"]
 
 

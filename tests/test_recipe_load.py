@@ -11,6 +11,7 @@ import pytest
 from llmslim.errors import RecipeError
 from llmslim.plugins import STRUCTURES, structure_options
 from llmslim.recipe import ROLES, Recipe, json_schema, shipped_recipes
+from llmslim.recipe.load import recipe_yaml
 
 GOOD = """\
 # a comment
@@ -276,3 +277,21 @@ def test_the_json_schema_describes_every_key_and_is_closed():
         for key, value in rule.items():
             assert value.get("description"), key
     assert {"keep", "auto", "width", *STRUCTURES.names()} == set(by_name)
+
+
+def test_a_recipe_reads_back_under_its_own_name_with_all_that_was_set(tmp_path):
+    """Of `init`, whether it was set counts: what is chosen by measurement has another default."""
+    path = tmp_path / "other.yaml"
+    recipe = Recipe.of({"name": "mine", "init": "project"})
+    path.write_text(recipe_yaml(recipe))
+    again = Recipe.load(path)
+    assert again.model_dump() == recipe.model_dump()
+    assert again.model_fields_set == recipe.model_fields_set == {"name", "init"}
+    path.write_text("init: project\n")
+    assert Recipe.load(path).name == "other"
+
+
+def test_a_rule_keeps_or_replaces():
+    for outcome in ({}, {"keep": True, "structure": "low_rank"}):
+        with pytest.raises(RecipeError):
+            Recipe.of({"replace": [{"match": "*", **outcome}]})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llmslim.recipe import Recipe, close_names, first_rule, rules_by_name
+from llmslim.recipe.roles import plays
 
 
 def recipe_of(*globs: str | list[str]) -> Recipe:
@@ -64,3 +65,10 @@ def test_close_names_come_best_first():
     assert close_names(["*.mpl.up_proj"], names)[0] == "model.layers.0.mlp.up_proj"
     assert len(close_names(["*.mpl.up_proj"], names, count=2)) == 2
     assert close_names(["*.q_prj", "*.lm_haed"], names)[0] == "lm_head"
+
+
+def test_a_role_means_itself_and_its_parts_and_no_longer_name():
+    assert plays("mlp.up", "mlp")
+    assert plays("attention.q", "attention.q")
+    assert not plays("attention.qkv", "attention.q")
+    assert not plays("mlp", "mlp.up")

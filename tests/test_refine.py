@@ -12,8 +12,9 @@ from torch import nn
 
 import llmslim
 from llmslim.data import Windows
+from llmslim.surgery import refine_layer
 from llmslim.surgery.layer_pair import LayerPair
-from llmslim.surgery.refine import descend, output_loss
+from llmslim.surgery.refine import descend, only_moving, output_loss
 
 WINDOWS = Windows(tokens(16, 64), "random tokens", tokens(8, 64, seed=5))
 RULE: dict[str, Any] = {"match": "*.mlp.*", "structure": "width", "keep_ratio": 0.5}
@@ -122,7 +123,14 @@ def test_only_what_was_planned_moves() -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_bfloat16_weights_are_refined_in_float32() -> None:
+def test_bfloat16_weights_are_refined_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: set[torch.dtype] = set()
+
+    def noted(loss: Any, parameters: Any, *args: Any, **options: Any) -> Any:
+        moved.update(p.dtype for p in parameters)
+        return descend(loss, parameters, *args, **options)
+
+    monkeypatch.setattr(refine_layer, "descend", noted)
     recipe = {"init": "least_squares", "replace": [RULE]}
     errors = []
     for extra in ({}, {"refine": {"steps": 10, "lr": 0.02}}):
@@ -131,6 +139,7 @@ def test_bfloat16_weights_are_refined_in_float32() -> None:
         errors.append(sum(r.init_error for r in report.rows if r.init_error is not None))
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert errors[1] < errors[0]
+    assert moved == {torch.float32}
 
 
 @pytest.mark.parametrize(
@@ -190,3 +199,12 @@ def test_an_end_that_is_given_more_features_than_it_adds_is_not_run_alone() -> N
     name = "model.layers.0.mlp.down_proj.1"
     (refined,), (closed,) = ([r for r in found.rows if r.name == name] for found in (report, truth))
     assert refined.init_error < closed.init_error
+
+
+def test_what_was_frozen_stays_frozen() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].weight.requires_grad_(False)
+    before = [p.requires_grad for p in model.parameters()]
+    with only_moving(model, [model[0].weight]):
+        assert [p.requires_grad for p in model.parameters()] == [True, False, False, False]
+    assert [p.requires_grad for p in model.parameters()] == before

@@ -197,6 +197,11 @@ def test_rows_that_fill_a_grid_are_one_line():
     assert [line.name for line in fold(rows)] == ["m.{0-2}.x.{0-1,7}.w"]
 
 
+def test_rows_of_which_something_else_is_left_are_no_one_line():
+    rows = [Row(f"m.{n}.w", "projection", "replaced", params_after=n % 2) for n in range(4)]
+    assert [line.name for line in fold(rows)] == ["m.{0,2}.w", "m.{1,3}.w"]
+
+
 def test_lines_add_up_to_the_totals():
     report = sample()
     for lines in (fold(report.rows), unfolded(report.rows)):
@@ -391,3 +396,11 @@ def test_read_report_refuses(tmp_path, text, message):
 def test_read_report_of_nothing(tmp_path):
     with pytest.raises(CheckpointError, match="no such folder or file"):
         read_report(tmp_path / "gone")
+
+
+def test_totals_that_are_not_the_sums_of_the_rows_are_refused():
+    data = sample().to_dict()
+    assert Report.from_dict(data) == sample()
+    data["totals"]["params_after"] -= 1
+    with pytest.raises(CheckpointError):
+        Report.from_dict(data)

@@ -550,3 +550,13 @@ def test_killed_at_thirty_random_moments(
     recipe: Path, model: Path, whole: dict[str, str], tmp_path: Path
 ) -> None:
     killed_again_and_again(recipe, model, tmp_path, whole, 30)
+
+
+def test_what_was_replaced_comes_back_where_the_work_is_thrown_away(tmp_path: Path) -> None:
+    """A kill between two renames leaves the old checkpoint inside the working folder."""
+    work = ConversionDir(tmp_path / "out")
+    (work.path / "old").mkdir(parents=True)
+    (work.path / "old" / "config.json").write_text("{}")
+    work.discard()
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["config.json"]

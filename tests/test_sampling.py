@@ -122,3 +122,19 @@ def test_a_broken_model_is_an_error(exact):
         model.model.norm.weight.fill_(torch.nan)
     with pytest.raises(DataError, match="logits are not finite"):
         calibration_windows(spec("self"), None, model)
+
+
+def test_the_first_token_is_not_drawn_by_a_0_where_it_is_impossible(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *sizes, generator: torch.zeros(sizes))
+    logits = torch.tensor([[-torch.inf, -torch.inf, 0.0, 0.0], [0.0, -torch.inf, 0.0, 0.0]])
+    drawn = sampling.draw(logits, torch.zeros(2).bool(), torch.Generator())
+    assert drawn.tolist() == [2, 0]
+
+
+def test_no_text_opens_with_a_special_token():
+    tokenizer = tiny_tokenizer()
+    draws = torch.Generator().manual_seed(0)
+    prompts = sampling.opening_prompts(tiny_model(num_hidden_layers=1), tokenizer, 500, draws)
+    found = {ids[0] for ids, _ in prompts}
+    assert len(found) > 80
+    assert not found & set(tokenizer.all_special_ids)

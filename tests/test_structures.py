@@ -405,3 +405,10 @@ def test_other_names_are_refused(name):
 def test_specs_that_build_nothing(spec, message):
     with pytest.raises(ValueError, match=message):
         build(spec)
+
+
+def test_a_transposed_map_has_a_bias():
+    spec = {"structure": "conv1d", "in_features": 3, "out_features": 2}
+    assert build(spec)(torch.ones(1, 3)).shape == (1, 2)
+    with pytest.raises(ValueError, match="bias"):
+        build({**spec, "bias": False})

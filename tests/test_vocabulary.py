@@ -17,6 +17,7 @@ from tiny import tiny_model
 from llmslim import heal, plan_heal, slim
 from llmslim.data import calibration_windows, embedding_rows, healing_text
 from llmslim.data.conversations import sampled_conversations
+from llmslim.data.vocabulary import check_ids
 from llmslim.errors import DataError
 from llmslim.recipe.schema import Heal
 
@@ -146,3 +147,14 @@ def test_a_dry_run_counts_rows_that_are_left_out(tmp_path):
     plan = plan_heal(model, data=jsonl(tmp_path / "a.jsonl", rows), settings=SETTINGS)
     assert any(note.startswith("a.jsonl: 1 rows hold a question") for note in plan.notes)
     assert any("the columns topic (39)" in note for note in plan.notes)
+
+
+def test_every_token_is_held_against_the_smaller_of_both_tables() -> None:
+    model = tiny_model("llama", num_hidden_layers=1)
+    assert embedding_rows(model) == 96
+    model.lm_head = torch.nn.Linear(48, 90, bias=False)
+    assert embedding_rows(model) == 90
+    check_ids([0, 89, ~89], None, 90, "a text")
+    for ids in ([90], [~90], [5, 1000]):  # a complement stands for a token that is not learned
+        with pytest.raises(DataError):
+            check_ids(ids, None, 90, "a text")

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from llmslim import api
 from llmslim.checkpoint import check_finite, open_source
+from llmslim.checkpoint.finite import nonfinite_tensors
 from llmslim.cli.main import cli
 
 RULE = {"match": "*.mlp.*", "structure": "grouped_pointwise", "groups": 4}
@@ -210,3 +211,10 @@ def test_weights_that_become_larger_are_told_of(
             for problem in made.report.problems
         )
     assert not api.convert(folder, recipe, tmp_path / "c", dtype="bfloat16").report.problems
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+def test_one_bad_number_of_any_kind_is_counted(bad: float) -> None:
+    tensor = torch.tensor([1.0, bad, 2.0])
+    assert nonfinite_tensors([("a", tensor), ("b", torch.ones(3))]) == ["a (1 of 3)"]
+    assert nonfinite_tensors([("a", tensor), ("tied to it", tensor)]) == ["a (1 of 3)"]
