@@ -340,10 +340,8 @@ def test_convert_heals_what_it_made(folders, tmp_path, monkeypatch):
     assert "held-out loss after" in result.stdout
     assert llmslim.verify(tmp_path / "slim").ok
     assert llmslim.verify(tmp_path / "slim-healed").ok
-    before, after = (
-        hashes(tmp_path / name)["model.safetensors"] for name in ("slim", "slim-healed")
-    )
-    assert before != after
+    before, after = (llmslim.load(tmp_path / name).state_dict() for name in ("slim", "slim-healed"))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
     # As after a kill while it heals: what is converted is not converted again.
     shutil.move(tmp_path / "slim-healed", tmp_path / "first")
     converted = (tmp_path / "slim" / "model.safetensors").stat().st_mtime_ns
