@@ -174,8 +174,9 @@ def main() -> int:
 
 def _make(mutations: Sequence[Mutation], scratch: Path, options: argparse.Namespace) -> int:
     copies = [Copy(scratch / str(number)) for number in range(max(1, options.jobs))]
+    print(f"{len(mutations)} changes; their tests without any:", flush=True)
     plain = copies[0].test(*_named_tests(mutations))
-    print(f"{len(mutations)} changes; their tests take {plain.seconds:.0f} s without any.")
+    print(f"{plain.seconds:.0f} s", flush=True)
     for name in plain.failed:
         print(f"FAILS WITHOUT A CHANGE  {name}")
     if plain.failed:
