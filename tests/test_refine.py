@@ -12,7 +12,7 @@ from torch import nn
 
 import llmslim
 from llmslim.data import Windows
-from llmslim.surgery import refine_layer
+from llmslim.surgery import refine
 from llmslim.surgery.layer_pair import LayerPair
 from llmslim.surgery.refine import descend, only_moving, output_loss
 
@@ -130,7 +130,7 @@ def test_bfloat16_weights_are_refined_in_float32(monkeypatch: pytest.MonkeyPatch
         moved.update(p.dtype for p in parameters)
         return descend(loss, parameters, *args, **options)
 
-    monkeypatch.setattr(refine_layer, "descend", noted)
+    monkeypatch.setattr(refine, "descend", noted)
     recipe = {"init": "least_squares", "replace": [RULE]}
     errors = []
     for extra in ({}, {"refine": {"steps": 10, "lr": 0.02}}):
