@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
-from llmslim.checkpoint.load import load_model, load_tokenizer
-from llmslim.checkpoint.source import Source, open_source
 from llmslim.data import calibration_windows, read_texts
 from llmslim.recipe.schema import Calibration
+from llmslim.storage.load import load_model, load_tokenizer
+from llmslim.storage.source import Source, open_source
 
 
 def shared_options(command: Callable[..., None]) -> Callable[..., None]:

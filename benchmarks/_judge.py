@@ -22,7 +22,7 @@ from torch import Tensor
 
 import llmslim
 from llmslim import SlimError
-from llmslim.surgery.sites import find_layers, find_mlps
+from llmslim.anatomy.sites import find_layers, find_mlps
 
 SAME = 1e-5
 """Standard deviations of the logits by which a model that was written and loaded may differ."""

@@ -40,8 +40,8 @@ from every_architecture import (
 from general_recipes import NOT_PLANNED, general_recipes
 from transformers import AutoModelForCausalLM
 
-from llmslim import SlimError, surgery
-from llmslim.surgery.plan import model_on_meta
+from llmslim import SlimError, planning
+from llmslim.planning.plan import model_on_meta
 
 _SHOWN = 0.0005
 """Smallest share of the parameters that is worth a word."""
@@ -169,7 +169,7 @@ def _at_default_size(config: Callable[[], Any], filled: bool) -> tuple[str, floa
         # What transformers cannot build at its default size, a user's checkpoint may be.
         return f" |  | no model of the default config: {type(error).__name__}", None, ""
     try:
-        found = coverage(surgery.plan(model, MLP_AND_ATTENTION).report())
+        found = coverage(planning.plan(model, MLP_AND_ATTENTION).report())
     except SlimError as error:
         return f" |  | no plan: {type(error).__name__}", None, ""
     stays = "; ".join(

@@ -28,12 +28,12 @@ import torch
 from _common import find, machine, markdown, read_tokenizer, set_up
 
 import llmslim
-from llmslim.checkpoint.load import load_model
-from llmslim.checkpoint.source import empty_model, open_source
 from llmslim.data.healing import healing_text
 from llmslim.healing.memory import healing_memory
 from llmslim.recipe import Heal, Recipe
-from llmslim.reporting.wording import size
+from llmslim.report.wording import size
+from llmslim.storage.load import load_model
+from llmslim.storage.source import empty_model, open_source
 
 
 def resident() -> int:

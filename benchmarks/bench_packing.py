@@ -36,9 +36,9 @@ from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import llmslim
-from llmslim.checkpoint.load import load_model
 from llmslim.data.healing import healing_text
 from llmslim.recipe import Heal
+from llmslim.storage.load import load_model
 
 
 class Clock(TrainerCallback):

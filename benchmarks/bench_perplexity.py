@@ -40,11 +40,11 @@ from _common import (
 )
 from torch import Tensor
 
-from llmslim import surgery
-from llmslim.checkpoint.load import load_model
+from llmslim import fitting, planning
 from llmslim.init import GramAccumulator, low_rank_factors
 from llmslim.modeling.low_rank import LowRank
 from llmslim.recipe import Recipe
+from llmslim.storage.load import load_model
 
 WHITENED = "low_rank, whitened SVD"
 METHODS: dict[str, dict[str, Any] | None] = {
@@ -107,10 +107,10 @@ def run(job: Job) -> Result:
         kept = whitened_svd(model, job.keep, job.fit_NL)
     elif rule is not None:
         recipe = recipe_of(job, rule)
-        calibration = surgery.TokenWindows(job.fit_NL, job.held_out_NL)
+        calibration = fitting.TokenWindows(job.fit_NL, job.held_out_NL)
         if recipe.has_auto:
-            recipe = surgery.allocate(model, recipe, calibration)
-        surgery.rewrite(model, surgery.plan(model, recipe), calibration=calibration)
+            recipe = fitting.allocate(model, recipe, calibration)
+        fitting.rewrite(model, planning.plan(model, recipe), calibration=calibration)
     seconds = time.perf_counter() - start
     peak = peak_gib(model.device)
     found = {name: perplexity(model, ids_NL) for name, ids_NL in job.tests.items()}

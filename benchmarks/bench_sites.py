@@ -21,10 +21,10 @@ import torch
 from _common import find, machine, markdown, set_up, shared_options, windows
 from torch import Tensor
 
-from llmslim.checkpoint.load import load_model
+from llmslim.anatomy.layer_calls import fast_type
 from llmslim.init import GramAccumulator, Target, initialise, method_named, relative_error
 from llmslim.modeling.structured import StructuredLinear, build
-from llmslim.surgery.streams import fast_type
+from llmslim.storage.load import load_model
 
 SITES = (
     (15, "up_proj", "1/2"),

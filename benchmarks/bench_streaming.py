@@ -49,7 +49,7 @@ import json, sys, torch
 from pathlib import Path
 from transformers import AutoTokenizer, Phi3Config, Phi3ForCausalLM
 from huggingface_hub import split_torch_state_dict_into_shards
-from llmslim.checkpoint import write_tensors
+from llmslim.storage import write_tensors
 folder, layers, size = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 hidden, intermediate = map(int, sys.argv[4:6])
 config = Phi3Config(

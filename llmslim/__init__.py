@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from llmslim.api import save as save
     from llmslim.api import slim as slim
     from llmslim.api import verify as verify
-    from llmslim.checkpoint import Verification as Verification
     from llmslim.conversion.options import ConvertOptions as ConvertOptions
     from llmslim.data import Windows as Windows
+    from llmslim.editing.plans import Plan as Plan
     from llmslim.errors import CheckpointError as CheckpointError
     from llmslim.errors import DataError as DataError
     from llmslim.errors import HealingError as HealingError
@@ -48,10 +48,10 @@ if TYPE_CHECKING:
     from llmslim.plugins import register_structure as register_structure
     from llmslim.recipe import Heal as Heal
     from llmslim.recipe import Recipe as Recipe
-    from llmslim.surgery import Plan as Plan
-    from llmslim.surgery import Report as Report
-    from llmslim.surgery import Row as Row
-    from llmslim.surgery import Totals as Totals
+    from llmslim.report.report import Report as Report
+    from llmslim.report.report import Row as Row
+    from llmslim.report.report import Totals as Totals
+    from llmslim.storage import Verification as Verification
 
 _HOMES = {
     "Conversion": "llmslim.api",
@@ -64,7 +64,7 @@ _HOMES = {
     "save": "llmslim.api",
     "slim": "llmslim.api",
     "verify": "llmslim.api",
-    "Verification": "llmslim.checkpoint",
+    "Verification": "llmslim.storage",
     "Windows": "llmslim.data",
     "ConvertOptions": "llmslim.conversion.options",
     "CheckpointError": "llmslim.errors",
@@ -87,10 +87,10 @@ _HOMES = {
     "register_structure": "llmslim.plugins",
     "Heal": "llmslim.recipe",
     "Recipe": "llmslim.recipe",
-    "Plan": "llmslim.surgery",
-    "Report": "llmslim.surgery",
-    "Row": "llmslim.surgery",
-    "Totals": "llmslim.surgery",
+    "Plan": "llmslim.editing.plans",
+    "Report": "llmslim.report.report",
+    "Row": "llmslim.report.report",
+    "Totals": "llmslim.report.report",
 }
 
 __all__ = sorted(_HOMES)

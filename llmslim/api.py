@@ -13,8 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from llmslim import surgery
-from llmslim.checkpoint import (
+from llmslim import planning
+from llmslim.conversion.calibrate import calibration_spec
+from llmslim.conversion.convert import convert, slim_with
+from llmslim.conversion.options import Conversion, RecipeLike
+from llmslim.data import Windows, calibration_windows, embedding_rows
+from llmslim.editing.plans import Plan
+from llmslim.errors import CheckpointError, DataError, UnfinishedError
+from llmslim.options import HealOptions, takes
+from llmslim.progress import Progress, quietly
+from llmslim.recipe import Recipe
+from llmslim.report.report import Report
+from llmslim.storage import (
     Verification,
     check_apart,
     check_finite,
@@ -27,15 +37,6 @@ from llmslim.checkpoint import (
     verify_folder,
     write_checkpoint,
 )
-from llmslim.conversion.calibrate import calibration_spec
-from llmslim.conversion.convert import convert, slim_with
-from llmslim.conversion.options import Conversion, RecipeLike
-from llmslim.data import Windows, calibration_windows, embedding_rows
-from llmslim.errors import CheckpointError, DataError, UnfinishedError
-from llmslim.options import HealOptions, takes
-from llmslim.progress import Progress, quietly
-from llmslim.recipe import Recipe
-from llmslim.surgery import Plan, Report
 
 if TYPE_CHECKING:  # with a Trainer behind it: only `heal` waits for that
     from llmslim.healing import HealReport
@@ -65,9 +66,9 @@ def plan(
     if isinstance(model, str | Path):
         source = open_source(model, trust_remote_code=trust_remote_code, weights=False)
         empty = empty_model(source.config, source.given, trust_remote_code=trust_remote_code)
-        return surgery.plan(empty, recipe, model_name=source.name, init=init)
+        return planning.plan(empty, recipe, model_name=source.name, init=init)
     config = getattr(model, "config", model)
-    return surgery.plan(model, recipe, model_name=config.name_or_path or "", init=init)
+    return planning.plan(model, recipe, model_name=config.name_or_path or "", init=init)
 
 
 def slim(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from llmslim.checkpoint import quiet
+from llmslim.storage import quiet
 
 # Tiny products lose far more to a second thread than they gain.
 torch.set_num_threads(1)

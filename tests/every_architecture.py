@@ -18,13 +18,14 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from llmslim import surgery
+from llmslim import fitting, planning
+from llmslim.anatomy.layer_calls import record_calls, run_layer
+from llmslim.anatomy.sites import Mlp, find_layers, find_mlps
 from llmslim.data import collate, collate_apart
+from llmslim.editing.resize import resize_mlp
 from llmslim.healing.packing_check import sees_neighbours, takes_position_ids
 from llmslim.recipe import Recipe
-from llmslim.surgery.sites import Mlp, find_layers, find_mlps
-from llmslim.surgery.streams import record_calls, run_layer
-from llmslim.surgery.width import resize_mlp
+from llmslim.report.report import Report
 
 MLP_AND_ATTENTION = Recipe.of(
     {
@@ -206,7 +207,7 @@ def default_config(name: str, cls: Any) -> Any:
     return cls(**FILLED_IN.get(name, {}))
 
 
-def coverage(report: surgery.Report) -> Coverage:
+def coverage(report: Report) -> Coverage:
     inner = [row for row in report.rows if not row.counts_as_embedding]
     stays: dict[str, int] = defaultdict(int)
     for row in inner:
@@ -357,8 +358,8 @@ def round_trip(model: Any) -> None:
     """
     dense = logits(model)
     count = sum(p.numel() for p in model.parameters())
-    planned = surgery.plan(model, MLP_AND_ATTENTION)
-    report = surgery.rewrite(model, planned)
+    planned = planning.plan(model, MLP_AND_ATTENTION)
+    report = fitting.rewrite(model, planned)
     assert report.totals == planned.report().totals
     assert report.totals.params_before == count
     assert report.totals.params_after == sum(p.numel() for p in model.parameters()) < count
@@ -388,11 +389,11 @@ def fit_to_text(model: Any) -> None:
         AssertionError: if something does not hold.
     """
     windows = torch.randint(3, 90, (6, 16), generator=torch.Generator().manual_seed(2))
-    text = surgery.TokenWindows(windows[:4], windows[4:])
+    text = fitting.TokenWindows(windows[:4], windows[4:])
     dense, inside = logits(model), f"{find_layers(model).path}.*"
     rule = {"match": inside, "structure": "low_rank", "keep_ratio": 0.5}
     fitting = Recipe.of({"name": "fit", "init": "least_squares", "replace": [rule]})
-    report = surgery.rewrite(model, surgery.plan(model, fitting), calibration=text)
+    report = fitting.rewrite(model, planning.plan(model, fitting), calibration=text)
     errors = [row.init_error for row in report.rows if row.action == "replaced"]
     assert errors
     # Of what the text never reaches, nothing is measured.

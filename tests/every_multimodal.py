@@ -20,7 +20,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import llmslim
-from llmslim import surgery
+from llmslim import fitting, planning
 from llmslim.modeling.base_class import auto_class_of, auto_classes
 
 LISTED = {
@@ -145,8 +145,8 @@ def round_trip(model: Any) -> None:
     """
     dense, count = answer(model), sum(p.numel() for p in model.parameters())
     known = auto_classes(type(model.config))
-    planned = surgery.plan(model, MLP_AND_ATTENTION)
-    report = surgery.rewrite(model, planned)
+    planned = planning.plan(model, MLP_AND_ATTENTION)
+    report = fitting.rewrite(model, planned)
     assert report.totals == planned.report().totals
     assert report.totals.params_before == count
     assert report.totals.params_after == sum(p.numel() for p in model.parameters()) < count

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from llmslim import surgery
+from llmslim import planning
 from llmslim.errors import SlimError
 from llmslim.recipe import Recipe
 
@@ -37,7 +37,7 @@ def general_recipes(model: Any, names: Iterable[str] = GENERAL) -> dict[str, flo
     shares = {}
     for name in names:
         try:
-            report = surgery.plan(model, Recipe.load(name)).report()
+            report = planning.plan(model, Recipe.load(name)).report()
             shares[name] = report.totals.kept_ratio
         except SlimError:
             shares[name] = 1.0

@@ -14,7 +14,7 @@ from helpers_checkpoint import hashes, stored
 from tiny import tiny_model
 
 from llmslim import api
-from llmslim.checkpoint import NotInPiecesError
+from llmslim.storage import NotInPiecesError
 
 GROUPED = {"match": "*mlp*", "structure": "grouped_pointwise", "groups": 4}
 LOW_RANK = {"match": "*mlp*", "structure": "low_rank", "rank": 4}

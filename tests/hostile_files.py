@@ -20,15 +20,15 @@ from typing import Any
 import yaml
 from safetensors import safe_open
 
-from llmslim.checkpoint import empty_model, open_source
-from llmslim.checkpoint.gguf_header import check_gguf
-from llmslim.checkpoint.safetensors_io import INDEX, read_header, read_weights
 from llmslim.errors import SlimError
 from llmslim.plugins import STRUCTURES
 from llmslim.recipe import Recipe, shipped_recipes
 from llmslim.recipe.load import recipe_yaml
 from llmslim.recipe.rule import rule_class
 from llmslim.recipe.schema import Calibration, Depth, Heal, Refine, Width
+from llmslim.storage import empty_model, open_source
+from llmslim.storage.gguf_header import check_gguf
+from llmslim.storage.safetensors_io import INDEX, read_header, read_weights
 
 # fmt: off
 NUMBERS = (

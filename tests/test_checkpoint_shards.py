@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llmslim.checkpoint.safetensors_io import INDEX, Entry, read_header, read_weights, weight_files
 from llmslim.errors import CheckpointError
+from llmslim.storage.safetensors_io import INDEX, Entry, read_header, read_weights, weight_files
 
 GOOD = {
     "a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]},

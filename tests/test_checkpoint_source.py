@@ -26,8 +26,8 @@ from tiny import logits, tiny_model, tokens
 from transformers import GenerationConfig, LlamaForCausalLM, Phi3Config
 from transformers.utils import logging
 
-from llmslim.checkpoint import load_model, load_tokenizer, open_source, quiet
 from llmslim.errors import CheckpointError
+from llmslim.storage import load_model, load_tokenizer, open_source, quiet
 
 
 @pytest.fixture

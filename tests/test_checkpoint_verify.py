@@ -12,8 +12,8 @@ from helpers_checkpoint import edit_json, slim_llama, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 
-from llmslim.checkpoint import verify_folder, write_checkpoint, write_manifest
 from llmslim.errors import CheckpointError
+from llmslim.storage import verify_folder, write_checkpoint, write_manifest
 
 
 @pytest.fixture(scope="module")

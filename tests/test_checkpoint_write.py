@@ -28,16 +28,16 @@ from tokenizers.normalizers import Lowercase
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from llmslim import api
-from llmslim.checkpoint import (
+from llmslim.conversion.conversion_dir import ConversionDir
+from llmslim.errors import CheckpointError
+from llmslim.storage import (
     load_model,
     load_tokenizer,
     open_source,
     quiet,
     write_checkpoint,
 )
-from llmslim.checkpoint.write import check_tokenizer
-from llmslim.conversion.conversion_dir import ConversionDir
-from llmslim.errors import CheckpointError
+from llmslim.storage.write import check_tokenizer
 
 ROOT = Path(__file__).parents[1]
 

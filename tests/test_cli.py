@@ -24,9 +24,9 @@ from llmslim import api, errors
 from llmslim.cli import output
 from llmslim.cli.commands import convert, demo
 from llmslim.recipe import json_schema, shipped_recipes
-from llmslim.reporting import FORMATS, render
-from llmslim.reporting.read import read_report
-from llmslim.surgery.report import Report
+from llmslim.report import FORMATS, render
+from llmslim.report.read import read_report
+from llmslim.report.report import Report
 
 COMMANDS = ["convert", "demo", "export", "generate", "heal", "plan", "recipes", "report", "verify"]
 

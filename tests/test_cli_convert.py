@@ -16,8 +16,8 @@ from tiny import logits, tokens
 from transformers import AutoModelForCausalLM
 
 from llmslim.recipe import shipped_recipes
-from llmslim.reporting.read import read_report
-from llmslim.surgery.report import Report
+from llmslim.report.read import read_report
+from llmslim.report.report import Report
 
 
 def test_convert_writes_a_model_that_loads(dense, recipe, tmp_path):

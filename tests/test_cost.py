@@ -10,7 +10,7 @@ from tiny import tiny_model
 
 import llmslim
 from llmslim.cli.main import cli
-from llmslim.surgery import fitting_cost
+from llmslim.fitting.cost import fitting_cost
 
 HIDDEN, WIDTH, LAYERS, VOCABULARY = 48, 96, 4, 96
 ATTENTION = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * HIDDEN // 2  # half as many keys and values

@@ -11,8 +11,8 @@ from tiny import ARCHITECTURES, logits, tiny_model, tokens
 
 import llmslim
 from llmslim import RecipeError, SizeError, TargetError
+from llmslim.planning.depth import kept_layers
 from llmslim.recipe import Recipe
-from llmslim.surgery.depth import kept_layers
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -19,7 +19,7 @@ from llmslim.conversion.device import device_named
 from llmslim.conversion.layer_store import LayersOnDisk
 from llmslim.data import Windows
 from llmslim.errors import CheckpointError, SlimError, UnfinishedError
-from llmslim.surgery.calibration import windows_per_batch
+from llmslim.fitting.calibration import windows_per_batch
 
 WINDOWS = Windows(tokens(16, 64), "random tokens", tokens(8, 64, seed=5))
 STRUCTURES: list[dict[str, Any]] = [
@@ -89,7 +89,7 @@ def test_a_model_in_memory_that_runs_out_of_memory_leaves_nothing(
     def full(*_args: Any, **_kwargs: Any) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr("llmslim.surgery.allocate", full)
+    monkeypatch.setattr("llmslim.fitting.allocate", full)
     with pytest.raises(SlimError, match=r"fit on the processor \(--device cpu\)\.$"):
         api.convert(model, recipe(structure="auto", keep_ratio=None) | {"budget": 0.5}, "out")
     assert names(Path()) == ["m", "text.txt"]
@@ -110,7 +110,7 @@ def test_windows_fitted_together_are_fitted_as_one_by_one(
     """Only what a token counts for, next to those it is run with, may differ a little."""
     errors = []
     for size in (1, 4):
-        monkeypatch.setattr("llmslim.surgery.sequential.windows_per_batch", lambda *_, n=size: n)
+        monkeypatch.setattr("llmslim.fitting.layerwise.windows_per_batch", lambda *_, n=size: n)
         model = tiny_model(architecture)
         refine = {"steps": 4, "logits_steps": 2}
         report = llmslim.slim(model, recipe() | {"refine": refine}, calibration=WINDOWS)
@@ -134,7 +134,7 @@ def test_a_fit_on_a_gpu_is_the_fit_on_the_processor(
     architecture: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Truth: the same sums, in the same type, on the processor."""
-    monkeypatch.setattr("llmslim.surgery.sequential.fast_type", lambda *_: None)
+    monkeypatch.setattr("llmslim.fitting.layerwise.fast_type", lambda *_: None)
     errors = []
     for device in ("cpu", "cuda"):
         torch.manual_seed(0)

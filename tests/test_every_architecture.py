@@ -28,12 +28,12 @@ from every_architecture import (
     widen,
 )
 
-from llmslim import surgery
+from llmslim import fitting, planning
+from llmslim.anatomy.sites import find_layers
 from llmslim.errors import SizeError, TargetError
 from llmslim.healing.packing_check import sees_neighbours
+from llmslim.planning.plan import model_on_meta
 from llmslim.recipe import Recipe
-from llmslim.surgery.plan import model_on_meta
-from llmslim.surgery.sites import find_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what other people's models warn of
 ROOT = Path(__file__).parents[1]
@@ -92,7 +92,7 @@ UNLIKE = {
 @pytest.mark.parametrize("name", sorted(CLASSES.keys() - (NO_DEFAULT.keys() - FILLED_IN.keys())))
 def test_ledger_adds_up_to_every_parameter(name: str) -> None:
     model = model_on_meta(default_config(name, CLASSES[name]))
-    report = surgery.plan(model, MLP_AND_ATTENTION).report()
+    report = planning.plan(model, MLP_AND_ATTENTION).report()
 
     sizes = {id(p): p.numel() for p in model.parameters()}
     assert sum(row.params_before for row in report.rows) == sum(sizes.values())
@@ -188,7 +188,7 @@ def test_packed_samples_are_as_each_alone(name: str) -> None:
 )
 def test_fit_to_text(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # As on machines that are fast at it: not every architecture's code expects two types.
-    monkeypatch.setattr("llmslim.surgery.sequential.fast_type", lambda *_: torch.bfloat16)
+    monkeypatch.setattr("llmslim.fitting.layerwise.fast_type", lambda *_: torch.bfloat16)
     model = tiny_model(CLASSES[name])
     if name in NOT_FITTED:
         for way in (walk, fit_to_text):
@@ -232,21 +232,21 @@ def test_a_width_is_for_mlps(name: str) -> None:
     model = tiny_model(CLASSES[name])
     section = Recipe.of({"name": "w", "width": {"intermediate_size": 32}})
     with pytest.raises(TargetError, match=f"no MLP found in {type(model).__name__}"):
-        surgery.plan(model, section)
+        planning.plan(model, section)
     inside = "*.mixer.*" if name == "mamba" else "*.feed_forward.*"
     rule = {"match": inside, "structure": "width", "keep_ratio": 0.5}
     with pytest.raises(SizeError, match="structure width is for the projections of an MLP"):
-        surgery.plan(model, Recipe.of({"name": "w", "replace": [rule]}))
+        planning.plan(model, Recipe.of({"name": "w", "replace": [rule]}))
 
 
 @pytest.mark.parametrize("name", ["deepseek_v4", "mamba", "zamba2"])
 def test_a_budget_is_shared_out_where_layers_are_unusual(name: str) -> None:
     model = tiny_model(CLASSES[name])
     windows = torch.randint(3, 90, (6, 16), generator=torch.Generator().manual_seed(2))
-    text = surgery.TokenWindows(windows[:4], windows[4:])
+    text = fitting.TokenWindows(windows[:4], windows[4:])
     rule = {"match": f"{find_layers(model).path}.*", "structure": "auto"}
     recipe = Recipe.of({"name": "a", "budget": 0.6, "replace": [rule]})
-    chosen = surgery.allocate(model, recipe, text)
+    chosen = fitting.allocate(model, recipe, text)
     structures = {each.structure for each in chosen.replace}
     assert ("width" in structures) == (name == "deepseek_v4")
     assert "pivoted_low_rank" in structures
@@ -256,7 +256,7 @@ def test_a_config_that_counts_attentions_and_not_layers() -> None:
     model = tiny_model(CLASSES["longcat_flash"])
     assert model.config.num_hidden_layers == 2 * len(model.model.layers)
     recipe = Recipe.of({"name": "d", "depth": {"keep_layers": [1]}})
-    surgery.rewrite(model, surgery.plan(model, recipe))
+    fitting.rewrite(model, planning.plan(model, recipe))
     assert (model.config.num_layers, model.config.num_hidden_layers) == (1, 2)
     indices = [attention.layer_idx for attention in model.model.layers[0].self_attn]
     assert indices == [0, 1]
@@ -281,7 +281,7 @@ def test_the_document_is_up_to_date() -> None:
     shown = {row[0].strip("| `"): row for row in rows}
     assert set(shown) == set(CLASSES)
     for name in ("llama", "mixtral", "mamba", "gpt2"):
-        share = coverage(surgery.plan(CLASSES[name](), MLP_AND_ATTENTION).report()).share
+        share = coverage(planning.plan(CLASSES[name](), MLP_AND_ATTENTION).report()).share
         assert shown[name][3] == f"{share:.1%}".replace("%", " %")
         assert shown[name][5].startswith("yes")
     assert {name for name, row in shown.items() if not row[5].startswith("yes")} == NOT_TINY

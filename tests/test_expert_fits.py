@@ -11,13 +11,17 @@ from every_architecture import config_classes, logits, tiny_model
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from llmslim import surgery
+from llmslim import fitting, planning
+from llmslim.anatomy import sites
+from llmslim.anatomy.sites import find_experts
+from llmslim.fitting import experts as expert_fits
+from llmslim.fitting import layerwise as sequential
+from llmslim.fitting.calibration import TokenWindows
+from llmslim.fitting.experts import Watched, fit_experts, watching
 from llmslim.init import GramAccumulator
 from llmslim.modeling.experts import Experts
 from llmslim.recipe import Recipe
-from llmslim.surgery import TokenWindows, expert_fits, sequential
-from llmslim.surgery.expert_fits import Watched, fit_experts, watching
-from llmslim.surgery.sites import find_experts
+from llmslim.report.report import Report
 
 MIXTURES = [
     "mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "olmoe", "deepseek_v3", "llama4_text",
@@ -33,7 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.fixture(autouse=True)
 def in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run layers in float32 whatever the processor is fast at."""
-    monkeypatch.setattr("llmslim.surgery.sequential.fast_type", lambda *_: None)
+    monkeypatch.setattr("llmslim.fitting.layerwise.fast_type", lambda *_: None)
 
 
 def calibration(windows: int = 20, length: int = 16) -> TokenWindows:
@@ -48,11 +52,11 @@ def slimmed(
     text: TokenWindows | None = None,
     model: Any = None,
     **more: Any,
-) -> tuple[Any, surgery.Report]:
+) -> tuple[Any, Report]:
     model = model if model is not None else tiny_model(CLASSES[name])
     recipe = Recipe.of({"init": "least_squares", "replace": list(rules), **more})
-    plan = surgery.plan(model, recipe)
-    return model, surgery.rewrite(model, plan, calibration=text or calibration())
+    plan = planning.plan(model, recipe)
+    return model, fitting.rewrite(model, plan, calibration=text or calibration())
 
 
 def experts_at(model: Any, layer: int) -> dict[str, str]:
@@ -137,7 +141,7 @@ def test_fitted_is_nearer_than_projected(name: str) -> None:
         model = tiny_model(CLASSES[name])
         rules = [{"match": list(find_experts(model)), **HALF, "init": init}]
         # One projection is fitted in either case, without loss: errors are of held-out tokens.
-        whole = next(s for n, s in surgery.sites.find_sites(model).items() if "layers.0." in n)
+        whole = next(s for n, s in sites.find_sites(model).items() if "layers.0." in n)
         rank = min(whole.in_features, whole.out_features)
         rules.append({"match": whole.name, "structure": "low_rank", "rank": rank})
         _, report = slimmed(name, *rules, model=model)
@@ -295,7 +299,7 @@ def test_the_stand_in_computes_what_the_parameter_does(transposed: bool) -> None
 def test_the_stack_comes_back_when_a_run_fails() -> None:
     model = tiny_model(CLASSES["mixtral"])
     before = dict(model.named_parameters())
-    plan = surgery.plan(model, Recipe.of({"replace": [{"match": "*experts.*", **HALF}]}))
+    plan = planning.plan(model, Recipe.of({"replace": [{"match": "*experts.*", **HALF}]}))
 
     def fail() -> None:
         raise KeyboardInterrupt

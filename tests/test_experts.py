@@ -14,15 +14,16 @@ from every_architecture import config_classes, logits, tiny_model
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
 
-from llmslim import surgery
-from llmslim.checkpoint import dense_copy
+from llmslim import fitting, planning
+from llmslim.anatomy import sites
+from llmslim.anatomy.sites import find_experts, find_sites
 from llmslim.errors import SizeError, TargetError
+from llmslim.fitting.calibration import TokenWindows
 from llmslim.modeling.experts import Experts
 from llmslim.modeling.structured import build
+from llmslim.planning.plan import model_on_meta
 from llmslim.recipe import Recipe
-from llmslim.surgery import TokenWindows
-from llmslim.surgery.plan import model_on_meta
-from llmslim.surgery.sites import find_experts, find_sites
+from llmslim.storage import dense_copy
 
 E, I, O = 5, 8, 6  # noqa: E741
 BLOCKS = [
@@ -145,7 +146,7 @@ def test_another_operation_is_refused() -> None:
 def test_blocks_of_full_rank_compute_what_the_dense_experts_do(name: str) -> None:
     model = tiny_model(CLASSES[name])
     dense, sites = logits(model), find_experts(model)
-    report = surgery.rewrite(model, surgery.plan(model, exact(model)))
+    report = fitting.rewrite(model, planning.plan(model, exact(model)))
     errors = [row.init_error for row in report.rows if row.action == "replaced"]
     assert len(errors) == len(sites) > 0
     assert all(error is not None and error < 1e-9 for error in errors)
@@ -161,7 +162,7 @@ def test_part_of_a_mixture_loads_back(name: str, part: str, tmp_path: Path) -> N
     if part == "*attn*":
         rules.insert(0, {"match": EXPERTS, "keep": True})
     model = tiny_model(CLASSES[name])
-    surgery.rewrite(model, surgery.plan(model, Recipe.of({"init": "random", "replace": rules})))
+    fitting.rewrite(model, planning.plan(model, Recipe.of({"init": "random", "replace": rules})))
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     ours, theirs = model.state_dict(), loaded.state_dict()
@@ -175,7 +176,7 @@ def test_export_gives_the_base_class_with_the_same_function(name: str, tmp_path:
     model = tiny_model(CLASSES[name])
     base, shapes = type(model), {k: t.shape for k, t in model.state_dict().items()}
     rule = {"match": ["*experts.*", "*attn*"], "structure": "low_rank", "keep_ratio": 0.5}
-    surgery.rewrite(model, surgery.plan(model, Recipe.of({"init": "random", "replace": [rule]})))
+    fitting.rewrite(model, planning.plan(model, Recipe.of({"init": "random", "replace": [rule]})))
     dense = dense_copy(model)
     assert type(dense) is base
     assert {k: t.shape for k, t in dense.state_dict().items()} == shapes
@@ -188,7 +189,7 @@ def test_export_gives_the_base_class_with_the_same_function(name: str, tmp_path:
 def test_another_implementation_of_experts_leaves_slim_ones_on_their_loop() -> None:
     model = tiny_model(CLASSES["mixtral"])
     rule = {"match": "*.0.*experts.*", "structure": "low_rank", "keep_ratio": 0.5}
-    surgery.rewrite(model, surgery.plan(model, Recipe.of({"init": "random", "replace": [rule]})))
+    fitting.rewrite(model, planning.plan(model, Recipe.of({"init": "random", "replace": [rule]})))
     model.set_experts_implementation("eager")
     eager = logits(model)
     model.set_experts_implementation("batched_mm")  # the dense ones of the other layers follow
@@ -200,7 +201,7 @@ def test_another_implementation_of_experts_leaves_slim_ones_on_their_loop() -> N
 def test_it_loads_where_llmslim_is_not_installed(tmp_path: Path) -> None:
     model = tiny_model(CLASSES["mixtral"])
     rule = {"match": "*experts.*", "structure": "grouped_low_rank", "keep_ratio": 0.5}
-    surgery.rewrite(model, surgery.plan(model, Recipe.of({"init": "random", "replace": [rule]})))
+    fitting.rewrite(model, planning.plan(model, Recipe.of({"init": "random", "replace": [rule]})))
     model.save_pretrained(tmp_path / "slim")
     torch.save(logits(model), tmp_path / "expected.pt")
     code = textwrap.dedent("""
@@ -239,7 +240,7 @@ def test_orientation_follows_the_model() -> None:
 def test_operations_are_those_of_the_experts_a_token_meets() -> None:
     config = CLASSES["mixtral"]()
     rows = {
-        row.name: row for row in surgery.plan(config, recipe(structure="low_rank", rank=8)).rows
+        row.name: row for row in planning.plan(config, recipe(structure="low_rank", rank=8)).rows
     }
     row = rows["model.layers.0.mlp.experts.down_proj"]
     assert row.params_before == 8 * 14336 * 4096
@@ -251,10 +252,10 @@ def test_operations_are_those_of_the_experts_a_token_meets() -> None:
 
 def test_routing_is_no_site_and_biases_stay() -> None:
     everything = Recipe.of({"replace": [{"match": "*", "structure": "low_rank", "rank": 1}]})
-    rows = {r.name: r for r in surgery.plan(tiny_model(CLASSES["jetmoe"]), everything).rows}
+    rows = {r.name: r for r in planning.plan(tiny_model(CLASSES["jetmoe"]), everything).rows}
     router = rows["model.layers.0.mlp.router.layer"]  # an nn.Linear
     assert (router.action, router.reason) == ("kept", "a router: it chooses the experts")
-    rows = {r.name: r for r in surgery.plan(tiny_model(CLASSES["gpt_oss"]), everything).rows}
+    rows = {r.name: r for r in planning.plan(tiny_model(CLASSES["gpt_oss"]), everything).rows}
     assert rows["model.layers.0.mlp.experts"].reason == "biases of the experts"
     assert rows["model.layers.0.mlp.router"].reason == "a router: it chooses the experts"
 
@@ -266,7 +267,7 @@ def test_fewer_neurons_are_not_for_experts(rule: dict[str, Any]) -> None:
     if rule["structure"] == "low_rank":
         rule = {**rule, "rank": 2}
     with pytest.raises(SizeError, match="experts take any other structure"):
-        surgery.plan(CLASSES["mixtral"](), recipe(**rule))
+        planning.plan(CLASSES["mixtral"](), recipe(**rule))
 
 
 @pytest.mark.parametrize("structure", ["low_rank", "auto"])
@@ -278,14 +279,14 @@ def test_calibration_fits_experts_too(structure: str) -> None:
     data |= {"budget": 0.5} if structure == "auto" else {}
     if structure == "low_rank":
         rule["keep_ratio"] = 0.5
-    plan = surgery.plan(model, Recipe.of(data))
+    plan = planning.plan(model, Recipe.of(data))
     assert {site.init for site in plan.sites if site.is_experts} == {"least_squares"}
     windows = torch.randint(3, 90, (5, 16), generator=torch.Generator().manual_seed(0))
     calibration = TokenWindows(windows[:4], windows[4:])
     chosen = Recipe.of(data)
     if chosen.has_auto:
-        chosen = surgery.allocate(model, chosen, calibration)
-    report = surgery.rewrite(model, surgery.plan(model, chosen), calibration=calibration)
+        chosen = fitting.allocate(model, chosen, calibration)
+    report = fitting.rewrite(model, planning.plan(model, chosen), calibration=calibration)
     rows = {row.name: row for row in report.rows}
     assert all(rows[name].action == "replaced" for name in sites)
     assert all(rows[name].params_after <= rows[name].params_before / 2 for name in sites)
@@ -303,8 +304,8 @@ def test_what_layers_share_is_replaced_once_and_seen_by_all() -> None:
     assert first.q_proj.weight is second.q_proj.weight
     count = sum(p.numel() for p in model.parameters())
     rule = {"match": "*.self_attn.*", "structure": "low_rank", "keep_ratio": 0.5}
-    report = surgery.rewrite(
-        model, surgery.plan(model, Recipe.of({"init": "random", "replace": [rule]}))
+    report = fitting.rewrite(
+        model, planning.plan(model, Recipe.of({"init": "random", "replace": [rule]}))
     )
     assert first.q_proj is second.q_proj
     rows = {row.name: row for row in report.rows}
@@ -319,14 +320,14 @@ def test_what_layers_share_is_replaced_once_and_seen_by_all() -> None:
 def test_layers_that_share_are_dropped_together_only() -> None:
     data = {"depth": {"keep_layers": [0, 2, 3]}, "replace": []}
     with pytest.raises(TargetError, match="layers 1 and 3 share parameters"):
-        surgery.plan(tiny_model(CLASSES["zamba"]), Recipe.of(data))
+        planning.plan(tiny_model(CLASSES["zamba"]), Recipe.of(data))
 
 
 def test_decoder_layers_are_those_of_the_text_part() -> None:
     config = CLASSES["gemma3"]()
     config.vision_config.num_hidden_layers = config.text_config.num_hidden_layers
     model = model_on_meta(config)
-    assert surgery.sites.find_layers(model).path == "model.language_model.layers"
+    assert sites.find_layers(model).path == "model.language_model.layers"
 
 
 @pytest.mark.parametrize(
@@ -344,7 +345,7 @@ def test_decoder_layers_are_those_of_the_text_part() -> None:
 )
 def test_what_cannot_be_exchanged_says_why(name: str, path: str, reason: str) -> None:
     everything = Recipe.of({"replace": [{"match": "*", "structure": "low_rank", "rank": 1}]})
-    rows = {row.name: row for row in surgery.plan(CLASSES[name](), everything).rows}
+    rows = {row.name: row for row in planning.plan(CLASSES[name](), everything).rows}
     assert rows[path].action == "kept"
     assert reason in rows[path].reason
 

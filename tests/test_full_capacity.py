@@ -15,16 +15,17 @@ from every_architecture import NOT_FITTED, config_classes, tiny_model
 from test_every_architecture import TINY
 from transformers.pytorch_utils import Conv1D
 
-from llmslim import surgery
+from llmslim import fitting, planning
+from llmslim.anatomy.layer_calls import fast_type
+from llmslim.anatomy.sites import Site, find_experts, find_layers, find_sites
 from llmslim.modeling.sizes import common_divisors
 from llmslim.recipe import Recipe
-from llmslim.surgery.sites import Site, find_experts, find_layers, find_sites
-from llmslim.surgery.streams import fast_type
+from llmslim.report.report import Report
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what other people's models warn of
 CLASSES = config_classes()
 IDS = torch.randint(3, 90, (12, 16), generator=torch.Generator().manual_seed(2))
-TEXT, UNSEEN = surgery.TokenWindows(IDS[:6], IDS[6:8]), IDS[8:]
+TEXT, UNSEEN = fitting.TokenWindows(IDS[:6], IDS[6:8]), IDS[8:]
 
 NOT_FLOAT64 = {"inkling2_text", "xglm"}
 """What transformers' own code does not run in float64."""
@@ -79,17 +80,17 @@ def with_everything_kept(structure: str, site: Site) -> dict[str, Any] | None:
 
 
 def slimmed(
-    model: Any, init: str, rules: dict[str, Any], calibration: surgery.TokenWindows = TEXT
-) -> surgery.Report:
+    model: Any, init: str, rules: dict[str, Any], calibration: fitting.TokenWindows = TEXT
+) -> Report:
     """Carry out one rule for each site, in place."""
     replace = [{"match": name, **rule} for name, rule in rules.items()]
-    plan = surgery.plan(model, Recipe.of({"name": "f", "init": init, "replace": replace}))
+    plan = planning.plan(model, Recipe.of({"name": "f", "init": init, "replace": replace}))
     text = calibration if init == "least_squares" else None
-    return surgery.rewrite(model, plan, calibration=text)
+    return fitting.rewrite(model, plan, calibration=text)
 
 
 def given_back(
-    model: Any, init: str, structure: str, calibration: surgery.TokenWindows = TEXT
+    model: Any, init: str, structure: str, calibration: fitting.TokenWindows = TEXT
 ) -> float:
     """Put blocks of full capacity in place; return how far the logits moved."""
     dense, rules = logits(model), {}
@@ -123,7 +124,7 @@ def test_every_architecture_is_given_back(name: str) -> None:
 @pytest.mark.parametrize("name", ["bart", "gpt2", "llama", "olmo2", "zamba"])
 def test_without_held_out_text_the_step_itself_leads_nowhere(name: str) -> None:
     """Held-out text would take a wrong step back, so that none could be seen."""
-    alone = surgery.TokenWindows(TEXT.windows, TEXT.held_out[:0])
+    alone = fitting.TokenWindows(TEXT.windows, TEXT.held_out[:0])
     assert given_back(dense_model(name), "least_squares", "low_rank", alone) < 1e-12
 
 
@@ -140,7 +141,7 @@ def test_what_is_left_is_the_rounding_of_the_type(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Truth: the same weights in float64. A block is two products where the map was one."""
-    monkeypatch.setattr("llmslim.surgery.sequential.fast_type", lambda *_: None)
+    monkeypatch.setattr("llmslim.fitting.layerwise.fast_type", lambda *_: None)
     model = dense_model(name, dtype)
     own = apart(logits(model), logits(copy.deepcopy(model).double()))
     assert 0 < own < 4 * torch.finfo(dtype).eps
@@ -149,7 +150,7 @@ def test_what_is_left_is_the_rounding_of_the_type(
 
 def test_what_faster_products_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bounded by what bfloat16 rounds away in one forward pass of the same model."""
-    monkeypatch.setattr("llmslim.surgery.sequential.fast_type", lambda *_: torch.bfloat16)
+    monkeypatch.setattr("llmslim.fitting.layerwise.fast_type", lambda *_: torch.bfloat16)
     model = dense_model("llama", torch.float32)
     rounding = apart(logits(copy.deepcopy(model).bfloat16()), logits(model))
     assert 1e-6 < given_back(model, "least_squares", "low_rank") < 2 * rounding
@@ -203,6 +204,6 @@ def test_neurons_that_are_of_no_use_take_nothing_with_them() -> None:
     dense = logits(model)
     rule = {"match": "*.mlp.*", "structure": "width", "keep_ratio": 0.5}
     recipe = Recipe.of({"name": "w", "init": "least_squares", "replace": [rule]})
-    surgery.rewrite(model, surgery.plan(model, recipe), calibration=TEXT)
+    fitting.rewrite(model, planning.plan(model, recipe), calibration=TEXT)
     assert model.config.intermediate_size == 48
     assert apart(logits(model), dense) < 1e-12

@@ -24,7 +24,7 @@ from llmslim.errors import CheckpointError, DataError, HealingError, RecipeError
 from llmslim.healing.inputs import SlimFolder, heal_spec, without_paths
 from llmslim.healing.measure import PROMPTS
 from llmslim.recipe import Heal, HealSource, Recipe
-from llmslim.reporting.healed import picture, section
+from llmslim.report.healed import picture, section
 
 RECIPE = {
     "name": "third",

@@ -11,11 +11,11 @@ from helpers_healing import Rows, Text, healed, losses, slimmed, text
 from tiny import tiny_model
 
 import llmslim
-from llmslim.checkpoint import lock, rundir
 from llmslim.errors import HealingError
 from llmslim.healing import HealingDir, HealInputs, heal_model
 from llmslim.healing.distributed import processes
 from llmslim.recipe import Heal
+from llmslim.storage import lock, rundir
 
 OPTIONS = {"epochs": 2, "evaluate_every": 2, "objective": "logits", "train": "lora"}
 

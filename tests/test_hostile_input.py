@@ -17,13 +17,13 @@ from safetensors.torch import save_file
 from tiny import tiny_model
 
 from llmslim import api
-from llmslim.checkpoint import load_model, open_source, quiet, verify_folder
-from llmslim.checkpoint.config import check_config
-from llmslim.checkpoint.safetensors_io import read_json
 from llmslim.cli.main import cli
 from llmslim.errors import RecipeError
 from llmslim.modeling.sizes import common_divisors
 from llmslim.recipe import Recipe
+from llmslim.storage import load_model, open_source, quiet, verify_folder
+from llmslim.storage.config import check_config
+from llmslim.storage.safetensors_io import read_json
 
 RULE = {"match": "*.mlp.*", "structure": "grouped_pointwise", "groups": 4}
 RECIPE = {"name": "small", "replace": [RULE]}

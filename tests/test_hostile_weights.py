@@ -17,8 +17,8 @@ from helpers_checkpoint import refused
 from safetensors.torch import save_file
 from test_checkpoint_shards import b, raw
 
-from llmslim.checkpoint import open_source
-from llmslim.checkpoint.safetensors_io import INDEX, read_header, read_json, read_weights
+from llmslim.storage import open_source
+from llmslim.storage.safetensors_io import INDEX, read_header, read_json, read_weights
 
 
 def test_a_header_that_takes_long_is_refused_at_once(tmp_path: Path) -> None:

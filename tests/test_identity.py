@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from llmslim.checkpoint.lock import locked
 from llmslim.healing.order import text_digest
+from llmslim.storage.lock import locked
 from tiny import tiny_model
 
 from llmslim import __version__, api
-from llmslim.checkpoint import identity, model_digest, versions
 from llmslim.errors import CheckpointError
+from llmslim.storage import identity, model_digest, versions
 
 
 def test_any_weight_and_any_field_of_the_config_makes_another_model() -> None:

@@ -13,9 +13,9 @@ from tiny import logits, tokens
 from transformers import AutoModelForCausalLM, Phi3ForCausalLM, dynamic_module_utils
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from llmslim.checkpoint.kphi3 import is_kphi3_config, kphi3_config, load_kphi3
 from llmslim.errors import CheckpointError
 from llmslim.modeling.grouped_pointwise import GroupedPointwise
+from llmslim.storage.kphi3 import is_kphi3_config, kphi3_config, load_kphi3
 
 torch.set_num_threads(1)  # on a busy machine tiny products wait for the second thread, not for work
 IDS = tokens(2, 12, vocab=64)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmslim.fitting.moments import Moments, corrected_weight
 from llmslim.init import equivalent_target
-from llmslim.surgery.moments import Moments, corrected_weight
 
 
 def rows(tokens: int, channels: int, seed: int) -> Tensor:

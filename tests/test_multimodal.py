@@ -23,8 +23,8 @@ from every_multimodal import (
 from helpers_checkpoint import tiny_tokenizer
 
 import llmslim
-from llmslim.checkpoint import write_checkpoint
 from llmslim.modeling.base_class import auto_class_of
+from llmslim.storage import write_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what other people's models warn of
 

@@ -17,13 +17,13 @@ from tiny import logits, tiny_config, tiny_model, tokens
 from torch import Tensor, nn
 
 import llmslim
-from llmslim import CheckpointError, PluginError, RecipeError, SizeError, StructuredLinear, surgery
+from llmslim import CheckpointError, PluginError, RecipeError, SizeError, StructuredLinear, fitting
+from llmslim.fitting.apply import Calibration
 from llmslim.healing import objective_named, objective_names
 from llmslim.init import Target, initialise, method_named, method_names
 from llmslim.modeling.structured import build, structure_class
 from llmslim.plugins import INITS, OBJECTIVES, STRUCTURES
 from llmslim.recipe import Recipe, json_schema
-from llmslim.surgery.rewrite import Calibration
 
 EXAMPLE = Path(__file__).parents[1] / "docs" / "examples" / "llmslim-kronecker"
 RECIPE = """\
@@ -234,7 +234,7 @@ def test_auto_takes_a_plug_in_that_asks_to_be_tried_where_it_is_best() -> None:
         projection.weight.copy_(torch.kron(torch.randn(2, 2), torch.randn(24, 24)) / 10)
     ids = tokens(12, 16)
     rule = {"match": "*.o_proj", "structure": "auto"}
-    chosen = surgery.allocate(
+    chosen = fitting.allocate(
         model,
         Recipe.of({"budget": 0.5, "replace": [rule]}),
         Calibration(ids[:8], ids[8:]),

@@ -11,10 +11,10 @@ from tiny import logits, tiny_model, tokens
 from torch.nn.functional import kl_div
 
 import llmslim
+from llmslim.anatomy.layer_calls import record_calls, run_layer
+from llmslim.anatomy.sites import find_layers
 from llmslim.data import Windows
-from llmslim.surgery.predictions import Predictions
-from llmslim.surgery.sites import find_layers
-from llmslim.surgery.streams import record_calls, run_layer
+from llmslim.fitting.predictions import Predictions
 
 WINDOWS = Windows(tokens(96, 64), "random tokens", tokens(8, 64, seed=5))
 RULE: dict[str, Any] = {"match": "*.mlp.*", "structure": "low_rank", "keep_ratio": 0.5}
@@ -23,7 +23,7 @@ RULE: dict[str, Any] = {"match": "*.mlp.*", "structure": "low_rank", "keep_ratio
 @pytest.fixture(autouse=True)
 def in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run layers in float32 whatever the processor is fast at."""
-    monkeypatch.setattr("llmslim.surgery.sequential.fast_type", lambda *_: None)
+    monkeypatch.setattr("llmslim.fitting.layerwise.fast_type", lambda *_: None)
 
 
 def divergence(slim: Any, dense: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -83,7 +83,7 @@ def test_predictions_are_nearer_on_held_out_text(
     architecture: str, layer: int, depth: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With one layer to fit, what is chosen on held-out tokens is the model that comes out."""
-    monkeypatch.setattr("llmslim.surgery.refine.STEP_TOKENS", 256)
+    monkeypatch.setattr("llmslim.fitting.refine.STEP_TOKENS", 256)
     found = []
     dense = tiny_model(architecture)
     rule = RULE | {"match": f"*.{layer}.mlp.*"}

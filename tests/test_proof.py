@@ -15,7 +15,7 @@ from tiny import logits, tiny_model, tokens
 
 from llmslim import CheckpointError, api
 from llmslim.anatomy import first_difference
-from llmslim.checkpoint import Pieces
+from llmslim.storage import Pieces
 
 _SAVE = tf.PreTrainedModel.save_pretrained
 RANK_FOUR = {"match": "*.mlp.*", "structure": "low_rank", "rank": 4}

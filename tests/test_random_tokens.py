@@ -9,10 +9,10 @@ import torch
 from tiny import tiny_config, tiny_model, tokens
 
 import llmslim
-from llmslim import surgery
-from llmslim.surgery import sequential
-from llmslim.surgery.calibration import RANDOM_TOKENS, early_layers, with_random_tokens
-from llmslim.surgery.streams import run_layer
+from llmslim import fitting, planning
+from llmslim.anatomy.layer_calls import run_layer
+from llmslim.fitting import layerwise as sequential
+from llmslim.fitting.calibration import RANDOM_TOKENS, early_layers, with_random_tokens
 
 
 def test_half_of_the_tokens_are_drawn_and_special_ones_never() -> None:
@@ -45,8 +45,8 @@ def halved(layers: str) -> llmslim.Recipe:
 
 
 def fit(model: Any, layers: str, windows: torch.Tensor) -> None:
-    calibration = surgery.TokenWindows(windows, windows[:4])
-    surgery.rewrite(model, surgery.plan(model, halved(layers)), calibration=calibration)
+    calibration = fitting.TokenWindows(windows, windows[:4])
+    fitting.rewrite(model, planning.plan(model, halved(layers)), calibration=calibration)
 
 
 def test_the_first_layer_is_fit_for_tokens_that_the_text_has_not(
@@ -82,7 +82,7 @@ def test_later_layers_are_fitted_to_the_text_alone(
             seen.setdefault(numbers[id(layer)], set()).add(id(args[0]))
         return run_layer(layer, *args, **kwargs)
 
-    monkeypatch.setattr("llmslim.surgery.layer_pair.run_layer", count)
+    monkeypatch.setattr("llmslim.fitting.layer_pair.run_layer", count)
     fit(model, layers, text)
     assert len(seen[1]) == len(text) + 4
     assert len(seen[0]) == len(text) + 4 + (len(text) if layers == "[01]" else 0)

@@ -12,10 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from llmslim.anatomy.roles import find_roles
 from llmslim.modeling.structured import structure_class
 from llmslim.plugins import STRUCTURES, structure_options
 from llmslim.recipe import Recipe, first_rule, rules_by_name, shipped_recipes
-from llmslim.surgery.roles import find_roles
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 NAMES = sorted(path.stem for path in FOLDER.rglob("*.yaml"))
@@ -165,7 +165,7 @@ def test_the_any_model_recipes_match_the_mlp_and_nothing_else(model_type):
 def test_the_readmes_parameter_counts_are_what_a_plan_gives(name):
     from transformers import Phi3Config
 
-    from llmslim.surgery import plan
+    from llmslim.planning.plan import plan
 
     totals = plan(Phi3Config(), Recipe.load(name)).report().totals
     readme = (FOLDER.parent / "README.md").read_text()

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from llmslim.errors import CheckpointError
-from llmslim.reporting import FORMATS, render
-from llmslim.reporting.bars import layer_params
-from llmslim.reporting.card import model_card
-from llmslim.reporting.lines import fold, unfolded
-from llmslim.reporting.read import read_report
-from llmslim.reporting.text import TextView
-from llmslim.surgery.report import Report, Row
+from llmslim.report import FORMATS, render
+from llmslim.report.bars import layer_params
+from llmslim.report.card import model_card
+from llmslim.report.lines import fold, unfolded
+from llmslim.report.read import read_report
+from llmslim.report.report import Report, Row
+from llmslim.report.text import TextView
 
 FITTED_TO = "61,440 tokens of [b]a.txt[/b], with errors measured on 4,096 others"
 GOLDEN = Path(__file__).parent / "golden"

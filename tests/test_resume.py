@@ -23,12 +23,12 @@ from helpers_streaming import RECIPES, SMALL_SHARDS, in_memory, stored_model
 from safetensors.torch import load_file, save_file
 
 from llmslim import api
-from llmslim.checkpoint import safetensors_io
 from llmslim.cli.main import cli
 from llmslim.conversion import conversion_dir, streamed
 from llmslim.conversion.conversion_dir import ConversionDir
 from llmslim.conversion.finished import FinishedPieces
 from llmslim.errors import CheckpointError, UnfinishedError
+from llmslim.storage import safetensors_io
 
 OPTIONS: dict[str, Any] = {"init": "project", **SMALL_SHARDS}
 

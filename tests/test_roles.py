@@ -20,11 +20,11 @@ from general_recipes import NOT_PLANNED, general_recipes
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from llmslim import SlimError, surgery
+from llmslim import SlimError, fitting, planning
+from llmslim.anatomy.roles import find_roles
+from llmslim.anatomy.sites import Conv1D
+from llmslim.planning.plan import model_on_meta
 from llmslim.recipe import ROLES, Recipe
-from llmslim.surgery.plan import model_on_meta
-from llmslim.surgery.roles import find_roles
-from llmslim.surgery.sites import Conv1D
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what other people's models warn of
 CLASSES = config_classes()
@@ -283,7 +283,7 @@ def test_a_slim_model_has_the_roles_of_what_is_left(name: str) -> None:
     before = find_roles(model)
     first = ["mlp.up", "experts.gate_up", "attention.q"]
     rule = {"role": first, "structure": "low_rank", "keep_ratio": 0.5}
-    report = surgery.rewrite(model, surgery.plan(model, Recipe.of({"replace": [rule]})))
+    report = fitting.rewrite(model, planning.plan(model, Recipe.of({"replace": [rule]})))
     replaced = {row.name for row in report.rows if row.action == "replaced"}
     assert {before[n] for n in replaced} == set(first) & set(before.values())
     assert find_roles(model) == {n: role for n, role in before.items() if n not in replaced}
@@ -315,7 +315,7 @@ def test_every_role_found_is_one_that_recipes_know() -> None:
 
 def rows_of(rules: list[dict[str, Any]], name: str = "llama") -> dict[str, Any]:
     recipe = Recipe.of({"replace": rules})
-    return {row.name: row for row in surgery.plan(tiny_config(CLASSES[name]), recipe).rows}
+    return {row.name: row for row in planning.plan(tiny_config(CLASSES[name]), recipe).rows}
 
 
 def test_a_role_and_a_glob_must_both_hold() -> None:

@@ -13,14 +13,14 @@ from helpers_checkpoint import tiny_tokenizer
 from tiny import ARCHITECTURES, logits, tiny_model, tokens
 
 import llmslim
-from llmslim import DataError, SlimError, TargetError, surgery
+from llmslim import DataError, SlimError, TargetError, fitting, planning
+from llmslim.anatomy.layer_calls import record_calls, run_layer
+from llmslim.anatomy.sites import dense_weight, find_layers, find_mlps
 from llmslim.data import Windows
+from llmslim.editing.resize import keep_neurons
+from llmslim.fitting.layer_pair import LayerPair
+from llmslim.fitting.neurons import eliminate
 from llmslim.init import damping
-from llmslim.surgery.layer_pair import LayerPair
-from llmslim.surgery.neurons import eliminate
-from llmslim.surgery.sites import dense_weight, find_layers, find_mlps
-from llmslim.surgery.streams import record_calls, run_layer
-from llmslim.surgery.width import keep_neurons
 
 MLP = ["*.mlp.*", "*.fc1", "*.fc2"]
 KEYS_VALUES = ["*.k_proj", "*.v_proj"]
@@ -32,7 +32,7 @@ WINDOWS = Windows(tokens(64, 16), "random tokens", tokens(4, 16, seed=5))
 @pytest.fixture(autouse=True)
 def in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run layers in float32 whatever the processor is fast at."""
-    monkeypatch.setattr("llmslim.surgery.sequential.fast_type", lambda *_: None)
+    monkeypatch.setattr("llmslim.fitting.layerwise.fast_type", lambda *_: None)
 
 
 def rows_of(report: llmslim.Report, ending: str) -> list[Any]:
@@ -302,7 +302,7 @@ LOW_RANK: dict[str, Any] = {
 def test_a_plan_that_needs_calibration_is_not_carried_out_without() -> None:
     model = tiny_model("llama")
     with pytest.raises(DataError, match=r"recipe init: .*needs calibration"):
-        surgery.rewrite(model, llmslim.plan(model, LOW_RANK))
+        fitting.rewrite(model, llmslim.plan(model, LOW_RANK))
     assert type(model).__name__ == "LlamaForCausalLM"
 
 
@@ -344,7 +344,7 @@ def test_non_finite_activations_are_an_answer_or_an_error() -> None:
 
 
 def test_in_bfloat16_full_rank_is_near(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmslim.surgery.sequential.fast_type", lambda *_: torch.bfloat16)
+    monkeypatch.setattr("llmslim.fitting.layerwise.fast_type", lambda *_: torch.bfloat16)
     model, dense = tiny_model("llama"), tiny_model("llama")
     rules = [{"match": "*.mlp.*", "structure": "low_rank", "rank": 48}]
     llmslim.slim(model, {"init": "least_squares", "replace": rules}, calibration=WINDOWS)
@@ -355,7 +355,7 @@ def test_in_bfloat16_full_rank_is_near(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_layer_norms_in_bfloat16_take_the_float32_stream(
     architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmslim.surgery.sequential.fast_type", lambda *_: torch.bfloat16)
+    monkeypatch.setattr("llmslim.fitting.layerwise.fast_type", lambda *_: torch.bfloat16)
     dense = tiny_model(architecture)
     apart = {}
     for init in ("project", "least_squares"):
@@ -432,7 +432,7 @@ def test_the_streams_of_a_layer_are_let_go_with_it(
             assert all(pair() is None for pair in pairs)
             pairs.append(weakref.ref(self))
 
-    monkeypatch.setattr("llmslim.surgery.sequential.LayerPair", Watched)
+    monkeypatch.setattr("llmslim.fitting.layerwise.LayerPair", Watched)
     recipe = llmslim.Recipe.of(
         {
             "name": "r",
@@ -443,8 +443,8 @@ def test_the_streams_of_a_layer_are_let_go_with_it(
     model = tiny_model(num_hidden_layers=8)
     gc.disable()
     try:
-        calibration = surgery.TokenWindows(tokens(6), tokens(2))
-        surgery.rewrite(model, surgery.plan(model, recipe), calibration=calibration)
+        calibration = fitting.TokenWindows(tokens(6), tokens(2))
+        fitting.rewrite(model, planning.plan(model, recipe), calibration=calibration)
     finally:
         gc.enable()
     assert len(pairs) == 8  # a layer each

@@ -11,13 +11,14 @@ from every_architecture import config_classes, logits, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from llmslim import surgery
+from llmslim import fitting, planning
+from llmslim.anatomy.layer_calls import record_calls, run_layer
+from llmslim.anatomy.sites import dense_weight, find_layers, find_mlps, find_sites
+from llmslim.editing.resize import keep_neurons
+from llmslim.fitting.calibration import TokenWindows
+from llmslim.fitting.layer_store import LayerStore, Streams
 from llmslim.recipe import Recipe
-from llmslim.surgery import TokenWindows
-from llmslim.surgery.sites import dense_weight, find_layers, find_mlps, find_sites
-from llmslim.surgery.streams import record_calls, run_layer
-from llmslim.surgery.visits import LayerStore, Streams
-from llmslim.surgery.width import keep_neurons
+from llmslim.report.report import Report
 
 SHARING = ["zamba", "zamba2"]
 MORE_ARGUMENTS = [*SHARING, "gemma3n_text", "gemma4_text"]
@@ -32,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.fixture(autouse=True)
 def in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run layers in float32 whatever the processor is fast at."""
-    monkeypatch.setattr("llmslim.surgery.sequential.fast_type", lambda *_: None)
+    monkeypatch.setattr("llmslim.fitting.layerwise.fast_type", lambda *_: None)
 
 
 def calibration(windows: int = 9) -> TokenWindows:
@@ -40,9 +41,9 @@ def calibration(windows: int = 9) -> TokenWindows:
     return TokenWindows(ids[:windows], ids[windows:])
 
 
-def rewrite(model: Any, *rules: dict[str, Any], windows: int = 9) -> surgery.Report:
+def rewrite(model: Any, *rules: dict[str, Any], windows: int = 9) -> Report:
     recipe = Recipe.of({"init": "least_squares", "replace": list(rules)})
-    return surgery.rewrite(model, surgery.plan(model, recipe), calibration=calibration(windows))
+    return fitting.rewrite(model, planning.plan(model, recipe), calibration=calibration(windows))
 
 
 @torch.no_grad()
@@ -154,8 +155,8 @@ def test_an_order_of_channels_is_shared_too(
 ) -> None:
     """It is stored, but no parameter."""
     model = tiny_model(CLASSES[name])
-    made = surgery.plan(model, Recipe.of({"replace": [{"match": "*shared_transf*", **rule}]}))
-    assert surgery.rewrite(model, made).totals.params_after < made.report().totals.params_before
+    made = planning.plan(model, Recipe.of({"replace": [{"match": "*shared_transf*", **rule}]}))
+    assert fitting.rewrite(model, made).totals.params_after < made.report().totals.params_before
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(logits(again), logits(model), rtol=1e-5, atol=1e-5)
@@ -201,8 +202,8 @@ def test_an_mlp_whose_output_is_normalised_keeps_that_output(
     report = rewrite(model, widths, windows=90)
     output(model, "fitted")
     cut = tiny_model(CLASSES[model_type])
-    made = surgery.plan(cut, Recipe.of({"init": "project", "replace": [widths]}))
-    surgery.rewrite(cut, made)
+    made = planning.plan(cut, Recipe.of({"init": "project", "replace": [widths]}))
+    fitting.rewrite(cut, made)
     output(cut, "cut")
     power = found["dense"].square().sum()
     errors = {name: float((y - found["dense"]).square().sum() / power) for name, y in found.items()}

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from tiny import tiny_model
 
 import llmslim
-from llmslim.checkpoint import open_source, quiet
 from llmslim.errors import CheckpointError
+from llmslim.storage import open_source, quiet
 
 RECIPE = {"name": "r", "replace": [{"match": "*.mlp.*", "structure": "low_rank", "rank": 8}]}
 SIZES: dict[str, Any] = {

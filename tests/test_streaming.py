@@ -25,8 +25,11 @@ from helpers_streaming import (
 from safetensors.torch import load_file, save_file
 from tiny import logits, tiny_model, tokens
 
-from llmslim import api, surgery
-from llmslim.checkpoint import (
+from llmslim import api, planning
+from llmslim.conversion.target_model import TargetModel
+from llmslim.errors import CheckpointError
+from llmslim.recipe import Recipe
+from llmslim.storage import (
     NotInPiecesError,
     Pieces,
     open_source,
@@ -34,9 +37,6 @@ from llmslim.checkpoint import (
     safetensors_io,
     write_tensors,
 )
-from llmslim.conversion.target_model import TargetModel
-from llmslim.errors import CheckpointError
-from llmslim.recipe import Recipe
 
 CASES = [
     *(
@@ -276,7 +276,7 @@ def test_a_model_of_one_piece_is_one_file(tmp_path: Path) -> None:
     )
     pieces.all = (whole,)
     pieces._pieces = dict.fromkeys(whole.homes, whole)
-    target = TargetModel(pieces, surgery.plan(pieces.model, Recipe(name="as it is")), 1 << 40)
+    target = TargetModel(pieces, planning.plan(pieces.model, Recipe(name="as it is")), 1 << 40)
     assert list(target.files[whole.name]) == ["model.safetensors"]
     assert target.index is None
 

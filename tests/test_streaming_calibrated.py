@@ -20,13 +20,13 @@ from helpers_streaming import CANNOT, contents, in_memory, stored_model
 from safetensors.torch import load_file, save_file
 
 from llmslim import api
-from llmslim.checkpoint import NotInPiecesError, Pieces, load_model, open_source
+from llmslim.anatomy.sites import find_layers
 from llmslim.conversion import conversion_dir
 from llmslim.conversion.conversion_dir import ConversionDir
 from llmslim.conversion.finished import FinishedPieces
 from llmslim.conversion.layer_store import LayersOnDisk, check_layers
 from llmslim.errors import CheckpointError
-from llmslim.surgery.sites import find_layers
+from llmslim.storage import NotInPiecesError, Pieces, load_model, open_source
 
 MLP = ["*.mlp.*", "*.experts.*"]
 LOW_RANK = {"match": MLP, "structure": "low_rank", "keep_ratio": 0.5}

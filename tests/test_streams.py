@@ -8,10 +8,10 @@ import torch
 from tiny import tiny_model, tokens
 from torch import nn
 
-from llmslim.surgery.layer_pair import LayerPair
-from llmslim.surgery.sites import find_layers, find_mlps
-from llmslim.surgery.streams import importance, record_calls
-from llmslim.surgery.visits import Streams
+from llmslim.anatomy.layer_calls import importance, record_calls
+from llmslim.anatomy.sites import find_layers, find_mlps
+from llmslim.fitting.layer_pair import LayerPair
+from llmslim.fitting.layer_store import Streams
 
 
 def test_a_token_of_an_enormous_stream_counts_for_less() -> None:

@@ -12,7 +12,7 @@ from tiny import logits, tiny_config, tiny_model, tokens
 from torch import nn
 
 import llmslim
-from llmslim.surgery.elementwise import has_independent_neurons
+from llmslim.anatomy.elementwise import has_independent_neurons
 
 _SIZES: dict[str, Any] = {
     "hidden_size": 48,

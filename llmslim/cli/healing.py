@@ -66,7 +66,7 @@ def _table(facts: list[tuple[str, str]], notes: Sequence[str]) -> list[str]:
 
 
 def _print(lines: list[str]) -> None:
-    from llmslim.reporting import wording
+    from llmslim.report import wording
 
     out = console()
     for line in lines:
@@ -79,7 +79,7 @@ def show_healing(done: Mapping[str, Any]) -> None:
     Args:
         done: what `HealReport.to_dict` gives.
     """
-    from llmslim.reporting import healed
+    from llmslim.report import healed
 
     lines = ["", "healing", *_table(healed.facts(done), done["notes"])]
     for answer in done["answers"]:

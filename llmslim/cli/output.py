@@ -12,8 +12,8 @@ import click
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from llmslim.surgery import Plan
-    from llmslim.surgery.report import Report
+    from llmslim.editing.plans import Plan
+    from llmslim.report.report import Report
 
 
 def console(*, err: bool = False) -> Console:
@@ -31,7 +31,7 @@ def show_report(report: Report, *, full: bool = False, bars: bool | None = None)
         full: one line per module.
         bars: whether a bar per layer is printed too; as `full` where not given.
     """
-    from llmslim.reporting.text import TextView
+    from llmslim.report.text import TextView
 
     console().print(TextView(report, full=full, bars=bars))
 
@@ -44,7 +44,7 @@ def show_cost(plan: Plan, device: str | None = None) -> None:
         device: where, see `convert`.
     """
     from llmslim.conversion.device import device_named
-    from llmslim.surgery import fitting_cost, speed
+    from llmslim.fitting.cost import fitting_cost, speed
 
     cost, where = fitting_cost(plan), device_named(device)
     if cost is not None:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from llmslim import surgery
-from llmslim.checkpoint import NotInPiecesError, empty_model, load_tokenizer, open_source
+from llmslim import fitting
 from llmslim.data import Windows, calibration_windows, longest_input
 from llmslim.errors import DataError
 from llmslim.recipe import Calibration, Recipe
+from llmslim.storage import NotInPiecesError, empty_model, load_tokenizer, open_source
 
 from .options import Request
 
@@ -121,9 +121,9 @@ def overflow_note(given: str, what: str) -> str:
     )
 
 
-def token_ids(windows: Windows | None) -> surgery.TokenWindows | None:
+def token_ids(windows: Windows | None) -> fitting.TokenWindows | None:
     """Return what fitting needs of calibration windows."""
-    return None if windows is None else surgery.TokenWindows(windows.ids, windows.held_out)
+    return None if windows is None else fitting.TokenWindows(windows.ids, windows.held_out)
 
 
 def calibration_spec(

@@ -29,7 +29,11 @@ import safetensors
 import torch
 import transformers
 
-from llmslim.checkpoint import (
+from llmslim.data import Windows
+from llmslim.errors import CheckpointError, SlimError, UnfinishedError
+from llmslim.recipe import recipe_yaml
+from llmslim.report.report import Report
+from llmslim.storage import (
     REPORT,
     RunDir,
     disk_problem,
@@ -39,10 +43,6 @@ from llmslim.checkpoint import (
     resolved,
     versions,
 )
-from llmslim.data import Windows
-from llmslim.errors import CheckpointError, SlimError, UnfinishedError
-from llmslim.recipe import recipe_yaml
-from llmslim.surgery import Report
 
 from .options import Request
 

@@ -12,8 +12,17 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from llmslim import surgery
-from llmslim.checkpoint import (
+from llmslim import editing, fitting, planning
+from llmslim.data import Windows
+from llmslim.errors import CheckpointError, RecipeError
+from llmslim.modeling.base_class import auto_class_name
+from llmslim.modeling.modeling_llmslim import SlimModelMixin
+from llmslim.options import takes
+from llmslim.progress import Progress, quietly
+from llmslim.recipe import Recipe, recipe_yaml
+from llmslim.report.card import model_card
+from llmslim.report.report import Report
+from llmslim.storage import (
     NotInPiecesError,
     Pieces,
     check_apart,
@@ -29,14 +38,6 @@ from llmslim.checkpoint import (
     unused_notes,
     write_checkpoint,
 )
-from llmslim.data import Windows
-from llmslim.errors import CheckpointError, RecipeError
-from llmslim.modeling.base_class import auto_class_name
-from llmslim.modeling.modeling_llmslim import SlimModelMixin
-from llmslim.options import takes
-from llmslim.recipe import Recipe, recipe_yaml
-from llmslim.reporting.card import model_card
-from llmslim.surgery import Progress, Report, quietly
 
 from .calibrate import check_text, overflow_notes, read_text, token_ids, with_overrides
 from .conversion_dir import ConversionDir, key_of
@@ -81,7 +82,7 @@ def convert(model: str | Path, options: ConvertOptions) -> Conversion:
     else:
         # Everything that can be wrong with the recipe is found before gigabytes are read.
         empty = empty_model(source.config, source.given, trust_remote_code=trusted)
-        plan = surgery.plan(empty, recipe, model_name=source.name, init=request.options.init)
+        plan = planning.plan(empty, recipe, model_name=source.name, init=request.options.init)
         try:
             if source.gguf_file is None and not any(site.also for site in plan.sites):
                 pieces = _pieces(request, empty, fitted=plan.needs_calibration)
@@ -170,7 +171,7 @@ def _convert_in_memory(request: Request, notes: tuple[str, ...]) -> Conversion:
     nonfinite = check_finite(
         model.state_dict().items(), source.given, allow_nonfinite=options.allow_nonfinite
     )
-    plan = surgery.plan(model, request.recipe, model_name=source.name, init=options.init)
+    plan = planning.plan(model, request.recipe, model_name=source.name, init=options.init)
     tokenizer = load_tokenizer(source, trust_remote_code=trusted)
     windows: Windows | None = None
     overflow: tuple[str, ...] = ()
@@ -217,7 +218,7 @@ def _convert_in_memory(request: Request, notes: tuple[str, ...]) -> Conversion:
 
 def slim_with(
     model: PreTrainedModel,
-    plan: surgery.Plan,
+    plan: editing.Plan,
     windows: Windows | None,
     *,
     seed: int,
@@ -239,9 +240,9 @@ def slim_with(
     """
     ids = token_ids(windows)
     if ids is not None and plan.recipe.has_auto and plan.needs_calibration:
-        recipe = surgery.allocate(model, plan.recipe, ids, init=init, progress=progress)
-        plan = surgery.plan(model, recipe, model_name=plan.model, init=init)
-    report = surgery.rewrite(model, plan, seed=seed, calibration=ids, progress=progress)
+        recipe = fitting.allocate(model, plan.recipe, ids, init=init, progress=progress)
+        plan = planning.plan(model, recipe, model_name=plan.model, init=init)
+    report = fitting.rewrite(model, plan, seed=seed, calibration=ids, progress=progress)
     if windows is not None and plan.needs_calibration:
         report = replace(report, fitted_to=windows.description)
     return report, plan.recipe

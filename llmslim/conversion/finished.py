@@ -20,8 +20,8 @@ from typing import Self
 
 from torch import Tensor
 
-from llmslim.checkpoint import file_sha256, flush, remove, write_tensors, write_whole
 from llmslim.errors import CheckpointError
+from llmslim.storage import file_sha256, flush, remove, write_tensors, write_whole
 
 from .target_model import TargetModel
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from llmslim import surgery
-from llmslim.checkpoint import write_checkpoint
+from llmslim import planning
 from llmslim.healing.inputs import HealInputs, without_paths
 from llmslim.healing.report import HealReport, history_text
 from llmslim.modeling.base_class import auto_class_name
 from llmslim.recipe import Recipe, recipe_yaml
-from llmslim.reporting.card import model_card
-from llmslim.reporting.healed import picture
+from llmslim.report.card import model_card
+from llmslim.report.healed import picture
+from llmslim.storage import write_checkpoint
 
 _PICTURE = "healing_losses.png"
 
@@ -36,7 +36,7 @@ def write_healed(inputs: HealInputs, report: HealReport, target: Path, *, overwr
     ledger = (
         folder.report.report
         if folder.report
-        else surgery.plan(model, as_it_is, model_name=name).report()
+        else planning.plan(model, as_it_is, model_name=name).report()
     )
     recipe_text = recipe_yaml(recipe.model_copy(update={"heal": spec}))
     done = replace(report, settings=spec.model_dump(mode="json", exclude_none=True)).to_dict()

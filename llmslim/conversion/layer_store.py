@@ -1,6 +1,6 @@
 """Fit to calibration text with one decoder layer in memory at a time.
 
-The walk (`surgery.fit_sequentially`) is the one that fits a model in memory; here each layer is
+The walk (`fitting.fit_sequentially`) is the one that fits a model in memory; here each layer is
 brought in from the files with its dense weights, and the finished one is handed over to be written.
 
 After each layer both streams of hidden states go to a file of the working folder, and are used
@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llmslim import surgery
-from llmslim.checkpoint import NotInPiecesError, Piece, Pieces
-from llmslim.surgery import Fitted, LayerStore, Plan, Streams
-from llmslim.surgery.sites import Layers, find_layers
+from llmslim import editing
+from llmslim.anatomy.sites import Layers, find_layers
+from llmslim.editing.plans import Plan
+from llmslim.fitting.layer_store import Fitted, LayerStore, Streams
+from llmslim.storage import NotInPiecesError, Piece, Pieces
 
 from .calibrate import overflow_note
 from .finished import PieceRecord
@@ -82,7 +83,7 @@ class LayersOnDisk(LayerStore):
         self._pieces.load(piece)
         for mlp in self._plan.mlps:
             if not mlp.fitted and self._pieces.piece_of(mlp.mlp.down) is piece:
-                surgery.resize_mlp(self._pieces.model, mlp.mlp, mlp.width)
+                editing.resize_mlp(self._pieces.model, mlp.mlp, mlp.width)
         yield
         self._pieces.release(piece)
 

@@ -12,9 +12,9 @@ from llmslim.progress import Progress
 if TYPE_CHECKING:
     import torch
 
-    from llmslim.checkpoint import Source
     from llmslim.recipe import Recipe
-    from llmslim.surgery import Report
+    from llmslim.report.report import Report
+    from llmslim.storage import Source
 
     RecipeLike = Recipe | str | Path | Mapping[str, Any]
 else:  # which imports pydantic, and `--help` needs none

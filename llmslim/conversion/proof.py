@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from llmslim.anatomy import first_difference
-from llmslim.checkpoint import NotInPiecesError, Piece, Pieces
+from llmslim.anatomy.layer_calls import Calls, record_calls, run_layer
+from llmslim.anatomy.sites import Layers, find_layers
 from llmslim.errors import CheckpointError, TargetError
-from llmslim.surgery.sites import Layers, find_layers
-from llmslim.surgery.streams import Calls, record_calls, run_layer
+from llmslim.storage import NotInPiecesError, Piece, Pieces
 
 _TOKENS = 4
 _DIRECTIONS = 4

@@ -24,8 +24,16 @@ from functools import partial
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from llmslim import surgery
-from llmslim.checkpoint import (
+from llmslim import editing, fitting, planning
+from llmslim.anatomy.sites import find_layers
+from llmslim.data import Windows
+from llmslim.editing.plans import Plan
+from llmslim.fitting.layer_store import Fitted
+from llmslim.modeling.base_class import auto_class_name
+from llmslim.recipe import recipe_yaml
+from llmslim.report.card import model_card
+from llmslim.report.report import Report
+from llmslim.storage import (
     INDEX,
     FileHashes,
     Piece,
@@ -45,12 +53,6 @@ from llmslim.checkpoint import (
     write_manifest,
     write_whole,
 )
-from llmslim.data import Windows
-from llmslim.modeling.base_class import auto_class_name
-from llmslim.recipe import recipe_yaml
-from llmslim.reporting.card import model_card
-from llmslim.surgery import Fitted, Plan, Report
-from llmslim.surgery.sites import find_layers
 
 from .calibrate import read_text
 from .conversion_dir import ConversionDir, key_of
@@ -76,14 +78,14 @@ def convert_streamed(
         CheckpointError: if there is too little space, or what was written is not what was made.
     """
     source, options = request.source, request.options
-    plan = surgery.plan(pieces.model, request.recipe, model_name=source.name, init=options.init)
+    plan = planning.plan(pieces.model, request.recipe, model_name=source.name, init=options.init)
     target = TargetModel(pieces, plan, parse_size(options.max_shard_size))
     tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
     text = read_text(request, tokenizer, pieces.model) if plan.needs_calibration else None
     key, streams = key_of(request, text), 0
     if text is not None:
         fitting = text.ids.numel()
-        tokens = fitting + surgery.random_token_count(fitting) + text.held_out.numel()
+        tokens = fitting + fitting.random_token_count(fitting) + text.held_out.numel()
         streams = most_bytes(tokens, target.model.config.get_text_config().hidden_size)
     work.check_space(target.weight_bytes, streams, resume=options.resume)
     with (
@@ -118,7 +120,7 @@ class _Streamed:
         narrowed = [mlp.mlp.down for mlp in plan.mlps if mlp.fitted]
         self.planned = [*(site.name for site in plan.sites), *narrowed]
         self.steps, self.total = 0, len(self.planned)
-        self.seed_of = partial(surgery.seed_of, seed=request.options.seed)
+        self.seed_of = partial(editing.seed_of, seed=request.options.seed)
 
     def write_weights(self, text: Windows | None) -> None:
         """Bring every piece that is not done yet to the disk.
@@ -228,7 +230,7 @@ class _Streamed:
         nonfinite |= {name: entry.nonfinite for name, entry in done.items()}
         self._count_done()
         with explain_nonfinite(self._nonfinite(nonfinite, allowed=True)):
-            surgery.fit_sequentially(
+            fitting.fit_sequentially(
                 self.pieces.model,
                 self.plan,
                 text.ids,
@@ -281,10 +283,10 @@ class _Streamed:
         with explain_nonfinite(self._nonfinite({piece.name: nonfinite})):
             for mlp in self.plan.mlps:
                 if self._is_in(mlp.mlp.down, piece):
-                    surgery.resize_mlp(model, mlp.mlp, mlp.width)
+                    editing.resize_mlp(model, mlp.mlp, mlp.width)
             for site in self.plan.sites:
                 if self._is_in(site.name, piece):
-                    errors[site.name] = surgery.fill_site(model, site, self.seed_of)
+                    errors[site.name] = editing.fill_site(model, site, self.seed_of)
                     self._tell(site.name)
         return errors
 
@@ -298,7 +300,7 @@ class _Streamed:
             fitted.add(Fitted(done.errors, notes=done.notes, unseen=done.unseen))
             nonfinite[piece.name] = done.nonfinite
         found = self._nonfinite(nonfinite, allowed=True)
-        return surgery.filled_in(
+        return fitting.filled_in(
             self.plan, fitted.errors, (*self.plan.notes, *fitted.all_notes, *found, *notes)
         )
 

@@ -17,8 +17,11 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from llmslim import surgery
-from llmslim.checkpoint import (
+from llmslim import editing
+from llmslim.editing.plans import Plan
+from llmslim.errors import CheckpointError, and_more
+from llmslim.modeling.modeling_llmslim import SlimModelMixin
+from llmslim.storage import (
     WEIGHTS,
     Piece,
     Pieces,
@@ -26,9 +29,6 @@ from llmslim.checkpoint import (
     model_without_weights,
     quiet,
 )
-from llmslim.errors import CheckpointError, and_more
-from llmslim.modeling.modeling_llmslim import SlimModelMixin
-from llmslim.surgery import Plan
 
 
 class TargetModel:
@@ -47,7 +47,7 @@ class TargetModel:
         dense, given = pieces.model, pieces.source.given
         dtype = dense.dtype
         changed: Any = model_without_weights(dense.config, dtype, given)
-        surgery.finalise(changed, plan)
+        editing.finalise(changed, plan)
         self.model: PreTrainedModel = model_without_weights(changed.config, dtype, given)
         if self.model.can_generate():
             self.model.generation_config = copy.deepcopy(dense.generation_config)

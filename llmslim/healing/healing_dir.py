@@ -26,9 +26,9 @@ from typing import Any
 
 from accelerate import PartialState
 
-from llmslim.checkpoint import LOCK, flush, lock, locked, what_changed
 from llmslim.errors import HealingError, UnfinishedError
 from llmslim.healing.report import history_text
+from llmslim.storage import LOCK, flush, lock, locked, what_changed
 
 _FORMAT = 3
 _RUN, _HISTORY, _TEACHER = "run.json", "history.jsonl", "teacher"

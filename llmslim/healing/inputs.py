@@ -13,7 +13,18 @@ import torch
 import yaml
 from transformers import PreTrainedModel
 
-from llmslim.checkpoint import (
+from llmslim.anatomy.sites import find_layers
+from llmslim.data import Rows, embedding_rows, healing_text, longest_input
+from llmslim.errors import HealingError
+from llmslim.healing.distributed import processes
+from llmslim.healing.objectives import Objective, objective_named
+from llmslim.healing.packing_check import sees_neighbours
+from llmslim.options import HealOptions
+from llmslim.planning.depth import kept_layers
+from llmslim.progress import Progress
+from llmslim.recipe import Heal, HealSource, Recipe
+from llmslim.report.read import ReportFile, read_report
+from llmslim.storage import (
     REPORT,
     Source,
     check_finite,
@@ -22,17 +33,6 @@ from llmslim.checkpoint import (
     open_source,
     quiet,
 )
-from llmslim.data import Rows, embedding_rows, healing_text, longest_input
-from llmslim.errors import HealingError
-from llmslim.healing.distributed import processes
-from llmslim.healing.objectives import Objective, objective_named
-from llmslim.healing.packing_check import sees_neighbours
-from llmslim.options import HealOptions
-from llmslim.progress import Progress
-from llmslim.recipe import Heal, HealSource, Recipe
-from llmslim.reporting.read import ReportFile, read_report
-from llmslim.surgery.depth import kept_layers
-from llmslim.surgery.sites import find_layers
 
 _LAYER = re.compile(r"\.(\d+)\.")
 

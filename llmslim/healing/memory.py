@@ -29,11 +29,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llmslim.anatomy.sites import find_layers
 from llmslim.healing.objectives._chunks import CHUNK_NUMBERS
 from llmslim.healing.packing_check import takes_position_ids
 from llmslim.recipe import Heal
-from llmslim.reporting import wording
-from llmslim.surgery.sites import find_layers
+from llmslim.report import wording
 
 MASTER = 4
 """Bytes of a weight, its gradient and each of AdamW's two moments."""

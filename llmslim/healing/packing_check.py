@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmslim.checkpoint import quiet
 from llmslim.healing.restoring import evaluating
+from llmslim.storage import quiet
 
 _TOKENS = 8  # of each of the two samples
 

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from llmslim.checkpoint.source import first_line
 from llmslim.healing.distributed import processes
 from llmslim.healing.inputs import HealInputs
 from llmslim.healing.memory import Memory, healing_memory
 from llmslim.healing.packing_check import packing_notes
 from llmslim.healing.trainable import make_trainable
 from llmslim.recipe import Heal
+from llmslim.storage.source import first_line
 
 EVALUATIONS = 10
 """Measurements of a healing where the recipe gives no number of steps between them."""

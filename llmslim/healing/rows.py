@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from llmslim.checkpoint import add_tensor
 from llmslim.data import collate, collate_apart, collate_flat
+from llmslim.storage import add_tensor
 
 Collate = Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]
 

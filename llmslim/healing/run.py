@@ -17,7 +17,6 @@ import torch
 import transformers
 from accelerate import PartialState
 
-from llmslim.checkpoint import model_digest, quiet, versions
 from llmslim.healing.distributed import (
     gather_into,
     is_sharded,
@@ -45,6 +44,7 @@ from llmslim.healing.teacher_cache import TOP_K, TeacherCache
 from llmslim.healing.trainable import Trainable, keep_activations, make_trainable
 from llmslim.healing.trainer import HealingTrainer
 from llmslim.progress import Progress, quietly
+from llmslim.storage import model_digest, quiet, versions
 
 
 def heal_model(

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from llmslim.anatomy.sites import find_layers, find_sites
 from llmslim.errors import HealingError, TargetError
 from llmslim.healing.distributed import full_tensor, named_full_parameters, overwrite
 from llmslim.healing.rounding import rounded
 from llmslim.modeling.modeling_llmslim import set_module
 from llmslim.modeling.structured import StructuredLinear
 from llmslim.recipe import Heal
-from llmslim.surgery.sites import find_layers, find_sites
 
 ALPHA_PER_RANK = 2
 """Scale of LoRA matrices."""

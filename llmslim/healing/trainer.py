@@ -28,6 +28,7 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback
 
+from llmslim.anatomy.sites import find_layers
 from llmslim.errors import HealingError
 from llmslim.healing.distributed import (
     check_sharding,
@@ -48,7 +49,6 @@ from llmslim.healing.rows import PaddedRows, SeededSampler, collator_for
 from llmslim.healing.teacher_cache import TeacherCache
 from llmslim.healing.trainable import Trainable
 from llmslim.progress import Progress
-from llmslim.surgery.sites import find_layers
 
 WEIGHTS = "trained.safetensors"
 

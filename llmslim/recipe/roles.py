@@ -1,6 +1,6 @@
 """The roles that a projection can have in a decoder layer, as recipes name them.
 
-Which projection of a model has which role is found by `llmslim.surgery.roles`; here are the names
+Which projection of a model has which role is found by `llmslim.anatomy.roles`; here are the names
 alone, and what they mean to a rule.
 """
 

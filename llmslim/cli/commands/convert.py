@@ -69,7 +69,7 @@ def command(model: str, heal: bool, dry_run: bool, **keywords: Any) -> None:
     api = backend()
     healed = None
     if heal:
-        from llmslim.checkpoint import check_target, open_source
+        from llmslim.storage import check_target, open_source
 
         name = recipe.name if recipe else "kphi3"
         source = open_source(model, trust_remote_code=options.trust_remote_code)

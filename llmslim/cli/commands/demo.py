@@ -89,8 +89,8 @@ def smollm2_file() -> Path:
 
 
 def _answer(name: str, model: Path) -> None:
-    from llmslim.checkpoint import load_model, load_tokenizer, open_source
     from llmslim.cli.chat import reply
+    from llmslim.storage import load_model, load_tokenizer, open_source
 
     source = open_source(model)
     loaded = load_model(source)

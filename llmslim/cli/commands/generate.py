@@ -40,8 +40,8 @@ def command(
     if prompt == "-":
         prompt = sys.stdin.read()
     backend()
-    from llmslim.checkpoint import check_finite, load_model, load_tokenizer, open_source
     from llmslim.cli.chat import reply
+    from llmslim.storage import check_finite, load_model, load_tokenizer, open_source
 
     source = open_source(model)
     tokenizer = load_tokenizer(source)

@@ -67,7 +67,7 @@ def command(
         show_report(report, full=full)
         show_cost(made)
     if json_target is not None:
-        from llmslim.reporting import render
+        from llmslim.report import render
 
         write_out(render(report, "json"), json_target)
     if fail_under is not None:

@@ -6,7 +6,7 @@ import click
 
 from llmslim.cli.healing import show_healing
 from llmslim.cli.output import show_report, write_out
-from llmslim.reporting import FORMATS
+from llmslim.report import FORMATS
 
 
 @click.command()
@@ -26,8 +26,8 @@ def command(slim: str, format_name: str, out: str | None, full: bool) -> None:
 
     SLIM is a folder that `llmslim convert` wrote, or a report file of `llmslim plan --json`.
     """
-    from llmslim.reporting import healed, render
-    from llmslim.reporting.read import read_report
+    from llmslim.report import healed, render
+    from llmslim.report.read import read_report
 
     read = read_report(slim)
     report, healing = read.report, read.healing

@@ -1,0 +1,92 @@
+"""Carry out a plan on a model in memory: drop layers, resize MLPs, put blocks in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from llmslim.editing.blocks import fill_site, seed_of
+from llmslim.editing.finalise import finalise
+from llmslim.editing.plans import Plan
+from llmslim.editing.resize import resize_mlp
+from llmslim.errors import DataError
+from llmslim.fitting.calibration import TokenWindows
+from llmslim.fitting.layerwise import fit_sequentially
+from llmslim.progress import Progress, quietly
+from llmslim.report.report import Report
+
+
+def rewrite(
+    model: Any,
+    plan: Plan,
+    *,
+    seed: int = 0,
+    calibration: TokenWindows | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Carry out `plan` on `model`, in place.
+
+    A model that keeps its base class's shape stays of that class; any other becomes the slim
+    subclass of it, so that `save_pretrained` writes a checkpoint that loads back.
+
+    Args:
+        model: the model the plan was made for.
+        plan: what to do.
+        seed: seed of random blocks; every site draws from its own stream.
+        calibration: token ids for methods that need them; with them, every block inside a decoder
+            layer is fitted to the inputs it will really see.
+        progress: told about every site.
+
+    Returns:
+        The ledger, with the error of every fitted block.
+
+    Raises:
+        SlimError: if the model is not the one the plan was made for.
+        DataError: if a method needs calibration and there is none.
+    """
+    if plan.needs_calibration and calibration is None:
+        raise DataError(
+            f"{plan.recipe.where('init')}: least_squares fits to activations; it needs calibration "
+            "text. Pass --calibration (`calibration=` in Python), or use init: project."
+        )
+    tell = progress or quietly
+    total, done = len(plan.sites) + sum(mlp.fitted for mlp in plan.mlps), 0
+    errors: dict[str, float | None] = {}
+    notes = list(plan.notes)
+    seed_with = partial(seed_of, seed=seed)
+
+    def finished(what: str) -> None:
+        nonlocal done
+        done += 1
+        tell(done, total, what)
+
+    for mlp in plan.mlps:
+        if not mlp.fitted:
+            resize_mlp(model, mlp.mlp, mlp.width)
+    if calibration is not None and plan.needs_calibration:
+        fitted = fit_sequentially(
+            model,
+            plan,
+            calibration.windows,
+            calibration.held_out,
+            seed_of=seed_with,
+            progress=finished,
+        )
+        errors |= fitted.errors
+        notes += fitted.all_notes
+        rest = [site for site in plan.sites if site.name not in fitted.sites]
+    else:
+        rest = list(plan.sites)
+    for site in rest:
+        errors[site.name] = fill_site(model, site, seed_with)
+        finished(site.name)
+    finalise(model, plan)
+    return filled_in(plan, errors, notes)
+
+
+def filled_in(plan: Plan, errors: Mapping[str, float | None], notes: Iterable[str]) -> Report:
+    """Return the ledger of a plan that was carried out, with the errors of its blocks."""
+    rows = [replace(row, init_error=errors.get(row.name)) for row in plan.rows]
+    return replace(plan.report(), rows=tuple(rows), problems=tuple(notes))

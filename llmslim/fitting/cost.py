@@ -1,0 +1,98 @@
+"""What fitting a plan will take, from integers alone: memory and operations.
+
+An estimate for deciding, good to a factor of two: it counts products of matrices and what is held
+at once, and leaves out everything else.
+
+Shapes: T = calibration tokens, D = hidden size, I = in_features, O = out_features.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llmslim.fitting.allocate import FIT_TOKENS, JUDGED_TOKENS, PROBE_TOKENS
+from llmslim.fitting.calibration import EARLY_LAYERS, random_token_count
+from llmslim.fitting.refine import STEP_TOKENS
+from llmslim.planning.plan import Plan
+from llmslim.planning.rules import WIDTH
+from llmslim.recipe import Calibration
+
+_HELD_OUT = 17 / 16
+"""Tokens in all for each token to fit on."""
+_SAMPLING = 2
+"""What a sampled token costs over a read one: one position at a time uses a processor worse."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What fitting takes beyond loading and writing the model."""
+
+    tokens: int
+    memory: int
+    """Bytes beside the model's own weights."""
+    flops: int
+    """Floating-point operations of the products."""
+
+
+def fitting_cost(plan: Plan) -> Cost | None:
+    """Return what fitting a plan's blocks to text will take, None where nothing is fitted."""
+    if not plan.needs_calibration:
+        return None
+    spec = plan.recipe.calibration or Calibration()
+    tokens = int(spec.tokens * _HELD_OUT)
+    config = plan.config.get_text_config()
+    hidden, layers = config.hidden_size, max(1, config.num_hidden_layers)
+    rows = [row for row in plan.rows if row.in_features and row.out_features]
+    inner = [row for row in rows if not row.counts_as_embedding]
+    layer_flops = sum(row.flops_per_token_before for row in inner)
+    model_flops = layer_flops + sum(r.flops_per_token_before for r in plan.rows if r.kind == "head")
+    fitted = [row for row in rows if row.action == "replaced" and _has_moments(row)]
+    sizes = [(row.in_features or 0, row.out_features or 0) for row in fitted]
+    # The dense and the slim stream, and once more up to projections inside the layer.
+    passes = 3 if any(row.structure != WIDTH for row in fitted) else 2
+    moments = sum(2 * (i * i + i * o + o * o) for i, o in sizes)
+    scrambled = random_token_count(spec.tokens)
+    flops = int(tokens + EARLY_LAYERS * scrambled) * (passes * layer_flops + moments)
+    if plan.recipe.has_auto:
+        flops += (FIT_TOKENS + JUDGED_TOKENS) * (layer_flops + sum(2 * i * i for i, _ in sizes))
+        flops += len(fitted) * PROBE_TOKENS * (model_flops - layer_flops // 2)
+    if plan.recipe.refine is not None:
+        # Forward and backward: three times a pass of what moves, and as much as one in checks.
+        per_token = sum(row.flops_per_token_after for row in rows if row.action == "replaced")
+        flops += 4 * plan.recipe.refine.steps * STEP_TOKENS * per_token
+    predicted = STEP_TOKENS * (plan.recipe.refine.logits_steps if plan.recipe.refine else 0)
+    if predicted:
+        # On the average half the layers follow one; the dense predictions take the head alone.
+        head = model_flops - layer_flops
+        flops += predicted * layers * (3 * (layer_flops // 2 + head) + head)
+        flops += tokens * layer_flops
+    if "self" in spec.texts:
+        flops += _SAMPLING * tokens * model_flops // len(spec.texts)
+    largest = max((8 * (i * i + i * o + o * o) for i, o in sizes), default=0)
+    streams = 4 * 4 * (tokens + scrambled) * hidden  # both, before and after the layer, float32
+    layer_bytes = 2 * 4 * (layer_flops // 2) // layers
+    probes = 2 * PROBE_TOKENS * config.vocab_size if plan.recipe.has_auto else 0
+    if predicted:
+        probes += 4 * (tokens + scrambled) * hidden + 6 * 4 * STEP_TOKENS * config.vocab_size
+    return Cost(spec.tokens, streams + 6 * largest + layer_bytes + probes, flops)
+
+
+def speed(device: torch.device) -> float:
+    """Return how many operations a second a device multiplies with, measured in a moment."""
+    side = 1024
+    a, b = torch.rand(2, side, side, device=device)
+    float((a @ b).sum())
+    start, times = time.perf_counter(), 4
+    for _ in range(times):
+        c = a @ b
+    float(c.sum())  # waits for a device that works on its own
+    return 2 * side**3 * times / (time.perf_counter() - start)
+
+
+def _has_moments(row: Any) -> bool:
+    """Return whether a row's inputs are looked at: of a narrower MLP, its last map's alone."""
+    return bool(row.structure != WIDTH or row.out_features < row.in_features)

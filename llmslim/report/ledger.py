@@ -1,0 +1,119 @@
+"""List a model's parameters as rows, before anything is decided about them.
+
+Every parameter is in exactly one row: a stack of expert matrices in one of its own, any other with
+the module that owns it. A parameter that two modules share is counted where it is met first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from llmslim.anatomy.module_kinds import nature
+from llmslim.anatomy.sites import Site
+from llmslim.modeling.experts import Experts
+from llmslim.modeling.structured import StructuredLinear
+from llmslim.report.report import Kind, Row
+
+_ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts")
+"""What configs call the number of experts that a token goes through."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row, and what a decision about it needs to know."""
+
+    row: Row
+    """As the model is now: everything kept, with its nature for a reason."""
+    site: Site | None
+    element_size: int
+    """Bytes of one parameter; 0 where all are another row's."""
+    tied_to: str
+    """The row that counts what is shared, if anything is."""
+
+
+def entries(model: Any, sites: Mapping[str, Site], fixed: Mapping[str, str]) -> Iterator[Entry]:
+    """Yield the row of every parameter of a model, in its order.
+
+    Args:
+        model: a causal language model, on any device.
+        sites: what can be exchanged, experts included, by name.
+        fixed: dense maps that cannot be, and why, by name.
+    """
+    owners: dict[int, str] = {}
+    products: dict[str, int] = {}
+    head = model.get_output_embeddings()
+    slim = (getattr(model.config, "llmslim", None) or {}).get("sites", {})
+    blocks = tuple(f"{name}." for name, spec in slim.items() if spec["structure"] == Experts.name)
+    for name, module in model.named_modules():
+        is_block = isinstance(module, StructuredLinear) or f"{name}.".startswith(blocks)
+        for part, parameters in _parts(name, module, sites):
+            own = [p for p in parameters.values() if id(p) not in owners]
+            tied_to = next((owners[id(p)] for p in parameters.values() if id(p) in owners), "")
+            owners |= {id(p): part for p in own}
+            site = sites.get(part)
+            kind = _kind(module, is_head=module is head, is_dense=bool(site) or is_block)
+            reason = ""
+            if site is None:
+                reason = "a block already" if is_block else fixed.get(part, "")
+                reason = reason or nature(module, parameters)
+            # A tied map multiplies all the same.
+            flops = 0 if own else products.get(tied_to, 0)
+            if site or is_block:
+                weights = sum(p.numel() for leaf, p in parameters.items() if leaf != "bias")
+                flops = 2 * weights * active_experts(model.config, site) // max(1, _stack(site))
+            products[part] = flops
+            count = sum(p.numel() for p in own)
+            size = sum(p.numel() * p.element_size() for p in own)
+            row = Row(
+                name=part or "(model)",
+                kind=kind,
+                action="kept",
+                reason=reason,
+                in_features=site.in_features if site else None,
+                out_features=site.out_features if site else None,
+                params_before=count,
+                params_after=count,
+                bytes_before=size,
+                bytes_after=size,
+                flops_per_token_before=flops,
+                flops_per_token_after=flops,
+            )
+            yield Entry(row, site, own[0].element_size() if own else 0, tied_to)
+
+
+def active_experts(config: Any, site: Site | None) -> int:
+    """Return how many of a site's matrices one token goes through; 1 for a module."""
+    experts = _stack(site)
+    if site is None or not experts or "shared" in site.name:
+        return max(1, experts)
+    text = config.get_text_config()
+    told = [value for name in _ACTIVE if isinstance(value := getattr(text, name, None), int)]
+    return min(experts, *told) if told else experts
+
+
+def _parts(
+    name: str, module: nn.Module, sites: Mapping[str, Site]
+) -> Iterator[tuple[str, dict[str, nn.Parameter]]]:
+    """Yield a module's own parameters: stacks of experts one by one, the others together."""
+    rest = {leaf: p for leaf, p in module._parameters.items() if p is not None}
+    stacks = {f"{name}.{leaf}": leaf for leaf in rest if f"{name}.{leaf}" in sites}
+    for part, leaf in stacks.items():
+        yield part, {leaf: rest.pop(leaf)}
+    if rest:
+        yield name, rest
+
+
+def _kind(module: nn.Module, *, is_head: bool, is_dense: bool) -> Kind:
+    if is_head:
+        return "head"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    return "projection" if is_dense else "other"
+
+
+def _stack(site: Site | None) -> int:
+    return site.experts if site else 0

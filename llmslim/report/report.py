@@ -1,0 +1,187 @@
+"""The coverage ledger: one row for every module that owns parameters, and their totals.
+
+A `Report` is numbers only. Text, Markdown, CSV and JSON are views of it (`llmslim.report`);
+none of them counts anything again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from llmslim.errors import CheckpointError
+
+FORMAT = 1
+
+_COUNTS = (
+    *("params_before", "params_after", "bytes_before", "bytes_after"),
+    *("flops_per_token_before", "flops_per_token_after"),
+)
+
+Action = Literal["replaced", "kept", "unmatched", "tied", "dropped"]
+Kind = Literal["projection", "embedding", "head", "other"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What becomes of one module of the source model."""
+
+    name: str
+    """Dotted name in the source model."""
+    kind: Kind
+    """`projection` (a dense map inside), `embedding`, `head` (output embedding), `other`."""
+    action: Action
+    """`replaced` by a block, `kept` by a rule or by its nature, `unmatched` by any rule, `tied` to
+    another row that counts the parameters, `dropped` with its layer."""
+    reason: str = ""
+    """Why, where the action alone does not say."""
+    structure: str | None = None
+    """Name of the block's structure, for replaced rows."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """The block's resolved options."""
+    in_features: int | None = None
+    """Input size before, for rows that are dense maps."""
+    out_features: int | None = None
+    """Output size before, for rows that are dense maps."""
+    params_before: int = 0
+    params_after: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
+    flops_per_token_before: int = 0
+    """Two per weight of a dense map; lookups, norms and attention scores are not counted."""
+    flops_per_token_after: int = 0
+    init_error: float | None = None
+    """Relative squared error of the block against the dense map, once fitted."""
+    role: str = ""
+    """What a projection is in its decoder layer, as recipes name it; empty where it has none."""
+
+    @property
+    def counts_as_embedding(self) -> bool:
+        """Whether the row is left out of non-embedding totals."""
+        return self.kind in ("embedding", "head")
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over the rows."""
+
+    params_before: int
+    params_after: int
+    non_embedding_before: int
+    """Without token and position embeddings and the output head."""
+    non_embedding_after: int
+    bytes_before: int
+    bytes_after: int
+    flops_per_token_before: int
+    flops_per_token_after: int
+
+    @classmethod
+    def of(cls, rows: tuple[Row, ...]) -> Totals:
+        """Add up rows."""
+        inner = [row for row in rows if not row.counts_as_embedding]
+        return cls(
+            params_before=sum(row.params_before for row in rows),
+            params_after=sum(row.params_after for row in rows),
+            non_embedding_before=sum(row.params_before for row in inner),
+            non_embedding_after=sum(row.params_after for row in inner),
+            bytes_before=sum(row.bytes_before for row in rows),
+            bytes_after=sum(row.bytes_after for row in rows),
+            flops_per_token_before=sum(row.flops_per_token_before for row in rows),
+            flops_per_token_after=sum(row.flops_per_token_after for row in rows),
+        )
+
+    @property
+    def kept_ratio(self) -> float:
+        """Share of the non-embedding parameters that is left; 1.0 where there were none."""
+        before = self.non_embedding_before
+        return self.non_embedding_after / before if before else 1.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a recipe makes of a model, module by module."""
+
+    model: str
+    """Name or path of the source model."""
+    recipe: str
+    """Name of the recipe."""
+    rows: tuple[Row, ...]
+    problems: tuple[str, ...] = ()
+    """Notes a reader must see, one sentence each; empty when all went as asked."""
+    fitted_to: str = ""
+    """The text that blocks were fitted to, in words; empty where there was none."""
+
+    @property
+    def totals(self) -> Totals:
+        """Sums over the rows, added up each time: they cannot disagree with them."""
+        return Totals.of(self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON values; the shape is stable within one `format`."""
+        return {
+            "format": FORMAT,
+            "model": self.model,
+            "recipe": self.recipe,
+            "totals": asdict(self.totals),
+            "rows": [asdict(row) for row in self.rows],
+            "fitted_to": self.fitted_to,
+            "problems": list(self.problems),
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], *, where: str = "report") -> Report:
+        """Read back what `to_dict` wrote.
+
+        Args:
+            data: JSON values.
+            where: the file, for messages.
+
+        Raises:
+            CheckpointError: if it is not such a report, or its totals are not the rows' sums.
+        """
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            found = data.get("format") if isinstance(data, dict) else type(data).__name__
+            raise CheckpointError(f"{where}: report format {found!r}; this version reads {FORMAT}.")
+        known = {f.name for f in fields(Row)}
+        try:
+            rows = tuple(
+                Row(**{key: value for key, value in row.items() if key in known})
+                for row in data["rows"]
+            )
+            fitted_to = data.get("fitted_to", "")  # newer than the format
+            report = cls(data["model"], data["recipe"], rows, tuple(data["problems"]), fitted_to)
+            wrong = next(_misread(report), None)
+            if wrong is not None:
+                raise CheckpointError(
+                    f"{where}: not a llmslim report ({wrong}). Take the file as llmslim wrote it."
+                )
+            totals_agree = asdict(report.totals) == data["totals"]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{where}: not a llmslim report ({error}).") from error
+        if not totals_agree:
+            raise CheckpointError(f"{where}: its totals are not the sums of its rows.")
+        return report
+
+
+def _misread(report: Report) -> Iterator[str]:
+    """Yield what in a report that was read is not of its type."""
+    for key in ("model", "recipe", "fitted_to"):
+        if not isinstance(getattr(report, key), str):
+            yield f"its {key} is no text"
+    if not all(isinstance(problem, str) for problem in report.problems):
+        yield "its problems are no sentences"
+    for number, row in enumerate(report.rows):
+        good = (
+            isinstance(row.name, str)
+            and isinstance(row.reason, str)
+            and row.kind in get_args(Kind)
+            and row.action in get_args(Action)
+            and isinstance(row.structure, str | None)
+            and isinstance(row.options, dict)
+            and all(type(n) is int or n is None for n in (row.in_features, row.out_features))
+            and all(type(getattr(row, key)) is int for key in _COUNTS)
+            and isinstance(row.init_error, float | int | None)
+        )
+        if not good:
+            yield f"rows[{number}] is no row of it"

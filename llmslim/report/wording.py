@@ -1,0 +1,138 @@
+"""How numbers, options and shapes are written; shared by every view that a person reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmslim.errors import printable
+from llmslim.report.report import Report, Row, Totals
+
+from .lines import Line
+
+_SHORT_OPTIONS = {"groups": "G", "rank": "r"}
+_BARE_OPTIONS = ("variant", "activation")
+plain = printable  # a report may come from anyone
+
+
+def short(number: int) -> str:
+    """Write a count in three digits.
+
+    Example:
+        >>> short(576), short(26_542_080), short(3_624_078_336), short(999_999)
+        ('576', '26.5M', '3.62B', '1.00M')
+    """
+    if number < 1000:
+        return str(number)
+    scaled, suffix = number / 1000, "k"
+    for larger in ("M", "B", "T"):
+        if scaled < 999.5:
+            break
+        scaled, suffix = scaled / 1000, larger
+    digits = 2 if scaled < 9.995 else 1 if scaled < 99.95 else 0
+    return f"{scaled:.{digits}f}{suffix}"
+
+
+def size(count: int) -> str:
+    """Write a number of bytes in the unit that suits it.
+
+    Example:
+        >>> size(512), size(269 * 2**20), size(7 * 2**30)
+        ('512 B', '269.0 MiB', '7.00 GiB')
+    """
+    if count < 1 << 10:
+        return f"{count} B"
+    if count < 1 << 20:
+        return f"{count / (1 << 10):.1f} KiB"
+    if count < 1 << 30:
+        return f"{count / (1 << 20):.1f} MiB"
+    return f"{count / (1 << 30):.2f} GiB"
+
+
+def percent(after: int, before: int, digits: int = 1) -> str:
+    """Write what is left of `before`; a dash where there was nothing.
+
+    Example:
+        >>> percent(1, 3), percent(654_511_104, 3_624_078_336, 2), percent(0, 0)
+        ('33.3 %', '18.06 %', '-')
+    """
+    return f"{100 * after / before:.{digits}f} %" if before else "-"
+
+
+def structure(row: Row) -> str:
+    """Write a row's block with its options, or why there is none.
+
+    Example:
+        >>> options = {"groups": 4, "variant": "io"}
+        >>> structure(Row("up", "projection", "replaced", "", "grouped_pointwise", options))
+        'grouped_pointwise io G=4'
+    """
+    if row.action == "dropped":  # the word and the name say all
+        return ""
+    if row.structure is None:
+        return plain(row.reason)
+    block = " ".join([row.structure, *_options(row.options)])
+    return plain(f"{block}; {row.reason}" if row.reason else block)
+
+
+def _options(options: dict[str, Any]) -> list[str]:
+    given = {name: value for name, value in options.items() if value is not None}
+    bare = [str(given[name]) for name in _BARE_OPTIONS if name in given]
+    rest = [
+        f"{_SHORT_OPTIONS.get(name, name)}={value}"
+        for name, value in given.items()
+        if name not in _BARE_OPTIONS
+    ]
+    return bare + rest
+
+
+def shape(row: Row) -> str:
+    """Write out x in, as `nn.Linear.weight` has it; empty for rows that are no dense map."""
+    if row.in_features is None or row.out_features is None:
+        return ""
+    return f"{row.out_features}x{row.in_features}"
+
+
+def error(line: Line) -> str:
+    """Write a line's fitting error, as a span where its rows differ.
+
+    Example:
+        >>> rows = [Row("up", "projection", "replaced", init_error=e) for e in (0.2, 0.452)]
+        >>> error(Line("up", tuple(rows)))
+        '0.200-0.452'
+    """
+    if line.init_errors is None:
+        return ""
+    least, largest = (f"{value:.3f}" for value in line.init_errors)
+    return least if least == largest else f"{least}-{largest}"
+
+
+def mean_error(line: Line) -> str:
+    """Write the mean of a line's fitting errors, where a span would take too much room."""
+    errors = [row.init_error for row in line.rows if row.init_error is not None]
+    return f"{sum(errors) / len(errors):.3f}" if errors else ""
+
+
+def title(report: Report) -> str:
+    """Return the report's headline."""
+    totals = report.totals
+    kept = percent(totals.non_embedding_after, totals.non_embedding_before, 2)
+    names = plain(f"{report.model or 'model'} with {report.recipe}")
+    return f"{names}: {kept} of the non-embedding parameters"
+
+
+def fitted_to(report: Report) -> str:
+    """Return a sentence on the text that blocks were fitted to."""
+    return f"Fitted to {plain(report.fitted_to)}."
+
+
+def totals_table(totals: Totals) -> list[tuple[str, str, str, str]]:
+    """Return the totals as rows of what, before, after and share kept."""
+    exact = ("parameters", totals.params_before, totals.params_after)
+    inner = ("non-embedding", totals.non_embedding_before, totals.non_embedding_after)
+    flops = totals.flops_per_token_before, totals.flops_per_token_after
+    held = totals.bytes_before, totals.bytes_after
+    return [
+        *((what, f"{a:,}", f"{b:,}", percent(b, a, 2)) for what, a, b in (exact, inner)),
+        ("bytes", size(held[0]), size(held[1]), percent(held[1], held[0], 2)),
+        ("flops per token", short(flops[0]), short(flops[1]), percent(flops[1], flops[0], 2)),
+    ]
