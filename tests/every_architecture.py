@@ -392,8 +392,8 @@ def fit_to_text(model: Any) -> None:
     text = fitting.TokenWindows(windows[:4], windows[4:])
     dense, inside = logits(model), f"{find_layers(model).path}.*"
     rule = {"match": inside, "structure": "low_rank", "keep_ratio": 0.5}
-    fitting = Recipe.of({"name": "fit", "init": "least_squares", "replace": [rule]})
-    report = fitting.rewrite(model, planning.plan(model, fitting), calibration=text)
+    recipe = Recipe.of({"name": "fit", "init": "least_squares", "replace": [rule]})
+    report = fitting.rewrite(model, planning.plan(model, recipe), calibration=text)
     errors = [row.init_error for row in report.rows if row.action == "replaced"]
     assert errors
     # Of what the text never reaches, nothing is measured.

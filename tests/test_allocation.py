@@ -32,8 +32,8 @@ AUTO_MLP: dict[str, Any] = {"match": "*.mlp.*", "structure": "auto"}
 @pytest.fixture(autouse=True)
 def in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run layers in float32 whatever the processor is fast at."""
-    for module in ("sequential", "allocation"):
-        monkeypatch.setattr(f"llmslim.surgery.{module}.fast_type", lambda *_: None)
+    for module in ("layerwise", "allocate"):
+        monkeypatch.setattr(f"llmslim.fitting.{module}.fast_type", lambda *_: None)
 
 
 def weights_of(report: Any, ending: str = "") -> tuple[int, int]:

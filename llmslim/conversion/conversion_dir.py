@@ -17,7 +17,6 @@ kill, leaves it for `resume`.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -32,9 +31,9 @@ import transformers
 from llmslim.data import Windows
 from llmslim.errors import CheckpointError, SlimError, UnfinishedError
 from llmslim.recipe import recipe_yaml
+from llmslim.report.read import read_report
 from llmslim.report.report import Report
 from llmslim.storage import (
-    REPORT,
     RunDir,
     disk_problem,
     input_files,
@@ -103,9 +102,8 @@ class ConversionDir(RunDir):
         if not data.get("finished") or not key.items() <= data["key"].items():
             return None
         try:
-            report = json.loads((self.target / REPORT).read_text(encoding="utf-8"))
-            found = Report.from_dict(report, where=str(self.target / REPORT))
-        except (OSError, ValueError, RecursionError):
+            found = read_report(self.target).report
+        except CheckpointError:
             return None
         self.discard()
         return found

@@ -84,8 +84,8 @@ def convert_streamed(
     text = read_text(request, tokenizer, pieces.model) if plan.needs_calibration else None
     key, streams = key_of(request, text), 0
     if text is not None:
-        fitting = text.ids.numel()
-        tokens = fitting + fitting.random_token_count(fitting) + text.held_out.numel()
+        fitted_to = text.ids.numel()
+        tokens = fitted_to + fitting.random_token_count(fitted_to) + text.held_out.numel()
         streams = most_bytes(tokens, target.model.config.get_text_config().hidden_size)
     work.check_space(target.weight_bytes, streams, resume=options.resume)
     with (

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from llmslim.anatomy.sites import dense_weight
+from llmslim.editing.plans import SitePlan
 from llmslim.errors import SlimError
 from llmslim.init import Method, Target, initialise, method_named, wide
 from llmslim.modeling.experts import Experts
 from llmslim.modeling.modeling_llmslim import set_module, site_weight
 from llmslim.modeling.structured import StructuredLinear, build
-from llmslim.planning.plan import SitePlan
 
 _MOST = (1 << 63) - 1
 """The largest seed that torch takes."""

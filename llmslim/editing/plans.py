@@ -8,9 +8,27 @@ from typing import Any
 from llmslim.anatomy.sites import Layers, Mlp
 from llmslim.init import method_named
 from llmslim.modeling.experts import Experts
-from llmslim.planning.depth import DepthPlan
 from llmslim.recipe import Recipe
 from llmslim.report.report import Report, Row
+
+Fields = dict[str, Any]
+"""Fields of a text config and their new values."""
+Attributes = dict[str, dict[str, Any]]
+"""Plain attributes of modules and their new values, by the modules' names."""
+
+
+@dataclass(frozen=True)
+class DepthPlan:
+    """How a model with fewer decoder layers is described."""
+
+    fields: Fields = field(default_factory=dict)
+    """What changes in its text config."""
+    attributes: Attributes = field(default_factory=dict)
+    """What changes with these fields outside of the layers."""
+    record: dict[str, Any] | None = None
+    """What `llmslim.depth` of its config says; None where the fields say it all."""
+    notes: tuple[str, ...] = ()
+    """Sentences for the report."""
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from llmslim.editing.blocks import empty_experts, fill_expert
+from llmslim.editing.plans import SitePlan
 from llmslim.init import GramAccumulator, Target, method_named, output_power, wide
 from llmslim.modeling.experts import Experts
 from llmslim.modeling.modeling_llmslim import set_module
-from llmslim.planning.plan import SitePlan
 
 GRAM_BYTES = 1 << 30
 """Gram matrices of experts that are gathered in one pass; where they are more, in several.

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from llmslim.anatomy.sites import Mlp, dense_weight
 from llmslim.editing.blocks import put_block, put_experts
+from llmslim.editing.plans import MlpPlan, SitePlan
 from llmslim.editing.resize import keep_neurons
 from llmslim.fitting.experts import Seen, experts_error, fit_experts, watching
 from llmslim.fitting.layer_pair import LayerOutputs, LayerPair
@@ -34,7 +35,6 @@ from llmslim.fitting.predictions import Predictions
 from llmslim.fitting.refine import refine_layer
 from llmslim.fitting.renumber import free_neurons, renumber
 from llmslim.init import GramAccumulator, Target, method_named, wide
-from llmslim.planning.plan import MlpPlan, SitePlan
 from llmslim.recipe import Refine
 
 Step = list[SitePlan] | MlpPlan

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from llmslim.anatomy.layer_calls import Extra, fast_type, record_calls, type_taken
 from llmslim.anatomy.sites import find_layers, find_mlps, find_sites
 from llmslim.editing.blocks import fill_site
+from llmslim.editing.plans import Plan
 from llmslim.fitting.calibration import early_layers, windows_per_batch, with_random_tokens
 from llmslim.fitting.layer_fit import FitContext, LayerFit
 from llmslim.fitting.layer_pair import LayerPair
@@ -26,7 +27,6 @@ from llmslim.fitting.layer_store import Fitted, LayerStore, Streams
 from llmslim.fitting.predictions import Predictions
 from llmslim.init import method_named
 from llmslim.modeling.modeling_llmslim import other_names, set_module
-from llmslim.planning.plan import Plan
 
 
 @torch.no_grad()

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from llmslim.anatomy.sites import Mlp, dense_weight
+from llmslim.editing.plans import SitePlan
 from llmslim.editing.resize import keep_neurons
 from llmslim.fitting.layer_pair import LayerPair
 from llmslim.fitting.moments import Moments, corrected_weight
 from llmslim.init import damping, learn_outputs, wide
-from llmslim.planning.plan import SitePlan
 
 
 def free_neurons(

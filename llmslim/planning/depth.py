@@ -12,7 +12,7 @@ import copy
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from llmslim.anatomy import (
     layer_operations,
 )
 from llmslim.anatomy.sites import Layers
+from llmslim.editing.plans import Attributes, DepthPlan, Fields
 from llmslim.errors import TargetError
 from llmslim.modeling.depth import (
     drop_layers,
@@ -36,25 +37,6 @@ from llmslim.modeling.depth import (
 )
 from llmslim.modeling.modeling_llmslim import base_of
 from llmslim.recipe import Recipe
-
-Fields = dict[str, Any]
-"""Fields of a text config and their new values."""
-Attributes = dict[str, dict[str, Any]]
-"""Plain attributes of modules and their new values, by the modules' names."""
-
-
-@dataclass(frozen=True)
-class DepthPlan:
-    """How a model with fewer decoder layers is described."""
-
-    fields: Fields = field(default_factory=dict)
-    """What changes in its text config."""
-    attributes: Attributes = field(default_factory=dict)
-    """What changes with these fields outside of the layers."""
-    record: dict[str, Any] | None = None
-    """What `llmslim.depth` of its config says; None where the fields say it all."""
-    notes: tuple[str, ...] = ()
-    """Sentences for the report."""
 
 
 def kept_layers(recipe: Recipe, count: int) -> tuple[int, ...]:

@@ -26,9 +26,7 @@ from llmslim.anatomy.sites import (
     find_sites,
 )
 from llmslim.editing.finalise import check_described
-from llmslim.editing.plans import MlpPlan as MlpPlan
-from llmslim.editing.plans import Plan as Plan
-from llmslim.editing.plans import SitePlan as SitePlan
+from llmslim.editing.plans import DepthPlan, Plan, SitePlan
 from llmslim.errors import SizeError, SlimError, TargetError, and_more, raise_together
 from llmslim.init import method_named, method_names
 from llmslim.modeling.base_class import auto_class_of
@@ -37,7 +35,7 @@ from llmslim.modeling.modeling_llmslim import other_names
 from llmslim.modeling.pivoted_low_rank import PivotedLowRank
 from llmslim.modeling.sizes import OptionError, StaysDense, exact_ratio
 from llmslim.modeling.structured import StructuredLinear, option_values, structure_class
-from llmslim.planning.depth import DepthPlan, check_independent, kept_layers, plan_depth
+from llmslim.planning.depth import check_independent, kept_layers, plan_depth
 from llmslim.planning.rules import AUTO, WIDTH, check_rules, init_of
 from llmslim.planning.widths import Widths, narrows, plan_widths
 from llmslim.recipe import Recipe, rules_by_name
