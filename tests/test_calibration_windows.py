@@ -17,7 +17,7 @@ from helpers_data import (
 )
 from tiny import tiny_model
 
-from llmslim.conversion.calibrate import asked_for, calibration_spec
+from llmslim.conversion.calibrate import calibration_spec, with_overrides
 from llmslim.data import calibration_windows, longest_input
 from llmslim.data.windows import OWN_TEXT
 from llmslim.errors import DataError
@@ -234,8 +234,8 @@ def test_windows_are_as_long_as_a_small_model_reads_unless_a_length_is_asked_for
 
 def test_asking_for_text_asks_for_a_fit_to_it():
     recipe = Recipe.of({"calibration": {"data": "a.txt", "seed": 3}})
-    assert asked_for(recipe, None, (), None) == (recipe, None)
-    found, init = asked_for(recipe, None, ["b.txt"], 5)
+    assert with_overrides(recipe, None, (), None) == (recipe, None)
+    found, init = with_overrides(recipe, None, ["b.txt"], 5)
     assert found.calibration is not None
     assert found.calibration.model_dump(include={"texts", "data", "tokens", "seed"}) == {
         "data": ("b.txt",),
@@ -243,4 +243,4 @@ def test_asking_for_text_asks_for_a_fit_to_it():
         "seed": 3,
     }
     assert init == "least_squares"
-    assert asked_for(recipe, "random", (), 5)[1] == "random"
+    assert with_overrides(recipe, "random", (), 5)[1] == "random"

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from llmslim.healing.order import text_digest
-from llmslim.storage.lock import locked
 from tiny import tiny_model
 
 from llmslim import __version__, api
 from llmslim.errors import CheckpointError
-from llmslim.storage import identity, model_digest, versions
+from llmslim.healing.rows import text_digest
+from llmslim.storage import model_digest, rundir, versions
+from llmslim.storage.rundir import locked
 
 
 def test_any_weight_and_any_field_of_the_config_makes_another_model() -> None:
@@ -70,7 +70,7 @@ def test_a_conversion_by_another_version_is_not_gone_on_with(
 
     with pytest.raises(KeyboardInterrupt):
         convert(progress=interrupt)
-    monkeypatch.setattr(identity, "__version__", "0.0")
+    monkeypatch.setattr(rundir, "__version__", "0.0")
     with pytest.raises(CheckpointError, match=r"version of llmslim was .* and is 0\.0"):
         convert(resume=True)
     monkeypatch.undo()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import llmslim
 from llmslim import CheckpointError, PluginError, RecipeError, SizeError, StructuredLinear, fitting
-from llmslim.fitting.apply import Calibration
+from llmslim.fitting.calibration import TokenWindows
 from llmslim.healing import objective_named, objective_names
 from llmslim.init import Target, initialise, method_named, method_names
 from llmslim.modeling.structured import build, structure_class
@@ -237,7 +237,7 @@ def test_auto_takes_a_plug_in_that_asks_to_be_tried_where_it_is_best() -> None:
     chosen = fitting.allocate(
         model,
         Recipe.of({"budget": 0.5, "replace": [rule]}),
-        Calibration(ids[:8], ids[8:]),
+        TokenWindows(ids[:8], ids[8:]),
     )
     (picked,) = chosen.replace
     assert picked.structure == "kronecker"
