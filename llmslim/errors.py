@@ -7,7 +7,7 @@
     ├── CheckpointError  (ValueError)    a folder or file that cannot be read, written or trusted
     │   └── UnfinishedError              work that was cut short and can be resumed
     ├── DataError        (ValueError)    calibration or training text
-    ├── HealingError     (RuntimeError)  training that cannot go on
+    ├── HealingError     (RuntimeError)  training that cannot continue
     └── PluginError      (ImportError)   a plug-in that is broken, or takes a name that is taken
 
 Messages follow one grammar: *where*: *what was given*; *what is allowed*. *What to do.*
@@ -34,7 +34,7 @@ class SlimError(Exception):
 
 
 class RecipeError(SlimError, ValueError):
-    """A recipe that cannot be read, or says something that is not allowed."""
+    """A recipe that cannot be read, or holds something that is not allowed."""
 
 
 class TargetError(SlimError, LookupError):
@@ -58,7 +58,7 @@ class DataError(SlimError, ValueError):
 
 
 class HealingError(SlimError, RuntimeError):
-    """Training that cannot go on."""
+    """Training that cannot continue."""
 
 
 class PluginError(SlimError, ImportError):

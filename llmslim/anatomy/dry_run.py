@@ -1,11 +1,11 @@
-"""Run a model without its weights, and note what each decoder layer computes.
+"""Run a model on the meta device and record what each decoder layer computes.
 
-Some layers look at their own index when they run. What an operation is given beside tensors (the
-number it multiplies by, the axis it sums over) and the tensors' shapes can be seen on the meta
-device; so two layers whose notes are equal compute the same with the same weights and inputs.
+Some layers use their own index when they run. The arguments of an operation beside tensors (the
+number it multiplies by, the axis it sums over) and the tensors' shapes are visible on the meta
+device, so two layers with equal records compute the same with the same weights and inputs.
 
-A few operations ask for values, which tensors on the meta device do not have. They are given an
-answer that every layer gets alike.
+A few operations need values, which tensors on the meta device do not have. They get the same answer
+in every layer.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _aten = torch.ops.aten
 
 
 class CannotRunError(Exception):
-    """This model does not run without weights; the text says why."""
+    """This model does not run without weights; the message names the reason."""
 
 
 @dataclass(frozen=True)
 class Operations:
-    """What a model computes, apart from what follows the last decoder layer."""
+    """Everything that a model computes up to the end of the last decoder layer."""
 
     before: list[Any]
     """Operations before the first layer."""
@@ -56,7 +56,7 @@ def layer_operations(
         What each operation is given beside tensors, and their shapes; comparable with `==`.
 
     Raises:
-        CannotRunError: if its code asks for more than shapes.
+        CannotRunError: if its code needs more than shapes.
     """
     layers: Any = model.get_submodule(stack)
     notes = _Notes()
@@ -89,7 +89,7 @@ def layer_operations(
 
 
 class _Notes(TorchDispatchMode):
-    """Notes operations, those in each layer and after it apart."""
+    """Records operations, separately inside each layer and after it."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -98,11 +98,11 @@ class _Notes(TorchDispatchMode):
         self._now = self.after[-1]
 
     def turn_to(self, notes: dict[int, list[Any]], index: int, *_: Any) -> None:
-        """Note what comes for another place."""
+        """Record what follows for another place."""
         self._now = notes[index]
 
     def forget(self) -> None:
-        """Begin with empty notes."""
+        """Start with empty records."""
         self.inside.clear()
         self.after.clear()
         self._now = self.after[-1]

@@ -1,9 +1,8 @@
 """Find out whether the neurons of an MLP are independent of each other.
 
-Neurons may be repeated, dropped and renumbered only where each depends on its own rows of the
-projections alone. Gemma 3n's sparse layers look at all of them to decide which are silent. The MLP
-is run without memory, and what happens between its projections is watched: every operation must
-work on each number by itself.
+Neurons may be repeated, dropped and reordered only where each depends on its own rows of the
+projections alone. Gemma 3n's sparse layers compare all of them to decide which are zero. The MLP is
+run on the meta device, and every operation between its projections must be elementwise.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_APART = {
+_ELEMENTWISE = {
     *("_to_copy", "clone", "copy_", "split", "split_with_sizes", "unbind", "cat", "stack"),
     *("glu", "native_dropout", "bernoulli", "bernoulli_"),
 }
-"""Operations on neurons that mix none, beside views, `..._like` and what torch itself marks as
-pointwise; `glu` multiplies the two halves of what a fused projection gives."""
+"""Elementwise operations beside views, `..._like` and those that torch marks as pointwise; `glu`
+multiplies the two halves of a fused projection's output."""
 
 
 def has_independent_neurons(
@@ -48,7 +47,7 @@ def has_independent_neurons(
     try:
         with torch.no_grad(), watch:
             torch.func.functional_call(mlp, empty, (hidden,))
-    except Exception:  # what else it needs, only its model knows
+    except Exception:  # it needs more than hidden states
         return True
     finally:
         for handle in handles:
@@ -57,7 +56,7 @@ def has_independent_neurons(
 
 
 class _Watch(TorchDispatchMode):
-    """Watches operations on the outputs of some projections, until another one reads them."""
+    """Watches operations on the outputs of projections until another projection reads them."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -66,11 +65,11 @@ class _Watch(TorchDispatchMode):
         self._ended = False
 
     def mark(self, output: Tensor) -> None:
-        """Take a tensor for neurons."""
+        """Treat a tensor as neurons."""
         self._neurons.append(output)
 
     def end(self) -> None:
-        """Watch no longer."""
+        """Stop watching."""
         self._ended = True
 
     def __torch_dispatch__(
@@ -81,14 +80,14 @@ class _Watch(TorchDispatchMode):
         given = [*args, *(kwargs or {}).values()]
         flat = [each for one in given for each in (one if isinstance(one, list | tuple) else [one])]
         if not self._ended and any(each is known for each in flat for known in self._neurons):
-            if not _keeps_apart(func):
+            if not _is_elementwise(func):
                 self.mixed = True
             outputs = output if isinstance(output, list | tuple) else [output]
             self._neurons += [each for each in outputs if isinstance(each, Tensor)]
         return output
 
 
-def _keeps_apart(func: Any) -> bool:
+def _is_elementwise(func: Any) -> bool:
     name = func.overloadpacket.__name__
-    known = func.is_view or name in _APART or name.endswith("_like")
+    known = func.is_view or name in _ELEMENTWISE or name.endswith("_like")
     return known or torch.Tag.pointwise in func.tags

@@ -51,7 +51,7 @@ def importance(stream: Tensor) -> Tensor:
 
 
 class _Stop(Exception):  # noqa: N818  (a way out of a forward pass, no error)
-    """Leaves a forward pass once everything wanted was seen."""
+    """Ends a forward pass once everything was recorded."""
 
 
 Extra = tuple[tuple[Any, ...], dict[str, Any]]
@@ -60,7 +60,7 @@ Extra = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass
 class Calls:
-    """What a model hands to its decoder layers."""
+    """The arguments that a model passes to its decoder layers."""
 
     hidden: list[Tensor] = field(default_factory=list)
     """Input of the first layer, (N, L, D) for each batch."""
@@ -70,7 +70,7 @@ class Calls:
 
 @torch.no_grad()
 def record_calls(model: Any, layers: Sequence[nn.Module], batches: list[Tensor]) -> Calls:
-    """Return what each decoder layer is called with; of the layers, only the first is run.
+    """Return the arguments of each decoder layer; only the first layer is really run.
 
     Args:
         model: a causal language model; its head is not reached.
@@ -84,7 +84,7 @@ def record_calls(model: Any, layers: Sequence[nn.Module], batches: list[Tensor])
     try:
         return _Recording(model, layers, batches[0]).of(batches)
     except torch.OutOfMemoryError:
-        raise  # says nothing about the model
+        raise  # no property of the model
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         why = f"its layers cannot be run one by one ({type(error).__name__}: {error})"
         raise TargetError(_unfit(model, why)) from error
@@ -98,7 +98,7 @@ def _unfit(model: nn.Module, why: str) -> str:
 
 
 class _Recording:
-    """Stand-ins for decoder layers that note what they are called with.
+    """Stand-ins for decoder layers that record their arguments.
 
     Args:
         model: a causal language model.
@@ -113,9 +113,9 @@ class _Recording:
         self._form = _form(model, layers, batch)
         self._calls = Calls(extras=[[] for _ in layers])
         self._next = 0
-        """The layer whose turn it is."""
+        """The layer that is expected to run next."""
         self._given: Tensor | None = None
-        """What the layer before it is taken to return."""
+        """The output that the layer before it stands for."""
 
     def of(self, batches: list[Tensor]) -> Calls:
         """Run the model on batches; return what its layers are called with.
@@ -152,7 +152,7 @@ class _Recording:
         return forward
 
     def _check(self, index: int, hidden: Tensor, others: Sequence[Any]) -> None:
-        """Refuse what a layer is given if the layers before it have more to do with it.
+        """Refuse a layer's inputs if earlier layers pass it more than hidden states.
 
         Raises:
             TargetError: if they have.
@@ -230,19 +230,23 @@ def _form(model: nn.Module, layers: Sequence[nn.Module], batch: Tensor) -> _Form
 
 
 class TailModel:
-    """What comes of hidden states in the decoder layers after some point, and in the head.
+    """The end of a model: the decoder layers from some point on, and the head.
 
     Args:
         model: a causal language model.
         layers: its decoder layers, in order.
         ids: token ids of some text, (N, L).
-        gone: layers that are taken out of the model, by index.
+        dropped: layers that are left out, by index.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[nn.Module], ids: Tensor, gone: Iterable[int] = ()
+        self,
+        model: nn.Module,
+        layers: Sequence[nn.Module],
+        ids: Tensor,
+        dropped: Iterable[int] = (),
     ) -> None:
-        self._model, self._layers, self._gone = model, layers, frozenset(gone)
+        self._model, self._layers, self._dropped = model, layers, frozenset(dropped)
         with torch.no_grad():
             self._form = _form(model, layers, ids)
 
@@ -266,7 +270,7 @@ class TailModel:
             for index, layer in enumerate(self._layers):
                 if index < start:
                     forward = lambda *_args, **_kwargs: answer  # noqa: E731
-                elif index in self._gone:
+                elif index in self._dropped:
                     forward = self._pass_on
                 else:
                     continue

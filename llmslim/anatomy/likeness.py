@@ -62,7 +62,7 @@ def first_difference(one: nn.Module, other: nn.Module) -> str:
 def differences(
     where: str, one: nn.Module, other: nn.Module, *, attributes: bool = True
 ) -> Iterator[str]:
-    """Yield what two modules would compute differently, apart from the modules inside them.
+    """Yield what two modules would compute differently, without the modules inside them.
 
     Args:
         where: their name, for the sentences.
@@ -120,7 +120,7 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def _equal(a: Any, b: Any, known: _Known) -> bool:
-    """Return whether two attributes are equal; what is neither plain nor made of plain ones is."""
+    """Return whether two attributes are equal; those that are no plain data always are."""
     if isinstance(a, PreTrainedConfig) and isinstance(b, PreTrainedConfig):
         pair = id(a), id(b)
         if pair not in known:
@@ -149,13 +149,13 @@ def _closed_over(function: FunctionType) -> list[Any]:
 
 
 def _fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return what a config says, and what configs inside it say."""
-    said = {**config.to_dict(), "_attn_implementation": config._attn_implementation}
+    """Return the fields of a config and of the configs inside it."""
+    values = {**config.to_dict(), "_attn_implementation": config._attn_implementation}
     return {
         key: {k: v for k, v in value.items() if k not in _UNUSED_FIELDS}
         if isinstance(value, dict)
         else value
-        for key, value in said.items()
+        for key, value in values.items()
         if key not in _UNUSED_FIELDS
     }
 

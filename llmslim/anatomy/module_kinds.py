@@ -1,11 +1,12 @@
-"""Say what a parameter is for, and why a dense map cannot be exchanged for a block.
+"""Find the kind of a module's parameters, and why a dense map cannot be replaced by a block.
 
-A ledger that says "not a projection" of a tenth of a model leaves its reader to guess. The answer
-is read off class and parameter names, which transformers keeps to; no model family is listed.
+The report names the kind of everything that stays as it is: a norm, a router, a position table.
+Kinds follow from class and parameter names, which transformers uses consistently; no model family
+is listed.
 
-A dense map can be exchanged only where it is called. Some architectures read its weight themselves
-(fused kernels, torch's own MultiheadAttention), which is found in their compiled methods; some
-derive from `nn.Linear` and compute something else, which is found by trying.
+A dense map can be replaced only where it is called. Some architectures read its weight themselves
+(fused kernels, torch's MultiheadAttention), which is found in their compiled methods; some classes
+derive from `nn.Linear` and compute something else, which is found by running them.
 
 Shapes: I = in_features, O = out_features.
 """
@@ -37,7 +38,7 @@ _BY_CLASS = (
     (_RECURRENCE, "parameters of a recurrence"),
     (r"hyper", "mixes the residual streams"),
 )
-"""Patterns of class names, lower case, and what such a module's own parameters are."""
+"""Patterns of class names, in lower case, and the kind of such a module's parameters."""
 _BY_PARAMETER = (
     (r"pos|position", "a position table"),
     (r"a_log|dt_|time_|decay", "parameters of a recurrence"),
@@ -45,16 +46,16 @@ _BY_PARAMETER = (
 )
 
 
-def nature(module: nn.Module, parameters: dict[str, nn.Parameter]) -> str:
-    """Return what parameters are that are no dense map.
+def module_kind(module: nn.Module, parameters: dict[str, nn.Parameter]) -> str:
+    """Return the kind of parameters that are no dense map.
 
     Args:
-        module: what holds them.
-        parameters: some of its own, by their names in it.
+        module: the module that holds them.
+        parameters: some of its parameters, by their names in it.
 
     Example:
         >>> norm = nn.LayerNorm(4)
-        >>> nature(norm, dict(norm.named_parameters()))
+        >>> module_kind(norm, dict(norm.named_parameters()))
         'a norm'
     """
     name = type(module).__name__
@@ -74,13 +75,13 @@ def nature(module: nn.Module, parameters: dict[str, nn.Parameter]) -> str:
             return what
     if all(max(p.shape, default=1) == p.numel() for p in parameters.values()):
         return "scales or biases"
-    return f"{name} multiplies with it in a way of its own"
+    return f"{name} multiplies with it in its own way"
 
 
 def mixes_tokens(module: nn.Module) -> bool:
-    """Return whether a module is attention, or what chooses its tokens, or a recurrence."""
+    """Return whether a module is attention, an indexer of attention, or a recurrence."""
     name = type(module).__name__.lower()
-    # Of a model whose name sounds like a recurrence: RecurrentGemmaMlp, RwkvFeedForward.
+    # MLPs of models whose names match: RecurrentGemmaMlp, RwkvFeedForward.
     return not _is_mlp(module) and re.search(_MIXERS, name) is not None
 
 
@@ -106,7 +107,7 @@ def token_mixer(modules: dict[str, nn.Module], name: str, top: str) -> str | Non
         leaf = re.sub(r"(\.\d+)+$", "", outer).rpartition(".")[2]
         named = mixes_tokens(module) or (outer != top and re.fullmatch(_ATTENTION_LEAF, leaf))
         inner = (each for each in module.modules() if each is not module)
-        # A decoder layer may be called after the kind of attention in it, and holds an MLP, too.
+        # A decoder layer may be named after its kind of attention, and holds an MLP as well.
         holds = any(map(mixes_tokens if outer == top else _is_mlp, inner)) if named else False
         if named and not holds:
             found = outer
@@ -118,7 +119,7 @@ def is_recurrent(mixer: nn.Module, families: Iterable[str]) -> bool:
 
     Args:
         mixer: a module that mixes tokens.
-        families: what transformers calls the model's types; no class is what its model is called.
+        families: the model types; class names begin with them, which says nothing of the class.
     """
     name = type(mixer).__name__.lower()
     for family in families:
@@ -132,7 +133,7 @@ def is_recurrent(mixer: nn.Module, families: Iterable[str]) -> bool:
     )
 
 
-def beside_the_map(modules: dict[str, nn.Module], name: str, top: str) -> bool:
+def serves_router_or_norm(modules: dict[str, nn.Module], name: str, top: str) -> bool:
     """Return whether a dense map serves a router or a norm, not the hidden states."""
     classes = [type(modules[outer]).__name__.lower() for outer in _around(name, top)]
     return any(re.search(rf"{_ROUTER}|(?<!attention)norm$", each) for each in classes[:-1])
@@ -150,7 +151,7 @@ def _around(name: str, top: str) -> Iterator[str]:
 def is_dense_map(cls: Any) -> bool:
     """Return whether a class computes what `nn.Linear` does.
 
-    A subclass with a `forward` of its own is tried on a small example.
+    A subclass that overrides `forward` is tried on a small example.
     """
     return issubclass(cls, nn.Linear) and (cls.forward is nn.Linear.forward or _multiplies(cls))
 
@@ -166,14 +167,14 @@ def _multiplies(cls: Any) -> bool:
     with torch.no_grad():
         try:
             y = module(x)
-        except Exception:  # whatever else it needs, it is no plain dense map
+        except Exception:  # it needs something else: no plain dense map
             return False
         right = nn.functional.linear(x, weight, bias)
     return isinstance(y, torch.Tensor) and y.shape == right.shape and torch.allclose(y, right)
 
 
 def obstacle(modules: dict[str, nn.Module], name: str, choices: dict[str, int]) -> str | None:
-    """Return why a dense map must stay as it is, None if it need not.
+    """Return why a dense map must stay as it is, None if it can be replaced.
 
     Args:
         modules: all modules of the model by name.
@@ -194,7 +195,7 @@ def obstacle(modules: dict[str, nn.Module], name: str, choices: dict[str, int]) 
 
 @functools.cache
 def _reads(cls: Any) -> frozenset[tuple[str, ...]]:
-    """Return the children whose weight a class's methods read by themselves, by their paths."""
+    """Return the paths of children whose weight a class's methods read without calling them."""
     found: set[tuple[str, ...]] = set()
     last = PreTrainedModel if issubclass(cls, PreTrainedModel) else nn.Module
     for base in cls.__mro__[: cls.__mro__.index(last)]:
@@ -207,8 +208,8 @@ def _reads(cls: Any) -> frozenset[tuple[str, ...]]:
 
 def _weights_read(code: CodeType) -> set[tuple[str, ...]]:
     """Return every path of names in `x.path.weight`."""
-    # Where tensor parallelism in training is imitated, weights are read in slices; the default is
-    # the other branch, which calls the module.
+    # Weights are read in slices only where tensor parallelism is imitated; by default the module is
+    # called.
     if "pretraining_tp" in code.co_names:
         return set()
     found: set[tuple[str, ...]] = set()

@@ -1,12 +1,11 @@
-"""Find what each projection is in its decoder layer, from the structure of the model.
+"""Find the role of each projection in its decoder layer, from the structure of the model.
 
-No model family is listed. What stands in a module that mixes tokens is attention, or a recurrence
-and its like; the rest of a layer is an MLP where sizes fit (`sites.find_groups`), and of those
-with neurons for each expert, experts. Names decide only what sizes leave open: q from k, gate from
-up, shared experts from the others.
+No model family is listed. A projection inside a module that mixes tokens belongs to attention
+or a recurrence; the others of a layer belong to an MLP where their sizes fit (`sites.find_groups`),
+or to experts. Names decide only what sizes leave open: q or k, gate or up, shared or routed experts.
 
-Only the decoder's layers have roles, never an encoder of images or sound, nor what leads from it
-to the decoder. A projection that fits nothing, such as a router's or an adapter's, has none.
+Only the decoder's layers have roles; encoders of images or sound, and what connects them to the
+decoder, have none. Neither has a projection that fits nothing, such as a router's or an adapter's.
 
 Shapes: D = hidden size.
 """
@@ -19,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from llmslim.anatomy.module_kinds import beside_the_map, is_recurrent, token_mixer
+from llmslim.anatomy.module_kinds import is_recurrent, serves_router_or_norm, token_mixer
 from llmslim.anatomy.sites import (
     Group,
     Site,
@@ -37,7 +36,7 @@ from llmslim.modeling.structured import StructuredLinear
 
 _LETTERS = {"query": "q", "key": "k", "value": "v", "out": "o", "output": "o"}
 _ANONYMOUS = r"\d+|weight|linear|dense|proj|layer"
-"""Names of modules that say nothing of what they are: those around them do."""
+"""Names without meaning; the name of the module around them decides."""
 
 
 def find_roles(model: Any) -> dict[str, str]:
@@ -56,7 +55,7 @@ def find_roles(model: Any) -> dict[str, str]:
 
 
 def _by_layer(model: Any, modules: dict[str, nn.Module]) -> dict[str, list[Site]]:
-    """Return the maps of every decoder layer, blocks and what cannot be exchanged included."""
+    """Return the maps of every decoder layer, with blocks and maps that cannot be replaced."""
     stacks = _stacks(model, modules)
     by_layer: dict[str, list[Site]] = defaultdict(list)
     for site in _every_map(model, modules):
@@ -121,7 +120,7 @@ class _Layer:
         mixers: dict[str, list[Site]] = defaultdict(list)
         rest: list[Site] = []
         for site in self.sites:
-            if beside_the_map(self.modules, site.name, self.top):
+            if serves_router_or_norm(self.modules, site.name, self.top):
                 continue
             mixer = token_mixer(self.modules, site.name, self.top)
             (rest if mixer is None else mixers[mixer]).append(site)
@@ -139,7 +138,7 @@ class _Layer:
         if "o" not in parts.values():
             writers = [site for site in silent if site.out_features == self.hidden]
             parts |= {site.name: "o" for site in writers[-1:]}
-        # What reads the hidden states and is left over makes what the others do not.
+        # The one reader of the hidden states that is left makes what the others do not.
         readers = [
             site for site in silent if site.in_features == self.hidden and not parts[site.name]
         ]
@@ -154,7 +153,7 @@ class _Layer:
         }
 
     def _letters(self, mixer: str, name: str) -> str:
-        """Return which of q, k, v and o a name speaks of; '-' for something else, '' for none."""
+        """Return which of q, k, v and o a name means; '-' for something else, '' for none."""
         inner = name[len(mixer) + 1 :].split(".")
         while len(inner) > 1 and re.fullmatch(_ANONYMOUS, inner[-1]):
             inner.pop()
@@ -186,17 +185,17 @@ class _Layer:
         stacked = find_groups(self.top, [site for site in sites if site.experts], None)
         experts = [group for group in stacked if not self._is_shared(group)]
         dense = find_groups(self.top, [site for site in sites if not site.experts], self.hidden)
-        # Each expert a module of its own.
+        # Experts that are one module each.
         single = [
             group
             for group in dense
             if "expert" in group.holder[len(self.top) :] and not self._is_shared(group)
         ]
         blocks = [self._around_experts(group) for group in (*experts, *single)]
-        # What only leads the hidden states to the experts and back.
+        # Projections that only lead the hidden states to the experts and back.
         inner = {group.down.out_features for group in experts} - {self.hidden}
         others = [g for g in dense if g not in single and g.down.in_features not in inner]
-        # A stack whose sizes do not tell what it is, is still of experts.
+        # A stack is of experts even where its sizes do not fit.
         found = {
             site.name: "shared_experts" if "shared" in site.name[len(self.top) :] else "experts"
             for site in sites
@@ -210,7 +209,7 @@ class _Layer:
             )
             found |= _parts("shared_experts" if shared else "mlp", group)
             if group.holder != self.top:
-                # What else such a module multiplies with, as RWKV's gate on what is written.
+                # Other projections of the same module, such as RWKV's gate.
                 beside = {s.name for s in sites if s.name.rpartition(".")[0] == group.holder}
                 found = {name: "mlp" for name in beside if not blocks} | found
         return found
@@ -231,7 +230,7 @@ def _parts(whole: str, group: Group) -> dict[str, str]:
     single = [site.name for site in group.up if site.out_features == width]
     fused = {site.name for site in group.up} - set(single)
     found |= dict.fromkeys(fused, f"{whole}.gate_up")
-    # As nearly all declare them, the gate comes first where no name tells.
+    # Nearly all declare the gate first; so it is where no name decides.
     gates = [name for name in single if "gate" in name.rpartition(".")[2]] or single[:1]
     for name in single:
         gate = len(single) > 1 and name in gates

@@ -1,9 +1,9 @@
-"""Find a model's dense maps, its decoder layers and its MLPs, whatever the architecture calls them.
+"""Find a model's dense maps, decoder layers and MLPs in any architecture.
 
-Nothing here knows a model family by name. A site is a module that is a dense map (`nn.Linear`, or
-GPT-2's transposed `Conv1D`), or a parameter that stacks one for each expert; the decoder layers are
-the module list as long as the config says; an MLP is a group of sites in one layer whose
-sizes fit each other.
+No model family is listed. A site is a module that is a dense map (`nn.Linear`, or GPT-2's
+transposed `Conv1D`), or a parameter that stacks one for each expert; the decoder layers are the
+module list whose length is the config's number of layers; an MLP is a group of sites in one layer
+whose sizes fit each other.
 
 Shapes: E = experts, I = in_features, O = out_features, M = neurons, D = hidden size.
 """
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llmslim.anatomy.elementwise import has_independent_neurons
-from llmslim.anatomy.module_kinds import beside_the_map, is_dense_map, obstacle, token_mixer
+from llmslim.anatomy.module_kinds import is_dense_map, obstacle, serves_router_or_norm, token_mixer
 from llmslim.errors import TargetError
 from llmslim.modeling.experts import Experts
 
@@ -82,7 +82,7 @@ class Mlp:
     fused: bool
     """Whether `up` is one site that holds gate and up, one after the other."""
     follow: tuple[tuple[str, str], ...] = ()
-    """Attributes that say how many neurons there are, where the config says so: module and name."""
+    """Attributes that hold the number of neurons, where it follows the config: module and name."""
 
 
 def as_site(name: str, module: nn.Module) -> Site | None:
@@ -97,7 +97,7 @@ def as_site(name: str, module: nn.Module) -> Site | None:
 
 
 def find_sites(model: nn.Module) -> dict[str, Site]:
-    """Return every dense map that can be exchanged by name, in the model's order; no experts."""
+    """Return every dense map that can be replaced by name, in the model's order; no experts."""
     return {site.name: site for site, reason in _dense_maps(model) if not reason}
 
 
@@ -137,9 +137,9 @@ def _dense_maps(model: nn.Module) -> Iterator[tuple[Site, str]]:
 
 def _is_transposed(module: nn.Module, stacks: dict[str, nn.Parameter]) -> bool:
     """Return whether stacked matrices are (E, I, O)."""
-    told = getattr(module, "is_transposed", None)  # where transformers offers fused kernels
-    if isinstance(told, bool):
-        return told
+    known = getattr(module, "is_transposed", None)  # where transformers offers fused kernels
+    if isinstance(known, bool):
+        return known
     down = next((p.shape for leaf, p in stacks.items() if "down" in leaf), None)
     up = next((p.shape for leaf, p in stacks.items() if "down" not in leaf), None)
     if down is None or up is None:
@@ -189,7 +189,7 @@ def find_layers(model: Any) -> Layers:
         model: a causal language model with a transformers config.
 
     Raises:
-        TargetError: if no module list is as long as the config says.
+        TargetError: if no module list has the config's number of layers.
     """
     config = model.config.get_text_config()
     # Longcat's num_hidden_layers counts attentions, of which each of its layers has two;
@@ -229,9 +229,9 @@ def find_layers(model: Any) -> Layers:
 def find_mlps(model: Any, layers: Layers) -> list[Mlp]:
     """Return the MLP of every decoder layer that has one, found by its sizes.
 
-    Of several that a layer seems to have, the widest are: what is narrower beside them, such as
-    Gemma 3n's inputs for each layer, only has the sizes of one. Neurons that something else has
-    parameters for (an inner norm, the adapters of Zamba 2) cannot come and go: theirs are none.
+    Where a layer has several candidates, the widest are MLPs: narrower ones, such as Gemma 3n's
+    inputs for each layer, only have similar sizes. Neurons that other modules have parameters for
+    (an inner norm, the adapters of Zamba 2) cannot be removed, so their MLPs are left out.
 
     Args:
         model: a causal language model.
@@ -248,7 +248,7 @@ def find_mlps(model: Any, layers: Layers) -> list[Mlp]:
             fixed |= {site.name} if reason else set()
     found = []
     for top, sites in by_layer.items():
-        served = [site for site in sites if not beside_the_map(modules, site.name, top)]
+        served = [site for site in sites if not serves_router_or_norm(modules, site.name, top)]
         for group in widest(find_groups(top, served, hidden)):
             mlp = _as_mlp(group)
             if mlp and not fixed & {*mlp.up, mlp.down} and _owns_neurons(modules, top, mlp):
@@ -308,7 +308,7 @@ def widest(groups: list[Group]) -> list[Group]:
 
 
 def _as_mlp(group: Group) -> Mlp | None:
-    """Return a group as an MLP, None where its sizes leave open what is what."""
+    """Return a group as an MLP, None where its sizes are ambiguous."""
     width = group.down.in_features
     sizes = [site.out_features for site in group.up]
     if sizes not in ([width], [width, width], [2 * width]):
@@ -323,9 +323,9 @@ def _as_mlp(group: Group) -> Mlp | None:
 
 
 def _owns_neurons(modules: dict[str, nn.Module], top: str, mlp: Mlp) -> bool:
-    """Return whether neurons can come and go.
+    """Return whether neurons can be removed and repeated.
 
-    That is, nothing beside the projections has parameters for each, and none looks at others.
+    No other module may have parameters for each neuron, and no neuron may depend on others.
     """
     widths = {mlp.width, 2 * mlp.width} if mlp.fused else {mlp.width}
     holder = modules[mlp.name]

@@ -1,4 +1,4 @@
-"""What planning hands on: every site and what becomes of it. Made by `plan`, never by hand."""
+"""The result of planning: every site and what becomes of it. Made by `plan`, never by hand."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class DepthPlan:
     attributes: Attributes = field(default_factory=dict)
     """What changes with these fields outside of the layers."""
     record: dict[str, Any] | None = None
-    """What `llmslim.depth` of its config says; None where the fields say it all."""
+    """The config's `llmslim.depth`; None where the fields suffice."""
     notes: tuple[str, ...] = ()
     """Sentences for the report."""
 

@@ -33,7 +33,7 @@ _WIDTH_ATTRIBUTE = re.compile(r"intermediate|inner|ffn|mlp_dim")
 
 
 def following_width(model: nn.Module, mlp: Mlp) -> Mlp:
-    """Return an MLP with the attributes of its modules that say how many neurons it has."""
+    """Return an MLP with the attributes of its modules that hold its number of neurons."""
     return replace(
         mlp,
         follow=tuple(
@@ -121,7 +121,7 @@ def resize_mlp(model: nn.Module, mlp: Mlp, width: int) -> None:
 
 
 def keep_neurons(model: nn.Module, mlp: Mlp, neurons: Tensor, columns: Tensor) -> None:
-    """Build an MLP anew from some of its neurons, in place, in every layer that shares it.
+    """Rebuild an MLP from some of its neurons, in place, in every layer that shares it.
 
     Args:
         model: the model that holds it.

@@ -15,7 +15,7 @@ projection that belongs to none.
 
 The answer is a recipe without `auto`: it can be read, edited, and used again without measuring.
 
-Left out: how the units' errors act on each other, which only fitting all would tell, and the other
+Left out: how the units' errors act on each other, which only a fit of all would show, and the other
 built-in structures. Of those measured alone (docs/benchmarks.md) only a grouped block with a
 learned order ever won, at down projections of whole MLPs, where losing neurons is better still.
 
@@ -130,7 +130,7 @@ def allocate(
         recipe: one with a budget.
         calibration: token ids to fit and to measure on.
         init: method that takes the place of the recipe's.
-        progress: told how many units are done, how many there are, and the unit's name.
+        progress: called with how many units are done, how many there are, and the unit's name.
 
     Returns:
         The recipe with concrete rules in place of its automatic ones.
@@ -160,7 +160,7 @@ def allocate(
 
 
 def choose(candidates: Sequence[Sequence[Candidate]], budget: int) -> list[Candidate] | None:
-    """Pick one candidate for each unit: the least loss in all, within so many weights.
+    """Pick one candidate for each unit: the least total loss within a number of weights.
 
     Returns:
         The picks in order, None where no choice is small enough.
@@ -375,7 +375,7 @@ class _Measurement:
         with _in_place({self.model.get_submodule(n): w for n, w in weights.items()}):
             for n, dense in enumerate(self.dense_logits):
                 apart_T = _divergence(self._logits(layer, n).flatten(0, 1), dense.flatten(0, 1))
-                # A token whose hidden state overflows says nothing about the candidate.
+                # A token whose hidden state overflows is no measure of the candidate.
                 finite_T = apart_T.isfinite()
                 total += float(apart_T[finite_T].sum())
                 tokens += int(finite_T.sum())
@@ -388,18 +388,18 @@ class _Measurement:
 
 def _divergence(ours_TV: Tensor, dense_TV: Tensor) -> Tensor:
     """Return how far predictions are from the dense ones, (T,) in nats."""
-    apart = []
+    found = []
     # A few tokens at a time stay in the cache: three times as fast.
     for ours, dense in zip(ours_TV.split(_ROWS), dense_TV.split(_ROWS), strict=True):
         expected = dense.to(ours.device).float().log_softmax(-1)
         got = ours.float().log_softmax(-1)
-        apart.append(kl_div(got, expected, reduction="none", log_target=True).sum(-1))
-    return torch.cat(apart)
+        found.append(kl_div(got, expected, reduction="none", log_target=True).sum(-1))
+    return torch.cat(found)
 
 
 @contextmanager
 def _in_place(weights: dict[nn.Module, Tensor]) -> Iterator[None]:
-    """Give dense maps other weights for a while."""
+    """Give dense maps other weights, temporarily."""
     own = {module: dense_weight(module).clone() for module in weights}
     try:
         for module, weight_OI in weights.items():

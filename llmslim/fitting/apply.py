@@ -37,7 +37,7 @@ def rewrite(
         seed: seed of random blocks; every site draws from its own stream.
         calibration: token ids for methods that need them; with them, every block inside a decoder
             layer is fitted to the inputs it will really see.
-        progress: told about every site.
+        progress: called for every site.
 
     Returns:
         The ledger, with the error of every fitted block.
@@ -51,7 +51,7 @@ def rewrite(
             f"{plan.recipe.where('init')}: least_squares fits to activations; it needs calibration "
             "text. Pass --calibration (`calibration=` in Python), or use init: project."
         )
-    tell = progress or quietly
+    report_step = progress or quietly
     total, done = len(plan.sites) + sum(mlp.fitted for mlp in plan.mlps), 0
     errors: dict[str, float | None] = {}
     notes = list(plan.notes)
@@ -60,7 +60,7 @@ def rewrite(
     def finished(what: str) -> None:
         nonlocal done
         done += 1
-        tell(done, total, what)
+        report_step(done, total, what)
 
     for mlp in plan.mlps:
         if not mlp.fitted:

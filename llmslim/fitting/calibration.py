@@ -57,7 +57,7 @@ def early_layers(count: int) -> int:
 
 
 def random_token_count(tokens: int) -> int:
-    """Return how many tokens the copies of so many have, at most."""
+    """Return how many tokens the copies of some tokens have, at most."""
     return min(RANDOM_TOKENS, tokens)
 
 

@@ -93,11 +93,11 @@ class Seen:
 
 @contextmanager
 def watching(model: nn.Module, sites: Iterable[SitePlan]) -> Iterator[None]:
-    """Put stand-ins where stacks of experts are, for a while.
+    """Put stand-ins where stacks of experts are, temporarily.
 
     Args:
         model: the model that holds the stacks.
-        sites: theirs; all are to be replaced in the end, so what holds them may stay on its loop.
+        sites: the stacks; all of them will be replaced, so their module may keep its plain loop.
     """
     stacks = {site.name: _stack(model, site.name) for site in sites}
     for site in sites:

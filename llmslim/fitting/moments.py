@@ -2,8 +2,8 @@
 
 In a slim model a projection's targets are more than the dense projection could give: what the
 blocks before it broke is to be repaired as well. Part of that repair follows from the projection's
-inputs; part only seems to on the text at hand, and does harm on other text. So it is measured: the
-step towards the repair is shrunk to the share that does best on held-out tokens.
+inputs; part only seems to on the calibration text, and does harm on other text. So the step towards
+the repair is shrunk to the share that does best on held-out tokens.
 
 Shapes: I = in_features, O = out_features.
 """
@@ -20,7 +20,7 @@ from llmslim.init import GramAccumulator, equivalent_target, output_power
 
 @dataclass(frozen=True)
 class Moments:
-    """What a fit looks at, and what it is judged by."""
+    """Moments of the tokens to fit on, and of those held out to measure errors."""
 
     fit: GramAccumulator
     held_out: GramAccumulator
@@ -29,7 +29,7 @@ class Moments:
     def of(
         cls, in_features: int, out_features: int | None = None, *, device: torch.device
     ) -> Moments:
-        """Return empty ones; arguments as for `GramAccumulator`."""
+        """Return empty moments; arguments as for `GramAccumulator`."""
         judged = out_features is not None
         return cls(
             GramAccumulator(in_features, out_features, device=device),
@@ -61,10 +61,10 @@ def target_error(
 
 
 def corrected_weight(moments: Moments, weight_OI: Tensor, through: Tensor | None = None) -> Tensor:
-    """Return the weight that a block is to be nearest to, (O, I), float64.
+    """Return the weight that a block is fitted to, (O, I), float64.
 
     Args:
-        moments: of the inputs there will be, and of the targets with them.
+        moments: of the inputs in the slim model, and of the targets with them.
         weight_OI: the dense weight.
         through: maps the moments' targets to outputs, (O, ·); they are outputs where None.
     """

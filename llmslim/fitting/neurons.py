@@ -1,15 +1,15 @@
-"""Choose which neurons of an MLP stay, and refit the projection that reads them.
+"""Choose which neurons of an MLP to keep, and refit the projection that reads them.
 
 The output of an MLP is B a, B the down projection and a the neurons' activations with Gram matrix
 H. Leaving out neuron j and refitting the rest costs exactly
 
     ‖B_j‖² / (H⁻¹)_jj
 
-(the optimal brain surgeon's score, with the refit included). Neurons go a few at a time, and both
-B and H⁻¹ are brought up to date in between, so a later choice knows what is already gone, and what
-is left of B is the refit.
+(the optimal brain surgeon's score, with the refit included). Neurons are removed a few at a time,
+and both B and H⁻¹ are updated in between, so later choices take earlier ones into account and the
+remaining B is the refit.
 
-Shapes: M = neurons, A = neurons in the matrices at hand, K = kept neurons, Q = those that go next,
+Shapes: M = neurons, A = neurons still in the matrices, K = kept neurons, Q = those removed next,
 O = outputs of the down projection.
 Source: Hassibi and Stork 1993, "Optimal Brain Surgeon"; Frantar and Alistarh 2022, "Optimal Brain
 Compression", arXiv:2208.11580, for the downdates.
@@ -26,18 +26,18 @@ from torch import Tensor
 from llmslim.init import stable_cholesky
 
 _AT_A_TIME = 16
-"""Neurons that go between two updates; one at a time is exact and 16 times slower."""
+"""Neurons removed between two updates; one at a time is exact and 16 times slower."""
 _DEAD_SHARE = 1 / 8
-"""Share of the matrices that may belong to gone neurons before they are copied without them."""
+"""Share of the matrices that may belong to removed neurons before they are copied without them."""
 
 
 class Narrowed(NamedTuple):
-    """The neurons that stay, and the projection that reads them."""
+    """The neurons that are kept, and the projection that reads them."""
 
     kept_K: Tensor
     """Ascending."""
     weight_OK: Tensor
-    """The best weight on them, float64: it minimises the damped error in the old one's outputs."""
+    """The weight on them that minimises the damped error of the old outputs; float64."""
 
     def whole(self, neurons: int) -> Tensor:
         """Return the weight as one that reads all of them, (O, M)."""
@@ -48,15 +48,15 @@ class Narrowed(NamedTuple):
 
 @torch.no_grad()
 def eliminate(target_OM: Tensor, gram_MM: Tensor, widths: Iterable[int]) -> dict[int, Narrowed]:
-    """Take an MLP's neurons away, those first whose loss costs least.
+    """Remove an MLP's neurons, those first whose loss costs least.
 
     Args:
         target_OM: what the down projection should be, (O, M).
         gram_MM: Gram matrix of its inputs.
-        widths: how many neurons are to stay, 1 to M; each gives an answer.
+        widths: numbers of neurons to keep, 1 to M; each gives one result.
 
     Returns:
-        The answer to each width.
+        The result for each width.
     """
     inverse_AA = torch.cholesky_inverse(stable_cholesky(gram_MM)[0])
     weight_OA = target_OM.double().clone()

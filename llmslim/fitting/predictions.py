@@ -1,9 +1,9 @@
-"""What the dense rest of a model predicts from the output of one slim layer.
+"""Predictions of the dense rest of a model from the output of one slim layer.
 
-An error in a layer's output matters for what later layers make of it: the same length of error
-costs little in one direction and much in another. A descent on the predictions themselves knows
-the difference. Each step takes a forward and a backward pass through the layers that follow and
-the head, so this is for a GPU, or for the last layers of a small model.
+An error in a layer's output matters only through the later layers: errors of the same size cost
+little in one direction and much in another. A descent on the predictions takes that into account.
+Each step needs a forward and a backward pass through the layers that follow and the head, so this
+is for a GPU, or for the last layers of a small model.
 
 Shapes: windows of N x L tokens, D = hidden size, V = vocabulary.
 """
@@ -22,17 +22,17 @@ from llmslim.fitting.refine import Loss
 
 
 class Predictions:
-    """The model's predictions on windows of text, as they were and as a layer makes them.
+    """The dense model's predictions on windows of text, compared with those from a slim layer.
 
-    The dense ones are kept as hidden states after the last layer, which a window's logits are made
-    of when they are wanted: a vocabulary is many times as wide.
+    The dense ones are kept as hidden states after the last layer, from which a window's logits are
+    computed when needed: a vocabulary is many times as wide.
 
     Args:
         model: in memory, dense.
         layers: its decoder layers, in order.
         calls: what they are called with.
         windows: token ids, (N, L) each.
-        gone: layers that are taken out of the slim model, by index.
+        dropped: layers that the slim model does not have, by index.
         autocast: type of the dense layers' products; None for their own.
     """
 
@@ -42,10 +42,10 @@ class Predictions:
         layers: Sequence[nn.Module],
         calls: Calls,
         windows: Sequence[Tensor],
-        gone: Collection[int],
+        dropped: Collection[int],
         autocast: torch.dtype | None,
     ) -> None:
-        self._tail = TailModel(model, layers, windows[0], gone)
+        self._tail = TailModel(model, layers, windows[0], dropped)
         self._windows, self._end = list(windows), len(layers)
         self._dense = []
         for number, hidden in enumerate(calls.hidden):

@@ -203,7 +203,7 @@ def _schedule(step: int, steps: int) -> float:
 
 
 def _endless(windows: Windows, seed: int) -> Iterator[int]:
-    """Yield windows in an order drawn anew for every pass."""
+    """Yield windows, in a new random order for every pass."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         for index in torch.randperm(len(windows), generator=generator).tolist():

@@ -1,9 +1,9 @@
-"""Renumber an MLP's neurons, so that those of one group can do with the same inputs.
+"""Reorder an MLP's neurons so that the neurons of one group need the same inputs.
 
-The neurons of an MLP may stand in any order: rows of what produces them and columns of what reads
-them move alike, and the function stays. Where the projections that produce them are grouped, and
-each group learns its inputs, an order in which the neurons of a group need much the same inputs is
-worth having, and costs nothing to store.
+The neurons of an MLP may be in any order: if the rows of the projections that produce them and the
+columns of the one that reads them are permuted alike, the function is the same. Where the producing
+projections are grouped and each group learns its inputs, an order in which the neurons of a group
+need similar inputs fits better, and costs nothing to store.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def free_neurons(
         site = sites.get(name)
         return site is None or site.spec.get("channel_order", "learned") == "learned"
 
-    # What reads the neurons must not care about their order: it learns its own, or has none.
+    # The projection that reads the neurons learns its order, or is dense: any order fits it.
     free = (mlp for mlp in mlps if set(mlp.up) == names and not mlp.fused)
     return next((mlp for mlp in free if any_order(mlp.down)), None)
 
@@ -51,7 +51,7 @@ def free_neurons(
 def renumber(
     mlp: Mlp, model: Any, pair: LayerPair, prefix: str, moments: Moments, groups: int
 ) -> None:
-    """Renumber an MLP's neurons, in place, in the model and in the dense copy of its layer.
+    """Reorder an MLP's neurons, in place, in the model and in the dense copy of its layer.
 
     Args:
         mlp: of the model.

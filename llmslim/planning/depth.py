@@ -1,4 +1,4 @@
-"""Keep fewer decoder layers, each computing what it did: which stay, and how a config says so.
+"""Keep fewer decoder layers, each computing what it did: which are kept, and by which config.
 
 Candidates for the new config are tried, not trusted: a model is built from each, without weights,
 and compared with the model that is left once the other layers are taken out of the original. Where
@@ -50,7 +50,7 @@ def kept_layers(recipe: Recipe, count: int) -> tuple[int, ...]:
         count: decoder layers of the model.
 
     Raises:
-        RecipeError: if a layer is asked for that the model does not have, or twice.
+        RecipeError: if a layer is listed that the model does not have, or twice.
 
     Example:
         >>> kept_layers(Recipe(name="r", depth={"keep_layers": 3}), 32)
@@ -135,7 +135,7 @@ class _Search:
         """Return the first description that builds the right model.
 
         Raises:
-            ValueError: if there is none; the text says why.
+            ValueError: if there is none; the message names the reason.
         """
         if self._keep == tuple(range(self._count)):
             return DepthPlan()
@@ -179,7 +179,7 @@ class _Search:
         """
         try:
             _initialise(self._original)
-        except Exception:  # then it says nothing about the model that was made
+        except Exception:  # then it proves nothing for the smaller model
             return
         try:
             _initialise(made)
@@ -351,7 +351,7 @@ class _Search:
 
 
 _THRESHOLD = re.compile(r"layer|dense|first")
-"""Names of fields that may say up to which layer, or from which on, something is done."""
+"""Names of fields that may hold the layer up to which, or from which on, something is done."""
 
 
 def _initialise(model: Any) -> None:

@@ -95,9 +95,9 @@ class _Planner:
                 step()
             except SlimError as error:
                 self.errors.append(error)
-        told = check_rules(recipe, self.roles, type(self.model).__name__, self.init)
-        self.errors += told.errors
-        self.notes += told.notes
+        checked = check_rules(recipe, self.roles, type(self.model).__name__, self.init)
+        self.errors += checked.errors
+        self.notes += checked.notes
         if recipe.has_auto:
             self.notes.append(
                 "structure auto: every layer is shown with the same share; which keeps how much is "
@@ -327,13 +327,13 @@ class _Planner:
 
 
 def _an_mlp(site: Site, role: str) -> str:
-    told = ""
+    more = ""
     if site.experts:
-        told = "; experts take any other structure"
+        more = "; experts take any other structure"
     elif role:
         # An inner norm, adapters, a projection that is not called, or beside a wider MLP.
-        told = f"; this one ({role}) is not part of one whose neurons can come and go"
-    return f"the projections of an MLP{told}"
+        more = f"; this one ({role}) is not part of one whose neurons can be removed"
+    return f"the projections of an MLP{more}"
 
 
 def _stacked(spec: dict[str, Any], site: Site) -> dict[str, Any]:

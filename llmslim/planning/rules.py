@@ -1,4 +1,4 @@
-"""Check each rule of a recipe by itself: its method, and what it matches."""
+"""Check each rule of a recipe: its method, and which projections it matches."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def init_of(recipe: Recipe, index: int, init: str | None) -> str:
     Args:
         recipe: the recipe.
         index: the rule.
-        init: what the caller asked for instead, if anything.
+        init: the caller's method in place of the recipe's, if any.
     """
     rule = recipe.replace[index]
     # What is chosen by measurement has activations to be fitted to.
@@ -47,7 +47,7 @@ def check_rules(recipe: Recipe, roles: Mapping[str, str], model: str, init: str 
         recipe: the recipe.
         roles: role of every dense map of the model by name, empty where it has none.
         model: the model's class, for messages.
-        init: the method the caller asked for in place of the recipe's.
+        init: the caller's method in place of the recipe's.
 
     Returns:
         All problems found; sizes are not looked at here.
@@ -66,21 +66,21 @@ def check_rules(recipe: Recipe, roles: Mapping[str, str], model: str, init: str 
 
 
 def _check_init(recipe: Recipe, index: int, init: str | None, found: Findings) -> None:
-    """Refuse a method that does not exist; the recipe's own is told of once."""
+    """Refuse a method that does not exist; the recipe's own is reported once."""
     own = recipe.replace[index].init is not None and init is None
     where = recipe.where(*(("replace", index, "init") if own else ("init",)))
     try:
         method_named(init_of(recipe, index, init))
     except RecipeError as error:
-        told = RecipeError(f"{'--init' if init else where}: {error}")
-        if str(told) not in map(str, found.errors):
-            found.errors.append(told)
+        problem = RecipeError(f"{'--init' if init else where}: {error}")
+        if str(problem) not in map(str, found.errors):
+            found.errors.append(problem)
 
 
 def _explain_no_match(
     recipe: Recipe, index: int, roles: Mapping[str, str], model: str, found: Findings
 ) -> None:
-    """Tell whether a rule fits nothing by itself, or only what earlier rules have taken."""
+    """Report a rule that matches nothing, or only what earlier rules have taken."""
     rule = recipe.replace[index]
     alone = recipe.model_copy(update={"replace": (rule,)})
     taken = list(rules_by_name(alone, roles))
@@ -95,7 +95,7 @@ def _explain_no_match(
     if rule.role is not None and not fitting:
         key, given = "role", ", ".join(rule.role)
         known = [role for role in ROLES if role in roles.values()]
-        told = (
+        detail = (
             f"it has {', '.join(known)}. Name one of those"
             if known
             else "none has one. Use `match`"
@@ -103,9 +103,9 @@ def _explain_no_match(
     else:
         key, given = "match", ", ".join(rule.globs)
         close = ", ".join(close_names(rule.globs, fitting))
-        told = f"closest are {close}" if close else "it has no dense projection left"
+        detail = f"closest are {close}" if close else "it has no dense projection left"
     of_role = f" with role {', '.join(rule.role)}" if rule.role and key == "match" else ""
     where = recipe.where("replace", index, key)
     found.errors.append(
-        TargetError(f"{where}: {given} matches no projection of {model}{of_role}; {told}.")
+        TargetError(f"{where}: {given} matches no projection of {model}{of_role}; {detail}.")
     )

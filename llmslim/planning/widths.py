@@ -1,4 +1,4 @@
-"""Decide how many neurons each MLP is to have, and how the model's config can say so.
+"""Decide how many neurons each MLP is to have, and which field of the config holds it.
 
 A width comes from the recipe's section `width`, the same for all, or from a rule (`structure:
 width`, `neurons`, `auto`), which may differ from layer to layer. Where one field of the config

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from llmslim.anatomy.module_kinds import nature
+from llmslim.anatomy.module_kinds import module_kind
 from llmslim.anatomy.sites import Site
 from llmslim.modeling.experts import Experts
 from llmslim.modeling.structured import StructuredLinear
@@ -27,7 +27,7 @@ class Entry:
     """One row, and what a decision about it needs to know."""
 
     row: Row
-    """As the model is now: everything kept, with its nature for a reason."""
+    """As the model is now: everything kept, with its kind as the reason."""
     site: Site | None
     element_size: int
     """Bytes of one parameter; 0 where all are another row's."""
@@ -59,7 +59,7 @@ def entries(model: Any, sites: Mapping[str, Site], fixed: Mapping[str, str]) -> 
             reason = ""
             if site is None:
                 reason = "a block already" if is_block else fixed.get(part, "")
-                reason = reason or nature(module, parameters)
+                reason = reason or module_kind(module, parameters)
             # A tied map multiplies all the same.
             flops = 0 if own else products.get(tied_to, 0)
             if site or is_block:

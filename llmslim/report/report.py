@@ -32,7 +32,7 @@ class Row:
     kind: Kind
     """`projection` (a dense map inside), `embedding`, `head` (output embedding), `other`."""
     action: Action
-    """`replaced` by a block, `kept` by a rule or by its nature, `unmatched` by any rule, `tied` to
+    """`replaced` by a block, `kept` by a rule or for its kind, `unmatched` by any rule, `tied` to
     another row that counts the parameters, `dropped` with its layer."""
     reason: str = ""
     """Why, where the action alone does not say."""
