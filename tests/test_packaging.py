@@ -275,6 +275,18 @@ def test_links_between_pages_lead_somewhere():
     assert missing == []
 
 
+def test_the_files_that_pages_name_are_there():
+    known = [ROOT, ROOT / "llmslim", ROOT / "llmslim" / "modeling"]
+    for page in ("architecture.md", "decisions.md"):
+        text = (ROOT / "docs" / page).read_text()
+        named = set(re.findall(r"`([a-z_]+(?:/[a-z_]+)*\.py)`", text)) - {"llmslim_entry.py"}
+        assert len(named) > 10
+        assert [path for path in named if not any((root / path).exists() for root in known)] == []
+    packages = {path.parent.name for path in (ROOT / "llmslim").glob("*/__init__.py")}
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    assert {f"`{name}`" for name in packages} <= set(re.findall(r"`[^`]+`", text))
+
+
 def test_the_docs_name_every_key_of_a_recipe_and_every_recipe():
     from llmslim.recipe import Recipe, shipped_recipes
     from llmslim.recipe.schema import Calibration, Depth, Heal, Refine, Rule, Width

@@ -1,8 +1,8 @@
 """Find the role of each projection in its decoder layer, from the structure of the model.
 
-No model family is listed. A projection inside a module that mixes tokens belongs to attention
-or a recurrence; the others of a layer belong to an MLP where their sizes fit (`sites.find_groups`),
-or to experts. Names decide only what sizes leave open: q or k, gate or up, shared or routed experts.
+No model family is listed. A projection inside a module that mixes tokens belongs to attention or a
+recurrence; the others of a layer belong to an MLP where their sizes fit (`sites.find_groups`), or
+to experts. Names decide only what sizes leave open: q or k, gate or up, shared or routed experts.
 
 Only the decoder's layers have roles; encoders of images or sound, and what connects them to the
 decoder, have none. Neither has a projection that fits nothing, such as a router's or an adapter's.
