@@ -41,7 +41,7 @@ from general_recipes import NOT_PLANNED, general_recipes
 from transformers import AutoModelForCausalLM
 
 from llmslim import SlimError, planning
-from llmslim.planning.plan import model_on_meta
+from llmslim.planning.planner import model_on_meta
 
 _SHOWN = 0.0005
 """Smallest share of the parameters that is worth a word."""

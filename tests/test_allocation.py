@@ -19,8 +19,8 @@ from llmslim.anatomy.layer_calls import TailModel, record_calls, run_layer
 from llmslim.anatomy.roles import find_roles
 from llmslim.anatomy.sites import find_layers
 from llmslim.data import Windows
-from llmslim.fitting import allocate as allocation
-from llmslim.fitting.allocate import Candidate, choose
+from llmslim.fitting import allocation
+from llmslim.fitting.allocation import Candidate, choose
 from llmslim.fitting.moments import Moments
 from llmslim.recipe import Recipe, rules_by_name
 
@@ -32,7 +32,7 @@ AUTO_MLP: dict[str, Any] = {"match": "*.mlp.*", "structure": "auto"}
 @pytest.fixture(autouse=True)
 def in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run layers in float32 whatever the processor is fast at."""
-    for module in ("layerwise", "allocate"):
+    for module in ("layerwise", "allocation"):
         monkeypatch.setattr(f"llmslim.fitting.{module}.fast_type", lambda *_: None)
 
 

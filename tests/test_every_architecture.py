@@ -32,7 +32,7 @@ from llmslim import fitting, planning
 from llmslim.anatomy.sites import find_layers
 from llmslim.errors import SizeError, TargetError
 from llmslim.healing.packing_check import sees_neighbours
-from llmslim.planning.plan import model_on_meta
+from llmslim.planning.planner import model_on_meta
 from llmslim.recipe import Recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what other people's models warn of

@@ -15,7 +15,7 @@ from llmslim import fitting, planning
 from llmslim.anatomy import sites
 from llmslim.anatomy.sites import find_experts
 from llmslim.fitting import experts as expert_fits
-from llmslim.fitting import layerwise as sequential
+from llmslim.fitting import layerwise
 from llmslim.fitting.calibration import TokenWindows
 from llmslim.fitting.experts import Watched, fit_experts, watching
 from llmslim.init import GramAccumulator
@@ -180,7 +180,7 @@ def test_another_implementation_of_experts_fits_the_same() -> None:
 @pytest.fixture
 def text_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fit the first layer to the calibration text and nothing else, so that its best is known."""
-    monkeypatch.setattr(sequential, "with_random_tokens", lambda windows, *_args: windows[:0])
+    monkeypatch.setattr(layerwise, "with_random_tokens", lambda windows, *_args: windows[:0])
 
 
 @pytest.mark.usefixtures("text_alone")

@@ -21,7 +21,7 @@ from llmslim.errors import SizeError, TargetError
 from llmslim.fitting.calibration import TokenWindows
 from llmslim.modeling.experts import Experts
 from llmslim.modeling.structured import build
-from llmslim.planning.plan import model_on_meta
+from llmslim.planning.planner import model_on_meta
 from llmslim.recipe import Recipe
 from llmslim.storage import dense_copy
 

@@ -16,8 +16,8 @@ import llmslim
 from llmslim import Recipe
 from llmslim.fitting.apply import rewrite
 from llmslim.modeling.modeling_llmslim import become_slim, replace_sites
-from llmslim.planning.plan import model_on_meta
-from llmslim.planning.plan import plan as plan_on
+from llmslim.planning.planner import model_on_meta
+from llmslim.planning.planner import plan as plan_on
 
 PHI3_MINI: dict[str, Any] = {
     "hidden_size": 3072,

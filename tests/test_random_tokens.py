@@ -11,7 +11,7 @@ from tiny import tiny_config, tiny_model, tokens
 import llmslim
 from llmslim import fitting, planning
 from llmslim.anatomy.layer_calls import run_layer
-from llmslim.fitting import layerwise as sequential
+from llmslim.fitting import layerwise
 from llmslim.fitting.calibration import RANDOM_TOKENS, early_layers, with_random_tokens
 
 
@@ -62,7 +62,7 @@ def test_the_first_layer_is_fit_for_tokens_that_the_text_has_not(
     whole = tiny_model(seed=3)
     with_them, without = tiny_model(seed=3), tiny_model(seed=3)
     fit(with_them, "0", text)
-    monkeypatch.setattr(sequential, "with_random_tokens", lambda windows, *_args: windows[:0])
+    monkeypatch.setattr(layerwise, "with_random_tokens", lambda windows, *_args: windows[:0])
     fit(without, "0", text)
     ours, theirs = ((after(m) - after(whole)).square().sum() for m in (with_them, without))
     assert ours < 0.9 * theirs

@@ -165,7 +165,7 @@ def test_the_any_model_recipes_match_the_mlp_and_nothing_else(model_type):
 def test_the_readmes_parameter_counts_are_what_a_plan_gives(name):
     from transformers import Phi3Config
 
-    from llmslim.planning.plan import plan
+    from llmslim.planning.planner import plan
 
     totals = plan(Phi3Config(), Recipe.load(name)).report().totals
     readme = (FOLDER.parent / "README.md").read_text()

@@ -23,7 +23,7 @@ from transformers import AutoModelForImageTextToText
 from llmslim import SlimError, fitting, planning
 from llmslim.anatomy.roles import find_roles
 from llmslim.anatomy.sites import Conv1D
-from llmslim.planning.plan import model_on_meta
+from llmslim.planning.planner import model_on_meta
 from llmslim.recipe import ROLES, Recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what other people's models warn of

@@ -1,6 +1,6 @@
 """Give the modules of a plan their weights: from the dense weights, or fitted to text."""
 
-from .allocate import allocate as allocate
+from .allocation import allocate as allocate
 from .apply import filled_in as filled_in
 from .apply import rewrite as rewrite
 from .calibration import TokenWindows as TokenWindows

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from llmslim.editing.plans import Plan
-from llmslim.fitting.allocate import FIT_TOKENS, JUDGED_TOKENS, PROBE_TOKENS
+from llmslim.fitting.allocation import FIT_TOKENS, JUDGED_TOKENS, PROBE_TOKENS
 from llmslim.fitting.calibration import EARLY_LAYERS, random_token_count
 from llmslim.fitting.refine import STEP_TOKENS
 from llmslim.planning.rules import WIDTH

@@ -1,4 +1,4 @@
 """What becomes of every module of a model: made of names and shapes, without a weight."""
 
-from .plan import model_on_meta as model_on_meta
-from .plan import plan as plan
+from .planner import model_on_meta as model_on_meta
+from .planner import plan as plan
