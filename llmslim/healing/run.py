@@ -171,10 +171,8 @@ def _cache_teacher(trainer: HealingTrainer, state: PartialState) -> None:
         state=state,
         progress=trainer.progress,
     )
-    if "teacher" not in folder.run:
-        folder.run["teacher"] = trainer.measure(load())
-        if state.is_main_process:
-            folder.save()
+    if "teacher" not in folder.measured:
+        folder.add_measured(teacher=trainer.measure(load()), write=state.is_main_process)
     trainer.teacher_cache, trainer.teacher = cache, None
     teacher.to("cpu")
     if spec.teacher is not None:  # loaded for this alone
@@ -216,7 +214,7 @@ def _final_losses(trainer: HealingTrainer) -> Losses:
     trainable, types = trainer.trainable, trainer.trainable.rounds_to
     unrounded = trainer.measure(trainer.model) if types else None
     trainable.finalise()
-    before = trainer.folder.run["start"]["loss"]
+    before = trainer.folder.measured["loss"]
     return Losses(before, trainer.measure(trainer.model), unrounded, types)
 
 
@@ -237,7 +235,7 @@ def _report(
         state: accelerate's.
     """
     inputs, plan, folder = trainer.inputs, trainer.plan, trainer.folder
-    spec, text, start = inputs.spec, inputs.text, folder.run["start"]
+    spec, text, start = inputs.spec, inputs.text, folder.measured
     return HealReport(
         path=None,
         objective=trainer.objective.name,

@@ -32,11 +32,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmslim.errors import HealingError
-from llmslim.healing.healing_dir import replacing
 from llmslim.healing.objectives import TeacherTopK
 from llmslim.healing.objectives._chunks import CHUNK_NUMBERS
 from llmslim.healing.rows import Collate
 from llmslim.progress import Progress
+from llmslim.storage import replacing
 
 TOP_K = 64
 """Tokens kept of each place where the recipe gives no number."""

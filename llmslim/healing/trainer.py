@@ -219,7 +219,7 @@ class HealingTrainer(Trainer):
         if not math.isfinite(loss):
             raise self._not_finite(step, "held-out loss", loss)
         metrics = {"eval_loss": loss}
-        self.folder.note({"step": step, "held_out_loss": loss}, write=self.args.should_save)
+        self.folder.add_history({"step": step, "held_out_loss": loss}, write=self.args.should_save)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
@@ -248,16 +248,16 @@ class HealingTrainer(Trainer):
 
     def measure_start(self) -> None:
         """Measure the model and the teacher before the first step, once."""
-        run = self.folder.run
-        if "start" in run:
+        measured = self.folder.measured
+        if "loss" in measured:
             return
         self.progress(0, self.plan.steps, "measuring the model as it is")
-        loss, teacher = self.measure(self.model), run.get("teacher")
+        loss, teacher = self.measure(self.model), measured.get("teacher")
         if self.teacher is not None:
             teacher = self.measure(self.teacher)
-        run["start"] = {"loss": loss, "teacher": teacher, "answers": self.answers()}
-        if self.args.should_save:
-            self.folder.save()
+        self.folder.add_measured(
+            loss=loss, teacher=teacher, answers=self.answers(), write=self.args.should_save
+        )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Make AdamW with one learning rate for what surgery changed and one for the rest."""
@@ -382,7 +382,7 @@ class HistoryCallback(TrainerCallback):
         }
         if trainer.spec.block_learning_rate is not None and True in self.rates:
             entry["block_learning_rate"] = self.rates[True]
-        trainer.folder.note(entry, write=args.should_save)
+        trainer.folder.add_history(entry, write=args.should_save)
         measured = held_out_losses(trainer.folder.history)
         shown = f", held-out {measured[-1]:.3f}" if measured else ""
         trainer.progress(
