@@ -182,4 +182,4 @@ def test_a_model_whose_memory_is_not_known_says_so(folder, monkeypatch):
     monkeypatch.setattr(plan, "healing_memory", fails)
     result = dry_run(folder)
     assert result.exit_code == 0
-    assert "How much memory it takes is not known here (RuntimeError: data-dep" in result.stdout
+    assert "The memory that it takes could not be computed (RuntimeError: data-dep" in result.stdout

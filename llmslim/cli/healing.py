@@ -11,6 +11,7 @@ import click
 
 from llmslim.cli.output import console, progress
 from llmslim.cli.settings import backend, settings
+from llmslim.errors import printable
 
 _NEXT = """
 wrote {path}
@@ -66,11 +67,9 @@ def _table(facts: list[tuple[str, str]], notes: Sequence[str]) -> list[str]:
 
 
 def _print(lines: list[str]) -> None:
-    from llmslim.report import wording
-
     out = console()
     for line in lines:
-        out.print(wording.plain(line), soft_wrap=True)
+        out.print(printable(line), soft_wrap=True)
 
 
 def show_healing(done: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from llmslim.data import embedding_rows, longest_input, mended
+from llmslim.healing.objectives import next_tokens
 from llmslim.healing.objectives.cross_entropy import summed_cross_entropy
 from llmslim.healing.restoring import evaluating
 from llmslim.healing.rows import Collate
@@ -32,7 +33,6 @@ def held_out_loss(
     *,
     micro_batch: int,
     accelerator: Any,
-    position_ids: bool = True,
 ) -> float:
     """Return the mean of -log p(next token) over all predicted tokens, in nats.
 
@@ -45,7 +45,6 @@ def held_out_loss(
         collate: makes a batch of some rows.
         micro_batch: rows of one call.
         accelerator: accelerate's, for the number of processes and to add up over them.
-        position_ids: whether the model takes these.
     """
     total = torch.zeros(2, dtype=torch.float64)
     count = len(rows)  # type: ignore[arg-type]
@@ -58,11 +57,9 @@ def held_out_loss(
             labels_NL = batch.pop("labels").to(accelerator.device)
             if not mine:  # a call like the others', that counts nothing
                 labels_NL.fill_(-100)
-            if not position_ids:
-                batch.pop("position_ids", None)
             inputs = {key: value.to(accelerator.device) for key, value in batch.items()}
             logits_NLV = model(**inputs, use_cache=False).logits
-            targets_NL = torch.nn.functional.pad(labels_NL[:, 1:], (0, 1), value=-100)
+            targets_NL = next_tokens(labels_NL)
             total[0] += float(summed_cross_entropy(logits_NLV, targets_NL))
             total[1] += int((targets_NL != -100).sum())
     # Some devices have no float64; what is lost is below the eighth digit.

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from llmslim.data import collate, collate_apart, collate_flat
+from llmslim.healing.packing_check import takes_position_ids
 from llmslim.storage import add_tensor
 
 Collate = Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]
@@ -76,21 +77,25 @@ class SeededSampler(Sampler[int]):
 
 
 def collator_for(model: Any, *, mixes: bool) -> Collate:
-    """Return what makes a batch of rows; `row` and `tokens` become lists, `rows` and `tokens`.
+    """Return what makes a batch of rows; `row` and `tokens` become `rows` and `tokens`, (N,) each.
 
     Args:
-        model: FlashAttention wants one long row.
-        mixes: whether samples in one row would see each other; each then has a row of its own.
+        model: FlashAttention needs one long row; positions are left out where it takes none.
+        mixes: whether samples in one row would see each other; each then has its own row.
     """
     flash = model.config._attn_implementation == "flash_attention_2"
     together = collate_apart if mixes else collate_flat if flash else collate
+    takes_positions = takes_position_ids(model)
 
     def collated(batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        inputs = [{k: row[k] for k in row if k not in ("row", "tokens")} for row in batch]
-        lists = {"rows": [row["row"] for row in batch if "row" in row]}
-        lists["tokens"] = [row["tokens"] for row in batch if "tokens" in row]
-        joined = together(inputs)
-        return {**joined, **{name: torch.stack(one) for name, one in lists.items() if one}}
+        own = ("row", "tokens")
+        joined = together([{k: v for k, v in row.items() if k not in own} for row in batch])
+        if not takes_positions:
+            joined.pop("position_ids", None)
+        for name, key in zip(("rows", "tokens"), own, strict=True):
+            if numbers := [row[key] for row in batch if key in row]:
+                joined[name] = torch.stack(numbers)
+        return joined
 
     return collated
 

@@ -167,7 +167,6 @@ def _cache_teacher(trainer: HealingTrainer, state: PartialState) -> None:
         trainer.inputs.text.train,
         trainer.data_collator,
         micro_batch=spec.micro_batch,
-        position_ids=trainer.position_ids,
         state=state,
         progress=trainer.progress,
     )

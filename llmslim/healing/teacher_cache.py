@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmslim.errors import HealingError
-from llmslim.healing.objectives import TeacherTopK
+from llmslim.healing.objectives import TeacherTopK, next_tokens
 from llmslim.healing.objectives._chunks import CHUNK_NUMBERS
 from llmslim.healing.rows import Collate
 from llmslim.progress import Progress
@@ -89,7 +89,6 @@ class TeacherCache:
         collate: Collate,
         *,
         micro_batch: int,
-        position_ids: bool,
         state: PartialState,
         progress: Progress,
     ) -> None:
@@ -100,7 +99,6 @@ class TeacherCache:
             rows: what it is to see; the files know rows by their index.
             collate: makes a batch of some rows.
             micro_batch: rows of one call.
-            position_ids: whether the teacher takes these.
             state: accelerate's.
             progress: called with how many rows are done.
 
@@ -123,7 +121,7 @@ class TeacherCache:
             for begin in range(0, len(shard), micro_batch):
                 progress(shard[begin], len(rows), "storing the teacher's logits")
                 batch = collate([rows[index] for index in shard[begin : begin + micro_batch]])
-                found.append(self._predict(teacher, batch, position_ids=position_ids))
+                found.append(self._predict(teacher, batch))
             columns = zip(_PARTS, zip(*found, strict=True), strict=True)
             parts = {name: torch.cat(pieces) for name, pieces in columns}
             with replacing(self._file(number)) as partial:
@@ -155,18 +153,14 @@ class TeacherCache:
             )
 
     @torch.no_grad()
-    def _predict(
-        self, teacher: Any, batch: dict[str, Tensor], *, position_ids: bool
-    ) -> tuple[Tensor, ...]:
+    def _predict(self, teacher: Any, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """Return logits, tokens and log totals of a batch, in main memory, as in a file."""
         device = teacher.device
         labels_NL = batch.pop("labels")
-        if not position_ids:
-            batch.pop("position_ids", None)
         inputs = {key: value.to(device) for key, value in batch.items()}
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16):
             logits_TV = teacher(**inputs, use_cache=False).logits.flatten(0, 1)
-        predicts_NL = torch.nn.functional.pad(labels_NL[:, 1:], (0, 1), value=-100) != -100
+        predicts_NL = next_tokens(labels_NL) != -100
         places_P = predicts_NL.flatten().nonzero().flatten().to(device)
         top_k = min(self.top_k, logits_TV.shape[1])
         kept: list[tuple[Tensor, ...]] = []

@@ -42,7 +42,6 @@ from llmslim.healing.healing_dir import HealingDir
 from llmslim.healing.inputs import HealInputs
 from llmslim.healing.measure import answers, held_out_loss
 from llmslim.healing.objectives import Objective, Step
-from llmslim.healing.packing_check import takes_position_ids
 from llmslim.healing.plan import StepPlan, rate_share, training_arguments
 from llmslim.healing.report import held_out_losses, should_stop, tokens_seen
 from llmslim.healing.rows import PaddedRows, SeededSampler, collator_for
@@ -93,8 +92,7 @@ class HealingTrainer(Trainer):
         self.inputs, self.teacher = inputs, inputs.teacher
         self.objective: Objective = objective
         self.teacher_cache: TeacherCache | None = None
-        self.bf16, self.position_ids = bf16, takes_position_ids(trainable.model)
-        self.progress = progress
+        self.bf16, self.progress = bf16, progress
         self.step_loss, self.grad_norm, self.step_tokens = 0.0, 0.0, 0
         for callback in list(self.callback_handler.callbacks):
             if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
@@ -152,8 +150,6 @@ class HealingTrainer(Trainer):
         """
         inputs = dict(inputs)
         labels_NL = inputs.pop("labels")
-        if not self.position_ids:
-            inputs.pop("position_ids", None)
         rows_N, stored = inputs.pop("rows", None), None
         if self.teacher_cache is not None:
             rows = [] if rows_N is None else rows_N.tolist()
@@ -236,7 +232,6 @@ class HealingTrainer(Trainer):
                 self.data_collator,
                 micro_batch=self.spec.micro_batch,
                 accelerator=self.accelerator,
-                position_ids=self.position_ids,
             )
 
     def answers(self) -> list[str]:
