@@ -11,10 +11,10 @@ from torch.nn import functional
 from llmslim.data import collate
 from llmslim.errors import HealingError
 from llmslim.healing import objective_named
-from llmslim.plugins import OBJECTIVES
 from llmslim.healing.objectives import _chunks
 from llmslim.healing.objectives._step import Step
 from llmslim.healing.objectives.cross_entropy import summed_cross_entropy
+from llmslim.plugins import OBJECTIVES
 from llmslim.recipe import Heal
 
 

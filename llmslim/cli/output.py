@@ -1,4 +1,4 @@
-"""How commands print: reports and progress through rich, everything for machines as it is."""
+"""How commands print: reports and progress through rich, output for machines unchanged."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def show_report(report: Report, *, full: bool = False, bars: bool | None = None)
     Args:
         report: what to print.
         full: one line per module.
-        bars: whether a bar per layer is printed too; as `full` where not given.
+        bars: whether to print a bar per layer too; by default as `full`.
     """
     from llmslim.report.text import TextView
 
@@ -37,21 +37,22 @@ def show_report(report: Report, *, full: bool = False, bars: bool | None = None)
 
 
 def show_cost(plan: Plan, device: str | None = None) -> None:
-    """Say what fitting to calibration text will take, where there is any.
+    """Print the time and memory of a fit to calibration text, if the plan has one.
 
     Args:
-        plan: what will be done.
-        device: where, see `convert`.
+        plan: of the conversion.
+        device: where to fit, see `convert`.
     """
     from llmslim.conversion.device import device_named
     from llmslim.fitting.cost import fitting_cost, speed
+    from llmslim.report import wording
 
     cost, where = fitting_cost(plan), device_named(device)
     if cost is not None:
         minutes = max(1, round(cost.flops / speed(where) / 60))
         click.echo(
-            f"\nfitting to {cost.tokens:,} tokens: about {cost.memory / 2**30:.1f} GiB beside the "
-            f"model and {minutes:,} min on this machine ({where}), within a factor of two"
+            f"\nfitting to {cost.tokens:,} tokens: about {wording.size(cost.memory)} of memory beside "
+            f"the model and {minutes:,} min on this machine ({where}), within a factor of two"
         )
 
 
@@ -76,26 +77,18 @@ def write_out(text: str, target: str) -> None:
 
 @contextmanager
 def progress() -> Iterator[Callable[[int, int, str], None]]:
-    """Show a bar with the time left on stderr; yield the function that moves it.
-
-    Nothing is shown where stderr is not a terminal: a log is no place for a bar.
-    """
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    """Show a progress bar on stderr, if that is a terminal; yield the function that updates it."""
+    from rich import progress as rich_bar
 
     err = console(err=True)
     columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
+        rich_bar.TextColumn("{task.description}", markup=False),
+        rich_bar.BarColumn(),
+        rich_bar.MofNCompleteColumn(),
+        rich_bar.TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+    hidden = not err.is_terminal
+    with rich_bar.Progress(*columns, console=err, transient=True, disable=hidden) as bar:
         task = bar.add_task("reading the model", total=None)
 
         def move(done: int, total: int, what: str) -> None:

@@ -9,8 +9,6 @@ from typing import Any
 
 from llmslim.errors import printable
 
-from . import wording
-
 _HONEST = """\
 A healed model is still smaller than its base model, whose benchmark results do not apply to it.
 Evaluate it on your own task.

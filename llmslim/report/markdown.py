@@ -41,7 +41,7 @@ def rows_table(report: Report, *, full: bool = False) -> str:
         full: one line per row instead of folded ones.
     """
     lines = unfolded(report.rows) if full else fold(report.rows)
-    head = "name,rows,action,structure,out x in,before,after,kept,error".split(",")
+    head = ["name", "rows", "action", "structure", "out x in", "before", "after", "kept", "error"]
     cells = (
         (
             f"`{printable(line.name)}`",

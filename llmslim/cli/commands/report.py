@@ -1,4 +1,4 @@
-"""`llmslim report`: the savings report of a slim checkpoint, in any format."""
+"""`llmslim report`: the report of a slim checkpoint, in any format."""
 
 from __future__ import annotations
 
@@ -18,11 +18,16 @@ from llmslim.report import FORMATS
     type=click.Choice(list(FORMATS)),
     default="text",
     show_default=True,
+    help="Format of the report.",
 )
 @click.option("-o", "--out", metavar="FILE", help="Write to this file instead of stdout.")
-@click.option("--full", is_flag=True, help="A line for every module; in text, a bar per layer too.")
+@click.option(
+    "--full",
+    is_flag=True,
+    help="Show a line for every module; in text, also a bar for every layer.",
+)
 def command(slim: str, format_name: str, out: str | None, full: bool) -> None:
-    """Show what was saved where in SLIM, and what healing did to it.
+    """Show what was saved in which module of SLIM, and the result of healing.
 
     SLIM is a folder that `llmslim convert` wrote, or a report file of `llmslim plan --json`.
     """
