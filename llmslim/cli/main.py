@@ -84,6 +84,8 @@ def cli() -> None:
 
     Start with `llmslim demo` (a small model, no download), or see what a recipe would do to your
     model: `llmslim plan MODEL --recipe mlp-half`.
+
+    MODEL is a hub id, a folder, or a .gguf file; SLIM is a folder that `llmslim convert` wrote.
     """
 
 

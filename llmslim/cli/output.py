@@ -51,8 +51,8 @@ def show_cost(plan: Plan, device: str | None = None) -> None:
     if cost is not None:
         minutes = max(1, round(cost.flops / speed(where) / 60))
         click.echo(
-            f"\nfitting to {cost.tokens:,} tokens: about {wording.size(cost.memory)} of memory beside "
-            f"the model and {minutes:,} min on this machine ({where}), within a factor of two"
+            f"\nfitting to {cost.tokens:,} tokens: about {wording.size(cost.memory)} of memory "
+            f"beside the model and {minutes:,} min on this machine ({where}), within a factor of two"
         )
 
 

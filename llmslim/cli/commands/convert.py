@@ -44,7 +44,7 @@ healed (`llmslim heal`)."""
 )
 @click.option("--dry-run", is_flag=True, help="Only show the plan, as `llmslim plan` does.")
 def command(model: str, heal: bool, dry_run: bool, **keywords: Any) -> None:
-    """Make MODEL smaller with a recipe, and write the result to a folder.
+    """Make MODEL smaller, and write it to a folder.
 
     MODEL is a hub id, a folder, or a .gguf file. A folder with a published kphi-3 model needs no
     recipe: it is converted to the slim format unchanged. The output folder appears only when it is

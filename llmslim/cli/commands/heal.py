@@ -20,10 +20,12 @@ from llmslim.options import HealOptions
     help="Only check the inputs, and show what would be trained and the memory it would take.",
 )
 def command(model: str, dry_run: bool, **options: Any) -> None:
-    """Train SLIM to recover its quality, and write the result to a new folder.
+    """Train SLIM to recover its quality.
 
-    Options that are not given come from the `heal` section of the recipe in SLIM. For several GPUs
-    or machines, run `accelerate launch -m llmslim heal ...`. A killed run continues with --resume.
+    SLIM is a folder that `llmslim convert` wrote, or any other causal language model; the result
+    goes to a new folder. Options that are not given come from the `heal` section of the recipe in
+    SLIM. For several GPUs or machines, run `accelerate launch -m llmslim heal ...`. A killed run
+    continues with --resume.
     """
     if options["tokens"] is not None and options["epochs"] is not None:
         raise click.UsageError("--tokens and --epochs are two units for the same length; give one.")

@@ -38,9 +38,7 @@ def read_ratio(ctx: click.Context, param: click.Parameter, value: str | None) ->
     metavar="FILE",
     help="Also write the report as JSON; with - only that, to stdout.",
 )
-@click.option(
-    "--full", is_flag=True, help="Show a line for every module and a bar for every layer."
-)
+@click.option("--full", is_flag=True, help="Show every module, and a bar for every layer.")
 @click.option("--init", metavar="NAME", help="Method of fitting, in place of the recipe's.")
 @click.option(
     "--trust-remote-code", is_flag=True, help="Run the modeling code that comes with MODEL."
@@ -49,7 +47,7 @@ def read_ratio(ctx: click.Context, param: click.Parameter, value: str | None) ->
     "--fail-under",
     metavar="RATIO",
     callback=read_ratio,
-    help="Exit with status 1 if a smaller share of the non-embedding parameters is saved (0.5, 1/2).",
+    help="Exit with status 1 if less than this share of the non-embedding parameters is saved.",
 )
 def command(
     model: str,
@@ -60,10 +58,10 @@ def command(
     trust_remote_code: bool,
     fail_under: Fraction | None,
 ) -> None:
-    """Show what a recipe would do to MODEL, without changing it.
+    """Show what a recipe would do to MODEL.
 
     MODEL is a hub id, a folder (a config.json alone is enough), or a .gguf file. No weights are
-    read.
+    read, and nothing is changed.
     """
     from llmslim.recipe import Recipe
 

@@ -12,9 +12,7 @@ from llmslim.errors import RecipeError
 
 @click.command()
 @click.argument("name", required=False)
-@click.option(
-    "--schema", is_flag=True, help="Print the JSON Schema of recipes, which editors can use."
-)
+@click.option("--schema", is_flag=True, help="Print the JSON Schema of recipes, for editors.")
 def command(name: str | None, schema: bool) -> None:
     """List the shipped recipes, or print the recipe NAME.
 

@@ -24,12 +24,12 @@ from llmslim.report import FORMATS
 @click.option(
     "--full",
     is_flag=True,
-    help="Show a line for every module; in text, also a bar for every layer.",
+    help="Show every module; in text, also a bar for every layer.",
 )
 def command(slim: str, format_name: str, out: str | None, full: bool) -> None:
-    """Show what was saved in which module of SLIM, and the result of healing.
+    """Show what was saved in SLIM, module by module.
 
-    SLIM is a folder that `llmslim convert` wrote, or a report file of `llmslim plan --json`.
+    A healed model's losses and answers follow. SLIM is a folder that `llmslim convert` wrote, or a report file of `llmslim plan --json`.
     """
     from llmslim.report import healed, render
     from llmslim.report.read import read_report
