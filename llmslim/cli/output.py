@@ -52,7 +52,7 @@ def show_cost(plan: Plan, device: str | None = None) -> None:
         minutes = max(1, round(cost.flops / speed(where) / 60))
         click.echo(
             f"\nfitting to {cost.tokens:,} tokens: about {wording.size(cost.memory)} of memory "
-            f"beside the model and {minutes:,} min on this machine ({where}), within a factor of two"
+            f"beside the model and {minutes:,} min on this machine ({where}), within a factor of 2"
         )
 
 

@@ -11,11 +11,7 @@ from llmslim.cli.settings import backend, settings
 
 @click.command()
 @click.argument("slim")
-@click.option(
-    "--dense",
-    is_flag=True,
-    help="Write a dense model of its base class, every block multiplied out.",
-)
+@click.option("--dense", is_flag=True, help="Multiply every block out; the only form so far.")
 @click.option(
     "-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write."
 )

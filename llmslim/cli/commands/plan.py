@@ -32,17 +32,10 @@ def read_ratio(ctx: click.Context, param: click.Parameter, value: str | None) ->
 @click.command()
 @click.argument("model")
 @click.option("-r", "--recipe", required=True, help="Name of a shipped recipe, or a recipe file.")
-@click.option(
-    "--json",
-    "json_target",
-    metavar="FILE",
-    help="Also write the report as JSON; with - only that, to stdout.",
-)
+@click.option("--json", "json_target", metavar="FILE", help="Write JSON too; - for JSON on stdout.")
 @click.option("--full", is_flag=True, help="Show every module, and a bar for every layer.")
 @click.option("--init", metavar="NAME", help="Method of fitting, in place of the recipe's.")
-@click.option(
-    "--trust-remote-code", is_flag=True, help="Run the modeling code that comes with MODEL."
-)
+@click.option("--trust-remote-code", is_flag=True, help="Run the modeling code in MODEL.")
 @click.option(
     "--fail-under",
     metavar="RATIO",

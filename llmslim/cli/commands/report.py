@@ -29,7 +29,8 @@ from llmslim.report import FORMATS
 def command(slim: str, format_name: str, out: str | None, full: bool) -> None:
     """Show what was saved in SLIM, module by module.
 
-    A healed model's losses and answers follow. SLIM is a folder that `llmslim convert` wrote, or a report file of `llmslim plan --json`.
+    A healed model's losses and answers follow. SLIM is a folder that `llmslim convert` wrote, or a
+    report file of `llmslim plan --json`.
     """
     from llmslim.report import healed, render
     from llmslim.report.read import read_report
