@@ -246,7 +246,7 @@ def test_what_cannot_be_healed_is_told(tmp_path):
     model = slimmed()
     cases = [
         ({"rows": text(train=0)}, "no text to train on"),
-        ({"objective": "logits"}, "logits, but no teacher"),
+        ({"objective": "logits"}, "logits without a teacher"),
         ({"objective": "hopes"}, "'hopes'; allowed cross_entropy, logits"),
         ({"teacher": tiny_model(vocab_size=64)}, "vocabulary of 64 tokens, the model's has 96"),
     ]

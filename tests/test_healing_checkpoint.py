@@ -216,7 +216,7 @@ def test_a_result_that_cannot_be_written_is_not_lost(folders, tmp_path, monkeypa
         patch.setattr(write_healed, "write_checkpoint", full)
         failed = CliRunner().invoke(cli, command)
     assert failed.exit_code == 75  # to be gone on with
-    assert "no space left for it. Free some space. What was trained is kept in" in failed.output
+    assert "no space left for it. Free some space. The trained weights are kept in" in failed.output
     assert [entry.name for entry in tmp_path.iterdir()] == ["out.healing"]
     begun = (tmp_path / "out.healing" / "history.jsonl").read_text()
     assert CliRunner().invoke(cli, [*command, "--resume"]).exit_code == 0

@@ -167,7 +167,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(folder):
 def test_a_dry_run_finds_what_a_healing_would_stop_at(folder):
     result = dry_run(folder, "--objective", "logits")
     assert result.exit_code == 1
-    assert "but no teacher" in result.stderr
+    assert "without a teacher" in result.stderr
     (folder / "out.healing").mkdir()
     (folder / "out.healing" / "run.json").write_text("{}")
     assert "unfinished healing is here" in dry_run(folder).stderr

@@ -128,7 +128,7 @@ def assert_same(one, two, note):
     return report
 
 
-SPREAD = "Trained by 2 processes, the model spread over them (FSDP)."
+SPREAD = "Trained by 2 processes, which shard the model (FSDP)."
 
 
 def test_a_model_spread_over_two_processes_ends_as_in_one(folders, tmp_path):
@@ -175,7 +175,7 @@ def test_two_processes_learn_what_one_does(folders, tmp_path, how, settings):
     read = {key: value == "true" or value for key, value in settings.items()}
     alone(folders, tmp_path / "one", **read)
     together(folders, tmp_path / "two", how, **settings)
-    whole = "Trained by 2 processes, a whole model in each."
+    whole = "Trained by 2 processes, with a whole model in each."
     assert_same(tmp_path / "one", tmp_path / "two", SPREAD if how is SHARDED else whole)
 
 

@@ -292,7 +292,7 @@ def test_rows_that_changed_are_told(tmp_path):
 
 def test_only_logits_are_stored(tmp_path):
     cases = [
-        ({}, "no teacher to store"),
+        ({}, "true without a teacher"),
         ({"teacher": tiny_model(), "objective": "cross_entropy"}, "true with cross_entropy"),
     ]
     for options, said in cases:

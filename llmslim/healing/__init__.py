@@ -1,4 +1,4 @@
-"""Train a slim model until it is of use again; one objective a file in `objectives`."""
+"""Train a slim model to recover its quality; `objectives` has one file per objective."""
 
 from .healing_dir import HealingDir as HealingDir
 from .healing_dir import folder_beside as folder_beside

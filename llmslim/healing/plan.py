@@ -199,7 +199,7 @@ def plan_healing(inputs: HealInputs) -> HealingPlan:
             bf16=bf16,
             teacher=inputs.teacher,
         )
-    except Exception as error:  # in as many classes as there are models
+    except Exception as error:  # models raise anything
         notes.append(f"The memory that it takes could not be computed ({first_line(error)}).")
     return HealingPlan(
         objective=objective.name,

@@ -1,7 +1,7 @@
-"""One healing from beginning to end, or from where it was killed to the end.
+"""Run a healing, or continue one that was interrupted.
 
-Training itself is transformers' Trainer on accelerate; this file is what is measured before and
-after, where it continues, and what happens when something goes wrong.
+The training is transformers' Trainer on accelerate; this file measures before and after, finds
+where to continue, and restores models after errors.
 """
 
 from __future__ import annotations
@@ -52,23 +52,22 @@ def heal_model(
 ) -> HealReport:
     """Train a model, in place.
 
-    Where `accelerate launch` spreads it over processes, each has it whole again at the end.
+    Where `accelerate launch` shards it over processes, each has all weights at the end.
 
     Args:
-        inputs: complete. The teacher is left as it was; but with `store_teacher` it is off the
-            device while the model trains, and one that the options name leaves memory too: its
-            parameters are then empty.
-        folder: where to keep what is needed to continue after a kill; closing or removing it is
-            for the caller.
+        inputs: of the healing. The teacher is unchanged in the end. With `store_teacher` it is off
+            the device while the model trains; and if it was loaded by name, its parameters are then
+            empty.
+        folder: keeps what is needed to continue after a kill; the caller closes or removes it.
         progress: called after every step.
 
     Returns:
-        What was done, without a path.
+        The result, without a path.
 
     Raises:
-        HealingError: if it cannot be done, or the loss is not finite; the last good state is then
-            in the folder, and the model is as it was at that moment, or without its weights if it
-            was spread over processes.
+        HealingError: if the training cannot begin or continue, or the loss is not finite. The
+            folder then has the last good state, and the model its current weights, or none if it
+            was sharded over processes.
     """
     objective, state = inputs.objective(), processes()
     model, teacher, spec = inputs.model, inputs.teacher, inputs.spec
@@ -77,7 +76,7 @@ def heal_model(
     with (
         quiet(),
         as_it_was(model),
-        as_it_was(teacher, weights=spec.teacher is None),  # one loaded for this alone may go
+        as_it_was(teacher, weights=spec.teacher is None),  # one loaded by name is not needed later
     ):
         if teacher is not None:
             teacher.eval().requires_grad_(requires_grad=False)
@@ -120,7 +119,7 @@ def _key(inputs: HealInputs, plan: StepPlan, state: PartialState, *, bf16: bool)
 
 @contextmanager
 def _training(inputs: HealInputs, state: PartialState) -> Iterator[Trainable]:
-    """Make the model ready for training, or a copy that can be spread; undo it in the end."""
+    """Prepare the model for training, or a copy to shard; undo it in the end."""
     given, spec = inputs.model, inputs.spec
     trainable = make_trainable(
         shard_copy(given) if is_sharded(state) else given, spec, inputs.narrowed
@@ -134,17 +133,16 @@ def _training(inputs: HealInputs, state: PartialState) -> Iterator[Trainable]:
 
 
 def _cache_teacher(trainer: HealingTrainer, state: PartialState) -> None:
-    """Store the teacher's top-k logits for every row, and its loss, then let go of it.
+    """Store the teacher's loss and its top-k logits for every row, then release the teacher.
 
-    The model leaves the device meanwhile: the two never share it. The trainer then has a cache and
-    no teacher.
+    Model and teacher are never on the device together. The trainer then has a cache and no teacher.
 
     Args:
         trainer: has model and teacher.
-        state: accelerate's; rows are spread over the processes.
+        state: accelerate's; each process computes a share of the rows.
 
     Raises:
-        HealingError: if the disk has no room for it.
+        HealingError: if the disk has no space for the logits.
     """
     teacher, spec, device = trainer.teacher, trainer.spec, trainer.args.device
     model: Any = trainer.model
@@ -174,25 +172,25 @@ def _cache_teacher(trainer: HealingTrainer, state: PartialState) -> None:
         folder.add_measured(teacher=trainer.measure(load()), write=state.is_main_process)
     trainer.teacher_cache, trainer.teacher = cache, None
     teacher.to("cpu")
-    if spec.teacher is not None:  # loaded for this alone
+    if spec.teacher is not None:  # loaded by name, and not needed any more
         for tensor in (*teacher.parameters(), *teacher.buffers()):
             tensor.data = torch.empty(0, dtype=tensor.dtype)
-    if not trainer.is_fsdp_enabled:  # which brings it there in pieces
+    if not trainer.is_fsdp_enabled:  # FSDP moves the shards
         model.to(device)
 
 
 @dataclass(frozen=True)
 class _Result:
     steps: int
-    """Step whose weights the model has."""
+    """The step whose weights the model has."""
     last_step: int
     trained_parameters: int
 
 
 def _train(trainer: HealingTrainer, state: PartialState) -> _Result:
-    """Train, from the last whole checkpoint on where there is one; load the best weights."""
+    """Train, from the last whole checkpoint if there is one; load the best weights."""
     folder, planned = trainer.folder, trainer.plan.steps
-    with state.main_process_first():  # it removes what was cut short; the others only look
+    with state.main_process_first():  # removes incomplete checkpoints
         last = folder.last_checkpoint()
         at = int(last.name.rpartition("-")[2]) if last else 0
         folder.rewind(at, write=state.is_main_process)
@@ -201,7 +199,7 @@ def _train(trainer: HealingTrainer, state: PartialState) -> _Result:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
         at = trainer.state.global_step
     else:
-        trainer.spread()
+        trainer.shard()
     best = best_step(folder.history) if trainer.eval_dataset is not None else at
     if (finished or best != at) and best:
         trainer.load_trained(folder.path / f"checkpoint-{best}")
@@ -209,7 +207,7 @@ def _train(trainer: HealingTrainer, state: PartialState) -> _Result:
 
 
 def _final_losses(trainer: HealingTrainer) -> Losses:
-    """Make the model what will be stored; return its losses."""
+    """Finalise the weights for storing; return the model's losses."""
     trainable, types = trainer.trainable, trainer.trainable.rounds_to
     unrounded = trainer.measure(trainer.model) if types else None
     trainable.finalise()
@@ -224,13 +222,13 @@ def _report(
     after: list[str],
     state: PartialState,
 ) -> HealReport:
-    """Put together what was done.
+    """Return the report of a finished training.
 
     Args:
         trainer: finished.
-        result: of training.
+        result: of the training.
         losses: on held-out text.
-        after: answers of the result.
+        after: answers of the healed model.
         state: accelerate's.
     """
     inputs, plan, folder = trainer.inputs, trainer.plan, trainer.folder
