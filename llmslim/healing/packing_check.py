@@ -40,10 +40,8 @@ def sees_neighbours(model: Any) -> bool:
 
 
 def packing_notes(*, mixes: bool) -> list[str]:
-    """Return a note for the report if samples `mixes`: would see each other in one row."""
-    note = (
-        "In this architecture, samples packed into one row would see each other, so each is a row."
-    )
+    """Return a note for the report if samples in one row would see each other."""
+    note = "Samples in one row would see each other in this architecture, so each has its own row."
     return [note] if mixes else []
 
 
