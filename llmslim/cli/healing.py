@@ -23,16 +23,10 @@ what next
 
 
 def heal_and_show(model: str | Path, **options: Any) -> None:
-    """Heal with a progress bar, then print losses, notes and answers.
-
-    Args:
-        model: a checkpoint.
-        options: fields of `HealOptions`.
-    """
-    api = backend()
+    """Heal a checkpoint with a progress bar, then print losses, notes and answers."""
     try:
         with progress() as moved:
-            report = api.heal(model, **options, progress=moved)
+            report = backend().heal(model, **options, progress=moved)
     except KeyboardInterrupt:
         click.echo("\nIf training had begun, continue from its last state with --resume.", err=True)
         raise
@@ -46,15 +40,9 @@ def heal_and_show(model: str | Path, **options: Any) -> None:
 
 
 def plan_and_show(model: str | Path, **options: Any) -> None:
-    """Print what a healing would do, and the memory that it would take.
-
-    Args:
-        model: a checkpoint.
-        options: fields of `HealOptions`.
-    """
-    api = backend()
+    """Print what a healing would do, and the memory that it would take."""
     with progress() as moved:
-        found = api.plan_heal(model, **options, progress=moved)
+        found = backend().plan_heal(model, **options, progress=moved)
     _print(found.facts(), found.notes)
     click.echo("\ndry run: nothing was trained or written")
 
@@ -68,11 +56,7 @@ def _print(facts: list[tuple[str, str]], notes: Sequence[str]) -> None:
 
 
 def show_healing(done: Mapping[str, Any]) -> None:
-    """Print losses, notes and answers of a healing.
-
-    Args:
-        done: `HealReport.to_dict` of the healing.
-    """
+    """Print losses, notes and answers of a healing, from its `HealReport.to_dict`."""
     from llmslim.report import healed
 
     click.echo("\nhealing")

@@ -24,25 +24,14 @@ def console(*, err: bool = False) -> Console:
 
 
 def show_report(report: Report, *, full: bool = False, bars: bool | None = None) -> None:
-    """Print a report for a person.
-
-    Args:
-        report: what to print.
-        full: one line per module.
-        bars: whether to print a bar per layer too; by default as `full`.
-    """
+    """Print a report for people; options as of `TextView`."""
     from llmslim.report.text import TextView
 
     console().print(TextView(report, full=full, bars=bars))
 
 
 def show_cost(plan: Plan, device: str | None = None) -> None:
-    """Print the time and memory of a fit to calibration text, if the plan has one.
-
-    Args:
-        plan: of the conversion.
-        device: where to fit, see `convert`.
-    """
+    """Print the time and memory of a fit to calibration text, if the plan has one."""
     from llmslim.conversion.device import device_named
     from llmslim.fitting.cost import fitting_cost, speed
     from llmslim.report import wording
@@ -58,10 +47,6 @@ def show_cost(plan: Plan, device: str | None = None) -> None:
 
 def write_out(text: str, target: str) -> None:
     """Write text to a file, or to stdout where the target is `-`.
-
-    Args:
-        text: what to write, as it is.
-        target: path or `-`.
 
     Raises:
         click.FileError: if the file cannot be written.

@@ -60,12 +60,8 @@ def _asks_to_shard() -> bool:
 def check_sharding(accelerator: Any, spec: Heal) -> None:
     """Refuse ways of sharding a model that healing does not support.
 
-    Args:
-        accelerator: accelerate's.
-        spec: the options.
-
     Raises:
-        HealingError: if it is one of them.
+        HealingError: if accelerate is set up for one of them.
     """
     state = accelerator.state
     if getattr(state, "deepspeed_plugin", None) is not None:

@@ -98,13 +98,7 @@ class Memory:
 
 
 def healing_memory(
-    model: Any,
-    spec: Heal,
-    *,
-    length: int,
-    accumulate: int,
-    bf16: bool,
-    teacher: Any = None,
+    model: Any, spec: Heal, *, length: int, accumulate: int, bf16: bool, teacher: Any = None
 ) -> Memory:
     """Compute the memory of a healing.
 
@@ -119,10 +113,9 @@ def healing_memory(
         teacher: the dense model, if any, on any device.
     """
     weights = sum(weight.numel() for weight in model.parameters())
-    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    gradients = MASTER * sum(p.numel() for p in model.parameters() if p.requires_grad)
     found = _forward(model, spec.micro_batch, length, bf16=bf16)
     live = teacher is not None and not spec.store_teacher
-    gradients = trained * MASTER
     kept, again = found.outside + sum(found.layers), 0
     if spec.gradient_checkpointing:
         kept, again = found.outside + sum(found.inputs), max(found.layers, default=0)

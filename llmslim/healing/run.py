@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import accelerate
@@ -90,13 +89,14 @@ def heal_model(
                 _cache_teacher(trainer, state)
             elif teacher is not None:
                 to_compute(teacher, trainer.args.device, bf16=bf16)
-            result = _train(trainer, state)
+            best, last = _train(trainer, state)
+            trained = trainable.count()
             losses = _final_losses(trainer)
             after = trainer.answers()
             if trainable.model is not model:
                 gather_into(model, trainable.model)
                 trainable.model = model
-    return _report(trainer, result, losses, after, state)
+    return _report(trainer, state, losses, after, trained=trained, best=best, last=last)
 
 
 def _key(inputs: HealInputs, plan: StepPlan, state: PartialState, *, bf16: bool) -> dict[str, Any]:
@@ -136,13 +136,6 @@ def _cache_teacher(trainer: HealingTrainer, state: PartialState) -> None:
     """Store the teacher's loss and its top-k logits for every row, then release the teacher.
 
     Model and teacher are never on the device together. The trainer then has a cache and no teacher.
-
-    Args:
-        trainer: has model and teacher.
-        state: accelerate's; each process computes a share of the rows.
-
-    Raises:
-        HealingError: if the disk has no space for the logits.
     """
     teacher, spec, device = trainer.teacher, trainer.spec, trainer.args.device
     model: Any = trainer.model
@@ -179,16 +172,12 @@ def _cache_teacher(trainer: HealingTrainer, state: PartialState) -> None:
         model.to(device)
 
 
-@dataclass(frozen=True)
-class _Result:
-    steps: int
-    """The step whose weights the model has."""
-    last_step: int
-    trained_parameters: int
+def _train(trainer: HealingTrainer, state: PartialState) -> tuple[int, int]:
+    """Train, or continue from the last whole checkpoint; load the best weights.
 
-
-def _train(trainer: HealingTrainer, state: PartialState) -> _Result:
-    """Train, from the last whole checkpoint if there is one; load the best weights."""
+    Returns:
+        The step of the best weights, and the last step.
+    """
     folder, planned = trainer.folder, trainer.plan.steps
     with state.main_process_first():  # removes incomplete checkpoints
         last = folder.last_checkpoint()
@@ -203,7 +192,7 @@ def _train(trainer: HealingTrainer, state: PartialState) -> _Result:
     best = best_step(folder.history) if trainer.eval_dataset is not None else at
     if (finished or best != at) and best:
         trainer.load_trained(folder.path / f"checkpoint-{best}")
-    return _Result(best or at, at, trainer.trainable.count())
+    return best or at, at
 
 
 def _final_losses(trainer: HealingTrainer) -> Losses:
@@ -217,36 +206,31 @@ def _final_losses(trainer: HealingTrainer) -> Losses:
 
 def _report(
     trainer: HealingTrainer,
-    result: _Result,
+    state: PartialState,
     losses: Losses,
     after: list[str],
-    state: PartialState,
+    *,
+    trained: int,
+    best: int,
+    last: int,
 ) -> HealReport:
-    """Return the report of a finished training.
-
-    Args:
-        trainer: finished.
-        result: of the training.
-        losses: on held-out text.
-        after: answers of the healed model.
-        state: accelerate's.
-    """
+    """Return the report of a finished training."""
     inputs, plan, folder = trainer.inputs, trainer.plan, trainer.folder
-    spec, text, start = inputs.spec, inputs.text, folder.measured
+    start, history, text, spec = folder.measured, folder.history, inputs.text, inputs.spec
     return HealReport(
         path=None,
         objective=trainer.objective.name,
         train=spec.train,
-        steps=result.steps,
-        tokens=tokens_seen(folder.history, result.steps),
+        steps=best,
+        tokens=tokens_seen(history, best),
         padding=text.padding,
         tokens_per_second=round(trainer.recorder.tokens_per_second, 1),
-        trained_parameters=result.trained_parameters,
+        trained_parameters=trained,
         loss_before=losses.before,
         loss_after=losses.stored,
         loss_unrounded=losses.unrounded,
         loss_teacher=start["teacher"],
-        history=tuple(folder.history),
+        history=tuple(history),
         answers=tuple(map(Answer, PROMPTS, start["answers"], after)),
         source=text.source,
         licence=text.licence,
@@ -256,6 +240,6 @@ def _report(
             *plan.notes,
             *process_notes(state),
             *packing_notes(mixes=inputs.mixes),
-            *result_notes(losses, best=result.steps, last=result.last_step, planned=plan.steps),
+            *result_notes(losses, best=best, last=last, planned=plan.steps),
         ),
     )
