@@ -82,7 +82,7 @@ def slim(
     tokenizer: Any = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Change a model as a recipe says, in place.
+    """Change a model according to a recipe, in place.
 
     The model stays a subclass of its class; `model.save_pretrained(path)` then writes a slim
     checkpoint that `AutoModelForCausalLM.from_pretrained` loads back.

@@ -14,7 +14,7 @@ from torch import nn
 
 from llmslim import slim
 from llmslim.errors import HealingError
-from llmslim.healing import inputs, objectives
+from llmslim.healing import inputs, objectives, plan
 from llmslim.healing.trainable import make_trainable
 from llmslim.recipe import Heal
 
@@ -146,6 +146,14 @@ def test_the_learning_rate_follows_the_schedule(tmp_path, schedule, last):
     assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1])
     # A cosine from 1 at step 2 to 0 at step 8: step 5 is half of the way.
     assert rates[5] == pytest.approx(last)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_precision_is_bf16_by_default_where_that_is_fast(monkeypatch, fast):
+    monkeypatch.setattr(plan, "bf16_is_fast", lambda _: fast)
+    cpu = torch.device("cpu")
+    used = [plan.uses_bf16(Heal(precision=name), cpu) for name in ("auto", "bf16", "fp32")]
+    assert used == [fast, True, False]
 
 
 def test_bf16_computes_in_bf16_over_float32_weights(tmp_path, monkeypatch):

@@ -86,7 +86,8 @@ def alone(folders, out, model="slim", **settings):
 
 
 def together(folders, out, how, *options, more="", works=True, model="slim", **settings):
-    """Heal with two processes; return what they print."""
+    """Heal with two processes, in float32; return what they print."""
+    settings = {"precision": "fp32", **settings}
     program = out.with_suffix(".py")
     program.write_text(PROGRAM.format(more=more))
     command = [sys.executable, "-m", "accelerate.commands.launch", *how, "--num_processes", "2"]

@@ -40,7 +40,7 @@ def reply(
     Args:
         model: any causal language model.
         tokenizer: its tokenizer; its chat template is used where it has one.
-        prompt: what the user says.
+        prompt: the user's message.
         write: takes the answer, piece by piece.
         system: a system message; needs a chat template.
         max_new_tokens: maximum number of new tokens.

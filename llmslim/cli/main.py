@@ -51,7 +51,8 @@ class CommandFolder(click.Group):
             return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:
             kept = "; ".join(getattr(interrupt, "__notes__", ()))
-            click.echo(f"\nInterrupted; {kept or settings.what_was_written()}.", err=True)
+            written = f"{settings.written} is complete" if settings.written else ""
+            click.echo(f"\nInterrupted; {kept or written or 'nothing was written'}.", err=True)
             ctx.exit(130)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise  # for click

@@ -20,10 +20,6 @@ class Settings:
     written: Path | None = None
     """A complete output on disk, for the message of an interrupt."""
 
-    def what_was_written(self) -> str:
-        """Return what the message of an interrupted run states about outputs."""
-        return f"{self.written} is complete" if self.written else "nothing was written"
-
 
 def settings() -> Settings:
     """Return the settings of the command that is running."""

@@ -42,10 +42,9 @@ class Line:
         return sum(row.params_after for row in self.rows)
 
     @property
-    def init_errors(self) -> tuple[float, float] | None:
-        """Least and largest error of the rows that have one; None where none has."""
-        errors = [row.init_error for row in self.rows if row.init_error is not None]
-        return (min(errors), max(errors)) if errors else None
+    def init_errors(self) -> list[float]:
+        """The errors of the rows that have one."""
+        return [row.init_error for row in self.rows if row.init_error is not None]
 
 
 def fold(rows: Iterable[Row]) -> list[Line]:
@@ -97,7 +96,7 @@ def _outcome(row: Row) -> tuple[object, ...]:
     return (
         row.kind,
         row.action,
-        # The reason names the dropped layer, which would keep layers apart.
+        # The reason names the dropped layer, which would separate the layers.
         row.reason if row.action != "dropped" else "",
         row.structure,
         json.dumps(row.options, sort_keys=True),

@@ -96,15 +96,13 @@ def error(line: Line) -> str:
         >>> error(Line("up", tuple(rows)))
         '0.200-0.452'
     """
-    if line.init_errors is None:
-        return ""
-    least, largest = (f"{value:.3f}" for value in line.init_errors)
-    return least if least == largest else f"{least}-{largest}"
+    shown = [f"{value:.3f}" for value in sorted(line.init_errors)]
+    return "-".join(dict.fromkeys([shown[0], shown[-1]])) if shown else ""
 
 
 def mean_error(line: Line) -> str:
     """Write the mean of a line's fitting errors, where a range would be too wide."""
-    errors = [row.init_error for row in line.rows if row.init_error is not None]
+    errors = line.init_errors
     return f"{sum(errors) / len(errors):.3f}" if errors else ""
 
 
