@@ -6,9 +6,11 @@ count nothing themselves.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
 
 from llmslim.errors import CheckpointError
 
@@ -138,45 +140,18 @@ class Report:
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             found = data.get("format") if isinstance(data, dict) else type(data).__name__
             raise CheckpointError(f"{where}: report format {found!r}; this version reads {FORMAT}.")
-        known = {f.name for f in fields(Row)}
+        known = {field.name: data[field.name] for field in fields(cls) if field.name in data}
         try:
-            rows = tuple(
-                Row(**{key: value for key, value in row.items() if key in known})
-                for row in data["rows"]
-            )
-            fitted_to = data.get("fitted_to", "")  # newer than the format
-            report = cls(data["model"], data["recipe"], rows, tuple(data["problems"]), fitted_to)
-            wrong = next(_misread(report), None)
-            if wrong is not None:
-                raise CheckpointError(
-                    f"{where}: not a llmslim report ({wrong}). Take the file as llmslim wrote it."
-                )
-            totals_agree = asdict(report.totals) == data["totals"]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{where}: not a llmslim report ({error}).") from error
-        if not totals_agree:
+            # Strict JSON has lists for tuples and objects for rows, and converts nothing else.
+            report = TypeAdapter(cls).validate_json(json.dumps(known), strict=True)
+        except (ValidationError, RecursionError) as error:
+            why = str(error)
+            if isinstance(error, ValidationError):
+                wrong = error.errors(include_url=False)[0]
+                why = f"{'.'.join(map(str, wrong['loc'])) or 'JSON'}: {wrong['msg']}"
+            raise CheckpointError(
+                f"{where}: not a llmslim report ({why}). Take the file as llmslim wrote it."
+            ) from error
+        if asdict(report.totals) != data.get("totals"):
             raise CheckpointError(f"{where}: its totals are not the sums of its rows.")
         return report
-
-
-def _misread(report: Report) -> Iterator[str]:
-    """Yield what has the wrong type in a report that was read."""
-    for key in ("model", "recipe", "fitted_to"):
-        if not isinstance(getattr(report, key), str):
-            yield f"its {key} is not text"
-    if not all(isinstance(problem, str) for problem in report.problems):
-        yield "its problems are not text"
-    for number, row in enumerate(report.rows):
-        good = (
-            isinstance(row.name, str)
-            and isinstance(row.reason, str)
-            and row.kind in get_args(Kind)
-            and row.action in get_args(Action)
-            and isinstance(row.structure, str | None)
-            and isinstance(row.options, dict)
-            and all(type(n) is int or n is None for n in (row.in_features, row.out_features))
-            and all(type(getattr(row, key)) is int for key in _COUNTS)
-            and isinstance(row.init_error, float | int | None)
-        )
-        if not good:
-            yield f"rows[{number}] is not a row"
