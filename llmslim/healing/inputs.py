@@ -152,24 +152,17 @@ class HealInputs:
                 "the dense model (--teacher), or use cross_entropy."
             )
         if teacher is not None:
-            _check_vocabulary(self.model, teacher)
+            ours, theirs = (
+                m.get_output_embeddings().weight.shape[0] for m in (self.model, teacher)
+            )
+            if ours != theirs:
+                raise HealingError(
+                    f"heal.teacher: a vocabulary of {theirs:,} tokens, but the model's has "
+                    f"{ours:,}; they must be equal. Give the model that this one was made from."
+                )
         if len(self.text.train) == 0:
             raise HealingError("heal.data: no text to train on; at least one row is needed.")
         return objective
-
-
-def _check_vocabulary(model: Any, teacher: Any) -> None:
-    """Refuse a teacher with other tokens.
-
-    Raises:
-        HealingError: if the vocabularies have different sizes.
-    """
-    ours, theirs = (m.get_output_embeddings().weight.shape[0] for m in (model, teacher))
-    if ours != theirs:
-        raise HealingError(
-            f"heal.teacher: a vocabulary of {theirs:,} tokens, but the model's has {ours:,}; they "
-            "must be equal. Give the model that this one was made from."
-        )
 
 
 def heal_spec(given: Any, own: Recipe | None, changes: Mapping[str, Any]) -> Heal:
