@@ -256,7 +256,7 @@ def test_what_cannot_be_healed_is_told(tmp_path):
         ({"rows": text(train=0)}, "no text to train on"),
         ({"objective": "logits"}, "logits without a teacher"),
         ({"objective": "hopes"}, "'hopes'; allowed cross_entropy, logits"),
-        ({"teacher": tiny_model(vocab_size=64)}, "vocabulary of 64 tokens, the model's has 96"),
+        ({"teacher": tiny_model(vocab_size=64)}, "vocabulary of 64 tokens, but the model's has 96"),
     ]
     before = state(model)
     for options, said in cases:
@@ -270,7 +270,7 @@ def test_progress_tells_loss_and_speed(tmp_path):
     told = []
     healed(slimmed(), tmp_path / "w", progress=lambda *what: told.append(what))
     assert [(done, total) for done, total, _ in told] == [(n, 4) for n in range(5)]
-    assert told[0][2] == "measuring the model as it is"
+    assert told[0][2] == "measuring the model before healing"
     assert "held-out" in told[-1][2]
     assert "tokens/s" in told[-1][2]
 

@@ -150,7 +150,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(folder):
     blocks = sum(weight.numel() for n, weight in model.named_parameters() if ".mlp." in n)
     every = sum(weight.numel() for weight in model.parameters())
     assert f"blocks, {blocks:,} of {every:,} parameters" in result.stdout
-    assert "memory: peak, beside the process itself" in result.stdout
+    assert "memory: peak, without the process itself" in result.stdout
     assert "nothing was trained or written" in result.stdout
     steps = int(next(x for x in result.stdout.splitlines() if x.startswith("steps")).split()[1])
     assert sorted(set(folder.iterdir()) - {folder / "cache"}) == before
