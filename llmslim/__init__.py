@@ -53,45 +53,25 @@ if TYPE_CHECKING:
     from llmslim.report.report import Totals as Totals
     from llmslim.storage import Verification as Verification
 
-_HOMES = {
-    "Conversion": "llmslim.api",
-    "convert": "llmslim.api",
-    "export_dense": "llmslim.api",
-    "heal": "llmslim.api",
-    "load": "llmslim.api",
-    "plan": "llmslim.api",
-    "plan_heal": "llmslim.api",
-    "save": "llmslim.api",
-    "slim": "llmslim.api",
-    "verify": "llmslim.api",
-    "Verification": "llmslim.storage",
-    "Windows": "llmslim.data",
-    "ConvertOptions": "llmslim.conversion.options",
-    "CheckpointError": "llmslim.errors",
-    "DataError": "llmslim.errors",
-    "HealingError": "llmslim.errors",
-    "PluginError": "llmslim.errors",
-    "RecipeError": "llmslim.errors",
-    "SizeError": "llmslim.errors",
-    "SlimError": "llmslim.errors",
-    "TargetError": "llmslim.errors",
-    "UnfinishedError": "llmslim.errors",
-    "HealingPlan": "llmslim.healing.plan",
-    "HealReport": "llmslim.healing.report",
-    "GroupedPointwise": "llmslim.modeling.grouped_pointwise",
-    "LowRank": "llmslim.modeling.low_rank",
-    "HealOptions": "llmslim.options",
-    "StructuredLinear": "llmslim.modeling.structured",
-    "register_init": "llmslim.plugins",
-    "register_objective": "llmslim.plugins",
-    "register_structure": "llmslim.plugins",
-    "Heal": "llmslim.recipe",
-    "Recipe": "llmslim.recipe",
-    "Plan": "llmslim.editing.plans",
-    "Report": "llmslim.report.report",
-    "Row": "llmslim.report.report",
-    "Totals": "llmslim.report.report",
+_EXPORTS = {
+    "llmslim.api": "Conversion convert export_dense heal load plan plan_heal save slim verify",
+    "llmslim.conversion.options": "ConvertOptions",
+    "llmslim.data": "Windows",
+    "llmslim.editing.plans": "Plan",
+    "llmslim.errors": "CheckpointError DataError HealingError PluginError RecipeError SizeError "
+    "SlimError TargetError UnfinishedError",
+    "llmslim.healing.plan": "HealingPlan",
+    "llmslim.healing.report": "HealReport",
+    "llmslim.modeling.grouped_pointwise": "GroupedPointwise",
+    "llmslim.modeling.low_rank": "LowRank",
+    "llmslim.modeling.structured": "StructuredLinear",
+    "llmslim.options": "HealOptions",
+    "llmslim.plugins": "register_init register_objective register_structure",
+    "llmslim.recipe": "Heal Recipe",
+    "llmslim.report.report": "Report Row Totals",
+    "llmslim.storage": "Verification",
 }
+_HOMES = {name: module for module, names in _EXPORTS.items() for name in names.split()}
 
 __all__ = sorted(_HOMES)
 

@@ -1,6 +1,7 @@
-"""The promised verbs: plan, slim, convert, plan_heal, heal, load, save, export_dense, verify.
+"""The public verbs: plan, slim, convert, plan_heal, heal, load, save, export_dense, verify.
 
-Each is a few calls into the layers below; none prints.
+Each is a few calls into the layers below and prints nothing. `convert` is defined with the rest of
+`llmslim.conversion`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from llmslim.progress import Progress, quietly
 from llmslim.recipe import Recipe
 from llmslim.report.report import Report
 from llmslim.storage import (
+    Source,
     Verification,
     check_apart,
     check_finite,
@@ -38,7 +40,7 @@ from llmslim.storage import (
     write_checkpoint,
 )
 
-if TYPE_CHECKING:  # with a Trainer behind it: only `heal` waits for that
+if TYPE_CHECKING:  # imports the Trainer, which only `heal` needs
     from llmslim.healing import HealReport
     from llmslim.healing.plan import HealingPlan
 
@@ -53,11 +55,10 @@ def plan(
     """Work out what a recipe makes of a model, without touching or loading a weight.
 
     Args:
-        model: a model, its config, a hub id, a folder (one with config.json alone will do) or a
-            GGUF file.
+        model: a model, its config, a hub id, a folder (config.json alone is enough) or a GGUF file.
         recipe: what to do.
-        init: a method that takes the place of the recipe's.
-        trust_remote_code: run model code that comes with the model.
+        init: method of fitting, in place of the recipe's.
+        trust_remote_code: run the modeling code that comes with the model.
 
     Raises:
         SlimError: with every problem found.
@@ -81,7 +82,7 @@ def slim(
     tokenizer: Any = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Change a model as a recipe says, in place.
+    """Change a model according to a recipe, in place.
 
     The model stays a subclass of its class; `model.save_pretrained(path)` then writes a slim
     checkpoint that `AutoModelForCausalLM.from_pretrained` loads back.
@@ -89,20 +90,20 @@ def slim(
     Args:
         model: a transformers causal language model.
         recipe: what to do.
-        init: a method that takes the place of the recipe's.
-        seed: seed of everything drawn.
-        calibration: token windows for methods that fit to activations, as
-            `llmslim.data.calibration_windows` gives them; by default what the recipe's section
-            `calibration` says, which is text that the model writes itself where it says nothing.
-        tokenizer: the model's, to read the recipe's calibration text with.
-        progress: told how many blocks are done, how many there are, and what comes now.
+        init: method of fitting, in place of the recipe's.
+        seed: of all random numbers.
+        calibration: token windows for methods that fit to activations, from
+            `llmslim.data.calibration_windows`; by default the text of the recipe's section
+            `calibration`, or without that section, text that the model writes.
+        tokenizer: the model's, to read the recipe's calibration text.
+        progress: called with the number of blocks done, their total, and what comes next.
 
     Returns:
-        The ledger: a row for every module that owns parameters.
+        The report: a row for every module that owns parameters.
 
     Raises:
-        SlimError: with every problem found; the model is then untouched.
-        DataError: if `calibration` is no windows, or has tokens that the model does not know.
+        SlimError: with every problem found; the model is then unchanged.
+        DataError: if `calibration` is not windows, or has tokens that the model does not know.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -120,8 +121,8 @@ def slim(
     elif calibration is not None:
         if not isinstance(calibration, Windows):
             raise DataError(
-                f"calibration: {type(calibration).__name__}; windows of tokens are needed, as "
-                "llmslim.data.calibration_windows gives them."
+                f"calibration: {type(calibration).__name__}; token windows are needed. Make them "
+                "with llmslim.data.calibration_windows."
             )
         calibration.check_known(tokenizer, embedding_rows(model))
     report, _ = slim_with(model, made, calibration, seed=seed, init=init, progress=progress)
@@ -131,17 +132,23 @@ def slim(
 def load(
     path: str | Path, *, dtype: str | None = None, allow_nonfinite: bool = False
 ) -> PreTrainedModel:
-    """Load a model, slim or dense, from a folder, a hub id or a GGUF file; evaluation mode, CPU.
+    """Load a slim or dense model on the CPU, in evaluation mode.
 
     Args:
-        path: what `convert` or `save` wrote, or any other causal language model.
-        dtype: the files' own by default.
-        allow_nonfinite: load it where weights are NaN or infinite, too.
+        path: folder, hub id or GGUF file; what `convert` or `save` wrote, or any other causal
+            language model.
+        dtype: of the weights; as stored by default.
+        allow_nonfinite: accept weights that are NaN or infinite.
 
     Raises:
-        CheckpointError: if it is not there or not whole, or holds such weights unasked.
+        CheckpointError: if it is missing, incomplete, or has such weights.
     """
-    source = open_source(path)
+    return _load(open_source(path), dtype=dtype, allow_nonfinite=allow_nonfinite)
+
+
+def _load(
+    source: Source, *, dtype: str | None = None, allow_nonfinite: bool = False
+) -> PreTrainedModel:
     model = load_model(source, dtype=dtype)
     check_finite(model.state_dict().items(), source.given, allow_nonfinite=allow_nonfinite)
     return model
@@ -155,17 +162,17 @@ def save(
     report: Report | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a model so that a half-written folder can never be taken for a whole one.
+    """Write a model to a folder that appears only when it is complete.
 
     Args:
         model: slim or dense.
-        path: folder to write. Must not exist.
+        path: folder to write; must not exist, unless `overwrite`.
         tokenizer: saved beside the model.
         report: what `slim` returned, for `llmslim report`.
-        overwrite: replace `path` where it exists, once the new one is whole.
+        overwrite: replace an existing folder once the new one is complete.
 
     Raises:
-        CheckpointError: if it cannot be written; `path` is then as it was.
+        CheckpointError: if it cannot be written; `path` is then unchanged.
     """
     data = None if report is None else report.to_dict()
     return write_checkpoint(
@@ -175,20 +182,20 @@ def save(
 
 @takes(HealOptions)
 def heal(model: PreTrainedModel | str | Path, options: HealOptions) -> HealReport:
-    """Train a slim model until it is of use again.
+    """Train a slim model to recover its quality.
 
     A checkpoint is written to a new folder; a model in memory is changed in place, and written
-    only where `out` is given. Until the new folder is whole, `<out>.healing` holds what is needed
-    to continue after a kill.
+    only where `out` is given. Until the new folder is complete, `<out>.healing` holds what is
+    needed to continue after a kill.
 
     Args:
         model: what `convert` wrote, any other causal language model, or a model in memory.
         options: the fields of `HealOptions`, given as keywords; `out` may come second.
 
     Raises:
-        HealingError: if the training cannot be done or continued.
-        UnfinishedError: if the disk is full, or `out` cannot be written; what was trained is kept.
-        SlimError: with what is wrong with model, recipe or data; `out` is then as it was.
+        HealingError: if the training cannot begin or continue.
+        UnfinishedError: if the disk is full, or `out` cannot be written; the training is kept.
+        SlimError: if model, recipe or data are wrong; `out` is then unchanged.
 
     Example:
         >>> heal("slim", "healed", teacher="dense", tokens=1_000_000)  # doctest: +SKIP
@@ -201,7 +208,7 @@ def heal(model: PreTrainedModel | str | Path, options: HealOptions) -> HealRepor
     state, target = processes(), _healing_target(model, options)
     progress = (options.progress if state.is_main_process else None) or quietly
     with ExitStack() as stack:
-        # Text is sampled from a teacher, and attention chosen, before any training begins.
+        # `load_inputs` may change models: it samples text from a teacher, and chooses attention.
         stack.enter_context(as_it_was(model))
         stack.enter_context(as_it_was(options.teacher, weights=True))
         inputs = load_inputs(model, options, progress)
@@ -223,8 +230,8 @@ def heal(model: PreTrainedModel | str | Path, options: HealOptions) -> HealRepor
                 write_healed(inputs, report, target, overwrite=options.overwrite)
             except CheckpointError as error:
                 raise UnfinishedError(
-                    f"{error} What was trained is kept in {path}: resume (--resume), and it is "
-                    "written again."
+                    f"{error} The trained weights are kept in {path}. Resume (--resume) to write "
+                    "them again."
                 ) from error
             folder.remove()
         state.wait_for_everyone()
@@ -233,19 +240,19 @@ def heal(model: PreTrainedModel | str | Path, options: HealOptions) -> HealRepor
 
 @takes(HealOptions)
 def plan_heal(model: str | Path, options: HealOptions) -> HealingPlan:
-    """Work out what `heal` would do with the same arguments, and check all that can be.
+    """Work out what `heal` would do with the same arguments, and check the arguments.
 
-    Text is read and tokenised, which fills its cache; nothing is trained, and nothing written.
+    Text is read and tokenised, which fills its cache; nothing is trained or written.
 
     Args:
         model: as for `heal`.
         options: as for `heal`.
 
     Returns:
-        What would be trained on what, for how many steps, and the memory it takes.
+        What would be trained on which text, for how many steps, and the memory that it takes.
 
     Raises:
-        SlimError: with what is wrong.
+        SlimError: if model, recipe, data or folders are wrong.
     """
     from llmslim.healing import HealingDir, folder_beside, load_inputs
     from llmslim.healing.plan import plan_healing
@@ -259,7 +266,7 @@ def plan_heal(model: str | Path, options: HealOptions) -> HealingPlan:
 
 
 def _healing_target(model: PreTrainedModel | str | Path, options: HealOptions) -> Path | None:
-    """Return the folder that healing writes, if any, which can be written."""
+    """Return the folder that healing will write, once checked; None for a model in memory."""
     out = options.out
     if out is None and isinstance(model, str | Path):
         out = f"{Path(model).expanduser().resolve().name}-healed"
@@ -275,28 +282,25 @@ def _healing_target(model: PreTrainedModel | str | Path, options: HealOptions) -
 def export_dense(
     path: str | Path, out: str | Path, *, overwrite: bool = False, allow_nonfinite: bool = False
 ) -> Path:
-    """Write an ordinary checkpoint of the base class that computes what a slim one does.
+    """Write an ordinary checkpoint of the base class that computes the same as a slim one.
 
     Args:
         path: a slim checkpoint.
-        out: folder to write. Must not exist.
-        overwrite: replace `out` where it exists, once the new one is whole.
-        allow_nonfinite: go on where weights are NaN or infinite.
+        out: folder to write; must not exist, unless `overwrite`.
+        overwrite: replace an existing folder once the new one is complete.
+        allow_nonfinite: accept weights that are NaN or infinite.
 
     Raises:
-        CheckpointError: if it is not a slim checkpoint, has no dense equivalent, or holds such
-            weights unasked.
+        CheckpointError: if it is not a slim checkpoint, has no dense equivalent, or has such
+            weights.
     """
     target = Path(out)
     check_target(target, overwrite)
     source = open_source(path)
     check_apart(target, source.path, source.given)
-    model = load_model(source)
-    check_finite(model.state_dict().items(), source.given, allow_nonfinite=allow_nonfinite)
-    dense = dense_copy(model)
-    return write_checkpoint(
-        dense, target, source=source, tokenizer=load_tokenizer(source), overwrite=overwrite
-    )
+    dense = dense_copy(_load(source, allow_nonfinite=allow_nonfinite))
+    tokenizer = load_tokenizer(source)
+    return write_checkpoint(dense, target, source=source, tokenizer=tokenizer, overwrite=overwrite)
 
 
 def verify(path: str | Path) -> Verification:
@@ -306,7 +310,7 @@ def verify(path: str | Path) -> Verification:
         path: what `convert` or `save` wrote.
 
     Raises:
-        CheckpointError: if there is no manifest to compare with.
+        CheckpointError: if it has no manifest.
     """
     return verify_folder(Path(path))
 

@@ -2,16 +2,16 @@
 
     SlimError
     ├── RecipeError      (ValueError)    the recipe: file, line, key
-    ├── TargetError      (LookupError)   a rule or a name that fits nothing in the model
+    ├── TargetError      (LookupError)   a rule or name that matches nothing in the model
     ├── SizeError        (ValueError)    sizes, groups and ranks that do not fit each other
     ├── CheckpointError  (ValueError)    a folder or file that cannot be read, written or trusted
-    │   └── UnfinishedError              work that was cut short and can be resumed
+    │   └── UnfinishedError              work that was interrupted and can be resumed
     ├── DataError        (ValueError)    calibration or training text
-    ├── HealingError     (RuntimeError)  training that cannot continue
-    └── PluginError      (ImportError)   a plug-in that is broken, or takes a name that is taken
+    ├── HealingError     (RuntimeError)  training that cannot begin or continue
+    └── PluginError      (ImportError)   a plug-in that is broken, or whose name is in use
 
 Messages follow one grammar: *where*: *what was given*; *what is allowed*. *What to do.*
-Several problems found together travel in one error: its `problems` has a sentence for each.
+An error may hold several problems that were found together: a sentence for each in `problems`.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class SlimError(Exception):
 
 
 class RecipeError(SlimError, ValueError):
-    """A recipe that cannot be read, or holds something that is not allowed."""
+    """A recipe that cannot be read, or has a key or value that is not allowed."""
 
 
 class TargetError(SlimError, LookupError):
-    """A rule or name that fits nothing in the model, or a module that cannot be replaced."""
+    """A rule or name that matches nothing in the model, or a module that cannot be replaced."""
 
 
 class SizeError(SlimError, ValueError):
@@ -50,7 +50,7 @@ class CheckpointError(SlimError, ValueError):
 
 
 class UnfinishedError(CheckpointError):
-    """Work that a disk or a memory cut short, not a mistake: what is done is kept for a resume."""
+    """Work that stopped for lack of disk space or memory, and is kept to be resumed."""
 
 
 class DataError(SlimError, ValueError):
@@ -58,28 +58,28 @@ class DataError(SlimError, ValueError):
 
 
 class HealingError(SlimError, RuntimeError):
-    """Training that cannot continue."""
+    """Training that cannot begin or continue."""
 
 
 class PluginError(SlimError, ImportError):
-    """A plug-in that cannot be imported, registers nothing, or takes a name that is taken."""
+    """A plug-in that cannot be imported, registers nothing, or whose name is in use."""
 
 
 def raise_together(errors: Sequence[SlimError]) -> None:
-    """Raise all of `errors` as one; do nothing when there are none.
+    """Raise all errors as one; do nothing if there are none.
 
     Args:
-        errors: problems found independently of each other.
+        errors: found independently of each other.
 
     Raises:
-        SlimError: of the class that all errors share, else of the first one's class.
+        SlimError: of the class of the first one.
     """
     if errors:
         raise type(errors[0])([sentence for error in errors for sentence in error.problems])
 
 
 def and_more(names: Sequence[str], shown: int = 1, separator: str = ", ") -> str:
-    """Return the first few of some names, and how many more there are.
+    """Return the first few names, and the number of the others.
 
     Example:
         >>> and_more(["a", "b", "c", "d"]), and_more(["a", "b"], 2)
@@ -90,11 +90,11 @@ def and_more(names: Sequence[str], shown: int = 1, separator: str = ", ") -> str
 
 
 def printable(text: str, *, lines: bool = False) -> str:
-    r"""Return text that no terminal takes for a command: a `?` in place of each such character.
+    r"""Return text with `?` in place of control characters, which could command a terminal.
 
     Args:
-        text: from anyone.
-        lines: whether it may have several lines.
+        text: from any file or person.
+        lines: whether to keep line breaks.
 
     Example:
         >>> printable("a\x1b[2J\nb"), printable("a\nb", lines=True)

@@ -1,8 +1,8 @@
-"""What the verbs take besides a model: one frozen dataclass for each, and the only list of it.
+"""Options of the verbs: one frozen dataclass for each verb, the only list of its options.
 
 Keywords in Python and options on the command line (`llmslim/cli/options.py`) are both made from the
 fields; the docstring of the dataclass is the help of both. Metadata of a field is for the command
-line: `flags` in place of `--name`, none where it is for Python alone, and `metavar`.
+line: `flags` in place of `--name` (empty for Python only), and `metavar`.
 """
 
 from __future__ import annotations
@@ -35,29 +35,31 @@ _PYTHON_ONLY: Mapping[str, Any] = {"flags": ()}
 class HealOptions:
     """Options of `heal` and `plan_heal`.
 
-    What is also a key of the recipe's `heal` section replaces it there; None leaves the section as
-    it is. A model in memory is changed in place, and written only where `out` is given. Text may be
-    rows, as `llmslim.data.healing_text` returns them.
+    An option that is also a key of the recipe's `heal` section replaces that key, unless it is
+    None. A model in memory is changed in place, and written only where `out` is given. `data` may
+    be rows that `llmslim.data.healing_text` returned.
 
     Attributes:
-        out: Folder to write; ./MODEL-healed by default.
-        recipe: Recipe whose `heal` section is followed, in place of the checkpoint's own.
+        out: Folder to write; ./NAME-healed by default.
+        recipe: Recipe whose `heal` section to use, in place of the recipe in the checkpoint.
         data: Text to train on: lamini, self (sampled from the teacher), a data set on the hub, or a
             .jsonl, .json, .parquet, .csv or .txt file.
-        teacher: The dense model, to learn from.
-        train: What is trained: what surgery changed, everything, or that and LoRA on the rest.
-        objective: cross_entropy or logits.
-        tokens: How many tokens to train on.
+        teacher: Dense model to learn from.
+        train: Parameters to train: of the replaced modules (blocks), all, or blocks fully and the
+            other projections by LoRA (lora).
+        objective: Loss to train on: cross_entropy (of the text) or logits (of the teacher, the
+            default where there is one).
+        tokens: Number of tokens to train on.
         epochs: Passes over the data, in place of a number of tokens.
-        learning_rate: Learning rate at its peak.
-        context_length: Tokens of a packed row.
-        batch_size: Rows of one step.
-        seed: Seed of shuffling and of the held-out rows.
-        settings: Any other key of the `heal` section; may be given more than once.
+        learning_rate: Peak learning rate.
+        context_length: Tokens in a packed row.
+        batch_size: Rows in a step.
+        seed: Seed of shuffling and of the choice of held-out rows.
+        settings: Any other key of the `heal` section, such as warmup=0.1; may be repeated.
         resume: Continue a run that was interrupted.
-        overwrite: Replace the folder, and throw an unfinished run away.
+        overwrite: Replace the folder if it exists, and discard an unfinished run.
         tokenizer: Tokenizer of a model in memory.
-        progress: Called with how many steps are done, how many there are, and what comes now.
+        progress: Called with the number of steps done, their total, and what comes next.
     """
 
     out: str | Path | None = field(default=None, metadata={"flags": ("-o", "--out")})
@@ -84,7 +86,7 @@ class HealOptions:
     progress: Progress | None = field(default=None, metadata=_PYTHON_ONLY)
 
     def changes(self) -> dict[str, Any]:
-        """Return what replaces keys of the `heal` section; rows and models in memory do not."""
+        """Return what replaces keys of the `heal` section: all but rows and models in memory."""
         from llmslim.recipe import Heal
 
         given = {

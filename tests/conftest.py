@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import tiny_model
 
+from llmslim.healing import plan
 from llmslim.storage import quiet
 
 # Tiny products lose far more to a second thread than they gain.
@@ -26,6 +28,14 @@ def pytest_configure(config: pytest.Config) -> None:
     """Hide GPUs from all tests but those that ask for one: what they compare was made without."""
     if "not gpu" in config.getoption("-m"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def healing_in_full_precision() -> Iterator[None]:
+    """Heal in float32 unless a test sets `precision`, whatever is fast on this machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "bf16_is_fast", lambda _device: False)
+        yield
 
 
 @pytest.fixture

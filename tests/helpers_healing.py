@@ -68,7 +68,8 @@ def healed(model: Any, folder: Path, rows: Text | None = None, **options: Any) -
     }
     resume, progress = options.pop("resume", False), options.pop("progress", None)
     rows = options.pop("rows", rows) or text()
-    settings = {"batch_size": 4, "micro_batch": 4, "learning_rate": 1e-2, "warmup": 0.0, **options}
+    settings = {"batch_size": 4, "micro_batch": 4, "learning_rate": 1e-2, "warmup": 0.0}
+    settings |= {"precision": "fp32", **options}  # also in programs of their own
     inputs = HealInputs(model, Heal(**settings), rows, **passed)
     with HealingDir(folder, resume=resume) as run:
         return heal_model(inputs, run, progress=progress)

@@ -70,7 +70,7 @@ def test_generate_system_needs_a_chat_template(dense):
 def test_generate_needs_a_token(dense):
     result = run("generate", dense, "")
     assert result.exit_code == 1
-    assert "PROMPT: no tokens in it" in result.stderr
+    assert "PROMPT: has no tokens" in result.stderr
 
 
 def test_generate_needs_a_tokenizer(tmp_path):

@@ -14,7 +14,7 @@ from torch import nn
 
 from llmslim import slim
 from llmslim.errors import HealingError
-from llmslim.healing import inputs, objectives
+from llmslim.healing import inputs, objectives, plan
 from llmslim.healing.trainable import make_trainable
 from llmslim.recipe import Heal
 
@@ -148,6 +148,14 @@ def test_the_learning_rate_follows_the_schedule(tmp_path, schedule, last):
     assert rates[5] == pytest.approx(last)
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_precision_is_bf16_by_default_where_that_is_fast(monkeypatch, fast):
+    monkeypatch.setattr(plan, "bf16_is_fast", lambda _: fast)
+    cpu = torch.device("cpu")
+    used = [plan.uses_bf16(Heal(precision=name), cpu) for name in ("auto", "bf16", "fp32")]
+    assert used == [fast, True, False]
+
+
 def test_bf16_computes_in_bf16_over_float32_weights(tmp_path, monkeypatch):
     seen = set()
     model = slimmed(dtype=torch.bfloat16)
@@ -246,9 +254,9 @@ def test_what_cannot_be_healed_is_told(tmp_path):
     model = slimmed()
     cases = [
         ({"rows": text(train=0)}, "no text to train on"),
-        ({"objective": "logits"}, "logits, but no teacher"),
+        ({"objective": "logits"}, "logits without a teacher"),
         ({"objective": "hopes"}, "'hopes'; allowed cross_entropy, logits"),
-        ({"teacher": tiny_model(vocab_size=64)}, "vocabulary of 64 tokens, the model's has 96"),
+        ({"teacher": tiny_model(vocab_size=64)}, "vocabulary of 64 tokens, but the model's has 96"),
     ]
     before = state(model)
     for options, said in cases:
@@ -262,7 +270,7 @@ def test_progress_tells_loss_and_speed(tmp_path):
     told = []
     healed(slimmed(), tmp_path / "w", progress=lambda *what: told.append(what))
     assert [(done, total) for done, total, _ in told] == [(n, 4) for n in range(5)]
-    assert told[0][2] == "measuring the model as it is"
+    assert told[0][2] == "measuring the model before healing"
     assert "held-out" in told[-1][2]
     assert "tokens/s" in told[-1][2]
 

@@ -15,7 +15,7 @@ from llmslim.errors import HealingError
 from llmslim.healing import HealingDir, HealInputs, heal_model
 from llmslim.healing.distributed import processes
 from llmslim.recipe import Heal
-from llmslim.storage import lock, rundir
+from llmslim.storage import rundir
 
 OPTIONS = {"epochs": 2, "evaluate_every": 2, "objective": "logits", "train": "lora"}
 
@@ -156,16 +156,13 @@ def test_one_process_at_a_time(begun, options):
     spec = Heal(**{**OPTIONS, **settings})
     inputs = HealInputs(slimmed(), spec, text(), teacher=tiny_model(seed=3))
     before = sorted(folder.rglob("*"))
-    held = lock(folder, "healing", HealingError)
-    try:
+    with rundir.locked(folder, "healing", HealingError):
         with (
             pytest.raises(HealingError, match="another process is healing to this place"),
             HealingDir(folder, **options) as run,
         ):
             heal_model(inputs, run)
         assert sorted(folder.rglob("*")) == before
-    finally:
-        os.close(held)
 
 
 def test_the_folder_is_held_until_the_result_is_written(folders, tmp_path, monkeypatch):
@@ -174,8 +171,11 @@ def test_the_folder_is_held_until_the_result_is_written(folders, tmp_path, monke
     seen = []
 
     def write(*_args, **_options):
-        with pytest.raises(HealingError, match="another process"):
-            lock(tmp_path / "h.healing", "healing", HealingError)
+        with (
+            pytest.raises(HealingError, match="another process"),
+            rundir.locked(tmp_path / "h.healing", "healing", HealingError),
+        ):
+            pass
         seen.append(True)
 
     monkeypatch.setattr(module, "write_healed", write)
@@ -192,7 +192,7 @@ def test_a_folder_with_anything_else_in_it_is_never_emptied(tmp_path, name):
     (tmp_path / "w" / name).write_text("mine")
     run = HealingDir(tmp_path / "w", overwrite=True)
     with (
-        pytest.raises(HealingError, match="holds files, but no unfinished healing"),
+        pytest.raises(HealingError, match="not an unfinished healing"),
         run.opened({}, processes()),
     ):
         pass

@@ -150,7 +150,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(folder):
     blocks = sum(weight.numel() for n, weight in model.named_parameters() if ".mlp." in n)
     every = sum(weight.numel() for weight in model.parameters())
     assert f"blocks, {blocks:,} of {every:,} parameters" in result.stdout
-    assert "memory: peak, beside the process itself" in result.stdout
+    assert "memory: peak, without the process itself" in result.stdout
     assert "nothing was trained or written" in result.stdout
     steps = int(next(x for x in result.stdout.splitlines() if x.startswith("steps")).split()[1])
     assert sorted(set(folder.iterdir()) - {folder / "cache"}) == before
@@ -167,7 +167,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(folder):
 def test_a_dry_run_finds_what_a_healing_would_stop_at(folder):
     result = dry_run(folder, "--objective", "logits")
     assert result.exit_code == 1
-    assert "but no teacher" in result.stderr
+    assert "without a teacher" in result.stderr
     (folder / "out.healing").mkdir()
     (folder / "out.healing" / "run.json").write_text("{}")
     assert "unfinished healing is here" in dry_run(folder).stderr
@@ -182,4 +182,4 @@ def test_a_model_whose_memory_is_not_known_says_so(folder, monkeypatch):
     monkeypatch.setattr(plan, "healing_memory", fails)
     result = dry_run(folder)
     assert result.exit_code == 0
-    assert "How much memory it takes is not known here (RuntimeError: data-dep" in result.stdout
+    assert "The memory that it takes could not be computed (RuntimeError: data-dep" in result.stdout

@@ -10,10 +10,11 @@ from torch.nn import functional
 
 from llmslim.data import collate
 from llmslim.errors import HealingError
-from llmslim.healing import objective_named, objective_names
+from llmslim.healing import objective_named
 from llmslim.healing.objectives import _chunks
 from llmslim.healing.objectives._step import Step
 from llmslim.healing.objectives.cross_entropy import summed_cross_entropy
+from llmslim.plugins import OBJECTIVES
 from llmslim.recipe import Heal
 
 
@@ -42,8 +43,8 @@ def chunks(request, monkeypatch):
 
 
 def test_objectives_are_the_files():
-    assert objective_names() == ["cross_entropy", "logits"]
-    assert [objective_named(name).needs_teacher for name in objective_names()] == [False, True]
+    assert OBJECTIVES.names() == ["cross_entropy", "logits"]
+    assert [objective_named(name).needs_teacher for name in OBJECTIVES.names()] == [False, True]
 
 
 @pytest.mark.parametrize("name", ["kl", "_step", "../logits", ""])

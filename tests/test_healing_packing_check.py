@@ -15,7 +15,7 @@ from llmslim.healing.packing_check import sees_neighbours, takes_position_ids
 from llmslim.options import HealOptions
 from llmslim.progress import quietly
 
-SAID = "samples packed into one row would see each other"
+SAID = "Samples in one row would see each other"
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,8 @@ def alone(folders, out, model="slim", **settings):
 
 
 def together(folders, out, how, *options, more="", works=True, model="slim", **settings):
-    """Heal with two processes; return what they print."""
+    """Heal with two processes, in float32; return what they print."""
+    settings = {"precision": "fp32", **settings}
     program = out.with_suffix(".py")
     program.write_text(PROGRAM.format(more=more))
     command = [sys.executable, "-m", "accelerate.commands.launch", *how, "--num_processes", "2"]
@@ -128,7 +129,7 @@ def assert_same(one, two, note):
     return report
 
 
-SPREAD = "Trained by 2 processes, the model spread over them (FSDP)."
+SPREAD = "Trained by 2 processes, which shard the model (FSDP)."
 
 
 def test_a_model_spread_over_two_processes_ends_as_in_one(folders, tmp_path):
@@ -175,7 +176,7 @@ def test_two_processes_learn_what_one_does(folders, tmp_path, how, settings):
     read = {key: value == "true" or value for key, value in settings.items()}
     alone(folders, tmp_path / "one", **read)
     together(folders, tmp_path / "two", how, **settings)
-    whole = "Trained by 2 processes, a whole model in each."
+    whole = "Trained by 2 processes, with a whole model in each."
     assert_same(tmp_path / "one", tmp_path / "two", SPREAD if how is SHARDED else whole)
 
 

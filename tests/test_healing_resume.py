@@ -166,7 +166,7 @@ def test_going_on_needs_the_same_settings(tmp_path):
 def test_a_folder_with_other_things_is_left_alone(tmp_path):
     (tmp_path / "w").mkdir()
     (tmp_path / "w" / "thesis.tex").write_text("words")
-    with pytest.raises(HealingError, match="holds files, but no unfinished healing"):
+    with pytest.raises(HealingError, match="not an unfinished healing"):
         heal(tmp_path / "w")
     assert (tmp_path / "w" / "thesis.tex").read_text() == "words"
 

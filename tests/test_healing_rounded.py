@@ -110,7 +110,7 @@ def test_a_folder_has_the_loss_that_its_report_says(folder, tmp_path, train, dty
     after = independent_loss(model.float(), rows.held_out)
     assert report.loss_after == pytest.approx(after, rel=1e-6)
     card = (tmp_path / "h" / "README.md").read_text()
-    assert ("the same before rounding" in card) is (dtype is None)
+    assert ("held-out loss before rounding" in card) is (dtype is None)
 
 
 def test_float32_can_be_asked_for_in_memory_too(tmp_path):

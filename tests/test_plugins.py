@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import llmslim
 from llmslim import CheckpointError, PluginError, RecipeError, SizeError, StructuredLinear, fitting
 from llmslim.fitting.calibration import TokenWindows
-from llmslim.healing import objective_named, objective_names
+from llmslim.healing import objective_named
 from llmslim.init import Target, initialise, method_named, method_names
 from llmslim.modeling.structured import build, structure_class
 from llmslim.plugins import INITS, OBJECTIVES, STRUCTURES
@@ -314,7 +314,7 @@ def test_methods_and_objectives_are_registered_too() -> None:
     block = Kept(4, 6, scale=1.0)
     assert initialise(block, Target(torch.zeros(6, 4)), method_named("ones")) is None
     assert torch.equal(block.to_dense(), torch.ones(6, 4))
-    assert "nothing" in objective_names()
+    assert "nothing" in OBJECTIVES.names()
     assert objective_named("nothing").needs_teacher
     # What fits nothing fills a block that no matrix equals, whatever its name.
     rule = {"structure": "grouped_pointwise", "groups": 4, "variant": "residual"}

@@ -1,4 +1,4 @@
-"""Ask a model something and pass the answer on as its tokens come."""
+"""Ask a model something and stream its answer."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from llmslim.errors import DataError
 
 
 class _Stream(TextStreamer):
-    """Hands finished pieces of text to a function instead of printing them."""
+    """Passes finished pieces of text to a function instead of printing them."""
 
     def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.write = write
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Pass text on."""
+        """Pass text to the function."""
         self.write(text + "\n" if stream_end else text)
 
 
@@ -40,10 +40,10 @@ def reply(
     Args:
         model: any causal language model.
         tokenizer: its tokenizer; its chat template is used where it has one.
-        prompt: what the user says.
+        prompt: the user's message.
         write: takes the answer, piece by piece.
         system: a system message; needs a chat template.
-        max_new_tokens: where to stop at the latest.
+        max_new_tokens: maximum number of new tokens.
         temperature: 0 takes the likeliest token each time.
         seed: makes a temperature above 0 repeatable.
 
@@ -51,12 +51,12 @@ def reply(
         The number of new tokens, and seconds.
 
     Raises:
-        DataError: if there is a system message but no place for it, or the prompt is empty.
+        DataError: if the chat template has no place for the system message, or the prompt is empty.
     """
     inputs = _encode(tokenizer, prompt, system).to(model.device)
     if seed is not None:
         torch.manual_seed(seed)
-    # The likeliest token has no temperature; unset, so that none is complained about.
+    # Greedy decoding has no temperature; generate() warns about options that it does not use.
     unset = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     sampling = {"do_sample": True, "temperature": temperature} if temperature else unset
     start = time.perf_counter()
@@ -80,20 +80,20 @@ def _encode(tokenizer: Any, prompt: str, system: str | None) -> Any:
             return tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
-        except Exception as error:  # templates are programs, and fail as such
-            said = str(error).partition("\n")[0]
+        except Exception as error:  # templates are programs, which raise anything
+            reason = str(error).partition("\n")[0]
             raise DataError(
-                f"chat template: it cannot be used for this prompt ({said}). Correct it, or remove "
-                "it from the model's folder: the prompt then stands alone."
+                f"chat template: fails for this prompt ({reason}). Correct it, or remove it from "
+                "the model's folder to give the prompt without a template."
             ) from error
     if system is not None:
         raise DataError(
-            "--system: this model's tokenizer has no chat template, so a system message has no "
-            "place. Write it into the prompt."
+            "--system: this model's tokenizer has no chat template, which a system message needs. "
+            "Write it into the prompt."
         )
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     if inputs["input_ids"].shape[-1] == 0:
-        raise DataError("PROMPT: no tokens in it; a model needs at least one. Write something.")
+        raise DataError("PROMPT: has no tokens; at least one is needed. Write something.")
     return inputs
 
 

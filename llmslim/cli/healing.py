@@ -1,4 +1,4 @@
-"""Heal a model and show what became of it: `llmslim heal`, and `llmslim convert --heal`."""
+"""Heal a model and show the result, for `llmslim heal` and `llmslim convert --heal`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 
-from llmslim.cli.output import console, progress
+from llmslim.cli.output import progress
 from llmslim.cli.settings import backend, settings
+from llmslim.errors import printable
 
 _NEXT = """
 wrote {path}
@@ -22,20 +23,12 @@ what next
 
 
 def heal_and_show(model: str | Path, **options: Any) -> None:
-    """Heal with a progress bar, then print losses, notes and answers.
-
-    Args:
-        model: a checkpoint.
-        options: fields of `HealOptions`.
-    """
-    api = backend()
+    """Heal a checkpoint with a progress bar, then print losses, notes and answers."""
     try:
         with progress() as moved:
-            report = api.heal(model, **options, progress=moved)
+            report = backend().heal(model, **options, progress=moved)
     except KeyboardInterrupt:
-        click.echo(
-            "\nIf it had begun to train: the last state is kept, continue with --resume.", err=True
-        )
+        click.echo("\nIf training had begun, continue from its last state with --resume.", err=True)
         raise
     from llmslim.healing.distributed import processes
 
@@ -47,43 +40,28 @@ def heal_and_show(model: str | Path, **options: Any) -> None:
 
 
 def plan_and_show(model: str | Path, **options: Any) -> None:
-    """Print what a healing would do, and the memory it would take.
-
-    Args:
-        model: a checkpoint.
-        options: fields of `HealOptions`.
-    """
-    api = backend()
+    """Print what a healing would do, and the memory that it would take."""
     with progress() as moved:
-        found = api.plan_heal(model, **options, progress=moved)
-    _print(_table(found.facts(), found.notes))
+        found = backend().plan_heal(model, **options, progress=moved)
+    _print(found.facts(), found.notes)
     click.echo("\ndry run: nothing was trained or written")
 
 
-def _table(facts: list[tuple[str, str]], notes: Sequence[str]) -> list[str]:
+def _print(facts: list[tuple[str, str]], notes: Sequence[str]) -> None:
     width = max(len(name) for name, _ in facts)
-    return [*(f"{name:<{width}}  {value}" for name, value in facts), *(f"- {n}" for n in notes)]
-
-
-def _print(lines: list[str]) -> None:
-    from llmslim.report import wording
-
-    out = console()
-    for line in lines:
-        out.print(wording.plain(line), soft_wrap=True)
+    for name, value in facts:
+        click.echo(printable(f"{name:<{width}}  {value}"))
+    for note in notes:
+        click.echo(printable(f"- {note}"))
 
 
 def show_healing(done: Mapping[str, Any]) -> None:
-    """Print losses, notes and answers of a healing.
-
-    Args:
-        done: what `HealReport.to_dict` gives.
-    """
+    """Print losses, notes and answers of a healing, from its `HealReport.to_dict`."""
     from llmslim.report import healed
 
-    lines = ["", "healing", *_table(healed.facts(done), done["notes"])]
+    click.echo("\nhealing")
+    _print(healed.facts(done), done["notes"])
     for answer in done["answers"]:
-        lines += ["", f"user: {answer['prompt']}"]
-        # One line each: answers break lines where they please.
-        lines += [f"  {when}: {' '.join(answer[when].split())}" for when in ("before", "after")]
-    _print(lines)
+        click.echo(printable(f"\nuser: {answer['prompt']}", lines=True))
+        for when in ("before", "after"):  # one line each: answers may contain line breaks
+            click.echo(printable(f"  {when}: {' '.join(answer[when].split())}"))

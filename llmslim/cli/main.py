@@ -3,11 +3,11 @@
     0   done
     1   an error: one message on stderr; or a check (`verify`, `--fail-under`) that failed
     2   wrong usage
-    75  cut short by a full disk: what is done is kept, the same command goes on with --resume
+    75  stopped by a full disk: finished work is kept, and the same command with --resume continues
     130 interrupted
 
-A command is a file in `commands`. Its module is imported when the command runs or its help is
-asked for, and imports no more than click itself: `llmslim --help` must not wait for torch.
+A command is a file in `commands`. `llmslim --help` imports all of them, so a command imports torch
+only when it runs.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class CommandFolder(click.Group):
         command: click.Command = module.command
         command.name = cmd_name
         if not any(param.name == "debug" for param in command.params):
-            # People put -v and --debug last as often as first.
+            # Allow -v and --debug after the command too.
             command.params += shared_options()
         return command
 
@@ -51,26 +51,24 @@ class CommandFolder(click.Group):
             return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:
             kept = "; ".join(getattr(interrupt, "__notes__", ()))
-            click.echo(f"\nInterrupted; {kept or settings.what_was_written()}.", err=True)
+            written = f"{settings.written} is complete" if settings.written else ""
+            click.echo(f"\nInterrupted; {kept or written or 'nothing was written'}.", err=True)
             ctx.exit(130)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
-            raise  # click's own business
+            raise  # for click
         except SlimError as error:
             if settings.debug:
                 raise
-            # The problems of one run line up below each other.
-            click.echo(
-                "Error: " + "\n       ".join(printable(one, lines=True) for one in error.problems),
-                err=True,
-            )
+            problems = (printable(problem, lines=True) for problem in error.problems)
+            click.echo("Error: " + "\n       ".join(problems), err=True)
             ctx.exit(75 if isinstance(error, UnfinishedError) else 1)
         except Exception as error:
             if settings.debug:
                 raise
-            said = printable(str(error).strip().partition("\n")[0])
+            text = printable(str(error).strip().partition("\n")[0])
             click.echo(
-                f"Error: {type(error).__name__}{f': {said}' if said else ''}\n"
-                "llmslim does not know this error; run again with --debug for the traceback.",
+                f"Error: {type(error).__name__}{f': {text}' if text else ''}\n"
+                "llmslim did not expect this error; run again with --debug for the traceback.",
                 err=True,
             )
             ctx.exit(1)
@@ -83,10 +81,12 @@ class CommandFolder(click.Group):
 )
 @click.version_option(__version__, prog_name="llmslim")
 def cli() -> None:
-    """Make a language model smaller by giving its projections structure.
+    """Make a language model smaller by replacing its projections with structured blocks.
 
-    Start with `llmslim demo` (a small model that needs no download), or see what a recipe would
-    do to a model of yours: `llmslim plan MODEL --recipe mlp-half`.
+    Start with `llmslim demo` (a small model, no download), or see what a recipe would do to your
+    model: `llmslim plan MODEL --recipe mlp-half`.
+
+    MODEL is a hub id, a folder, or a .gguf file; SLIM is a folder that `llmslim convert` wrote.
     """
 
 

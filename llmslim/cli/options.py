@@ -18,8 +18,7 @@ def options_from(options: type) -> Decorator:
 
     Args:
         options: a dataclass whose docstring has a section `Attributes`; metadata of a field may
-            have `flags` (none: no option), `metavar` and `multiple`. A default that says something
-            is shown.
+            have `flags` (empty: no option), `metavar` and `multiple`.
     """
     hints, help_of = get_type_hints(options), _described(options)
 
@@ -44,7 +43,7 @@ def _described(options: type) -> dict[str, str]:
 
 
 def _kind(hint: Any) -> dict[str, Any]:
-    """Return what click is given for a value of a type; text, where it has no better way."""
+    """Return click's options for a value of a type; text by default."""
     kinds = get_args(hint) or (hint,)
     for one in () if str in kinds else kinds:
         if one is bool:
@@ -68,9 +67,9 @@ def _read_pairs(
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
-            raise click.BadParameter(f"{pair!r}; KEY=VALUE is needed, as in warmup=0.1.")
+            raise click.BadParameter(f"{pair!r}; KEY=VALUE is needed, such as warmup=0.1.")
         try:
             found[key.strip()] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise click.BadParameter(f"{pair!r}; its value is not YAML.") from error
+            raise click.BadParameter(f"{pair!r}; the value is not YAML.") from error
     return found

@@ -1,4 +1,4 @@
-"""How commands print: reports and progress through rich, everything for machines as it is."""
+"""How commands print: reports and progress through rich, output for machines unchanged."""
 
 from __future__ import annotations
 
@@ -24,43 +24,29 @@ def console(*, err: bool = False) -> Console:
 
 
 def show_report(report: Report, *, full: bool = False, bars: bool | None = None) -> None:
-    """Print a report for a person.
-
-    Args:
-        report: what to print.
-        full: one line per module.
-        bars: whether a bar per layer is printed too; as `full` where not given.
-    """
+    """Print a report for people; options as of `TextView`."""
     from llmslim.report.text import TextView
 
     console().print(TextView(report, full=full, bars=bars))
 
 
 def show_cost(plan: Plan, device: str | None = None) -> None:
-    """Say what fitting to calibration text will take, where there is any.
-
-    Args:
-        plan: what will be done.
-        device: where, see `convert`.
-    """
+    """Print the time and memory of a fit to calibration text, if the plan has one."""
     from llmslim.conversion.device import device_named
     from llmslim.fitting.cost import fitting_cost, speed
+    from llmslim.report import wording
 
     cost, where = fitting_cost(plan), device_named(device)
     if cost is not None:
         minutes = max(1, round(cost.flops / speed(where) / 60))
         click.echo(
-            f"\nfitting to {cost.tokens:,} tokens: about {cost.memory / 2**30:.1f} GiB beside the "
-            f"model and {minutes:,} min on this machine ({where}), within a factor of two"
+            f"\nfitting to {cost.tokens:,} tokens: about {wording.size(cost.memory)} of memory "
+            f"beside the model and {minutes:,} min on this machine ({where}), within a factor of 2"
         )
 
 
 def write_out(text: str, target: str) -> None:
     """Write text to a file, or to stdout where the target is `-`.
-
-    Args:
-        text: what to write, as it is.
-        target: path or `-`.
 
     Raises:
         click.FileError: if the file cannot be written.
@@ -76,26 +62,18 @@ def write_out(text: str, target: str) -> None:
 
 @contextmanager
 def progress() -> Iterator[Callable[[int, int, str], None]]:
-    """Show a bar with the time left on stderr; yield the function that moves it.
-
-    Nothing is shown where stderr is not a terminal: a log is no place for a bar.
-    """
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    """Show a progress bar on stderr, if that is a terminal; yield the function that updates it."""
+    from rich import progress as rich_bar
 
     err = console(err=True)
     columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
+        rich_bar.TextColumn("{task.description}", markup=False),
+        rich_bar.BarColumn(),
+        rich_bar.MofNCompleteColumn(),
+        rich_bar.TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+    hidden = not err.is_terminal
+    with rich_bar.Progress(*columns, console=err, transient=True, disable=hidden) as bar:
         task = bar.add_task("reading the model", total=None)
 
         def move(done: int, total: int, what: str) -> None:

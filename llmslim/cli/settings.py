@@ -1,4 +1,4 @@
-"""What holds for a whole run, and the libraries behind it."""
+"""Global options of a run, and the import of the libraries behind it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,12 @@ import click
 
 @dataclass
 class Settings:
-    """Global options, and what the run has done so far."""
+    """Global options, and what the run has written so far."""
 
     verbose: bool = False
     debug: bool = False
     written: Path | None = None
-    """The output that stands complete on disk, for whoever interrupts after it."""
-
-    def what_was_written(self) -> str:
-        """Return the truth for the message of an interrupted run."""
-        return f"{self.written} is complete" if self.written else "nothing was written"
+    """A complete output on disk, for the message of an interrupt."""
 
 
 def settings() -> Settings:
@@ -31,27 +27,19 @@ def settings() -> Settings:
 
 
 def shared_options() -> list[click.Parameter]:
-    """Return fresh -v and --debug options, for the group and for each command."""
+    """Return new -v and --debug options, for the group or for a command."""
 
     def note(ctx: click.Context, param: click.Parameter, value: bool) -> None:
         if value:
             setattr(ctx.ensure_object(Settings), str(param.name), True)
 
+    flags = {
+        ("-v", "--verbose"): "Show more: warnings of the libraries, tokens per second.",
+        ("--debug",): "Show the traceback of an error.",
+    }
     return [
-        click.Option(
-            ["-v", "--verbose"],
-            is_flag=True,
-            expose_value=False,
-            callback=note,
-            help="Say more: warnings of the libraries, tokens per second.",
-        ),
-        click.Option(
-            ["--debug"],
-            is_flag=True,
-            expose_value=False,
-            callback=note,
-            help="Show the traceback of an error.",
-        ),
+        click.Option(names, is_flag=True, expose_value=False, callback=note, help=text)
+        for names, text in flags.items()
     ]
 
 

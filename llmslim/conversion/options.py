@@ -34,17 +34,16 @@ class ConvertOptions:
         calibration: Text to fit the blocks to, in place of the recipe's: self (sampled from MODEL),
             a .txt, .jsonl, .json, .csv or .parquet file (each also .gz), or a data set. Given
             several times, equal parts of each. Implies --init least_squares.
-        calibration_tokens: How many tokens of it, in all; 65536 where the recipe does not say.
-        device: Where blocks are fitted to text: cpu, cuda, cuda:1 ...; by default a GPU, if there
-            is one.
+        calibration_tokens: Tokens of calibration text in total; 65536 unless the recipe sets it.
+        device: Where to fit blocks to text: cpu, cuda, cuda:1 ...; by default a GPU, if any.
         dtype: Type of the weights; by default as MODEL has them.
-        seed: Seed of all weights that are drawn.
+        seed: Seed of random weights.
         trust_remote_code: Run the modeling code that comes with MODEL.
         allow_nonfinite: Accept weights of MODEL that are NaN or infinite; the report names them.
-        max_shard_size: Largest file of weights, such as 5GB. What is converted layer by layer has a
-            file for each layer at least.
+        max_shard_size: Maximum size of a file of weights, such as 5GB; a conversion layer by layer
+            writes at least one file per layer.
         resume: Continue a conversion that was interrupted.
-        overwrite: Replace the folder if it exists; throw away an unfinished conversion, unless
+        overwrite: Replace the folder if it exists; discard an unfinished conversion, unless
             --resume.
         progress: Called with how many steps are done, how many there are (0 while that is not
             known), and what comes now.

@@ -1,11 +1,10 @@
-"""Train a slim model until it is of use again; one objective a file in `objectives`."""
+"""Train a slim model to recover its quality; `objectives` has one file per objective."""
 
 from .healing_dir import HealingDir as HealingDir
 from .healing_dir import folder_beside as folder_beside
 from .inputs import HealInputs as HealInputs
 from .inputs import load_inputs as load_inputs
 from .objectives import objective_named as objective_named
-from .objectives import objective_names as objective_names
 from .report import Answer as Answer
 from .report import HealReport as HealReport
 from .run import heal_model as heal_model

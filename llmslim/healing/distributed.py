@@ -1,10 +1,9 @@
 """The processes of a healing: one, or those that `accelerate launch` started.
 
-One model may be spread over them by PyTorch's fully_shard, through accelerate (FSDP2), which
-replaces a model's parameters by pieces, in place and for good. So it is given a copy that takes
-over the weights without copying them, and the model, empty meanwhile, gets them back at the end.
-Everything else, parameters by their names among it, is as for a whole model; only code that reads
-or writes parameters must use the functions here.
+accelerate may shard the model over them with PyTorch's fully_shard (FSDP2), which replaces the
+model's parameters by shards, in place and irreversibly. So it gets a copy that takes the weights
+over, and the model, empty meanwhile, gets them back at the end. Parameters keep their names; only
+code that reads or writes them must use the functions here.
 
 Version 1 of FSDP, which packs parameters into flat ones, is refused, and so is DeepSpeed.
 """
@@ -31,26 +30,26 @@ from llmslim.recipe import Heal
 
 
 def processes() -> PartialState:
-    """Return accelerate's state; processes on CPUs alone find each other too."""
-    # The arithmetic is the recipe's `precision`; accelerate's own would come on top of it.
+    """Return accelerate's state, also of several processes on CPUs."""
+    # The recipe's `precision` sets the arithmetic; accelerate's would add to it.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
     if _asks_to_shard():
-        # Every process reads whole weights: a teacher stays whole, and files are checked in full.
+        # Every process reads all weights: the teacher is not sharded, and files are checked fully.
         disable_fsdp_ram_efficient_loading()
-    # Left to itself, accelerate looks for other processes on a CPU only under `--cpu`.
+    # By default accelerate looks for other processes on CPUs only with `--cpu`.
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def is_sharded(state: PartialState) -> bool:
-    """Return whether the model is to be spread over the processes, in place of a whole in each."""
+    """Return whether the model is sharded over the processes, instead of a whole one in each."""
     return _asks_to_shard() and state.distributed_type != DistributedType.NO
 
 
 def process_notes(state: PartialState) -> list[str]:
-    """Return a sentence for the report on several processes."""
+    """Return a note for the report if there are several processes."""
     if state.num_processes == 1:
         return []
-    how = "the model spread over them (FSDP)" if is_sharded(state) else "a whole model in each"
+    how = "which shard the model (FSDP)" if is_sharded(state) else "with a whole model in each"
     return [f"Trained by {state.num_processes} processes, {how}."]
 
 
@@ -59,19 +58,15 @@ def _asks_to_shard() -> bool:
 
 
 def check_sharding(accelerator: Any, spec: Heal) -> None:
-    """Refuse ways of spreading a model that healing does not support.
-
-    Args:
-        accelerator: accelerate's.
-        spec: the options.
+    """Refuse ways of sharding a model that healing does not support.
 
     Raises:
-        HealingError: if it is one of them.
+        HealingError: if accelerate is set up for one of them.
     """
     state = accelerator.state
     if getattr(state, "deepspeed_plugin", None) is not None:
         raise HealingError(
-            "accelerate: DeepSpeed; healing spreads a model by FSDP, version 2. Launch with "
+            "accelerate: DeepSpeed; healing shards a model with FSDP, version 2. Launch with "
             "`--use_fsdp --fsdp_version 2`, or with `--multi_gpu`: a whole model in each process."
         )
     plugin = getattr(state, "fsdp_plugin", None)
@@ -84,25 +79,23 @@ def check_sharding(accelerator: Any, spec: Heal) -> None:
         )
     if plugin.activation_checkpointing:
         raise HealingError(
-            "accelerate: fsdp_activation_checkpointing, which gives parameters other names. Leave "
-            "it out, and set gradient_checkpointing: true in the `heal` section, which does the "
-            "same."
+            "accelerate: fsdp_activation_checkpointing, which renames parameters. Leave it out, "
+            "and set gradient_checkpointing: true in the `heal` section, which has the same effect."
         )
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         raise HealingError(
-            "accelerate: fsdp_offload_params; healing keeps the pieces on the devices. Leave it "
-            "out, and take more processes or gradient_checkpointing: true in the `heal` section."
+            "accelerate: fsdp_offload_params; healing keeps the shards on the devices. Leave it "
+            "out, and use more processes or gradient_checkpointing: true in the `heal` section."
         )
     if spec.train == "lora":
         raise HealingError(
-            "heal.train: lora, with a model that is spread over processes (FSDP); allowed are "
-            "`all` and `blocks`. Take one of them, or a whole model in each process "
-            "(`--multi_gpu`)."
+            "heal.train: lora, with a model that is sharded over processes (FSDP); allowed are "
+            "`all` and `blocks`. Use one of them, or a whole model in each process (`--multi_gpu`)."
         )
 
 
 def shard_copy(model: Any) -> Any:
-    """Return a copy of a model that takes over its weights; the model's own are then empty."""
+    """Return a copy of a model that takes over its weights, which leaves the model empty."""
     taken: dict[int, Any] = {
         id(weight): nn.Parameter(weight.data, requires_grad=weight.requires_grad)
         for weight in model.parameters()
@@ -115,15 +108,18 @@ def shard_copy(model: Any) -> Any:
 
 @torch.no_grad()
 def gather_into(model: Any, copied: Any) -> None:
-    """Give a model the full weights of its copy, in main memory; all processes call it together."""
+    """Put the full weights of a sharded copy into the model, in main memory.
+
+    All processes must call it together.
+    """
     for name, weight in named_full_parameters(copied).items():
         model.get_parameter(name).data = full_tensor(weight.detach()).cpu()
 
 
 def named_full_parameters(model: Any) -> dict[str, nn.Parameter]:
-    """Return parameters by their names, none of them a copy that a forward pass gathered.
+    """Return parameters by name, never the copies that a forward pass gathered.
 
-    What is written to such a copy would be lost, and some stay after a pass without gradients.
+    Such copies may stay after a pass without gradients, and what is written to them is lost.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -132,13 +128,13 @@ def named_full_parameters(model: Any) -> dict[str, nn.Parameter]:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Return a tensor with the pieces of all processes, which all call it together."""
+    """Return a tensor with the shards of all processes, which must call it together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
 def overwrite(weight: nn.Parameter, value: Tensor) -> None:
-    """Give a parameter new values, in place; of those, each process keeps its piece."""
+    """Give a parameter new values, in place; each process keeps its shard of them."""
     if isinstance(weight, DTensor):
         mesh = weight.device_mesh
         value = distribute_tensor(value.to(mesh.device_type), mesh, weight.placements)

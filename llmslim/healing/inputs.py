@@ -1,4 +1,4 @@
-"""Everything that a healing needs, found, loaded and checked before anything is trained."""
+"""Find, load and check everything that a healing needs, before any training."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _LAYER = re.compile(r"\.(\d+)\.")
 
 @dataclass(frozen=True)
 class SlimFolder:
-    """What a checkpoint holds beside its weights; all None in one that llmslim did not write."""
+    """Files of a checkpoint beside its weights; None where llmslim did not write it."""
 
     recipe: Recipe | None = None
     report: ReportFile | None = None
@@ -48,14 +48,14 @@ class SlimFolder:
 
     @classmethod
     def read(cls, folder: Path) -> SlimFolder:
-        """Read recipe, report and base model of a checkpoint; what is not there is None.
+        """Read recipe, report and base model of a checkpoint; missing ones are None.
 
         Args:
             folder: the checkpoint.
 
         Raises:
-            CheckpointError: if a file is there and cannot be read.
-            RecipeError: if the recipe is not one.
+            CheckpointError: if a file cannot be read.
+            RecipeError: if the recipe is wrong.
         """
         recipe = folder / "recipe.yaml"
         return cls(
@@ -65,10 +65,10 @@ class SlimFolder:
         )
 
     def kept_layers(self) -> tuple[int, ...]:
-        """Return which layers of the source model are left; none where that is not known.
+        """Return which layers of the source model are left; empty where that is unknown.
 
         Raises:
-            RecipeError: if recipe and report do not fit each other.
+            RecipeError: if recipe and report do not match.
         """
         if self.recipe is None or self.report is None:
             return ()
@@ -77,7 +77,7 @@ class SlimFolder:
         return kept_layers(self.recipe, count) if count else ()
 
     def narrowed(self, model: Any) -> tuple[str, ...]:
-        """Return the names, in this model, of dense maps that surgery made of another size.
+        """Return the names, in this model, of dense maps whose size the recipe changed.
 
         Args:
             model: loaded from this checkpoint.
@@ -97,7 +97,7 @@ class SlimFolder:
 
 
 def _base_model(folder: Path) -> str | None:
-    """Return the front matter's `base_model`; anybody may have edited the card."""
+    """Return `base_model` of the model card's front matter, which anyone may have edited."""
     try:
         text = (folder / "README.md").read_text(encoding="utf-8")
         name = yaml.safe_load(text.split("---\n")[1]).get("base_model")
@@ -108,29 +108,29 @@ def _base_model(folder: Path) -> str | None:
 
 @dataclass(frozen=True)
 class HealInputs:
-    """A model that can be healed, and what with."""
+    """A model to heal, and what healing uses."""
 
     model: Any
     spec: Heal
     text: Any
-    """Rows to train on and rows held out, as `llmslim.data.healing_text` returns them."""
+    """Rows to train on and held-out rows, as `llmslim.data.healing_text` returns them."""
     tokenizer: Any = None
-    """For answers before and after; there are none without it."""
+    """For the answers before and after; without it there are none."""
     teacher: Any = None
     """The dense model."""
     narrowed: tuple[str, ...] = ()
-    """Names of dense maps that surgery made narrower."""
+    """Names of dense maps that the recipe made narrower."""
     mixes: bool = False
-    """Whether samples in one row would see each other, in the model or in the teacher."""
+    """Whether samples in one row would see each other, in the model or the teacher."""
     source: Source | None = None
     """The checkpoint; None for a model in memory."""
     folder: SlimFolder = field(default_factory=SlimFolder)
 
     def objective(self) -> Objective:
-        """Return the objective of a healing that can begin.
+        """Return the objective, after checking it with the teacher and the text.
 
         Raises:
-            HealingError: if objective, teacher and text do not fit each other.
+            HealingError: if objective, teacher and text do not fit together.
         """
         spec, teacher = self.spec, self.teacher
         objective = objective_named(
@@ -138,47 +138,40 @@ class HealInputs:
         )
         if spec.store_teacher and teacher is None:
             raise HealingError(
-                "heal.store_teacher: true, but no teacher to store. Name one (--teacher), or leave "
+                "heal.store_teacher: true without a teacher. Name one (--teacher), or leave "
                 "store_teacher out."
             )
         if spec.store_teacher and objective.name != "logits":
             raise HealingError(
                 f"heal.store_teacher: true with {objective.name}; only the teacher's logits are "
-                "stored, for objective `logits`. Leave store_teacher out, or take `logits`."
+                "stored, for objective `logits`. Leave store_teacher out, or use `logits`."
             )
         if objective.needs_teacher and teacher is None:
             raise HealingError(
-                f"heal.objective: {objective.name}, but no teacher; it learns from the dense "
-                "model. Name one (--teacher), or take cross_entropy."
+                f"heal.objective: {objective.name} without a teacher, from which it learns. Name "
+                "the dense model (--teacher), or use cross_entropy."
             )
         if teacher is not None:
-            _check_vocabulary(self.model, teacher)
+            ours, theirs = (
+                m.get_output_embeddings().weight.shape[0] for m in (self.model, teacher)
+            )
+            if ours != theirs:
+                raise HealingError(
+                    f"heal.teacher: a vocabulary of {theirs:,} tokens, but the model's has "
+                    f"{ours:,}; they must be equal. Give the model that this one was made from."
+                )
         if len(self.text.train) == 0:
             raise HealingError("heal.data: no text to train on; at least one row is needed.")
         return objective
-
-
-def _check_vocabulary(model: Any, teacher: Any) -> None:
-    """Refuse a teacher with other tokens.
-
-    Raises:
-        HealingError: if the vocabularies are of different sizes.
-    """
-    ours, theirs = (m.get_output_embeddings().weight.shape[0] for m in (model, teacher))
-    if ours != theirs:
-        raise HealingError(
-            f"heal.teacher: a vocabulary of {theirs:,} tokens, the model's has {ours:,}; both need "
-            "the same. Give the model that this one was made from."
-        )
 
 
 def heal_spec(given: Any, own: Recipe | None, changes: Mapping[str, Any]) -> Heal:
     """Return the options of a healing.
 
     Args:
-        given: a `heal` section, or a recipe that has one, in any of its forms; None for neither.
-        own: the checkpoint's recipe, which counts where nothing is given.
-        changes: keys that take the place of the section's.
+        given: a `heal` section, or a recipe with one, in any form; None for the checkpoint's.
+        own: the checkpoint's recipe.
+        changes: keys that replace the section's.
 
     Raises:
         RecipeError: if a key or value is not allowed.
@@ -194,29 +187,26 @@ def heal_spec(given: Any, own: Recipe | None, changes: Mapping[str, Any]) -> Hea
         base = (recipe.heal if recipe else None) or Heal()
     changes = dict(changes)
     if "epochs" in changes:
-        changes.setdefault("tokens", None)  # which would take its place
+        changes.setdefault("tokens", None)  # which has precedence
     merged = {**base.model_dump(mode="json", exclude_unset=True), **changes}
-    spec = Recipe.of({"heal": merged}).heal
-    return spec or Heal()
+    return Recipe.of({"heal": merged}).heal or Heal()
 
 
 def without_paths(spec: Heal) -> Heal:
-    """Return options to publish: folders and files of this machine by their last name only."""
+    """Return options to publish, with only the last part of local paths."""
 
     def short(name: str) -> str:
         return Path(name).name if Path(name).exists() else name
 
-    def shortened(data: str | HealSource) -> str | HealSource:
-        if isinstance(data, str):
-            return short(data)
-        return data.model_copy(update={"data": short(data.data)})
+    def shortened(data: Any) -> Any:
+        if isinstance(data, tuple):
+            return tuple(map(shortened, data))
+        if isinstance(data, HealSource):
+            return data.model_copy(update={"data": short(data.data)})
+        return short(data)
 
-    sources = spec.data if isinstance(spec.data, tuple) else (spec.data,)
-    data: Any = tuple(map(shortened, sources))
-    changes: dict[str, Any] = {"data": data if isinstance(spec.data, tuple) else data[0]}
-    if spec.teacher is not None:
-        changes["teacher"] = short(spec.teacher)
-    return spec.model_copy(update=changes)
+    teacher = spec.teacher and short(spec.teacher)
+    return spec.model_copy(update={"data": shortened(spec.data), "teacher": teacher})
 
 
 def load_inputs(
@@ -230,8 +220,8 @@ def load_inputs(
         progress: called before each part.
 
     Raises:
-        HealingError: if there is no text to be had, or the teacher does not fit.
-        SlimError: with what is wrong with model, recipe or data.
+        HealingError: if there is no text, or the teacher does not fit the model.
+        SlimError: if model, recipe or data are wrong.
     """
     source, folder, tokenizer = None, SlimFolder(), options.tokenizer
     if isinstance(model, str | Path):
@@ -245,9 +235,9 @@ def load_inputs(
     if not isinstance(teacher, PreTrainedModel):
         teacher = None if spec.teacher is None else _load_teacher(spec.teacher, tokenizer)
     both = [one for one in (model, teacher) if one is not None]
-    # Tried before attention is chosen: some ways work on a GPU only.
+    # Before attention is chosen: some implementations need a GPU.
     mixes = any(map(sees_neighbours, both))
-    if mixes:  # each sample gets a row of its own, so that none has to be as long as another
+    if mixes:  # one row per sample; in batches of one, which need no padding
         spec = spec.model_copy(update={"micro_batch": 1})
     for one in both:
         _set_attention(one, spec.attn_implementation)
@@ -271,28 +261,28 @@ def _load_teacher(name: str, tokenizer: Any) -> Any:
     source = open_source(name)
     theirs = load_tokenizer(source)
     if tokenizer is not None and theirs is not None:
-        ours_only = tokenizer.get_vocab().items() ^ theirs.get_vocab().items()
-        if ours_only:
+        different = tokenizer.get_vocab().items() ^ theirs.get_vocab().items()
+        if different:
             raise HealingError(
-                f"heal.teacher: {name}: {len(ours_only):,} entries of its vocabulary differ, such "
-                f"as {min(ours_only)[0]!r}; teacher and model need the same. Give the model that "
-                "this one was made from."
+                f"heal.teacher: {name}: {len(different):,} entries of its vocabulary differ, such "
+                f"as {min(different)[0]!r}; teacher and model must have the same. Give the model "
+                "that this one was made from."
             )
     return _load_finite(source)
 
 
 def _load_finite(source: Source) -> PreTrainedModel:
-    """Load a model; with weights that are no numbers, no loss would be one."""
+    """Load a model and refuse weights that are not finite, with which no loss would be."""
     model = load_model(source)
     check_finite(model.state_dict().items(), source.given, allow_nonfinite=None)
     return model
 
 
 def _set_attention(model: Any, wanted: str) -> None:
-    """Choose how attention is computed, in place.
+    """Choose the implementation of attention, in place.
 
     Raises:
-        HealingError: if it cannot be computed so.
+        HealingError: if it does not work here.
     """
     if wanted == "auto":
         flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
@@ -305,21 +295,20 @@ def _set_attention(model: Any, wanted: str) -> None:
     except (ValueError, ImportError) as error:
         raise HealingError(
             f"heal.attn_implementation: {wanted}, which does not work here "
-            f"({str(error).splitlines()[0]}). Take `auto`."
+            f"({str(error).splitlines()[0]}). Use `auto`."
         ) from error
 
 
 def _read_text(inputs: HealInputs, progress: Progress) -> Any:
-    """Read the text; one process first, which fills the cache for the others.
+    """Read the text; the main process first, to fill the cache for the others.
 
     Raises:
-        HealingError: if there is no tokenizer to read it with.
+        HealingError: if there is no tokenizer.
     """
     if inputs.tokenizer is None:
         raise HealingError(
-            f"{inputs.source.given if inputs.source else 'the model'}: has no tokenizer, so no "
-            "text can be read. Put its tokenizer files beside the weights, or give rows already "
-            "made."
+            f"{inputs.source.given if inputs.source else 'the model'}: has no tokenizer, which "
+            "text needs. Put its tokenizer files beside the weights, or give rows."
         )
     usual = inputs.spec.context_length
     with processes().main_process_first():

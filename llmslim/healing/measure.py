@@ -1,6 +1,6 @@
-"""How good a model is: its loss on text that is not trained on, and answers to read.
+"""Measure a model: its loss on held-out text, and answers to a few fixed prompts.
 
-Every decision of a healing stands on the loss; the answers to a few fixed prompts are for people.
+Healing decides by the loss; the answers are for people.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from llmslim.data import embedding_rows, longest_input, mended
+from llmslim.healing.objectives import next_tokens
 from llmslim.healing.objectives.cross_entropy import summed_cross_entropy
 from llmslim.healing.restoring import evaluating
 from llmslim.healing.rows import Collate
@@ -32,20 +33,18 @@ def held_out_loss(
     *,
     micro_batch: int,
     accelerator: Any,
-    position_ids: bool = True,
 ) -> float:
     """Return the mean of -log p(next token) over all predicted tokens, in nats.
 
-    Every process takes its share of the rows, and all return the same number. All make as many
-    calls as each other, as models that are spread over processes need.
+    Every process takes its share of the rows, and all return the same number. All call the model
+    equally often, which sharded models need.
 
     Args:
         model: any causal language model, perhaps wrapped.
         rows: what to predict.
         collate: makes a batch of some rows.
         micro_batch: rows of one call.
-        accelerator: accelerate's, for the number of processes and to add up over them.
-        position_ids: whether the model takes these.
+        accelerator: accelerate's, for the processes and the sum over them.
     """
     total = torch.zeros(2, dtype=torch.float64)
     count = len(rows)  # type: ignore[arg-type]
@@ -56,23 +55,21 @@ def held_out_loss(
             mine = range(first, min(first + micro_batch, count))
             batch = collate([rows[index] for index in mine or [0]])
             labels_NL = batch.pop("labels").to(accelerator.device)
-            if not mine:  # a call like the others', that counts nothing
+            if not mine:  # this call only keeps up with the other processes
                 labels_NL.fill_(-100)
-            if not position_ids:
-                batch.pop("position_ids", None)
             inputs = {key: value.to(accelerator.device) for key, value in batch.items()}
             logits_NLV = model(**inputs, use_cache=False).logits
-            targets_NL = torch.nn.functional.pad(labels_NL[:, 1:], (0, 1), value=-100)
+            targets_NL = next_tokens(labels_NL)
             total[0] += float(summed_cross_entropy(logits_NLV, targets_NL))
             total[1] += int((targets_NL != -100).sum())
-    # Some devices have no float64; what is lost is below the eighth digit.
+    # Some devices have no float64; the loss of precision is below the eighth digit.
     total = accelerator.reduce(total.float().to(accelerator.device), "sum").cpu()
     return float(total[0] / total[1].clamp(min=1))
 
 
-@torch.no_grad()  # inference_mode would leave tensors behind that a sharded model cannot train on
+@torch.no_grad()  # a sharded model cannot train on tensors of inference_mode
 def answers(model: Any, tokenizer: Any) -> list[str]:
-    """Return the likeliest answer to each of `PROMPTS`; empty where there is no tokenizer.
+    """Return the greedy answer to each of `PROMPTS`; empty without a tokenizer.
 
     Args:
         model: a causal language model.
@@ -114,6 +111,6 @@ def _answer(model: Any, tokenizer: Any, prompt: str) -> str:
 
 
 def _known(ids: Tensor, model: Any) -> bool:
-    """Tell whether a model has an embedding for every token: a chat template may have others."""
+    """Return whether a model has an embedding for every token, also those of a chat template."""
     rows = embedding_rows(model)
     return rows is None or int(ids.max()) < rows

@@ -1,15 +1,15 @@
-"""How much memory a healing takes on one device, worked out before it begins.
+"""Compute how much memory a healing takes on one device, before it begins.
 
-What lies there all the time is counted from parameters. What a forward pass keeps for the backward
-pass is not guessed from a formula: the pass is run on tensors that have sizes and no contents
-(torch's FakeTensor), and what autograd saves is added up. So any architecture and any structure are
-known, autocast's copies and packed rows' masks included, in seconds and without memory.
+Memory that is always in use follows from the parameters. What a forward pass keeps for the backward
+pass is measured: the pass runs on tensors with sizes and no contents (torch's FakeTensor), and the
+sizes of what autograd saves are summed. This covers every architecture and structure, autocast's
+copies and the masks of packed rows included, in seconds and without memory.
 
-There are three moments at which the peak may be:
+The peak is at one of three moments:
 
     loss    all that the forward pass kept, logits and their gradient, some chunks of float32
-    layer   deep in the backward pass: with gradient checkpointing one layer's activations again
-    step    all gradients, and what the optimiser works on
+    layer   in the backward pass; with gradient checkpointing, one layer's activations once more
+    step    all gradients, and what the optimiser updates
 
 Not counted: the process itself (Python, torch, CUDA's context: 0.5 to 1 GiB), fragmentation, and
 buffers of single operations.
@@ -52,14 +52,14 @@ class Memory:
     moments: int
     gradients: int
     held: int
-    """Gradients that are there during a forward pass: all, or none where a step is one pass."""
+    """Gradients in memory during a forward pass: all, or none where a step is one pass."""
     teacher: int
     copies: int
     """Weights in bfloat16, which autocast makes in each forward pass."""
     kept: int
     """Activations from forward to backward pass."""
     again: int
-    """Activations of a layer that is computed a second time."""
+    """Activations of a layer that gradient checkpointing computes again."""
     passing: int
     """Gradients of activations."""
     logits: int
@@ -69,7 +69,7 @@ class Memory:
 
     @property
     def moments_of_peak(self) -> dict[str, int]:
-        """Bytes at each of the three moments beside weights, moments and teacher."""
+        """Bytes at each of the three moments, without weights, AdamW's moments and teacher."""
         deep = max(self.kept + self.held, self.gradients)
         return {
             "loss": self.held + self.kept + self.copies + self.logits + self.chunks,
@@ -83,7 +83,7 @@ class Memory:
         return self.weights + self.moments + self.teacher + max(self.moments_of_peak.values())
 
     def facts(self) -> list[tuple[str, str]]:
-        """Return the larger parts and the peak, each with its size in words."""
+        """Return names and sizes of the parts and the peak, for people."""
         shown = {
             "weights, float32": self.weights,
             "gradients": self.gradients,
@@ -92,38 +92,30 @@ class Memory:
             "weights in bfloat16": self.copies,
             "activations": self.kept + self.again,
             "logits and loss": self.logits + self.chunks,
-            "peak, beside the process itself": self.peak,
+            "peak, without the process itself": self.peak,
         }
         return [(name, wording.size(size)) for name, size in shown.items() if size]
 
 
 def healing_memory(
-    model: Any,
-    spec: Heal,
-    *,
-    length: int,
-    accumulate: int,
-    bf16: bool,
-    teacher: Any = None,
+    model: Any, spec: Heal, *, length: int, accumulate: int, bf16: bool, teacher: Any = None
 ) -> Memory:
-    """Work out the memory of a healing.
+    """Compute the memory of a healing.
 
-    An error of any class means that the model's forward pass depends on what it computes.
+    An error of any class means that the forward pass depends on values, not only on shapes.
 
     Args:
-        model: on any device, meta too; what is trained wants gradients. It is left as it is.
-        spec: `micro_batch`, `gradient_checkpointing` and `store_teacher` count.
-        length: tokens of a row.
+        model: on any device, also meta; what is trained requires gradients. It is unchanged.
+        spec: `micro_batch`, `gradient_checkpointing` and `store_teacher` matter.
+        length: tokens in a row.
         accumulate: passes of a step.
         bf16: whether the arithmetic is bfloat16.
-        teacher: the dense model where there is one, on any device.
-
+        teacher: the dense model, if any, on any device.
     """
     weights = sum(weight.numel() for weight in model.parameters())
-    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    gradients = MASTER * sum(p.numel() for p in model.parameters() if p.requires_grad)
     found = _forward(model, spec.micro_batch, length, bf16=bf16)
     live = teacher is not None and not spec.store_teacher
-    gradients = trained * MASTER
     kept, again = found.outside + sum(found.layers), 0
     if spec.gradient_checkpointing:
         kept, again = found.outside + sum(found.inputs), max(found.layers, default=0)
@@ -132,7 +124,11 @@ def healing_memory(
         moments=2 * gradients,
         gradients=gradients,
         held=gradients if accumulate > 1 else 0,
-        teacher=_teacher_bytes(teacher, bf16=bf16) if live else 0,
+        # A teacher keeps its stored type where the arithmetic is bfloat16.
+        teacher=sum(
+            weight.numel() * (weight.element_size() if bf16 else MASTER)
+            for weight in (teacher.parameters() if live else ())
+        ),
         copies=found.copies,
         kept=kept,
         again=again,
@@ -142,22 +138,14 @@ def healing_memory(
     )
 
 
-def _teacher_bytes(teacher: Any, *, bf16: bool) -> int:
-    """A teacher keeps its stored type where the arithmetic is bfloat16."""
-    return sum(
-        weight.numel() * (weight.element_size() if bf16 else MASTER)
-        for weight in teacher.parameters()
-    )
-
-
 @dataclass
 class _Found:
-    """What a forward pass makes, in bytes."""
+    """What a forward pass allocates, in bytes."""
 
     layers: list[int]
     """What each decoder layer saves for its backward pass."""
     inputs: list[int]
-    """Hidden states that each decoder layer reads."""
+    """Hidden states that go into each decoder layer."""
     outside: int = 0
     largest: int = 0
     copies: int = 0
@@ -166,7 +154,7 @@ class _Found:
 
 
 def _forward(model: Any, rows: int, length: int, *, bf16: bool) -> _Found:
-    """Run a forward pass on tensors without contents, and add up what it makes."""
+    """Run a forward pass on tensors without contents, and sum what it allocates."""
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = _without_contents(model)
     layers = list(fake.get_submodule(find_layers(fake).path))
@@ -207,31 +195,27 @@ def _forward(model: Any, rows: int, length: int, *, bf16: bool) -> _Found:
             inputs["position_ids"] = torch.arange(length).repeat(rows, 1)
         logits_NLV = fake(**inputs, use_cache=False).logits
     found.copies = sum(storage.nbytes() for storage in casts.made)
-    found.logits = logits_NLV.numel() * logits_NLV.element_size()
+    found.logits = logits_NLV.nbytes
     found.float_logits = logits_NLV.numel() * 4
     return found
 
 
 def _without_contents(model: Any) -> Any:
     """Return a copy of a model, in training mode, whose float32 weights have sizes only."""
-    tensors = [*model.parameters(), *model.buffers()]
     memo: dict[int, Any] = {}
-    for tensor in tensors:
-        dtype = torch.float32 if isinstance(tensor, nn.Parameter) else tensor.dtype
-        empty = torch.empty(tensor.shape, dtype=dtype, device="cpu")
-        memo[id(tensor)] = (
-            nn.Parameter(empty, requires_grad=tensor.requires_grad)
-            if isinstance(tensor, nn.Parameter)
-            else empty
-        )
+    for weight in model.parameters():
+        empty = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
+        memo[id(weight)] = nn.Parameter(empty, requires_grad=weight.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
     fake = copy.deepcopy(model, memo).train()
-    if fake.config._attn_implementation == "flash_attention_2":  # has no kernel without contents
+    if fake.config._attn_implementation == "flash_attention_2":  # its kernel needs contents
         fake.set_attn_implementation("sdpa")
     return fake
 
 
 class _Casts(TorchDispatchMode):
-    """Remembers what autocast made of weights."""
+    """Records the copies of weights that autocast makes."""
 
     def __init__(self, masters: set[Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

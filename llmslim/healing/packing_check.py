@@ -1,9 +1,9 @@
-"""Whether samples that are packed into one row would see each other in a model: tried, not listed.
+"""Test whether samples that are packed into one row would see each other in a model.
 
-transformers tells packed samples apart by their position ids, where a model makes its attention
-mask of these. Many do not, and what carries a state from token to token (Mamba, convolutions,
-linear attention) mixes samples whatever the mask. So it is measured: the gradient of the second
-sample's logits with respect to the first sample's embeddings must be exactly 0.
+transformers separates packed samples by their position ids, in models that make their attention
+mask from them. Many do not, and modules that carry a state from token to token (Mamba,
+convolutions, linear attention) mix samples whatever the mask. So this is measured: the gradient of
+the second sample's logits with respect to the first sample's embeddings must be exactly 0.
 """
 
 from __future__ import annotations
@@ -26,31 +26,23 @@ def takes_position_ids(model: Any) -> bool:
 
 
 def sees_neighbours(model: Any) -> bool:
-    """Return whether samples in one row would see each other; true where it cannot be tried.
+    """Return whether samples in one row would see each other; true where the test fails.
 
     Args:
-        model: a causal language model on any device; it is left as it is.
+        model: a causal language model on any device; it is unchanged.
     """
     try:
         with quiet(), evaluating(model):
             gradient_LH = _gradient(model)
-    except Exception:  # in as many classes as there are models
+    except Exception:  # models raise anything
         return True
     return bool((gradient_LH[:_TOKENS] != 0).any())
 
 
 def packing_notes(*, mixes: bool) -> list[str]:
-    """Return a sentence for the report where samples could not share rows.
-
-    Args:
-        mixes: whether they would see each other in one row.
-    """
-    if not mixes:
-        return []
-    return [
-        "In this architecture samples packed into one row would see each other, so they are given "
-        "rows of their own."
-    ]
+    """Return a note for the report if samples in one row would see each other."""
+    note = "Samples in one row would see each other in this architecture, so each has its own row."
+    return [note] if mixes else []
 
 
 def _gradient(model: Any) -> Tensor:

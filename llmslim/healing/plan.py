@@ -1,4 +1,4 @@
-"""How much a healing has to do, in which arithmetic, and what it would take (`heal --dry-run`)."""
+"""How many steps a healing takes, in which arithmetic, and with how much memory."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from llmslim.anatomy.precision import bf16_is_fast
 from llmslim.healing.distributed import processes
 from llmslim.healing.inputs import HealInputs
 from llmslim.healing.memory import Memory, healing_memory
@@ -19,12 +20,12 @@ from llmslim.recipe import Heal
 from llmslim.storage.source import first_line
 
 EVALUATIONS = 10
-"""Measurements of a healing where the recipe gives no number of steps between them."""
+"""Held-out measurements of a healing, unless the recipe sets the steps between them."""
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """How much there is to do."""
+    """How many steps a healing takes, and of what."""
 
     steps: int
     accumulate: int
@@ -32,28 +33,28 @@ class StepPlan:
     every: int
     """Steps between measurements."""
     rows: int
-    """Rows that are trained on, each as often as it comes."""
+    """Rows to train on; a row of several passes counts once for each."""
     tokens: int
-    """Tokens in these, padding not counted; exact for whole passes."""
+    """Tokens in these rows without padding; exact for whole passes."""
     notes: tuple[str, ...]
 
     @classmethod
     def of(cls, spec: Heal, text: Any, processes: int) -> StepPlan:
-        """Work it out for some text and number of processes, with as many rows in every step."""
+        """Plan the steps for some text and number of processes, all steps with as many rows."""
         together = spec.micro_batch * processes
         rows = math.ceil(spec.batch_size / together) * together
         notes = []
         if rows != spec.batch_size:
             notes.append(
-                f"heal.batch_size: {spec.batch_size} rows, but {processes} processes take "
-                f"{spec.micro_batch} each; {rows} rows were taken."
+                f"heal.batch_size: {spec.batch_size} rows do not divide by {processes} processes "
+                f"with {spec.micro_batch} each; {rows} rows were used."
             )
         there = len(text.train)
         if spec.tokens is None:
             wanted = math.ceil(round(spec.epochs * there, 6))  # 0.1 * 30 is a little over 3
         else:
             wanted = math.ceil(spec.tokens * there / text.train.tokens)
-        # Every pass ends with what is left of the rows; no step has rows of two passes.
+        # The last step of a pass takes the rows that are left; no step has rows of two passes.
         passes, rest = divmod(wanted, there)
         last = math.ceil(rest / rows)
         steps = passes * math.ceil(there / rows) + last
@@ -66,12 +67,12 @@ class StepPlan:
 
 
 def rate_share(step: int, spec: Heal, steps: int) -> float:
-    """Return a step's share of the peak learning rate; it is 0 in none of them.
+    """Return a step's share of the peak learning rate, which is never 0.
 
     Args:
         step: counted from 0.
         spec: `warmup` and `schedule`.
-        steps: how many there are.
+        steps: number of steps.
 
     Example:
         >>> [round(rate_share(step, Heal(warmup=0.25), 8), 3) for step in range(8)]
@@ -87,13 +88,7 @@ def rate_share(step: int, spec: Heal, steps: int) -> float:
 
 def uses_bf16(spec: Heal, device: torch.device) -> bool:
     """Return whether to compute in bfloat16."""
-    if spec.precision != "auto":
-        return spec.precision == "bf16"
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    # On other CPUs it is slower than float32: only AMX multiplies it in hardware of its own.
-    known = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return device.type == "cpu" and known is not None and bool(known())
+    return spec.precision == "bf16" or (spec.precision == "auto" and bf16_is_fast(device))
 
 
 def training_arguments(
@@ -103,9 +98,9 @@ def training_arguments(
 
     Args:
         spec: the options.
-        plan: how much there is to do.
+        plan: of the steps.
         folder: where checkpoints go.
-        evaluates: whether there are rows held out.
+        evaluates: whether there are held-out rows.
     """
     cuda = torch.cuda.is_available()
     arguments = TrainingArguments(
@@ -115,7 +110,7 @@ def training_arguments(
         gradient_accumulation_steps=plan.accumulate,
         learning_rate=spec.learning_rate,
         max_grad_norm=spec.max_grad_norm,
-        # numpy, which the Trainer seeds too, takes no larger ones.
+        # The Trainer also seeds numpy, which takes 32 bits.
         seed=spec.seed % 2**32,
         data_seed=spec.seed % 2**32,
         logging_strategy="no",
@@ -135,14 +130,14 @@ def training_arguments(
         log_level="error",
         log_level_replica="error",
     )
-    # With several GPUs and one process the Trainer would take the old DataParallel.
+    # With several GPUs and one process the Trainer would use DataParallel.
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments
 
 
 @dataclass(frozen=True)
 class HealingPlan:
-    """What would be done."""
+    """What a healing would do."""
 
     objective: str
     train: str
@@ -156,11 +151,11 @@ class HealingPlan:
     source: str
     licence: str
     memory: Memory | None
-    """On one device; None where it is not known."""
+    """On one device; None where it could not be computed."""
     notes: tuple[str, ...]
 
     def facts(self) -> list[tuple[str, str]]:
-        """Return it as names and values, memory last."""
+        """Return names and values for people, memory last."""
         rows = [
             ("objective", self.objective),
             (
@@ -183,7 +178,7 @@ def plan_healing(inputs: HealInputs) -> HealingPlan:
     """Work out what a healing would do.
 
     Args:
-        inputs: complete; the model is made ready for training and of no use after.
+        inputs: of the healing. The model is prepared for training; do not use it afterwards.
 
     Raises:
         HealingError: if it could not be done.
@@ -204,8 +199,8 @@ def plan_healing(inputs: HealInputs) -> HealingPlan:
             bf16=bf16,
             teacher=inputs.teacher,
         )
-    except Exception as error:  # in as many classes as there are models
-        notes.append(f"How much memory it takes is not known here ({first_line(error)}).")
+    except Exception as error:  # models raise anything
+        notes.append(f"The memory that it takes could not be computed ({first_line(error)}).")
     return HealingPlan(
         objective=objective.name,
         train=spec.train,

@@ -1,4 +1,4 @@
-"""What a healing did, step by step and in all: numbers only; cards and pictures are views of it."""
+"""The result and the history of a healing, as numbers; cards and pictures are views of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class HealReport:
-    """What a healing did."""
+    """The result of a healing."""
 
     path: Path | None
     """The checkpoint's folder; None where the model was healed in memory."""
@@ -30,22 +30,22 @@ class HealReport:
     train: str
     """What was trained: blocks, all or lora."""
     steps: int
-    """Steps of the optimiser that the result stands on."""
+    """Steps of the optimiser up to the weights of the result."""
     tokens: int
     """Tokens trained on, padding not counted."""
     padding: float
     """Share of padding in the packed rows, from 0 to 1."""
     tokens_per_second: float
-    """While training; measuring and saving not counted."""
+    """While training, without the time for measuring and saving."""
     trained_parameters: int
     loss_before: float | None
     """Mean of -log p(next token) on held-out text, in nats; None where there is no such text."""
     loss_after: float | None
-    """Of the weights as they are stored."""
+    """The same for the weights as they are stored."""
     loss_unrounded: float | None
-    """Before they were rounded to the type they are stored in; None where nothing was rounded."""
+    """The same before rounding to the stored type; None where nothing was rounded."""
     loss_teacher: float | None
-    """The dense model's on the same text, where it was there."""
+    """The dense model's on the same text; None without a teacher."""
     history: tuple[Mapping[str, Any], ...]
     """A line per step (`loss`, …) and per measurement (`held_out_loss`), in order."""
     answers: tuple[Answer, ...]
@@ -57,18 +57,18 @@ class HealReport:
     settings: Mapping[str, Any]
     """The `heal` section as it was used."""
     notes: tuple[str, ...]
-    """What a reader must know, one sentence each."""
+    """Notes that a reader must see, one sentence each."""
 
     @property
     def gap_closed(self) -> float | None:
-        """Share of the loss over the teacher's that is gone; None where that is not known."""
+        """Share of the distance to the teacher's loss that was recovered; None where unknown."""
         if self.loss_before is None or self.loss_after is None or self.loss_teacher is None:
             return None
         gap = self.loss_before - self.loss_teacher
         return (self.loss_before - self.loss_after) / gap if gap > 0 else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON values, without the history, which has a file of its own."""
+        """Return JSON values without the history, which has its own file."""
         data = asdict(self)
         del data["path"], data["history"]
         return {**data, "gap_closed": self.gap_closed}

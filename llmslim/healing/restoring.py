@@ -1,8 +1,8 @@
-"""Leave models as they were: what healing changes in one for a while, it puts back.
+"""Restore what healing changes in a model for a while.
 
-A teacher is moved, widened, frozen and put in evaluation mode; a model in training gets another
-attention, other ways with activations and no cache. All of that is noted here before, and put back
-whatever happens: an error and Ctrl-C included.
+A teacher is moved, converted to float32, frozen and put in evaluation mode; a model in training
+gets another attention, gradient checkpointing and no cache. All of that is recorded here, and
+restored also after an error or Ctrl-C.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks")
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode, and each of its modules back in its own afterwards."""
+    """Put a model in evaluation mode, and restore the mode of each module afterwards."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -32,12 +32,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def as_it_was(model: Any, *, weights: bool = False) -> Iterator[None]:
-    """Put back how a model trains, what its configs say and how it keeps activations.
+    """Restore a model's training mode, configs, hooks and gradient checkpointing.
 
     Args:
-        model: a model; anything else is passed over.
-        weights: put back types, devices and gradients of parameters and buffers too. Those that
-            became wider are exactly what they were; values are not kept.
+        model: a model; anything else is ignored.
+        weights: also restore types, devices and gradients of parameters and buffers. Values are
+            not restored; those that were only converted to float32 are exact.
     """
     if not isinstance(model, nn.Module):
         yield
@@ -71,14 +71,14 @@ def as_it_was(model: Any, *, weights: bool = False) -> Iterator[None]:
             vars(config).clear()
             vars(config).update(fields)
         for tensor, dtype, device, wanted, gradient in about:
-            tensor.grad = None  # which has the type and place that the tensor has just now
+            tensor.grad = None  # its type and device must be the tensor's
             tensor.data = tensor.data.to(device=device, dtype=dtype)
             tensor.requires_grad_(wanted)
             tensor.grad = gradient
 
 
 def _configs(model: nn.Module) -> Iterator[Any]:
-    """Yield a model's configs: its own, those inside it, those of its parts, of its generation."""
+    """Yield all configs of a model and its modules, nested and generation configs included."""
     for module in model.modules():
         found = [getattr(module, "config", None), getattr(module, "generation_config", None)]
         while found:
@@ -90,20 +90,14 @@ def _configs(model: nn.Module) -> Iterator[Any]:
 
 
 def to_compute(model: nn.Module, device: torch.device, *, bf16: bool) -> None:
-    """Bring a model to a device, in a type to compute with, in place.
+    """Move a model to a device, in a type to compute with, in place.
 
     Args:
-        model: any; its type is kept where the arithmetic is bfloat16.
+        model: any.
         device: where to.
-        bf16: whether it is. Else what is narrower than float32 becomes that.
+        bf16: whether the arithmetic is bfloat16. If not, narrower floating types become float32.
     """
     model.to(device)
-    if not bf16:
-        widen(model)
-
-
-def widen(model: nn.Module) -> None:
-    """Give parameters and buffers of narrower floating types float32, in place."""
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in () if bf16 else (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point() and tensor.element_size() < 4:
             tensor.data = tensor.data.float()

@@ -1,18 +1,17 @@
-"""Round trained weights to the type that they are stored in, and lose nothing on average.
+"""Round trained weights to the type that they are stored in, without bias.
 
-Training moves most weights by less than half the distance of two bfloat16 numbers. Rounded to the
-nearest one they end where they began, and what was learned is gone. Here a weight becomes one of
-its two neighbours by chance, the nearer one the likelier:
+Training moves most weights by less than half the distance between two bfloat16 numbers. Rounding to
+nearest would undo that. Here a weight becomes one of its two neighbours at random, with
 
     P(up) = (w - down) / (up - down)      so that the mean of what is stored is w
 
-(stochastic rounding, Gupta et al. 2015, https://arxiv.org/abs/1502.02551). What a layer sums up
-over thousands of weights keeps the update; the noise is that of any rounding to the type. A weight
-that the type holds stays as it is, so what was not trained does not change. Chance is drawn on the
-CPU from the seed and the weight's name: the same weights always become the same.
+(stochastic rounding, Gupta et al. 2015, https://arxiv.org/abs/1502.02551). A layer's sums over
+thousands of weights keep the update; the noise is that of any rounding to the type. A weight that
+the type can represent is unchanged, so what was not trained does not change. Random numbers are
+drawn on the CPU from the seed and the weight's name, so the result is repeatable.
 
-Left out: carrying each rounding error over to the next weight of a row, which keeps a row's sum and
-was far worse when measured (docs/benchmarks.md).
+Left out: adding each rounding error to the next weight of a row, which keeps a row's sum and was
+far worse when measured (docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ _PIECE = 1 << 24  # numbers that are rounded at once
 
 
 def rounded(weight: Tensor, dtype: torch.dtype, *, seed: int, name: str) -> Tensor:
-    """Return a weight in a narrower type, of each number one of the two next to it.
+    """Return a weight in a narrower type, each number rounded up or down at random.
 
     Args:
         weight: float32 or float64.
         dtype: bfloat16, float16 or float32.
-        seed: of chance.
-        name: the weight's, which no other has.
+        seed: of the random numbers.
+        name: the weight's unique name.
 
     Returns:
-        The weight, of type `dtype`; infinite where it is too large for that.
+        The weight, of type `dtype`; infinite where it is too large for the type.
 
     Example:
         >>> weight = torch.tensor([1.0, 1.0 + 2**-9, 1e30])
@@ -55,8 +54,8 @@ def rounded(weight: Tensor, dtype: torch.dtype, *, seed: int, name: str) -> Tens
 def _rounded(w: Tensor, dtype: torch.dtype, chance: torch.Generator) -> Tensor:
     """Round one piece; `w` is flat."""
     if (w.dtype, dtype) == (torch.float32, torch.bfloat16):
-        # bfloat16 is the upper half of float32; the lower half is the chance of a carry. This is
-        # far faster than what follows, which is the same for any two types.
+        # bfloat16 is the upper half of float32; the lower half is the probability of a carry. Much
+        # faster than the general case below.
         draws = torch.empty(-(-len(w) // 4), dtype=torch.int64)
         draws.random_(-(1 << 63), None, generator=chance)
         lower = draws.view(torch.int16)[: len(w)].to(w.device, torch.int32) & 0xFFFF

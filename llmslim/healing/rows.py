@@ -1,8 +1,8 @@
-"""Rows to train on: their order, their batches, and what identifies them.
+"""Rows to train on: their order, their batches, and their digest.
 
-The order is the same for any number of processes. Left to itself, accelerate gives processes that
-would run out of rows some of the first ones again, and a step at the end of a pass would then
-differ from the one that a single process takes.
+The order is the same for any number of processes. accelerate would repeat some of the first rows
+for processes without any left, so that the last step of a pass would differ from a single
+process's.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from llmslim.data import collate, collate_apart, collate_flat
+from llmslim.healing.packing_check import takes_position_ids
 from llmslim.storage import add_tensor
 
 Collate = Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]
 
 
 class PaddedRows(Dataset[dict[str, Tensor]]):
-    """Rows, each with its index (`row`) and number of tokens, then rows without labels as needed.
+    """Rows, each with its index (`row`) and number of tokens, padded with rows without labels.
 
-    All processes take as many rows as each other, and all steps as many passes.
+    With them, all processes take equally many rows, and all steps equally many passes.
 
     Args:
         rows: a map-style data set, not empty.
-        multiple: rows that all processes take in one pass; the length becomes a multiple of it.
+        multiple: rows of one pass in all processes; the length becomes a multiple of it.
     """
 
     def __init__(self, rows: Any, multiple: int = 1) -> None:
@@ -48,19 +49,19 @@ class PaddedRows(Dataset[dict[str, Tensor]]):
 
 
 class SeededSampler(Sampler[int]):
-    """All rows once, in an order that seed and pass decide alone, then those without labels.
+    """All rows once, in an order from seed and pass alone, then those without labels.
 
     Args:
-        rows: what is to be put in order.
+        rows: to be ordered.
         seed: of the order.
-        seen: how many rows all passes take together; the last pass ends there.
+        seen: number of rows of all passes together, where the last pass ends.
     """
 
     def __init__(self, rows: PaddedRows, seed: int, seen: int | None = None) -> None:
         self.rows, self.seed, self.seen, self.epoch = rows, seed, seen, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the pass whose order comes next."""
+        """Choose the pass."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -76,27 +77,31 @@ class SeededSampler(Sampler[int]):
 
 
 def collator_for(model: Any, *, mixes: bool) -> Collate:
-    """Return what makes a batch of rows; `row` and `tokens` become lists, `rows` and `tokens`.
+    """Return a function from rows to a batch; `row` and `tokens` become `rows`, `tokens`, (N,).
 
     Args:
-        model: FlashAttention wants one long row.
-        mixes: whether samples in one row would see each other; each then has a row of its own.
+        model: FlashAttention needs one long row; positions are left out where it takes none.
+        mixes: whether samples in one row would see each other; each then has its own row.
     """
     flash = model.config._attn_implementation == "flash_attention_2"
     together = collate_apart if mixes else collate_flat if flash else collate
+    takes_positions = takes_position_ids(model)
 
     def collated(batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        inputs = [{k: row[k] for k in row if k not in ("row", "tokens")} for row in batch]
-        lists = {"rows": [row["row"] for row in batch if "row" in row]}
-        lists["tokens"] = [row["tokens"] for row in batch if "tokens" in row]
-        joined = together(inputs)
-        return {**joined, **{name: torch.stack(one) for name, one in lists.items() if one}}
+        own = ("row", "tokens")
+        joined = together([{k: v for k, v in row.items() if k not in own} for row in batch])
+        if not takes_positions:
+            joined.pop("position_ids", None)
+        for name, key in zip(("rows", "tokens"), own, strict=True):
+            if numbers := [row[key] for row in batch if key in row]:
+                joined[name] = torch.stack(numbers)
+        return joined
 
     return collated
 
 
 def tokens_in(rows: Any, index: int) -> int:
-    """Return how many tokens a packed row holds, padding not counted.
+    """Return the number of tokens in a packed row without padding.
 
     Rows without a method `tokens_in` are padded with what looks like a sample without labels.
     """
@@ -111,7 +116,7 @@ def tokens_in(rows: Any, index: int) -> int:
 
 
 def text_digest(text: Any) -> str:
-    """Return the SHA-256 of all rows that a healing trains on and measures by."""
+    """Return the SHA-256 of all rows that a healing trains on or measures."""
     digest = hashlib.sha256()
     for rows in (text.train, text.held_out):
         digest.update(f"{len(rows)} rows\n".encode())

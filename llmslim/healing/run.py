@@ -1,14 +1,13 @@
-"""One healing from beginning to end, or from where it was killed to the end.
+"""Run a healing, or continue one that was interrupted.
 
-Training itself is transformers' Trainer on accelerate; this file is what is measured before and
-after, where it continues, and what happens when something goes wrong.
+The training is transformers' Trainer on accelerate; this file measures before and after, finds
+where to continue, and restores models after errors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import accelerate
@@ -52,23 +51,22 @@ def heal_model(
 ) -> HealReport:
     """Train a model, in place.
 
-    Where `accelerate launch` spreads it over processes, each has it whole again at the end.
+    Where `accelerate launch` shards it over processes, each has all weights at the end.
 
     Args:
-        inputs: complete. The teacher is left as it was; but with `store_teacher` it is off the
-            device while the model trains, and one that the options name leaves memory too: its
-            parameters are then empty.
-        folder: where to keep what is needed to continue after a kill; closing or removing it is
-            for the caller.
+        inputs: of the healing. The teacher is unchanged in the end. With `store_teacher` it is off
+            the device while the model trains; and if it was loaded by name, its parameters are then
+            empty.
+        folder: keeps what is needed to continue after a kill; the caller closes or removes it.
         progress: called after every step.
 
     Returns:
-        What was done, without a path.
+        The result, without a path.
 
     Raises:
-        HealingError: if it cannot be done, or the loss is not finite; the last good state is then
-            in the folder, and the model is as it was at that moment, or without its weights if it
-            was spread over processes.
+        HealingError: if the training cannot begin or continue, or the loss is not finite. The
+            folder then has the last good state, and the model its current weights, or none if it
+            was sharded over processes.
     """
     objective, state = inputs.objective(), processes()
     model, teacher, spec = inputs.model, inputs.teacher, inputs.spec
@@ -77,7 +75,7 @@ def heal_model(
     with (
         quiet(),
         as_it_was(model),
-        as_it_was(teacher, weights=spec.teacher is None),  # one loaded for this alone may go
+        as_it_was(teacher, weights=spec.teacher is None),  # one loaded by name is not needed later
     ):
         if teacher is not None:
             teacher.eval().requires_grad_(requires_grad=False)
@@ -91,13 +89,14 @@ def heal_model(
                 _cache_teacher(trainer, state)
             elif teacher is not None:
                 to_compute(teacher, trainer.args.device, bf16=bf16)
-            result = _train(trainer, state)
+            best, last = _train(trainer, state)
+            trained = trainable.count()
             losses = _final_losses(trainer)
             after = trainer.answers()
             if trainable.model is not model:
                 gather_into(model, trainable.model)
                 trainable.model = model
-    return _report(trainer, result, losses, after, state)
+    return _report(trainer, state, losses, after, trained=trained, best=best, last=last)
 
 
 def _key(inputs: HealInputs, plan: StepPlan, state: PartialState, *, bf16: bool) -> dict[str, Any]:
@@ -120,7 +119,7 @@ def _key(inputs: HealInputs, plan: StepPlan, state: PartialState, *, bf16: bool)
 
 @contextmanager
 def _training(inputs: HealInputs, state: PartialState) -> Iterator[Trainable]:
-    """Make the model ready for training, or a copy that can be spread; undo it in the end."""
+    """Prepare the model for training, or a copy to shard; undo it in the end."""
     given, spec = inputs.model, inputs.spec
     trainable = make_trainable(
         shard_copy(given) if is_sharded(state) else given, spec, inputs.narrowed
@@ -134,17 +133,9 @@ def _training(inputs: HealInputs, state: PartialState) -> Iterator[Trainable]:
 
 
 def _cache_teacher(trainer: HealingTrainer, state: PartialState) -> None:
-    """Store the teacher's top-k logits for every row, and its loss, then let go of it.
+    """Store the teacher's loss and its top-k logits for every row, then release the teacher.
 
-    The model leaves the device meanwhile: the two never share it. The trainer then has a cache and
-    no teacher.
-
-    Args:
-        trainer: has model and teacher.
-        state: accelerate's; rows are spread over the processes.
-
-    Raises:
-        HealingError: if the disk has no room for it.
+    Model and teacher are never on the device together. The trainer then has a cache and no teacher.
     """
     teacher, spec, device = trainer.teacher, trainer.spec, trainer.args.device
     model: Any = trainer.model
@@ -167,35 +158,28 @@ def _cache_teacher(trainer: HealingTrainer, state: PartialState) -> None:
         trainer.inputs.text.train,
         trainer.data_collator,
         micro_batch=spec.micro_batch,
-        position_ids=trainer.position_ids,
         state=state,
         progress=trainer.progress,
     )
-    if "teacher" not in folder.run:
-        folder.run["teacher"] = trainer.measure(load())
-        if state.is_main_process:
-            folder.save()
+    if "teacher" not in folder.measured:
+        folder.add_measured(teacher=trainer.measure(load()), write=state.is_main_process)
     trainer.teacher_cache, trainer.teacher = cache, None
     teacher.to("cpu")
-    if spec.teacher is not None:  # loaded for this alone
+    if spec.teacher is not None:  # loaded by name, and not needed any more
         for tensor in (*teacher.parameters(), *teacher.buffers()):
             tensor.data = torch.empty(0, dtype=tensor.dtype)
-    if not trainer.is_fsdp_enabled:  # which brings it there in pieces
+    if not trainer.is_fsdp_enabled:  # FSDP moves the shards
         model.to(device)
 
 
-@dataclass(frozen=True)
-class _Result:
-    steps: int
-    """Step whose weights the model has."""
-    last_step: int
-    trained_parameters: int
+def _train(trainer: HealingTrainer, state: PartialState) -> tuple[int, int]:
+    """Train, or continue from the last whole checkpoint; load the best weights.
 
-
-def _train(trainer: HealingTrainer, state: PartialState) -> _Result:
-    """Train, from the last whole checkpoint on where there is one; load the best weights."""
+    Returns:
+        The step of the best weights, and the last step.
+    """
     folder, planned = trainer.folder, trainer.plan.steps
-    with state.main_process_first():  # it removes what was cut short; the others only look
+    with state.main_process_first():  # removes incomplete checkpoints
         last = folder.last_checkpoint()
         at = int(last.name.rpartition("-")[2]) if last else 0
         folder.rewind(at, write=state.is_main_process)
@@ -204,54 +188,49 @@ def _train(trainer: HealingTrainer, state: PartialState) -> _Result:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
         at = trainer.state.global_step
     else:
-        trainer.spread()
+        trainer.shard()
     best = best_step(folder.history) if trainer.eval_dataset is not None else at
     if (finished or best != at) and best:
         trainer.load_trained(folder.path / f"checkpoint-{best}")
-    return _Result(best or at, at, trainer.trainable.count())
+    return best or at, at
 
 
 def _final_losses(trainer: HealingTrainer) -> Losses:
-    """Make the model what will be stored; return its losses."""
+    """Finalise the weights for storing; return the model's losses."""
     trainable, types = trainer.trainable, trainer.trainable.rounds_to
     unrounded = trainer.measure(trainer.model) if types else None
     trainable.finalise()
-    before = trainer.folder.run["start"]["loss"]
+    before = trainer.folder.measured["loss"]
     return Losses(before, trainer.measure(trainer.model), unrounded, types)
 
 
 def _report(
     trainer: HealingTrainer,
-    result: _Result,
+    state: PartialState,
     losses: Losses,
     after: list[str],
-    state: PartialState,
+    *,
+    trained: int,
+    best: int,
+    last: int,
 ) -> HealReport:
-    """Put together what was done.
-
-    Args:
-        trainer: finished.
-        result: of training.
-        losses: on held-out text.
-        after: answers of the result.
-        state: accelerate's.
-    """
+    """Return the report of a finished training."""
     inputs, plan, folder = trainer.inputs, trainer.plan, trainer.folder
-    spec, text, start = inputs.spec, inputs.text, folder.run["start"]
+    start, history, text, spec = folder.measured, folder.history, inputs.text, inputs.spec
     return HealReport(
         path=None,
         objective=trainer.objective.name,
         train=spec.train,
-        steps=result.steps,
-        tokens=tokens_seen(folder.history, result.steps),
+        steps=best,
+        tokens=tokens_seen(history, best),
         padding=text.padding,
         tokens_per_second=round(trainer.recorder.tokens_per_second, 1),
-        trained_parameters=result.trained_parameters,
+        trained_parameters=trained,
         loss_before=losses.before,
         loss_after=losses.stored,
         loss_unrounded=losses.unrounded,
         loss_teacher=start["teacher"],
-        history=tuple(folder.history),
+        history=tuple(history),
         answers=tuple(map(Answer, PROMPTS, start["answers"], after)),
         source=text.source,
         licence=text.licence,
@@ -261,6 +240,6 @@ def _report(
             *plan.notes,
             *process_notes(state),
             *packing_notes(mixes=inputs.mixes),
-            *result_notes(losses, best=result.steps, last=result.last_step, planned=plan.steps),
+            *result_notes(losses, best=best, last=last, planned=plan.steps),
         ),
     )

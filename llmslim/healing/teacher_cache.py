@@ -1,4 +1,4 @@
-"""The teacher's likeliest tokens for every row, computed once and kept in files.
+"""The teacher's likeliest tokens for every row, computed once and stored in files.
 
     teacher/00000.safetensors      of the first `SHARD_ROWS` rows, and so on
         begins      (R + 1,)  int64    where each row's tokens begin
@@ -6,12 +6,12 @@
         tokens      (P, K)    int32    the likeliest tokens
         logits      (P, K)    bfloat16 where the arithmetic is, else float32
 
-Only places that predict something are kept, in the order of rows and places, so a file does not
-depend on how rows are put together later. Logits are kept in the type that the teacher computes
-them in: nothing is lost, and a loss is that of the teacher itself with as large a `top_k`.
+Only places that predict a token are kept, in the order of rows and places, so a file does not
+depend on later batches. Logits are kept in the type in which the teacher computes them: the loss
+is exactly that of a live teacher with the same `top_k`.
 
-A file appears when it is whole, and its metadata holds the key of the run: what a killed run left
-is kept, what is missing or of another key is computed.
+A file appears when it is complete, and its metadata has the key of the run: a resumed run keeps its
+files, and computes those that are missing or have another key.
 
 Shapes: R = rows of a file, P = places that predict, K = top_k, V = vocabulary, N = rows of a batch,
 L = tokens of a row, T = all tokens of a batch, C = tokens of a chunk.
@@ -32,46 +32,47 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmslim.errors import HealingError
-from llmslim.healing.healing_dir import replacing
-from llmslim.healing.objectives import TeacherTopK
+from llmslim.healing.objectives import TeacherTopK, next_tokens
 from llmslim.healing.objectives._chunks import CHUNK_NUMBERS
 from llmslim.healing.rows import Collate
 from llmslim.progress import Progress
+from llmslim.report import wording
+from llmslim.storage import replacing
 
 TOP_K = 64
-"""Tokens kept of each place where the recipe gives no number."""
+"""Tokens kept for each place, unless the recipe sets `top_k`."""
 SHARD_ROWS = 32
-"""Rows of one file; so much is computed again after a kill."""
+"""Rows in one file; a resumed run computes an unfinished file again."""
 _PARTS = ("logits", "tokens", "log_totals")
 
 
 @dataclass(frozen=True)
 class TeacherCache:
-    """Files with what a teacher predicts for some rows."""
+    """Files with a teacher's predictions for some rows."""
 
     folder: Path
     key: str
-    """What the files depend on; files of another key count as missing."""
+    """What the files depend on; files with another key count as missing."""
     top_k: int
-    """Tokens kept of each place, at most the vocabulary."""
+    """Tokens kept for each place, at most the vocabulary."""
     temperature: float
     """Divides the logits."""
     bf16: bool
     """Whether the arithmetic is bfloat16."""
 
     def topk_of(self, rows: Sequence[int], device: torch.device | str = "cpu") -> TeacherTopK:
-        """Return what the teacher predicts at the places of some rows that predict something.
+        """Return the teacher's predictions for some rows.
 
         Args:
-            rows: which, in the order of the batch.
-            device: where it is to be.
+            rows: their indices, in the order of the batch.
+            device: of the result.
         """
         found: list[list[Tensor]] = []
         for row in rows:
             shard, at = divmod(row, SHARD_ROWS)
             opened: Any = safe_open(self._file(shard), framework="pt")
             begin, end = opened.get_tensor("begins")[at : at + 2].tolist()
-            if end > begin:  # safetensors cannot cut a range of nothing
+            if end > begin:  # safetensors has no empty slices
                 found.append([opened.get_slice(name)[begin:end] for name in _PARTS])
         if not found:
             nothing = torch.empty(0, 1, device=device)
@@ -89,23 +90,21 @@ class TeacherCache:
         collate: Collate,
         *,
         micro_batch: int,
-        position_ids: bool,
         state: PartialState,
         progress: Progress,
     ) -> None:
-        """Compute the files that are missing, each process its share of them.
+        """Compute the missing files, each process its share of them.
 
         Args:
-            load: returns the teacher on the device; not called where nothing is missing.
-            rows: what it is to see; the files know rows by their index.
+            load: returns the teacher on the device; only called where files are missing.
+            rows: its input; files identify rows by their index.
             collate: makes a batch of some rows.
             micro_batch: rows of one call.
-            position_ids: whether the teacher takes these.
             state: accelerate's.
-            progress: called with how many rows are done.
+            progress: called with the number of rows done.
 
         Raises:
-            HealingError: if the disk has no room for it.
+            HealingError: if the disk has no space for the files.
         """
         shards = [
             range(begin, min(begin + SHARD_ROWS, len(rows)))
@@ -115,7 +114,7 @@ class TeacherCache:
         if state.is_main_process and missing:
             self.folder.mkdir(exist_ok=True)
             self._check_space(sum(int(_begins(rows, shards[n])[-1]) for n in missing))
-        state.wait_for_everyone()  # all have looked, before one writes
+        state.wait_for_everyone()  # before one writes what the others check
         mine = [number for number in missing if number % state.num_processes == state.process_index]
         teacher = load() if mine else None
         for number in mine:
@@ -123,7 +122,7 @@ class TeacherCache:
             for begin in range(0, len(shard), micro_batch):
                 progress(shard[begin], len(rows), "storing the teacher's logits")
                 batch = collate([rows[index] for index in shard[begin : begin + micro_batch]])
-                found.append(self._predict(teacher, batch, position_ids=position_ids))
+                found.append(self._predict(teacher, batch))
             columns = zip(_PARTS, zip(*found, strict=True), strict=True)
             parts = {name: torch.cat(pieces) for name, pieces in columns}
             with replacing(self._file(number)) as partial:
@@ -141,32 +140,28 @@ class TeacherCache:
             return False
 
     def _check_space(self, places: int) -> None:
-        """Find a disk full before hours of work.
+        """Refuse, before hours of work, a disk without space for the files.
 
         Raises:
-            HealingError: if there is no room for so many places.
+            HealingError: if there is none for this number of places.
         """
         each = 4 + self.top_k * (6 if self.bf16 else 8)
         if shutil.disk_usage(self.folder).free < places * each:
             raise HealingError(
-                f"{self.folder}: no space left for the teacher's logits, "
-                f"{places * each / 2**30:.2f} GiB ({each} bytes for each of {places:,} tokens). "
-                f"Free as much, take a smaller top_k than {self.top_k}, or leave store_teacher out."
+                f"{self.folder}: no space left for the teacher's logits, which take "
+                f"{wording.size(places * each)} ({each} bytes for each of {places:,} tokens). Free "
+                f"some space, set top_k below {self.top_k}, or leave store_teacher out."
             )
 
     @torch.no_grad()
-    def _predict(
-        self, teacher: Any, batch: dict[str, Tensor], *, position_ids: bool
-    ) -> tuple[Tensor, ...]:
+    def _predict(self, teacher: Any, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """Return logits, tokens and log totals of a batch, in main memory, as in a file."""
         device = teacher.device
         labels_NL = batch.pop("labels")
-        if not position_ids:
-            batch.pop("position_ids", None)
         inputs = {key: value.to(device) for key, value in batch.items()}
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16):
             logits_TV = teacher(**inputs, use_cache=False).logits.flatten(0, 1)
-        predicts_NL = torch.nn.functional.pad(labels_NL[:, 1:], (0, 1), value=-100) != -100
+        predicts_NL = next_tokens(labels_NL) != -100
         places_P = predicts_NL.flatten().nonzero().flatten().to(device)
         top_k = min(self.top_k, logits_TV.shape[1])
         kept: list[tuple[Tensor, ...]] = []
@@ -174,7 +169,7 @@ class TeacherCache:
             logits_CV = logits_TV[places]
             scaled_CV = logits_CV.float() / self.temperature
             log_p_CK, tokens_CK = scaled_CV.log_softmax(-1).topk(top_k, dim=-1)
-            # Not logsumexp, which rounds otherwise than the log_softmax of a live teacher's loss.
+            # Not logsumexp, which rounds differently from the log_softmax of a live teacher's loss.
             log_totals_C = scaled_CV.gather(-1, tokens_CK[:, :1])[:, 0] - log_p_CK[:, 0]
             logits_CK = logits_CV.gather(-1, tokens_CK)
             logits_CK = logits_CK.to(torch.bfloat16 if self.bf16 else torch.float32)
@@ -183,6 +178,6 @@ class TeacherCache:
 
 
 def _begins(rows: Any, which: range) -> Tensor:
-    """Return where the predicting places of some rows begin, and at last where they end."""
+    """Return where each row's predicting places begin, and where the last ones end."""
     counts = [int((rows[index]["labels"][1:] != -100).sum()) for index in which]
     return torch.tensor([0, *counts]).cumsum(0)

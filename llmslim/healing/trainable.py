@@ -1,12 +1,12 @@
-"""What is trained: which parameters, in which group, and LoRA on what stayed dense.
+"""Choose the parameters to train, and add LoRA to what stayed dense.
 
-- `blocks`: what surgery changed, blocks and narrowed MLPs, and nothing else.
+- `blocks`: only what the recipe changed, blocks and narrowed MLPs.
 - `all`: every parameter.
-- `lora`: what surgery changed in full, and LoRA matrices beside every dense map inside the decoder
-  layers that it left. They are multiplied out at the end: a healed model has no LoRA in it.
+- `lora`: what the recipe changed, and LoRA matrices beside every other dense map of the decoder
+  layers. At the end they are merged: a healed model has no LoRA in it.
 
-Parameters are float32 while they are trained, whatever the checkpoint stores; `rounding.py` is
-how they become its type again. Every measurement is of the model as it would be stored.
+Parameters are float32 during training, whatever the checkpoint's type; `rounding.py` converts them
+back. Every measurement is of the model as it would be stored.
 """
 
 from __future__ import annotations
@@ -35,40 +35,40 @@ ALPHA_PER_RANK = 2
 
 @dataclass
 class Trainable:
-    """A model that was made ready for training, and how to undo that."""
+    """A model prepared for training, and how to undo that."""
 
     model: Any
     changed: frozenset[str]
-    """Names of parameters that belong to what surgery changed."""
+    """Names of parameters of what the recipe changed."""
     given: dict[str, torch.dtype]
-    """Types that parameters had, by the names they had."""
+    """Original types of the parameters, by original name."""
     stored: dict[str, torch.dtype]
-    """Types that they are stored in."""
+    """Types to store the parameters in, by original name."""
     gradients: dict[str, bool]
-    """Whether parameters wanted gradients before, by name."""
+    """Whether the parameters required gradients before, by original name."""
     device: torch.device
-    """Where they were."""
+    """Original device."""
     seed: int
-    """Of chance in rounding."""
+    """Of the random numbers in rounding."""
     lora: tuple[str, ...] = field(default=())
     """Names of dense maps with LoRA beside them."""
     _final: bool = field(default=False)
 
     def count(self) -> int:
-        """Return how many numbers are trained."""
+        """Return the number of parameters that are trained."""
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
     @property
     def rounds_to(self) -> tuple[str, ...]:
-        """Names of the types that anything is rounded to, sorted."""
+        """Sorted names of the types that weights are rounded to."""
         types = {self.stored[name] for name, _ in self._rounding()}
         return tuple(sorted(str(one).removeprefix("torch.") for one in types))
 
     @contextmanager
     def as_stored(self) -> Iterator[None]:
-        """Let the model be what would be stored now, in place, for as long as the context lasts.
+        """Give the model, in place, the weights that would be stored now, for a while.
 
-        What parameters were meanwhile is kept in main memory, where there is most room.
+        Meanwhile main memory, which is the largest, keeps the weights in training.
 
         Raises:
             HealingError: if a weight is too large for its type.
@@ -83,7 +83,7 @@ class Trainable:
             self._take_back(before)
 
     def finalise(self) -> None:
-        """Make the model for good what is stored, in place: LoRA multiplied out, all rounded.
+        """Give the model the weights to store, in place: LoRA merged, all rounded.
 
         Types stay those of the training.
 
@@ -96,9 +96,9 @@ class Trainable:
 
     @torch.no_grad()
     def release(self) -> None:
-        """Undo what training did to the model besides training it, in place; finalise it.
+        """Finalise the model and undo the preparation, in place.
 
-        Every parameter gets the type it is stored in.
+        Every parameter gets the type to store it in.
         """
         keep_activations(self.model, keep=True)
         self.model.zero_grad()
@@ -115,9 +115,9 @@ class Trainable:
             parameter.requires_grad_(self.gradients[name])
 
     def _rounding(self) -> dict[tuple[str, str], bool]:
-        """Return the parameters that storing rounds, and whether they moved.
+        """Return the parameters that storing rounds, and whether training changed them.
 
-        Each goes by the name that it had, and the name that it has beside LoRA.
+        Keys are the original name and the current one, which differ beside LoRA.
         """
         found, lora = {}, set(self.lora)
         for name, parameter in self.model.named_parameters():
@@ -135,12 +135,12 @@ class Trainable:
 
     @torch.no_grad()
     def _store(self, *, keep: bool = True, check: bool = True) -> dict[str, Tensor]:
-        """Multiply LoRA out and round; return what parameters were, if that is to be kept."""
+        """Merge LoRA and round; return the former weights with `keep`."""
         before = {}
         weights = named_full_parameters(self.model)
         rounds = self._rounding()
         if keep:
-            # What LoRA is merged into was not trained: the type that it had holds it.
+            # What LoRA is merged into was not trained: its original type is exact.
             merged = {f"{name}.base_layer.weight": f"{name}.weight" for name in self.lora}
             before = {now: _copy(weights[now], self.given[name]) for now, name in merged.items()}
             for _, now in rounds:
@@ -173,21 +173,21 @@ class Trainable:
 
 
 def _check_held(name: str, weight: Tensor, stored: Tensor) -> None:
-    """Refuse a weight that its type cannot hold.
+    """Refuse a weight that is too large for its type.
 
     Raises:
-        HealingError: if there are such numbers in it.
+        HealingError: if it is.
     """
     if not stored.isfinite().all():
         raise HealingError(
             f"{name}: trained to {float(weight.abs().max()):.3g}, which is too large for "
-            f"{str(stored.dtype).removeprefix('torch.')}, the type it is stored in. Take a lower "
+            f"{str(stored.dtype).removeprefix('torch.')}, the type to store it in. Use a lower "
             "learning_rate, or `store_dtype: float32`."
         )
 
 
 def _copy(weight: nn.Parameter, dtype: torch.dtype) -> Tensor:
-    """Return a copy in main memory; of a weight in pieces, a copy of the piece where it is."""
+    """Return a copy in main memory; of a sharded weight, a copy of the shard on its device."""
     if isinstance(weight, DTensor):
         return weight.detach().clone()
     return weight.detach().to("cpu", dtype, copy=True)
@@ -195,7 +195,7 @@ def _copy(weight: nn.Parameter, dtype: torch.dtype) -> Tensor:
 
 def keep_activations(model: Any, *, keep: bool) -> None:
     """Switch gradient checkpointing off or on, in place."""
-    # transformers 5.22 renamed what does that.
+    # transformers 5.22 renamed it.
     old, new = "gradient_checkpointing", "activation_checkpointing"
     name = new if hasattr(model, f"{new}_enable") else old
     if keep:
@@ -206,12 +206,12 @@ def keep_activations(model: Any, *, keep: bool) -> None:
 
 
 def changed_modules(model: nn.Module, narrowed: Iterable[str] = ()) -> list[str]:
-    """Return the names of the modules that surgery changed.
+    """Return the names of the modules that the recipe changed.
 
     Args:
-        model: slim, or plain with narrowed MLPs.
-        narrowed: names of dense maps that are known to have other sizes than in the source model;
-            a model does not show that itself.
+        model: slim, or ordinary with narrowed MLPs.
+        narrowed: names of dense maps with other sizes than in the source model, which the model
+            itself does not show.
     """
     sites = (getattr(model.config, "llmslim", None) or {}).get("sites", {})
     known = {*sites, *narrowed}
@@ -223,7 +223,7 @@ def changed_modules(model: nn.Module, narrowed: Iterable[str] = ()) -> list[str]
 
 
 def make_trainable(model: Any, spec: Heal, narrowed: Iterable[str] = ()) -> Trainable:
-    """Choose what is trained and widen the parameters to float32, in place.
+    """Choose what to train and convert the parameters to float32, in place.
 
     Args:
         model: a causal language model.
@@ -246,7 +246,7 @@ def make_trainable(model: Any, spec: Heal, narrowed: Iterable[str] = ()) -> Trai
     gradients = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     wanted = None if spec.store_dtype is None else getattr(torch, spec.store_dtype)
     device = model.device
-    if wanted is not None:  # buffers are no less a part of what is stored
+    if wanted is not None:  # buffers are stored too
         for name, buffer in model.named_buffers():
             if name in model.state_dict() and buffer.is_floating_point():
                 buffer.data = buffer.data.to(wanted)
@@ -268,17 +268,17 @@ def make_trainable(model: Any, spec: Heal, narrowed: Iterable[str] = ()) -> Trai
 
 
 def _dense_maps(model: Any, changed: list[str]) -> tuple[str, ...]:
-    """Return the dense maps inside the decoder layers that surgery left as they were.
+    """Return the dense maps of the decoder layers that the recipe did not change.
 
     Raises:
-        HealingError: if the model has no list of such layers.
+        HealingError: if the model has no list of decoder layers.
     """
     try:
         stack = find_layers(model).path
     except TargetError as error:
         raise HealingError(
-            f"heal.train: lora, but {type(model).__name__} has no list of decoder layers, whose "
-            "dense maps it is for. Train `all`."
+            f"heal.train: lora, but {type(model).__name__} has no list of decoder layers, which "
+            "LoRA needs. Train `all`."
         ) from error
     inside = tuple(f"{name}." for name in changed)
     return tuple(
@@ -289,10 +289,10 @@ def _dense_maps(model: Any, changed: list[str]) -> tuple[str, ...]:
 
 
 def _add_lora(model: Any, names: tuple[str, ...], spec: Heal) -> None:
-    """Put LoRA matrices beside dense maps, in place; they compute nothing yet.
+    """Add LoRA matrices to dense maps, in place; they change nothing before training.
 
     Raises:
-        HealingError: if peft leaves one of them without.
+        HealingError: if peft does not support one of the maps.
     """
     if not names:
         return
@@ -303,15 +303,16 @@ def _add_lora(model: Any, names: tuple[str, ...], spec: Heal) -> None:
     config = LoraConfig(
         r=spec.lora_rank,
         lora_alpha=ALPHA_PER_RANK * spec.lora_rank,
-        # A pattern, since a plain list matches names by their ends.
+        # A pattern, since a list would match the ends of names.
         target_modules="|".join(map(re.escape, inside)),
         fan_in_fan_out=type(model.get_submodule(names[0])).__name__ == "Conv1D",
     )
     torch.manual_seed(spec.seed)  # one of the two matrices is random
-    # The layers alone: of a whole model peft knows the family, and other names for its parts.
+    # Only the layers: peft treats whole models by family, with other names for their modules.
     inject_adapter_in_model(config, model.get_submodule(stack))
     without = [name for name in names if not hasattr(model.get_submodule(name), "merge")]
     if without:
         raise HealingError(
-            f"heal.train: lora, but peft puts none beside {without[0]}. Train `all` or `blocks`."
+            f"heal.train: lora, which peft does not support for {without[0]}. Train `all` or "
+            "`blocks`."
         )

@@ -1,13 +1,13 @@
 """transformers' Trainer with our losses, learning rates, held-out loss and checkpoints.
 
-What is different from the Trainer as it is:
+Differences from the Trainer:
 
 - the loss is an objective's, summed over tokens and divided by the tokens of the whole step, so
-  that a step is the same step however it is split into passes and processes;
-- what is measured on held-out text is the model as it would be stored;
-- bf16 is autocast around the forward pass only; accelerate's own would copy all logits to float32;
-- a loss or gradient that is not finite ends the training before the optimiser sees it;
-- checkpoints hold the trained parameters under their plain names, nothing that did not change.
+  that a step does not depend on how it is split into passes and processes;
+- the held-out loss is that of the model as it would be stored;
+- bf16 is autocast around the forward pass only; accelerate's would copy all logits to float32;
+- a loss or gradient that is not finite ends the training before the optimiser's step;
+- checkpoints hold only the trained parameters, under their original names.
 """
 
 from __future__ import annotations
@@ -42,7 +42,6 @@ from llmslim.healing.healing_dir import HealingDir
 from llmslim.healing.inputs import HealInputs
 from llmslim.healing.measure import answers, held_out_loss
 from llmslim.healing.objectives import Objective, Step
-from llmslim.healing.packing_check import takes_position_ids
 from llmslim.healing.plan import StepPlan, rate_share, training_arguments
 from llmslim.healing.report import held_out_losses, should_stop, tokens_seen
 from llmslim.healing.rows import PaddedRows, SeededSampler, collator_for
@@ -58,11 +57,11 @@ class HealingTrainer(Trainer):
 
     Args:
         inputs: text, options, tokenizer and teacher.
-        trainable: the model, made ready.
+        trainable: the prepared model.
         objective: the loss.
-        plan: how much there is to do.
-        folder: where the run is kept; it is open.
-        bf16: whether the arithmetic is in bfloat16.
+        plan: of the steps.
+        folder: of the healing; it is open.
+        bf16: whether the arithmetic is bfloat16.
         progress: called after every step.
     """
 
@@ -88,13 +87,12 @@ class HealingTrainer(Trainer):
             eval_dataset=held_out if len(held_out) else None,
             data_collator=collator_for(trainable.model, mixes=inputs.mixes),
         )
-        # Our losses are divided by the tokens of the step already.
+        # Our losses are already divided by the tokens of the step.
         self.model_accepts_loss_kwargs = True
         self.inputs, self.teacher = inputs, inputs.teacher
         self.objective: Objective = objective
         self.teacher_cache: TeacherCache | None = None
-        self.bf16, self.position_ids = bf16, takes_position_ids(trainable.model)
-        self.progress = progress
+        self.bf16, self.progress = bf16, progress
         self.step_loss, self.grad_norm, self.step_tokens = 0.0, 0.0, 0
         for callback in list(self.callback_handler.callbacks):
             if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
@@ -103,14 +101,14 @@ class HealingTrainer(Trainer):
         self.add_callback(self.recorder)
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Make accelerate's object; where it spreads the model, do so layer by layer.
+        """Make the Accelerator; where it shards the model, let it do so layer by layer.
 
         Raises:
-            HealingError: if it would spread the model as healing cannot.
+            HealingError: if it would shard the model in a way that healing does not support.
         """
         state = cast(Any, self.args.distributed_state)
         if is_sharded(state) and state.distributed_type == DistributedType.MULTI_CPU:
-            # accelerate spreads models over accelerators only; torch can over CPUs, the same way.
+            # accelerate shards models over accelerators only; torch can also do it over CPUs.
             state.distributed_type = DistributedType.MULTI_GPU
         super().create_accelerator_and_postprocess()
         check_sharding(self.accelerator, self.spec)
@@ -129,7 +127,7 @@ class HealingTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor]:
-        """Return the passes of a step, and how many tokens all processes predict in it."""
+        """Return the passes of a step, and the number of tokens that all processes predict."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         predicted = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in samples)
         seen = sum(int(batch.pop("tokens").sum()) for batch in samples)
@@ -148,12 +146,10 @@ class HealingTrainer(Trainer):
         """Return this pass's part of the step's mean loss.
 
         Raises:
-            HealingError: if it has no gradient: some layers return none where their input has none.
+            HealingError: if it has no gradient: some layers pass none on if their input has none.
         """
         inputs = dict(inputs)
         labels_NL = inputs.pop("labels")
-        if not self.position_ids:
-            inputs.pop("position_ids", None)
         rows_N, stored = inputs.pop("rows", None), None
         if self.teacher_cache is not None:
             rows = [] if rows_N is None else rows_N.tolist()
@@ -163,10 +159,10 @@ class HealingTrainer(Trainer):
         if not total.requires_grad:
             raise HealingError(
                 f"heal.train: {self.spec.train}, but the layers of this architecture "
-                f"({type(self.trainable.model).__name__}) pass no gradient on unless the embedding "
-                "is trained, too. Train `all`."
+                f"({type(self.trainable.model).__name__}) pass gradients on only if the embedding "
+                "is trained too. Train `all`."
             )
-        # Gradients are averaged over processes, but sums are to be added up.
+        # DDP and FSDP average gradients over processes, but ours must be summed.
         loss = total * self.accelerator.num_processes / num_items_in_batch
         return (loss, None) if return_outputs else loss
 
@@ -184,10 +180,10 @@ class HealingTrainer(Trainer):
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Clip; refuse a step that would leave no number in the weights.
+        """Clip the gradient; refuse a step that would make the weights NaN.
 
         Raises:
-            HealingError: if the loss or a gradient is not finite, in all processes together.
+            HealingError: if the loss or the gradient is not finite, in all processes together.
         """
         norm: Any = super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
         self.grad_norm = float(full_tensor(norm))
@@ -201,10 +197,10 @@ class HealingTrainer(Trainer):
 
     def _not_finite(self, step: int, what: str, value: float) -> HealingError:
         last = self.folder.last_checkpoint() if self.args.should_save else None
-        kept = f"The last good state is kept in {last}." if last else "No state was saved before."
+        kept = f"The last good state is in {last}." if last else "No state was saved before."
         return HealingError(
             f"step {step}: the {what} is {value}; it must be finite. {kept} "
-            "Begin again with a lower learning_rate, or with other text."
+            "Start over with a lower learning_rate, or with other text."
         )
 
     def evaluate(self, *_args: Any, **_options: Any) -> dict[str, float]:
@@ -219,14 +215,14 @@ class HealingTrainer(Trainer):
         if not math.isfinite(loss):
             raise self._not_finite(step, "held-out loss", loss)
         metrics = {"eval_loss": loss}
-        self.folder.note({"step": step, "held_out_loss": loss}, write=self.args.should_save)
+        self.folder.add_history({"step": step, "held_out_loss": loss}, write=self.args.should_save)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         return metrics
 
     def measure(self, model: Any) -> float | None:
-        """Return the loss of a model on the held-out rows, None where there are none."""
+        """Return the loss of a model on the held-out rows; None without such rows."""
         if self.eval_dataset is None:
             return None
         with self.compute_loss_context_manager():
@@ -236,31 +232,30 @@ class HealingTrainer(Trainer):
                 self.data_collator,
                 micro_batch=self.spec.micro_batch,
                 accelerator=self.accelerator,
-                position_ids=self.position_ids,
             )
 
     def answers(self) -> list[str]:
-        """Return the model's answers; where it is spread over processes, all compute them."""
+        """Return the model's answers; all processes compute them if the model is sharded."""
         if not (self.args.should_save or self.is_fsdp_enabled):
             return []
         with self.compute_loss_context_manager():
             return answers(self.model, self.inputs.tokenizer)
 
     def measure_start(self) -> None:
-        """Measure the model and the teacher before the first step, once."""
-        run = self.folder.run
-        if "start" in run:
+        """Measure the model and the teacher, once, before the first step."""
+        measured = self.folder.measured
+        if "loss" in measured:
             return
-        self.progress(0, self.plan.steps, "measuring the model as it is")
-        loss, teacher = self.measure(self.model), run.get("teacher")
+        self.progress(0, self.plan.steps, "measuring the model before healing")
+        loss, teacher = self.measure(self.model), measured.get("teacher")
         if self.teacher is not None:
             teacher = self.measure(self.teacher)
-        run["start"] = {"loss": loss, "teacher": teacher, "answers": self.answers()}
-        if self.args.should_save:
-            self.folder.save()
+        self.folder.add_measured(
+            loss=loss, teacher=teacher, answers=self.answers(), write=self.args.should_save
+        )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Make AdamW with one learning rate for what surgery changed and one for the rest."""
+        """Make AdamW with a learning rate for what the recipe changed and one for the rest."""
         if self.optimizer is not None:
             return self.optimizer
         model = self.model if model is None else model
@@ -283,14 +278,14 @@ class HealingTrainer(Trainer):
                 for (changed, matrix), parameters in groups.items()
             ],
             lr=spec.learning_rate,
-            fused=True,  # one pass over memory: on a CPU six times as fast
+            fused=True,  # one pass over memory: six times as fast on a CPU
         )
         return self.optimizer
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> LambdaLR:
-        """Make the schedule of the learning rates, of which none is 0."""
+        """Make the schedule of the learning rates, which are never 0."""
         if self.lr_scheduler is None:
             share = partial(rate_share, spec=self.spec, steps=num_training_steps)
             self.lr_scheduler = LambdaLR(optimizer or cast(Any, self.optimizer), share)
@@ -302,11 +297,11 @@ class HealingTrainer(Trainer):
         output_dir: str | None = None,
         _internal_call: bool = False,
     ) -> None:
-        """Save the trained parameters by their names."""
+        """Save the trained parameters by name."""
         weights = {}
         for name, parameter in named_full_parameters(self.trainable.model).items():
             if parameter.requires_grad:
-                value = full_tensor(parameter.detach())  # all processes take part in that
+                value = full_tensor(parameter.detach())  # in all processes
                 if self.args.should_save:
                     weights[name] = value.cpu().contiguous()
         if self.args.should_save:
@@ -319,7 +314,7 @@ class HealingTrainer(Trainer):
         resume_from_checkpoint: str,
         model: Any = None,  # noqa: ARG002  (the Trainer's signature)
     ) -> None:
-        """Read back what `save_model` wrote."""
+        """Load what `save_model` wrote."""
         self.load_trained(Path(resume_from_checkpoint))
 
     def load_trained(self, folder: Path) -> None:
@@ -329,20 +324,16 @@ class HealingTrainer(Trainer):
             if parameter.requires_grad:
                 overwrite(parameter, saved[name])
 
-    def spread(self) -> None:
-        """Spread the model over the processes without training it, where training would do it."""
+    def shard(self) -> None:
+        """Shard the model over the processes without training, where training would do so."""
         if self.is_fsdp_enabled:
-            self.create_optimizer()  # accelerate takes no model alone
+            self.create_optimizer()  # accelerate needs it beside the model
             self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
             self.model_wrapped = self.model
 
 
 class HistoryCallback(TrainerCallback):
-    """Writes the history, shows progress, stops early.
-
-    Args:
-        trainer: whose steps these are.
-    """
+    """Writes the history, shows progress, stops early."""
 
     def __init__(self, trainer: HealingTrainer) -> None:
         self.trainer = trainer
@@ -351,11 +342,11 @@ class HistoryCallback(TrainerCallback):
 
     @property
     def tokens_per_second(self) -> float:
-        """While training; measuring and saving not counted."""
+        """While training, without the time for measuring and saving."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        """Measure the model as it is; count tokens from where training continues."""
+        """Measure the model; count tokens from where training continues."""
         self.seen = tokens_seen(self.trainer.folder.history)
         self.trainer.measure_start()
 
@@ -382,7 +373,7 @@ class HistoryCallback(TrainerCallback):
         }
         if trainer.spec.block_learning_rate is not None and True in self.rates:
             entry["block_learning_rate"] = self.rates[True]
-        trainer.folder.note(entry, write=args.should_save)
+        trainer.folder.add_history(entry, write=args.should_save)
         measured = held_out_losses(trainer.folder.history)
         shown = f", held-out {measured[-1]:.3f}" if measured else ""
         trainer.progress(
@@ -392,6 +383,6 @@ class HistoryCallback(TrainerCallback):
         )
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        """Stop where the held-out loss falls no more."""
+        """Stop when the held-out loss no longer falls."""
         if should_stop(self.trainer.folder.history, self.trainer.spec.patience):
             control.should_training_stop = True

@@ -1,7 +1,7 @@
-"""Views of a `Report`: text, JSON, Markdown, CSV, SVG, and the model card.
+"""A `Report` and its views: text, JSON, Markdown, CSV, SVG, and the model card.
 
-None of them counts anything again: they fold, order and word the numbers of the report. A format
-is a function `(report, *, full) -> str` in a module here, and a line in `FORMATS`.
+A view folds, orders and words the numbers of the report, and counts nothing itself. A format is a
+function `(report, *, full) -> str` in a module here, and a line in `FORMATS`.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def render(report: Report, format_name: str, *, full: bool = False) -> str:
     Args:
         report: what to show.
         format_name: a key of `FORMATS`.
-        full: one line per module, where the format would fold alike ones into one line.
+        full: one line per module, where the format would fold similar ones into one line.
 
     Raises:
-        ValueError: if there is no such format.
+        ValueError: if the format is not one of `FORMATS`.
     """
     if format_name not in FORMATS:
         raise ValueError(f"report format {format_name!r}; allowed {', '.join(FORMATS)}")

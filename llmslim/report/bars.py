@@ -1,7 +1,7 @@
-"""A bar per decoder layer: how many of its parameters are left, and how many went.
+"""A bar per decoder layer: how many of its parameters are left, and how many were removed.
 
-Bars are drawn to one scale, that of the widest layer before or after, so layers of different
-sizes stay comparable. What belongs to no numbered layer (embeddings, head, last norm) has no bar.
+All bars have one scale, that of the largest layer before or after. What belongs to no numbered
+layer (embeddings, head, last norm) has no bar.
 """
 
 from __future__ import annotations
@@ -10,21 +10,24 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from llmslim.errors import printable
 from llmslim.report.report import Report
 
 from . import wording
+from .lines import is_number
 
 _HEADINGS = ("layer", "left", "kept")
 _LEAST_WIDTH = 10
 _MOST_WIDTH = 60
 
 
-class Bars:
-    """A rich renderable of a report's layers.
+def plain_table() -> Table:
+    """Return a table without lines, to add columns to."""
+    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
 
-    Args:
-        report: what to show.
-    """
+
+class Bars:
+    """A rich renderable of a report's layers."""
 
     def __init__(self, report: Report) -> None:
         self.layers = layer_params(report)
@@ -32,11 +35,11 @@ class Bars:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if not self.layers:
             return
-        # A model with one stack of layers needs no more than their numbers.
+        # With one stack of layers, their numbers are enough.
         several = len({stack for stack, _ in self.layers}) > 1
         rows = [
             (
-                wording.plain(f"{stack}.{index}" if several else f"{index}"),
+                printable(f"{stack}.{index}" if several else f"{index}"),
                 wording.short(after),
                 wording.percent(after, before),
             )
@@ -47,7 +50,7 @@ class Bars:
         width = max(_LEAST_WIDTH, min(_MOST_WIDTH, options.max_width - beside))
         widest = max(max(pair) for pair in self.layers.values()) or 1
         left, gone = ("#", ".") if options.ascii_only else ("█", "░")
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        table = plain_table()
         for heading in _HEADINGS:
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("")
@@ -60,20 +63,11 @@ class Bars:
 
 
 def layer_params(report: Report) -> dict[tuple[str, int], tuple[int, int]]:
-    """Return the parameters of every numbered layer, before and after.
-
-    Args:
-        report: where the rows are.
-
-    Returns:
-        From (stack, index), such as ("model.layers", 3), to (before, after), in order.
-    """
+    """Return parameters (before, after) by stack and index, such as ("model.layers", 3)."""
     layers: dict[tuple[str, int], tuple[int, int]] = {}
     for row in report.rows:
         parts = row.name.split(".")
-        place = next(
-            (n for n, part in enumerate(parts) if part.isascii() and part.isdecimal()), None
-        )
+        place = next((n for n, part in enumerate(parts) if is_number(part)), None)
         if place is not None:
             key = (".".join(parts[:place]), int(parts[place]))
             before, after = layers.get(key, (0, 0))

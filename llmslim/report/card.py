@@ -1,7 +1,4 @@
-"""The model card of a slim checkpoint: its README.md.
-
-Says what was done to which model, how to load the result, and how far it is fit for use.
-"""
+"""The model card of a slim checkpoint: what was done to which model, how to load and use it."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from llmslim.errors import printable
 from llmslim.report.report import Report
 
 from . import healed, markdown, wording
@@ -34,7 +32,7 @@ model = {auto}.from_pretrained("path/to/this/folder")
 {what} = {reader}.from_pretrained("path/to/this/folder")
 ```
 
-Without it, the modeling files in this folder do the same:
+Without llmslim, use the modeling files in this folder:
 
 ```python
 model = {auto}.from_pretrained("path/to/this/folder", trust_remote_code=True)
@@ -42,7 +40,7 @@ model = {auto}.from_pretrained("path/to/this/folder", trust_remote_code=True)
 """
 
 _LOAD_PLAIN = """\
-Only depth or width changed, so this is a plain model of its base class and loads like any other:
+Only depth or width changed, so this is an ordinary model of its base class:
 
 ```python
 from transformers import {auto}, {reader}
@@ -55,9 +53,9 @@ model = {auto}.from_pretrained("path/to/this/folder")
 _HONEST = """\
 ## Before you use it
 
-Nothing was trained after the change. Until it is healed (fine-tuned), this model is worse than its
-base, and with much removed it writes nonsense. Numbers that say how good the base model is do not
-hold for it.
+This model was not trained after the change. Until it is healed (fine-tuned), expect it to be worse
+than its base model, and to write nonsense if much was removed. Benchmark results of the base model
+do not apply to it.
 """
 
 
@@ -76,15 +74,15 @@ def model_card(
     Args:
         report: what was done.
         recipe_text: the recipe's YAML as it was used.
-        base_model: what the user called the source model; the report's name for it by default.
-        slim: whether loading needs llmslim's classes; by default, where the report has blocks.
-        healing: what `HealReport.to_dict` gives, of a model that was healed.
-        losses: name of the picture of its losses, where there is one beside the card.
-        auto_class: name of the Auto class that loads it; any but the usual one is of a model that
+        base_model: hub id or path of the source model; the report's name for it by default.
+        slim: whether loading needs llmslim's classes; by default, whether the report has blocks.
+        healing: `HealReport.to_dict` of a healed model.
+        losses: file name of the picture of its losses beside the card, if any.
+        auto_class: name of the Auto class that loads it; any but the usual one means a model that
             reads more than text.
     """
     given = base_model or report.model
-    # A folder on the maker's disk means nothing to a reader, and is not theirs to know.
+    # Readers need not know the folders on the maker's disk.
     is_hub_id = bool(_HUB_ID.fullmatch(given)) and not Path(given).exists()
     base = given if is_hub_id else Path(given).name or "a causal language model"
     if slim is None:
@@ -100,7 +98,7 @@ def model_card(
     totals = report.totals
     kept = wording.percent(totals.non_embedding_after, totals.non_embedding_before, 2)
     changed = any(row.params_before != row.params_after for row in report.rows)
-    shown_base, shown_recipe = wording.plain(base), wording.plain(report.recipe)
+    shown_base, shown_recipe = printable(base), printable(report.recipe)
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
         f"# {shown_base}, slimmed with {shown_recipe}\n",

@@ -1,4 +1,4 @@
-"""What a healing did, for the model card and the command line, and a picture of its losses."""
+"""The result of a healing for the model card and the command line, and a picture of its losses."""
 
 from __future__ import annotations
 
@@ -7,64 +7,64 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from . import wording
+from llmslim.errors import printable
 
 _HONEST = """\
-A healed model is still a smaller model than its base: numbers that say how good the base is do not
-hold for it. Measure it on what you need it for.
+A healed model is still smaller than its base model, whose benchmark results do not apply to it.
+Evaluate it on your own task.
 """
 _MEASURED = "held_out_loss"  # in a line of the history
 
 
 def facts(healing: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return what was done and what came of it, as names and values.
+    """Return the facts of a healing for people, as names and values.
 
     Args:
-        healing: what `HealReport.to_dict` gives.
+        healing: `HealReport.to_dict` of it.
     """
     rows = [
         ("objective", healing["objective"]),
         ("trained", f"{healing['train']}, {healing['trained_parameters']:,} parameters"),
         ("steps", f"{healing['steps']:,}"),
         ("tokens", f"{healing['tokens']:,}"),
-        ("padding of the rows", f"{100 * healing['padding']:.1f} %"),
+        ("padding", f"{100 * healing['padding']:.1f} %"),
         ("tokens per second", f"{healing['tokens_per_second']:,.1f}"),
     ]
     for key, name in (
         ("loss_before", "held-out loss before"),
         ("loss_after", "held-out loss after"),
-        ("loss_unrounded", "the same before rounding to the stored type"),
-        ("loss_teacher", "held-out loss of the dense model"),
+        ("loss_unrounded", "held-out loss before rounding"),
+        ("loss_teacher", "held-out loss, dense model"),
     ):
-        if healing.get(key) is not None:  # older reports do not have them all
+        if healing.get(key) is not None:
             rows.append((name, f"{healing[key]:.4f}"))
     if healing["gap_closed"] is not None:
-        rows.append(("share of the gap closed", f"{100 * healing['gap_closed']:.1f} %"))
-    rows += [("text", healing["source"]), ("licence of the text", healing["licence"])]
-    return [(name, wording.plain(str(value))) for name, value in rows]
+        rows.append(("gap to the dense model closed", f"{100 * healing['gap_closed']:.1f} %"))
+    rows += [("text", healing["source"]), ("licence", healing["licence"])]
+    return [(name, printable(str(value))) for name, value in rows]
 
 
 def section(healing: Mapping[str, Any], *, losses: str | None = None) -> str:
     """Return the section of a model card.
 
     Args:
-        healing: what `HealReport.to_dict` gives.
-        losses: name of the picture of its losses, where there is one beside the card.
+        healing: `HealReport.to_dict` of it.
+        losses: file name of the picture of its losses beside the card, if any.
     """
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in facts(healing))
     parts = [
         "## Healing\n",
-        "After surgery this model was trained again. The loss is the mean of -log p(next token) in "
-        "nats, on text that was not trained on.\n",
+        "This model was trained after the change. Held-out losses are the mean of "
+        "-log p(next token), in nats, on text that it was not trained on.\n",
         f"| what | value |\n| --- | --- |\n{table}\n",
     ]
     if losses:
         parts.append(f"![Losses, step by step]({losses})\n")
-    notes = [f"- {wording.plain(note)}" for note in healing["notes"]]
+    notes = [f"- {printable(note)}" for note in healing["notes"]]
     if notes:
         parts.append("\n".join(notes) + "\n")
     parts += [
-        f"**{wording.plain(answer['prompt'])}**\n\n"
+        f"**{printable(answer['prompt'])}**\n\n"
         f"- before: {_cell(answer['before'])}\n- after: {_cell(answer['after'])}\n"
         for answer in healing["answers"]
     ]
@@ -72,8 +72,8 @@ def section(healing: Mapping[str, Any], *, losses: str | None = None) -> str:
 
 
 def _cell(text: str) -> str:
-    """Return text on one line that cannot end a cell or begin markup."""
-    line = wording.plain(" ".join(text.split()))
+    """Return text on one line that cannot end a cell or start markup."""
+    line = printable(" ".join(text.split()))
     for char in "\\`*_|<>[]":
         line = line.replace(char, f"\\{char}")
     return line or "(nothing)"
@@ -85,7 +85,7 @@ def picture(
     before: float | None = None,
     teacher: float | None = None,
 ) -> bytes | None:
-    """Return the losses of a healing as PNG, None where matplotlib is not installed.
+    """Return a picture of the losses as PNG; None where matplotlib is not installed.
 
     Args:
         history: lines with `step` and `loss`, and with `step` and `held_out_loss`.
@@ -105,9 +105,9 @@ def picture(
     measured = ([] if before is None else [(0, before)]) + measured
     if measured:
         steps, losses = zip(*measured, strict=True)
-        axes.plot(steps, losses, label="held-out, -log p in nats", marker="o", color="black")
+        axes.plot(steps, losses, label="held-out, in nats", marker="o", color="black")
     if teacher is not None:
-        axes.axhline(teacher, label="held-out, the dense model's", linestyle="--", color="gray")
+        axes.axhline(teacher, label="held-out, dense model", linestyle="--", color="gray")
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.legend()

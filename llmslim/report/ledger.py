@@ -1,7 +1,7 @@
-"""List a model's parameters as rows, before anything is decided about them.
+"""List a model's parameters as rows, before any decision about them.
 
-Every parameter is in exactly one row: a stack of expert matrices in one of its own, any other with
-the module that owns it. A parameter that two modules share is counted where it is met first.
+Every parameter is in exactly one row: a stack of expert matrices has a row, any other parameter is
+in the row of its module. A parameter that two modules share counts for the first of them.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from llmslim.modeling.structured import StructuredLinear
 from llmslim.report.report import Kind, Row
 
 _ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts")
-"""What configs call the number of experts that a token goes through."""
+"""Keys of configs for the number of experts that process a token."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One row, and what a decision about it needs to know."""
+    """One row, and what a decision about it depends on."""
 
     row: Row
-    """As the model is now: everything kept, with its kind as the reason."""
+    """As the model is now: kept, with the kind of module as the reason."""
     site: Site | None
     element_size: int
-    """Bytes of one parameter; 0 where all are another row's."""
+    """Bytes of one parameter; 0 where another row counts them all."""
     tied_to: str
-    """The row that counts what is shared, if anything is."""
+    """The row that counts shared parameters, if any are shared."""
 
 
 def entries(model: Any, sites: Mapping[str, Site], fixed: Mapping[str, str]) -> Iterator[Entry]:
@@ -40,8 +40,8 @@ def entries(model: Any, sites: Mapping[str, Site], fixed: Mapping[str, str]) -> 
 
     Args:
         model: a causal language model, on any device.
-        sites: what can be exchanged, experts included, by name.
-        fixed: dense maps that cannot be, and why, by name.
+        sites: what can be replaced, experts included, by name.
+        fixed: dense maps that cannot be replaced, and why, by name.
     """
     owners: dict[int, str] = {}
     products: dict[str, int] = {}
@@ -60,7 +60,7 @@ def entries(model: Any, sites: Mapping[str, Site], fixed: Mapping[str, str]) -> 
             if site is None:
                 reason = "a block already" if is_block else fixed.get(part, "")
                 reason = reason or module_kind(module, parameters)
-            # A tied map multiplies all the same.
+            # A tied map multiplies too.
             flops = 0 if own else products.get(tied_to, 0)
             if site or is_block:
                 weights = sum(p.numel() for leaf, p in parameters.items() if leaf != "bias")
@@ -86,13 +86,13 @@ def entries(model: Any, sites: Mapping[str, Site], fixed: Mapping[str, str]) -> 
 
 
 def active_experts(config: Any, site: Site | None) -> int:
-    """Return how many of a site's matrices one token goes through; 1 for a module."""
+    """Return how many of a site's matrices process one token; 1 for a module."""
     experts = _stack(site)
     if site is None or not experts or "shared" in site.name:
         return max(1, experts)
     text = config.get_text_config()
-    told = [value for name in _ACTIVE if isinstance(value := getattr(text, name, None), int)]
-    return min(experts, *told) if told else experts
+    counts = [value for name in _ACTIVE if isinstance(value := getattr(text, name, None), int)]
+    return min([experts, *counts])
 
 
 def _parts(

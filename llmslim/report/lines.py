@@ -1,4 +1,4 @@
-"""Fold rows that say the same of different layers into one line.
+"""Fold rows that differ only in the number of their layer into one line.
 
 `model.layers.0.mlp.up_proj` to `model.layers.29.mlp.up_proj` with one outcome become
 `model.layers.{0-29}.mlp.up_proj`. A fold is exact: its name stands for its rows and no others, so
@@ -16,7 +16,7 @@ from llmslim.report.report import Row
 
 Numbers = tuple[int, ...]
 Grid = tuple[Numbers, ...]
-"""One tuple of values per numbered place of a name; stands for their whole product."""
+"""One tuple of values per number in a name; stands for their whole product."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Line:
 
     @property
     def first(self) -> Row:
-        """The row that speaks for all in everything but sums and errors."""
+        """The row that stands for all, except in sums and errors."""
         return self.rows[0]
 
     @property
@@ -42,17 +42,16 @@ class Line:
         return sum(row.params_after for row in self.rows)
 
     @property
-    def init_errors(self) -> tuple[float, float] | None:
-        """Least and largest error of the rows that have one; None where none has."""
-        errors = [row.init_error for row in self.rows if row.init_error is not None]
-        return (min(errors), max(errors)) if errors else None
+    def init_errors(self) -> list[float]:
+        """The errors of the rows that have one."""
+        return [row.init_error for row in self.rows if row.init_error is not None]
 
 
 def fold(rows: Iterable[Row]) -> list[Line]:
-    """Return as few lines as say the same, in the order of each line's first row.
+    """Return rows folded into as few lines as possible, in the order of each line's first row.
 
     Args:
-        rows: rows of a report.
+        rows: of a report.
 
     Example:
         >>> rows = [Row(f"layers.{n}.fc", "projection", "kept") for n in (0, 1, 2, 5)]
@@ -62,8 +61,8 @@ def fold(rows: Iterable[Row]) -> list[Line]:
     groups: dict[tuple[tuple[str, ...], tuple[object, ...]], list[tuple[int, Numbers, Row]]] = {}
     for position, row in enumerate(rows):
         parts = row.name.split(".")
-        pattern = tuple("#" if _is_number(part) else part for part in parts)
-        numbers = tuple(int(part) for part in parts if _is_number(part))
+        pattern = tuple("#" if is_number(part) else part for part in parts)
+        numbers = tuple(int(part) for part in parts if is_number(part))
         groups.setdefault((pattern, _outcome(row)), []).append((position, numbers, row))
     found = []
     for (pattern, _), members in groups.items():
@@ -87,16 +86,17 @@ def unfolded(rows: Iterable[Row]) -> list[Line]:
     return [Line(row.name, (row,)) for row in rows]
 
 
-def _is_number(part: str) -> bool:
+def is_number(part: str) -> bool:
+    """Return whether a part of a dotted name is a number."""
     return part.isascii() and part.isdecimal()
 
 
 def _outcome(row: Row) -> tuple[object, ...]:
-    """Return all that rows of one line must share."""
+    """Return all that the rows of a line have in common."""
     return (
         row.kind,
         row.action,
-        # Says which layer was dropped: the name does so already.
+        # The reason names the dropped layer, which would separate the layers.
         row.reason if row.action != "dropped" else "",
         row.structure,
         json.dumps(row.options, sort_keys=True),
@@ -108,7 +108,7 @@ def _outcome(row: Row) -> tuple[object, ...]:
 
 
 def _grids(found: Sequence[Numbers]) -> list[Grid]:
-    """Return grids that hold exactly the numbers found, each once."""
+    """Return grids that together contain exactly the given numbers, each once."""
     if not found[0]:
         return [()]
     tails: dict[int, list[Numbers]] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from llmslim.errors import printable
 from llmslim.report.report import Report
 
 from . import wording
@@ -17,15 +18,12 @@ def as_markdown(report: Report, *, full: bool = False) -> str:
         report: what to write.
         full: one line per row instead of folded ones.
     """
-    blocks = [
-        f"# {_cell(wording.title(report))}",
-        totals_table(report),
-        rows_table(report, full=full),
-    ]
+    title = f"# {_cell(wording.title(report))}"
+    blocks = [title, totals_table(report), rows_table(report, full=full)]
     if report.fitted_to:
         blocks.append(wording.fitted_to(report))
     if report.problems:
-        problems = "".join(f"- {wording.plain(problem)}\n" for problem in report.problems)
+        problems = "".join(f"- {printable(problem)}\n" for problem in report.problems)
         blocks.append(f"## Problems\n\n{problems}".rstrip())
     return "\n\n".join(blocks) + "\n"
 
@@ -43,35 +41,22 @@ def rows_table(report: Report, *, full: bool = False) -> str:
         full: one line per row instead of folded ones.
     """
     lines = unfolded(report.rows) if full else fold(report.rows)
-    head = (
-        "name",
-        "rows",
-        "action",
-        "structure",
-        "out x in",
-        "before",
-        "after",
-        "kept",
-        "init error",
-    )
-    return _table(
-        head,
-        "lrllrrrrr",
+    head = ["name", "rows", "action", "structure", "out x in", "before", "after", "kept", "error"]
+    cells = (
         (
-            (
-                f"`{wording.plain(line.name)}`",
-                str(len(line.rows)),
-                line.first.action,
-                wording.structure(line.first),
-                wording.shape(line.first),
-                f"{line.params_before:,}",
-                f"{line.params_after:,}",
-                wording.percent(line.params_after, line.params_before),
-                wording.error(line),
-            )
-            for line in lines
-        ),
+            f"`{printable(line.name)}`",
+            str(len(line.rows)),
+            line.first.action,
+            wording.structure(line.first),
+            wording.shape(line.first),
+            f"{line.params_before:,}",
+            f"{line.params_after:,}",
+            wording.percent(line.params_after, line.params_before),
+            wording.error(line),
+        )
+        for line in lines
     )
+    return _table(head, "lrllrrrrr", cells)
 
 
 def _table(head: Sequence[str], sides: str, rows: Iterable[Sequence[str]]) -> str:
@@ -81,5 +66,5 @@ def _table(head: Sequence[str], sides: str, rows: Iterable[Sequence[str]]) -> st
 
 
 def _cell(text: str) -> str:
-    """Keep a cell in its column."""
+    """Return text that cannot end a cell."""
     return text.replace("|", "\\|")

@@ -1,4 +1,4 @@
-"""Read a report back from a slim checkpoint, or from the file that `llmslim plan --json` wrote."""
+"""Read the report of a slim checkpoint, or a file that `llmslim plan --json` wrote."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from llmslim.storage import REPORT
 
 @dataclass(frozen=True)
 class ReportFile:
-    """A report that was read, and what its file holds beside it."""
+    """A report, and all else that its file holds."""
 
     report: Report
     data: Mapping[str, Any]
-    """All of the file."""
+    """The whole file."""
 
     @property
     def healing(self) -> Mapping[str, Any] | None:
-        """What healing did, as `HealReport.to_dict` returns it; None without healing."""
+        """`HealReport.to_dict` of a healed model, else None."""
         healing = self.data.get("healing")
         return healing if isinstance(healing, dict) else None
 
@@ -44,8 +44,8 @@ def read_report(path: str | Path) -> ReportFile:
     if not os.path.isfile(file):  # noqa: PTH113  (Path's raises on names that are too long)
         what = f"no {REPORT} in it" if folder else "no such folder or file"
         raise CheckpointError(
-            f"{path}: {what}; a report is in every folder that `llmslim convert` wrote, and what "
-            "`llmslim plan --json FILE` writes is one. Give one of those."
+            f"{path}: {what}; every folder that `llmslim convert` writes has a report, and "
+            "`llmslim plan --json FILE` writes one. Give one of those."
         )
     try:
         data = json.loads(file.read_text(encoding="utf-8"))

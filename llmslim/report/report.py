@@ -1,14 +1,16 @@
-"""The coverage ledger: one row for every module that owns parameters, and their totals.
+"""The report: one row for every module that owns parameters, and their totals.
 
-A `Report` is numbers only. Text, Markdown, CSV and JSON are views of it (`llmslim.report`);
-none of them counts anything again.
+A `Report` holds numbers. Text, Markdown, CSV and JSON are views of it (`llmslim.report`), which
+count nothing themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
 
 from llmslim.errors import CheckpointError
 
@@ -32,10 +34,10 @@ class Row:
     kind: Kind
     """`projection` (a dense map inside), `embedding`, `head` (output embedding), `other`."""
     action: Action
-    """`replaced` by a block, `kept` by a rule or for its kind, `unmatched` by any rule, `tied` to
-    another row that counts the parameters, `dropped` with its layer."""
+    """`replaced` by a block, `kept` by a rule or because it cannot be replaced, `unmatched` by any
+    rule, `tied` to another row that counts the parameters, `dropped` with its layer."""
     reason: str = ""
-    """Why, where the action alone does not say."""
+    """Why; empty where the action explains itself."""
     structure: str | None = None
     """Name of the block's structure, for replaced rows."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -52,13 +54,13 @@ class Row:
     """Two per weight of a dense map; lookups, norms and attention scores are not counted."""
     flops_per_token_after: int = 0
     init_error: float | None = None
-    """Relative squared error of the block against the dense map, once fitted."""
+    """Relative squared error of the fitted block against the dense map."""
     role: str = ""
-    """What a projection is in its decoder layer, as recipes name it; empty where it has none."""
+    """The projection's role in its decoder layer, as recipes name it; empty for other modules."""
 
     @property
     def counts_as_embedding(self) -> bool:
-        """Whether the row is left out of non-embedding totals."""
+        """Whether non-embedding totals leave the row out."""
         return self.kind in ("embedding", "head")
 
 
@@ -81,14 +83,9 @@ class Totals:
         """Add up rows."""
         inner = [row for row in rows if not row.counts_as_embedding]
         return cls(
-            params_before=sum(row.params_before for row in rows),
-            params_after=sum(row.params_after for row in rows),
             non_embedding_before=sum(row.params_before for row in inner),
             non_embedding_after=sum(row.params_after for row in inner),
-            bytes_before=sum(row.bytes_before for row in rows),
-            bytes_after=sum(row.bytes_after for row in rows),
-            flops_per_token_before=sum(row.flops_per_token_before for row in rows),
-            flops_per_token_after=sum(row.flops_per_token_after for row in rows),
+            **{key: sum(getattr(row, key) for row in rows) for key in _COUNTS},
         )
 
     @property
@@ -108,17 +105,17 @@ class Report:
     """Name of the recipe."""
     rows: tuple[Row, ...]
     problems: tuple[str, ...] = ()
-    """Notes a reader must see, one sentence each; empty when all went as asked."""
+    """Notes that a reader must see, one sentence each."""
     fitted_to: str = ""
-    """The text that blocks were fitted to, in words; empty where there was none."""
+    """Description of the text that blocks were fitted to; empty where there was none."""
 
     @property
     def totals(self) -> Totals:
-        """Sums over the rows, added up each time: they cannot disagree with them."""
+        """Sums over the rows, computed each time, so that the two always agree."""
         return Totals.of(self.rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as JSON values; the shape is stable within one `format`."""
+        """Return the report as JSON values; `format` changes when their layout does."""
         return {
             "format": FORMAT,
             "model": self.model,
@@ -138,50 +135,23 @@ class Report:
             where: the file, for messages.
 
         Raises:
-            CheckpointError: if it is not such a report, or its totals are not the rows' sums.
+            CheckpointError: if it is not a report, or its totals are not the sums of its rows.
         """
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             found = data.get("format") if isinstance(data, dict) else type(data).__name__
             raise CheckpointError(f"{where}: report format {found!r}; this version reads {FORMAT}.")
-        known = {f.name for f in fields(Row)}
+        known = {field.name: data[field.name] for field in fields(cls) if field.name in data}
         try:
-            rows = tuple(
-                Row(**{key: value for key, value in row.items() if key in known})
-                for row in data["rows"]
-            )
-            fitted_to = data.get("fitted_to", "")  # newer than the format
-            report = cls(data["model"], data["recipe"], rows, tuple(data["problems"]), fitted_to)
-            wrong = next(_misread(report), None)
-            if wrong is not None:
-                raise CheckpointError(
-                    f"{where}: not a llmslim report ({wrong}). Take the file as llmslim wrote it."
-                )
-            totals_agree = asdict(report.totals) == data["totals"]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{where}: not a llmslim report ({error}).") from error
-        if not totals_agree:
+            # Strict JSON has lists for tuples and objects for rows, and converts nothing else.
+            report = TypeAdapter(cls).validate_json(json.dumps(known), strict=True)
+        except (ValidationError, RecursionError) as error:
+            why = str(error)
+            if isinstance(error, ValidationError):
+                wrong = error.errors(include_url=False)[0]
+                why = f"{'.'.join(map(str, wrong['loc'])) or 'JSON'}: {wrong['msg']}"
+            raise CheckpointError(
+                f"{where}: not a llmslim report ({why}). Take the file as llmslim wrote it."
+            ) from error
+        if asdict(report.totals) != data.get("totals"):
             raise CheckpointError(f"{where}: its totals are not the sums of its rows.")
         return report
-
-
-def _misread(report: Report) -> Iterator[str]:
-    """Yield what in a report that was read is not of its type."""
-    for key in ("model", "recipe", "fitted_to"):
-        if not isinstance(getattr(report, key), str):
-            yield f"its {key} is no text"
-    if not all(isinstance(problem, str) for problem in report.problems):
-        yield "its problems are no sentences"
-    for number, row in enumerate(report.rows):
-        good = (
-            isinstance(row.name, str)
-            and isinstance(row.reason, str)
-            and row.kind in get_args(Kind)
-            and row.action in get_args(Action)
-            and isinstance(row.structure, str | None)
-            and isinstance(row.options, dict)
-            and all(type(n) is int or n is None for n in (row.in_features, row.out_features))
-            and all(type(getattr(row, key)) is int for key in _COUNTS)
-            and isinstance(row.init_error, float | int | None)
-        )
-        if not good:
-            yield f"rows[{number}] is no row of it"

@@ -1,8 +1,8 @@
-"""A report as a terminal shows it: title, table, totals, problems, and bars with `full`.
+"""A report for a terminal: title, table, totals, problems, and bars with `full`.
 
 Wide terminals get a table of seven columns (`error` is the mean of the line's rows). Where that
 does not fit, structure, shape and error move to a second line below each name: nothing is left
-out. Colours only repeat what the words say, and terminals without Unicode get ASCII.
+out. Colours add nothing to the words, and terminals without Unicode get ASCII.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from llmslim.errors import printable
 from llmslim.report.report import Report
 
 from . import wording
-from .bars import Bars
+from .bars import Bars, plain_table
 from .lines import Line, fold, unfolded
 
 STYLES = {
@@ -45,7 +46,7 @@ class TextView:
     Args:
         report: what to show.
         full: one line per row instead of folded ones, and the bars.
-        bars: whether a bar per decoder layer follows the table; as `full` where not given.
+        bars: whether a bar per decoder layer follows the table; by default as `full`.
     """
 
     def __init__(self, report: Report, *, full: bool = False, bars: bool | None = None) -> None:
@@ -113,11 +114,11 @@ class TextView:
             yield ""
             yield Text("problems", style="bold yellow")
         for problem in self.report.problems:
-            yield Text(f"- {wording.plain(problem)}")
+            yield Text(f"- {printable(problem)}")
 
 
 def _table(*headings: str) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table = plain_table()
     for heading in headings:
         left = heading in ("name", "action", "structure", "total")
         table.add_column(heading, justify="left" if left else "right", no_wrap=True)
@@ -125,13 +126,13 @@ def _table(*headings: str) -> Table:
 
 
 def _name(line: Line, times: str) -> Text:
-    name = Text(wording.plain(line.name))
+    name = Text(printable(line.name))
     return name.append(f" {times}{len(line.rows)}", "bold") if len(line.rows) > 1 else name
 
 
 def _action(line: Line) -> Text:
     action = line.first.action
-    return Text(wording.plain(action), STYLES.get(action, ""))
+    return Text(printable(action), STYLES.get(action, ""))
 
 
 def _params(line: Line) -> tuple[str, str]:
@@ -140,12 +141,7 @@ def _params(line: Line) -> tuple[str, str]:
 
 
 def as_text(report: Report, *, full: bool = False) -> str:
-    """Return the view as text without colour, 120 columns wide.
-
-    Args:
-        report: what to show.
-        full: one line per row instead of folded ones, and the bars.
-    """
+    """Return the view as text without colour, 120 columns wide; with `full`, as `TextView`."""
     out = io.StringIO()
     console = Console(file=out, width=_WIDTH, color_system=None, force_terminal=False)
     console.print(TextView(report, full=full))
@@ -153,14 +149,9 @@ def as_text(report: Report, *, full: bool = False) -> str:
 
 
 def as_svg(report: Report, *, full: bool = False) -> str:
-    """Return the view, in colour, as an SVG picture, for READMEs; rich draws it.
-
-    Args:
-        report: what to draw.
-        full: one line per row instead of folded ones, and the bars.
-    """
+    """Return the view, in colour, as an SVG picture for READMEs; with `full`, as `TextView`."""
     console = Console(
         record=True, width=_WIDTH, file=io.StringIO(), force_terminal=True, color_system="truecolor"
     )
     console.print(TextView(report, full=full))
-    return console.export_svg(title=wording.plain(f"llmslim: {report.model} with {report.recipe}"))
+    return console.export_svg(title=printable(f"llmslim: {report.model} with {report.recipe}"))

@@ -1,4 +1,4 @@
-"""How numbers, options and shapes are written; shared by every view that a person reads."""
+"""How numbers, options and shapes are written in every view for people."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from .lines import Line
 
 _SHORT_OPTIONS = {"groups": "G", "rank": "r"}
 _BARE_OPTIONS = ("variant", "activation")
-plain = printable  # a report may come from anyone
 
 
 def short(number: int) -> str:
@@ -33,23 +32,20 @@ def short(number: int) -> str:
 
 
 def size(count: int) -> str:
-    """Write a number of bytes in the unit that suits it.
+    """Write a number of bytes in a fitting unit.
 
     Example:
         >>> size(512), size(269 * 2**20), size(7 * 2**30)
         ('512 B', '269.0 MiB', '7.00 GiB')
     """
-    if count < 1 << 10:
-        return f"{count} B"
-    if count < 1 << 20:
-        return f"{count / (1 << 10):.1f} KiB"
-    if count < 1 << 30:
-        return f"{count / (1 << 20):.1f} MiB"
-    return f"{count / (1 << 30):.2f} GiB"
+    for bits, unit, digits in ((30, "GiB", 2), (20, "MiB", 1), (10, "KiB", 1)):
+        if count >= 1 << bits:
+            return f"{count / (1 << bits):.{digits}f} {unit}"
+    return f"{count} B"
 
 
 def percent(after: int, before: int, digits: int = 1) -> str:
-    """Write what is left of `before`; a dash where there was nothing.
+    """Write the share of `before` that is left; a dash where there was nothing.
 
     Example:
         >>> percent(1, 3), percent(654_511_104, 3_624_078_336, 2), percent(0, 0)
@@ -66,12 +62,12 @@ def structure(row: Row) -> str:
         >>> structure(Row("up", "projection", "replaced", "", "grouped_pointwise", options))
         'grouped_pointwise io G=4'
     """
-    if row.action == "dropped":  # the word and the name say all
+    if row.action == "dropped":  # action and name are enough
         return ""
     if row.structure is None:
-        return plain(row.reason)
+        return printable(row.reason)
     block = " ".join([row.structure, *_options(row.options)])
-    return plain(f"{block}; {row.reason}" if row.reason else block)
+    return printable(f"{block}; {row.reason}" if row.reason else block)
 
 
 def _options(options: dict[str, Any]) -> list[str]:
@@ -86,29 +82,27 @@ def _options(options: dict[str, Any]) -> list[str]:
 
 
 def shape(row: Row) -> str:
-    """Write out x in, as `nn.Linear.weight` has it; empty for rows that are no dense map."""
+    """Write out x in, the shape of `nn.Linear.weight`; empty for rows without a dense map."""
     if row.in_features is None or row.out_features is None:
         return ""
     return f"{row.out_features}x{row.in_features}"
 
 
 def error(line: Line) -> str:
-    """Write a line's fitting error, as a span where its rows differ.
+    """Write a line's fitting error, as a range where its rows differ.
 
     Example:
         >>> rows = [Row("up", "projection", "replaced", init_error=e) for e in (0.2, 0.452)]
         >>> error(Line("up", tuple(rows)))
         '0.200-0.452'
     """
-    if line.init_errors is None:
-        return ""
-    least, largest = (f"{value:.3f}" for value in line.init_errors)
-    return least if least == largest else f"{least}-{largest}"
+    shown = [f"{value:.3f}" for value in sorted(line.init_errors)]
+    return "-".join(dict.fromkeys([shown[0], shown[-1]])) if shown else ""
 
 
 def mean_error(line: Line) -> str:
-    """Write the mean of a line's fitting errors, where a span would take too much room."""
-    errors = [row.init_error for row in line.rows if row.init_error is not None]
+    """Write the mean of a line's fitting errors, where a range would be too wide."""
+    errors = line.init_errors
     return f"{sum(errors) / len(errors):.3f}" if errors else ""
 
 
@@ -116,23 +110,25 @@ def title(report: Report) -> str:
     """Return the report's headline."""
     totals = report.totals
     kept = percent(totals.non_embedding_after, totals.non_embedding_before, 2)
-    names = plain(f"{report.model or 'model'} with {report.recipe}")
+    names = printable(f"{report.model or 'model'} with {report.recipe}")
     return f"{names}: {kept} of the non-embedding parameters"
 
 
 def fitted_to(report: Report) -> str:
     """Return a sentence on the text that blocks were fitted to."""
-    return f"Fitted to {plain(report.fitted_to)}."
+    return f"Fitted to {printable(report.fitted_to)}."
 
 
 def totals_table(totals: Totals) -> list[tuple[str, str, str, str]]:
     """Return the totals as rows of what, before, after and share kept."""
-    exact = ("parameters", totals.params_before, totals.params_after)
-    inner = ("non-embedding", totals.non_embedding_before, totals.non_embedding_after)
-    flops = totals.flops_per_token_before, totals.flops_per_token_after
-    held = totals.bytes_before, totals.bytes_after
+    t, exact = totals, "{:,}".format
+    rows = (
+        ("parameters", exact, t.params_before, t.params_after),
+        ("non-embedding", exact, t.non_embedding_before, t.non_embedding_after),
+        ("bytes", size, t.bytes_before, t.bytes_after),
+        ("flops per token", short, t.flops_per_token_before, t.flops_per_token_after),
+    )
     return [
-        *((what, f"{a:,}", f"{b:,}", percent(b, a, 2)) for what, a, b in (exact, inner)),
-        ("bytes", size(held[0]), size(held[1]), percent(held[1], held[0], 2)),
-        ("flops per token", short(flops[0]), short(flops[1]), percent(flops[1], flops[0], 2)),
+        (what, write(before), write(after), percent(after, before, 2))
+        for what, write, before, after in rows
     ]

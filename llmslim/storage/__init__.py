@@ -6,6 +6,7 @@ from .atomic import disk_is_full as disk_is_full
 from .atomic import disk_problem as disk_problem
 from .atomic import flush as flush
 from .atomic import publish as publish
+from .atomic import replacing as replacing
 from .atomic import resolved as resolved
 from .atomic import write_whole as write_whole
 from .dense import dense_copy as dense_copy
@@ -27,15 +28,13 @@ from .pieces import NotInPiecesError as NotInPiecesError
 from .pieces import Piece as Piece
 from .pieces import Pieces as Pieces
 from .pieces import model_without_weights as model_without_weights
-from .rundir import LOCK as LOCK
+from .rundir import RUN as RUN
 from .rundir import RunDir as RunDir
 from .rundir import add_tensor as add_tensor
-from .rundir import lock as lock
 from .rundir import locked as locked
 from .rundir import model_digest as model_digest
 from .rundir import remove as remove
 from .rundir import versions as versions
-from .rundir import what_changed as what_changed
 from .safetensors_io import INDEX as INDEX
 from .safetensors_io import WEIGHTS as WEIGHTS
 from .safetensors_io import check_types as check_types

@@ -117,16 +117,21 @@ def staged(out: Path, overwrite: bool) -> Iterator[Path]:
         raise CheckpointError(f"{out}: {problem}") from error
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there as a whole or not at all, whatever happens; it is on the disk."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a path to write a file to, which takes the place of `path` once it is on the disk."""
     partial = path.with_name(f".{path.name}.new")
     partial.unlink(missing_ok=True)
-    with partial.open("x", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    yield partial
+    flush(partial)
     partial.replace(path)
     flush(path.parent)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there as a whole or not at all, whatever happens; it is on the disk."""
+    with replacing(path) as partial, partial.open("x", encoding="utf-8", newline="\n") as file:
+        file.write(text)
 
 
 def publish(partial: Path, target: Path, aside: Path) -> None:

@@ -150,39 +150,29 @@ def remove(path: Path, *, ignore: str = "") -> None:
         path.unlink(missing_ok=True)
 
 
-def lock(folder: Path, doing: str, error: type[SlimError]) -> int:
-    """Lock a folder; close what is returned (`os.close`) to unlock it, or end the process.
+@contextmanager
+def locked(folder: Path, doing: str, error: type[SlimError]) -> Iterator[None]:
+    """Lock a folder for as long as the context, or the process, lasts.
 
     Args:
         folder: exists.
         doing: what a process does here, for the message: `converting`.
-        error: of which class that is.
+        error: class of what is raised.
 
     Raises:
-        SlimError: of that class, if another process has it.
+        SlimError: of that class, if another process holds the lock.
     """
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
     descriptor = os.open(folder / LOCK, flags, 0o644)
     try:
-        if fcntl is not None:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as busy:
-        os.close(descriptor)
-        raise error(
-            f"{folder}: another process is {doing} to this place. Wait for it, or choose another "
-            "name."
-        ) from busy
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-@contextmanager
-def locked(folder: Path, doing: str, error: type[SlimError]) -> Iterator[None]:
-    """Lock a folder for as long as the context lasts; arguments and errors as of `lock`."""
-    descriptor = lock(folder, doing, error)
-    try:
+        try:
+            if fcntl is not None:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as busy:
+            raise error(
+                f"{folder}: another process is {doing} to this place. Wait for it, or choose "
+                "another name."
+            ) from busy
         yield
     finally:
         os.close(descriptor)

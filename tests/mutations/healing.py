@@ -168,8 +168,8 @@ MUTATIONS = (
     ),
     change(
         "llmslim/healing/objectives/_step.py",
-        "nn.functional.pad(self.labels_NL[:, 1:], (0, 1), value=-100)",
-        "self.labels_NL",
+        "nn.functional.pad(labels_NL[:, 1:], (0, 1), value=-100)",
+        "labels_NL",
         "every token predicts itself",
         "tests/test_healing_objectives.py::test_cross_entropy_is_transformers_own",
     ),

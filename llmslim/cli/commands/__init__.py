@@ -1,1 +1,1 @@
-"""The commands. A new one is a new file here, named as the command, with a click `command`."""
+"""The commands; a new one is a file here with the name of the command and a click `command`."""

@@ -29,7 +29,7 @@ what next
           model = {auto}.from_pretrained({path!r})
 """
 _HONEST = """\
-Nothing was trained after the change: expect the model to be worse than its base until it is
+The model was not trained after the change: expect it to be worse than its base model until it is
 healed (`llmslim heal`)."""
 
 
@@ -39,24 +39,25 @@ healed (`llmslim heal`)."""
 @click.option(
     "--heal",
     is_flag=True,
-    help="Train the result too, as the recipe's `heal` section says, with MODEL as its teacher; "
-    "written beside it, as FOLDER-healed. With --resume, a finished FOLDER is only healed.",
+    help="Also train the result, with the recipe's `heal` section and MODEL as the teacher, and "
+    "write that to FOLDER-healed. With --resume, a finished FOLDER is only healed.",
 )
 @click.option("--dry-run", is_flag=True, help="Only show the plan, as `llmslim plan` does.")
 def command(model: str, heal: bool, dry_run: bool, **keywords: Any) -> None:
-    """Make MODEL smaller as a recipe says, and write it to a folder.
+    """Make MODEL smaller, and write it to a folder.
 
     MODEL is a hub id, a folder, or a .gguf file. A folder with a published kphi-3 model needs no
-    recipe: it is rewritten as it is. The folder appears when it is whole, and not before.
+    recipe: it is converted to the slim format unchanged. The output folder appears only when it is
+    complete.
 
-    A folder of safetensors is read, fitted and written one decoder layer at a time: no more has to
-    fit into the memory. A run that was killed or found the disk full (exit status 75) goes on with
-    --resume. GGUF files, fits to text of the model's own (`self`) or to what it predicts
-    (`logits_steps`), and `structure: auto` are converted in memory, from the beginning each time.
+    Safetensors are read, fitted and written one decoder layer at a time, so memory need not hold
+    more than that. A run that was killed or stopped by a full disk (exit status 75) continues with
+    --resume. GGUF files, fits to text that the model writes (`self`) or to its predictions
+    (`logits_steps`), and `structure: auto` are converted in memory and cannot be resumed.
     """
     from llmslim.recipe import Recipe, shipped_recipes
 
-    # What is wrong with a recipe is known before torch is imported.
+    # Errors in a recipe appear before the slow import of torch.
     recipe = None if keywords["recipe"] is None else Recipe.load(keywords["recipe"])
     if recipe is None and not _is_kphi3(model):
         raise click.UsageError(
@@ -76,9 +77,9 @@ def command(model: str, heal: bool, dry_run: bool, **keywords: Any) -> None:
         out = Path(options.out or f"{source.name}-{name}")
         options = replace(options, out=out)
         healed = out.with_name(f"{out.name}-healed")
-        check_target(healed, options.overwrite)  # known before hours of work, not after
-        if options.resume and (out / "config.json").is_file():  # there only when it is whole
-            click.echo(f"{out} is converted already; continuing with its healing", err=True)
+        check_target(healed, options.overwrite)  # before hours of work
+        if options.resume and (out / "config.json").is_file():  # it is complete
+            click.echo(f"{out} is already converted; healing it", err=True)
             heal_and_show(out, out=healed, teacher=model, resume=True)
             return
     with progress() as moved:
@@ -90,13 +91,8 @@ def command(model: str, heal: bool, dry_run: bool, **keywords: Any) -> None:
     click.echo(shown, nl=False)
     totals = result.report.totals
     if healed is not None:
-        heal_and_show(
-            result.path,
-            out=healed,
-            teacher=model,
-            resume=options.resume,
-            overwrite=options.overwrite,
-        )
+        again = {"resume": options.resume, "overwrite": options.overwrite}
+        heal_and_show(result.path, out=healed, teacher=model, **again)
     elif totals.params_before != totals.params_after:
         click.echo(_HONEST)
 
@@ -118,9 +114,9 @@ def _show_plan(model: str, recipe: Recipe, options: ConvertOptions) -> None:
 
 
 def _is_kphi3(model: str) -> bool:
-    """Return whether `model` is a folder with a published kphi-3 model; quick, no torch."""
+    """Return whether `model` is a folder with a published kphi-3 model, without torch."""
     try:
         config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # what is wrong is told when it is opened
+    except (OSError, ValueError, RecursionError):  # opening it will report what is wrong
         return False
     return isinstance(config, dict) and config.get("model_type") == "kphi3"

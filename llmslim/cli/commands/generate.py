@@ -1,4 +1,4 @@
-"""`llmslim generate`: ask a model something."""
+"""`llmslim generate`: let a model answer a prompt."""
 
 from __future__ import annotations
 
@@ -13,8 +13,14 @@ from llmslim.errors import CheckpointError
 @click.command()
 @click.argument("model")
 @click.argument("prompt")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
-@click.option("--system", help="A system message, for models with a chat template.")
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    help="Maximum length of the answer.",
+)
+@click.option("--system", help="System message, for models with a chat template.")
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0),
@@ -33,9 +39,10 @@ def command(
     temperature: float,
     seed: int | None,
 ) -> None:
-    """Let MODEL answer PROMPT; the text appears as it comes.
+    """Let MODEL answer PROMPT.
 
     MODEL is a dense or slim model: a hub id, a folder, or a .gguf file. PROMPT may be - for stdin.
+    The answer appears while it is generated.
     """
     if prompt == "-":
         prompt = sys.stdin.read()
@@ -47,11 +54,11 @@ def command(
     tokenizer = load_tokenizer(source)
     if tokenizer is None:
         raise CheckpointError(
-            f"{model}: it has no tokenizer, so a prompt cannot be read. Copy the tokenizer files "
-            "of its base model into it."
+            f"{model}: has no tokenizer; a prompt needs one. Copy the tokenizer files of its base "
+            "model into the folder."
         )
     loaded = load_model(source)
-    # It would answer with nothing, or with one token over and over.
+    # With such weights it would answer nothing, or repeat one token.
     check_finite(loaded.state_dict().items(), source.given, allow_nonfinite=None)
     tokens, seconds = reply(
         loaded,

@@ -1,4 +1,4 @@
-"""`llmslim heal`: train a slim model until it is of use again."""
+"""`llmslim heal`: train a slim model to recover its quality."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ from llmslim.options import HealOptions
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Only check everything, and say what would be trained and how much memory that takes.",
+    help="Only check the inputs, and show what would be trained and the memory it would take.",
 )
 def command(model: str, dry_run: bool, **options: Any) -> None:
-    """Train SLIM until it is of use again, and write it to a new folder.
+    """Train SLIM to recover its quality.
 
-    What is not given here is as the recipe in SLIM says. Several GPUs or machines:
-    `accelerate launch -m llmslim heal ...`. A run that was killed continues with --resume.
+    SLIM is a folder that `llmslim convert` wrote, or any other causal language model; the result
+    goes to a new folder. Options that are not given come from the `heal` section of the recipe in
+    SLIM. For several GPUs or machines, run `accelerate launch -m llmslim heal ...`. A killed run
+    continues with --resume.
     """
     if options["tokens"] is not None and options["epochs"] is not None:
-        raise click.UsageError("--tokens and --epochs say the same thing; give one.")
+        raise click.UsageError("--tokens and --epochs are two units for the same length; give one.")
     (plan_and_show if dry_run else heal_and_show)(model, **options)

@@ -1,4 +1,4 @@
-"""`llmslim plan`: what a recipe would do, before anything is done."""
+"""`llmslim plan`: show what a recipe would do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llmslim.cli.settings import backend
 
 
 def read_ratio(ctx: click.Context, param: click.Parameter, value: str | None) -> Fraction | None:
-    """Read a share exactly as it was written; a float would round it.
+    """Read a share exactly, as a float would not.
 
     Raises:
         click.BadParameter: if it is not above 0 and at most 1.
@@ -24,7 +24,7 @@ def read_ratio(ctx: click.Context, param: click.Parameter, value: str | None) ->
         ratio = Fraction(0)
     if not 0 < ratio <= 1:
         raise click.BadParameter(
-            f"{value!r} is not above 0 and at most 1, as 0.5 or 1/2.", ctx, param
+            f"{value!r}; a number above 0 and at most 1 is needed, such as 0.5 or 1/2.", ctx, param
         )
     return ratio
 
@@ -32,17 +32,15 @@ def read_ratio(ctx: click.Context, param: click.Parameter, value: str | None) ->
 @click.command()
 @click.argument("model")
 @click.option("-r", "--recipe", required=True, help="Name of a shipped recipe, or a recipe file.")
-@click.option(
-    "--json", "json_target", metavar="FILE", help="Write the report as JSON too; - for stdout only."
-)
-@click.option("--full", is_flag=True, help="A line for every module, and a bar for every layer.")
-@click.option("--init", metavar="NAME", help="As for `llmslim convert`.")
-@click.option("--trust-remote-code", is_flag=True, help="As for `llmslim convert`.")
+@click.option("--json", "json_target", metavar="FILE", help="Write JSON too; - for JSON on stdout.")
+@click.option("--full", is_flag=True, help="Show every module, and a bar for every layer.")
+@click.option("--init", metavar="NAME", help="Method of fitting, in place of the recipe's.")
+@click.option("--trust-remote-code", is_flag=True, help="Run the modeling code in MODEL.")
 @click.option(
     "--fail-under",
     metavar="RATIO",
     callback=read_ratio,
-    help="Exit 1 unless at least this share of the non-embedding parameters is saved (0.5, 1/2).",
+    help="Exit with status 1 if less than this share of the non-embedding parameters is saved.",
 )
 def command(
     model: str,
@@ -53,14 +51,14 @@ def command(
     trust_remote_code: bool,
     fail_under: Fraction | None,
 ) -> None:
-    """Show what a recipe would make of MODEL; touch nothing.
+    """Show what a recipe would do to MODEL.
 
-    MODEL is a hub id, a folder (with weights or with only a config.json), or a .gguf file. No
-    weights are read.
+    MODEL is a hub id, a folder (a config.json alone is enough), or a .gguf file. No weights are
+    read, and nothing is changed.
     """
     from llmslim.recipe import Recipe
 
-    read = Recipe.load(recipe)  # what is wrong with it is known before torch is imported
+    read = Recipe.load(recipe)  # its errors appear before the slow import of torch
     made = backend().plan(model, read, init=init, trust_remote_code=trust_remote_code)
     report = made.report()
     if json_target != "-":
@@ -76,5 +74,5 @@ def command(
         if saved < fail_under * totals.non_embedding_before:
             raise click.ClickException(
                 f"saves {1 - totals.kept_ratio:.2%} of the non-embedding parameters; --fail-under "
-                f"asks for at least {float(fail_under):.2%}."
+                f"requires at least {float(fail_under):.2%}."
             )

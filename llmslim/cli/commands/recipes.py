@@ -1,4 +1,4 @@
-"""`llmslim recipes`: what recipes there are, and what one may say."""
+"""`llmslim recipes`: list or print the shipped recipes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from llmslim.errors import RecipeError
 @click.argument("name", required=False)
 @click.option("--schema", is_flag=True, help="Print the JSON Schema of recipes, for editors.")
 def command(name: str | None, schema: bool) -> None:
-    """List the shipped recipes, or print the one called NAME.
+    """List the shipped recipes, or print the recipe NAME.
 
-    To change one: `llmslim recipes NAME > my.yaml`, edit, and give `--recipe my.yaml`.
+    To change a recipe: `llmslim recipes NAME > my.yaml`, edit it, and pass `--recipe my.yaml`.
     """
     from llmslim.recipe import json_schema, shipped_recipes
 
@@ -29,7 +29,7 @@ def command(name: str | None, schema: bool) -> None:
         if name not in shipped:
             close = difflib.get_close_matches(name, shipped, n=1)
             raise RecipeError(
-                f"{name}: no shipped recipe of that name; shipped are {', '.join(shipped)}."
+                f"{name}: not a shipped recipe; allowed are {', '.join(shipped)}."
                 f"{f' Did you mean {close[0]}?' if close else ''}"
             )
         click.echo(shipped[name].read_text(encoding="utf-8"), nl=False)
@@ -38,11 +38,10 @@ def command(name: str | None, schema: bool) -> None:
 
 
 def _list() -> None:
-    from rich.table import Table
-
     from llmslim.recipe import Recipe, shipped_recipes
+    from llmslim.report.bars import plain_table
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table = plain_table()
     table.add_column("recipe", no_wrap=True)
     table.add_column("what it does")
     for name, path in shipped_recipes().items():

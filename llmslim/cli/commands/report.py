@@ -1,4 +1,4 @@
-"""`llmslim report`: the savings report of a slim checkpoint, in any format."""
+"""`llmslim report`: the report of a slim checkpoint, in any format."""
 
 from __future__ import annotations
 
@@ -18,13 +18,19 @@ from llmslim.report import FORMATS
     type=click.Choice(list(FORMATS)),
     default="text",
     show_default=True,
+    help="Format of the report.",
 )
 @click.option("-o", "--out", metavar="FILE", help="Write to this file instead of stdout.")
-@click.option("--full", is_flag=True, help="A line for every module; in text, a bar per layer too.")
+@click.option(
+    "--full",
+    is_flag=True,
+    help="Show every module; in text, also a bar for every layer.",
+)
 def command(slim: str, format_name: str, out: str | None, full: bool) -> None:
-    """Show what was saved where in SLIM, and what healing did to it.
+    """Show what was saved in SLIM, module by module.
 
-    SLIM is a folder that `llmslim convert` wrote, or a report file of `llmslim plan --json`.
+    A healed model's losses and answers follow. SLIM is a folder that `llmslim convert` wrote, or a
+    report file of `llmslim plan --json`.
     """
     from llmslim.report import healed, render
     from llmslim.report.read import read_report

@@ -1,4 +1,4 @@
-"""`llmslim verify`: whether a slim checkpoint is what was written."""
+"""`llmslim verify`: check that a slim checkpoint is as it was written."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from llmslim.errors import CheckpointError
 @click.command()
 @click.argument("slim")
 def command(slim: str) -> None:
-    """Check every file of SLIM against its manifest; exit 1 where one differs."""
+    """Check every file of SLIM against its manifest.
+
+    Exits with status 1 if a file is missing, added or changed.
+    """
     verification = backend().verify(slim)
     if not verification.ok:
         raise CheckpointError(verification.problems)

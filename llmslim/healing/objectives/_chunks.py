@@ -1,10 +1,10 @@
 """Sum a function of logits over tokens, a few tokens at a time.
 
-A loss computed on all logits at once keeps several float32 copies of them, and for 4096 tokens and
-a vocabulary of 49,152 one is 805 MB. Here the gradient is computed together with the loss, chunk by
-chunk, so that beside the logits there are only their gradient, in their own type, and the float32
-work on one chunk. Recomputing the chunks in the backward pass would need no gradient kept, but
-twice the work and, through autograd's slices, as much memory.
+A loss on all logits at once keeps several float32 copies of them; for 4096 tokens and a vocabulary
+of 49,152 each takes 805 MB. Here the gradient is computed together with the loss, chunk by chunk:
+beside the logits there are only their gradient, in the same type, and the float32 work on one
+chunk. Recomputing the chunks in the backward pass would keep no gradient, but take twice the work
+and, because of autograd's slices, as much memory.
 
 Shapes: T = tokens, C = tokens of a chunk, V = size of the vocabulary.
 """
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 Part = Callable[[Tensor, slice], Tensor]
-"""Takes float32 logits (C, V) and which tokens they are of; returns the sum of their losses."""
+"""Takes float32 logits (C, V) and the slice of their tokens; returns the sum of their losses."""
 
 CHUNK_NUMBERS = 2**24
-"""Logits of one chunk; 64 MiB in float32."""
+"""Logits in one chunk; 64 MiB in float32."""
 
 
 def sum_over_tokens(logits_TV: Tensor, part: Part) -> Tensor:
@@ -56,6 +56,6 @@ class _ChunkedSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None]:
-        # In place: the gradient is as large as the logits, and nobody reads it a second time.
+        # In place: the gradient is as large as the logits, and is not read again.
         grad_TV, ctx.grad_TV = ctx.grad_TV, None
         return grad_TV.mul_(outputs[0]), None

@@ -1,14 +1,13 @@
-"""What an objective is given, and how one is found by its name.
+"""What an objective gets, and how to find one by its name.
 
-An objective is one file in this folder with the objective's name and in it
+An objective is one file in this folder, named as the objective, which defines
 
-    NEEDS_TEACHER: bool          whether it cannot do without the dense model
-    def loss(step) -> Tensor     the loss of one pass, summed over the tokens that are predicted
+    NEEDS_TEACHER: bool          whether it needs the dense model
+    def loss(step) -> Tensor     the loss of one pass, summed over the tokens to predict
 
-so a new objective is one new file and nothing else, or one in another package
-(`llmslim.plugins`). Sums, not means: rows hold different numbers
-of predicted tokens, and only sums add up to the same over any split of a step into passes and
-processes.
+A new objective is one new file and nothing else, or one in another package (`llmslim.plugins`).
+Sums, not means: rows hold different numbers of tokens to predict, and only sums add up to the same
+total over any split of a step into passes and processes.
 
 Shapes: N = rows, L = tokens of a row.
 """
@@ -27,15 +26,15 @@ from llmslim.recipe import Heal
 
 
 class TeacherTopK(NamedTuple):
-    """What a teacher predicted, earlier, at the places of a pass that predict something.
+    """The teacher's stored predictions for the P places of a pass that predict a token; K = top_k.
 
-    P = such places, in order of rows and places; K = top_k.
+    Places are in the order of the rows, and of the tokens in a row.
     """
 
     log_p_PK: Tensor
-    """Log of the probability of its likeliest tokens, at the temperature of the options."""
+    """Log of the probability of the likeliest tokens, at the options' temperature."""
     tokens_PK: Tensor
-    """Which tokens these are."""
+    """The likeliest tokens."""
 
 
 @dataclass(frozen=True)
@@ -43,25 +42,25 @@ class Step:
     """One pass of one process."""
 
     model: Any
-    """The model in training, perhaps wrapped for several processes: what must be called."""
+    """The model in training, perhaps wrapped for several processes: call this one."""
     inputs: dict[str, Tensor]
     """`input_ids` (N, L), and `position_ids` (N, L), which restart with every sample."""
     labels_NL: Tensor
-    """The token at each place, -100 where it is not to be predicted."""
+    """The token at each place, -100 where it must not be predicted."""
     spec: Heal
     """The options."""
     teacher: Any = None
     """The dense model, frozen; None where there is none."""
     teacher_topk: TeacherTopK | None = None
-    """The dense model's stored predictions for this pass; there is no teacher then."""
+    """The dense model's stored predictions for this pass, in place of `teacher`."""
 
     @property
     def targets_NL(self) -> Tensor:  # noqa: N802  (the shape is part of the name)
-        """The token after each place, -100 where none is to be predicted."""
-        return nn.functional.pad(self.labels_NL[:, 1:], (0, 1), value=-100)
+        """What each place should predict; see `next_tokens`."""
+        return next_tokens(self.labels_NL)
 
     def forward(self, **options: Any) -> Any:
-        """Call the model; no cache, which would also let packed samples see each other."""
+        """Call the model without a cache, which would let packed samples see each other."""
         return self.model(**self.inputs, use_cache=False, **options)
 
     @torch.no_grad()
@@ -70,16 +69,16 @@ class Step:
         return self.teacher(**self.inputs, use_cache=False, **options)
 
 
-def objective_names() -> list[str]:
-    """Return the names of all objectives, sorted."""
-    return OBJECTIVES.names()
+def next_tokens(labels_NL: Tensor) -> Tensor:
+    """Return the label after each place, (N, L); -100 where there is nothing to predict."""
+    return nn.functional.pad(labels_NL[:, 1:], (0, 1), value=-100)
 
 
 def objective_named(name: str) -> Objective:
     """Return an objective by its name.
 
     Raises:
-        HealingError: if there is none of that name.
+        HealingError: if no objective has that name.
 
     Example:
         >>> objective_named("cross_entropy").needs_teacher
@@ -87,5 +86,5 @@ def objective_named(name: str) -> Objective:
     """
     objective = OBJECTIVES.get(name)
     if objective is None:
-        raise HealingError(f"heal.objective: {name!r}; allowed {', '.join(objective_names())}.")
+        raise HealingError(f"heal.objective: {name!r}; allowed {', '.join(OBJECTIVES.names())}.")
     return objective

@@ -22,7 +22,7 @@ def summed_cross_entropy(logits_NLV: Tensor, targets_NL: Tensor) -> Tensor:
 
     Args:
         logits_NLV: logits, (N, L, V), in any float type.
-        targets_NL: what each of them should predict, -100 for nothing.
+        targets_NL: the token that each should predict, -100 for none.
     """
     targets_T = targets_NL.reshape(-1)
     return sum_over_tokens(

@@ -4,9 +4,8 @@
 
 T is `temperature`, w `teacher_weight`. The factor T² keeps gradients as large as those of the
 cross-entropy (Hinton et al. 2015, https://arxiv.org/abs/1503.02531, section 2). With `top_k` the
-K likeliest tokens of the teacher are compared each by itself and all others as one, so that no
-probability is lost or made up. The teacher's predictions may be stored ones (`store_teacher`); the
-loss is the same.
+teacher's K likeliest tokens are compared one by one and all others as one class, so probabilities
+still sum to 1. Stored predictions of the teacher (`store_teacher`) give the same loss.
 
 Shapes: N = rows, L = tokens of a row, C = tokens of a chunk, V = vocabulary, K = top_k.
 """
@@ -46,7 +45,7 @@ def loss(step: Step) -> Tensor:
 
 
 def _from_teacher(step: Step) -> Part:
-    """Return a function of the summed divergence of some tokens from a teacher that is here."""
+    """Return the summed divergence from a live teacher, as a function of a chunk of tokens."""
     teacher_NLV: Tensor = step.teach().logits
     spec, counted_T = step.spec, (step.targets_NL != -100).reshape(-1)
     teacher_TV = teacher_NLV.reshape(len(counted_T), -1)
@@ -59,16 +58,16 @@ def _from_teacher(step: Step) -> Part:
 
 
 def _from_stored(step: Step, stored: TeacherTopK) -> Part:
-    """Return the same for stored predictions.
+    """Return the summed divergence from stored predictions, as a function of a chunk.
 
     Raises:
-        HealingError: if they are of other rows.
+        HealingError: if they are for other rows.
     """
     counted_T = (step.targets_NL != -100).reshape(-1)
     if int(counted_T.sum()) != len(stored.log_p_PK):
         raise HealingError(
             f"heal.store_teacher: {len(stored.log_p_PK)} tokens stored for rows that predict "
-            f"{int(counted_T.sum())}; the text has changed. Begin again (--overwrite)."
+            f"{int(counted_T.sum())}; the text has changed. Start over (--overwrite)."
         )
     place_T = counted_T.cumsum(0) - 1
 
@@ -92,7 +91,7 @@ def divergence(
         teacher_CV: the teacher's logits, in any float type.
         logits_CV: the model's, float32.
         temperature: T.
-        top_k: how many tokens are compared each by itself; all where not given.
+        top_k: number of tokens to compare one by one; None for all.
 
     Example:
         >>> one = torch.tensor([[1.0, 2.0, 3.0]])
@@ -108,7 +107,7 @@ def divergence(
 
 
 def _of_the_top(log_p_CK: Tensor, kept_CK: Tensor, log_q_CV: Tensor, temperature: float) -> Tensor:
-    """Return T² KL of every token, (C,): the likeliest ones by themselves, all others as one."""
+    """Return T² KL of every token, (C,): the K likeliest one by one, all others as one class."""
     log_q_CK = log_q_CV.gather(-1, kept_CK)
     return _kl(
         torch.cat([log_p_CK, _log_of_the_rest(log_p_CK)], dim=-1),
@@ -122,5 +121,5 @@ def _kl(log_p_CV: Tensor, log_q_CV: Tensor, temperature: float) -> Tensor:
 
 
 def _log_of_the_rest(log_p_CK: Tensor) -> Tensor:
-    """Return log(1 - sum p), (C, 1); bounded below, where rounding leaves nothing for the rest."""
+    """Return log(1 - sum p), (C, 1), with a lower bound against rounding."""
     return torch.log1p(-log_p_CK.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6))
