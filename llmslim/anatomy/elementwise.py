@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from llmslim.compat import CAST, TorchDispatchMode
 
 _APART = {
-    *("_to_copy", "clone", "copy_", "split", "split_with_sizes", "unbind", "cat", "stack"),
+    *("clone", "copy_", "split", "split_with_sizes", "unbind", "cat", "stack"),
     *("glu", "native_dropout", "bernoulli", "bernoulli_"),
 }
 """Operations on neurons that mix none, beside views, `..._like` and what torch itself marks as
@@ -90,5 +91,5 @@ class _Watch(TorchDispatchMode):
 
 def _keeps_apart(func: Any) -> bool:
     name = func.overloadpacket.__name__
-    known = func.is_view or name in _APART or name.endswith("_like")
+    known = func is CAST or func.is_view or name in _APART or name.endswith("_like")
     return known or torch.Tag.pointwise in func.tags

@@ -14,10 +14,9 @@ from typing import Any
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from llmslim import editing
+from llmslim.compat import as_stored, not_saved, set_conversions, without_ties
 from llmslim.editing.plans import Plan
 from llmslim.errors import CheckpointError, and_more
 from llmslim.modeling.modeling_llmslim import SlimModelMixin
@@ -51,11 +50,10 @@ class TargetModel:
         self.model: PreTrainedModel = model_without_weights(changed.config, dtype, given)
         if self.model.can_generate():
             self.model.generation_config = copy.deepcopy(dense.generation_config)
-        setattr(self.model, "_weight_conversions", pieces.used_conversions)  # noqa: B010
+        set_conversions(self.model, pieces.used_conversions)
         self.tensors = self._typed(dense.state_dict(), plan)
         """All tensors of the model, in their types."""
-        kept = remove_tied_weights_from_state_dict(dict(self.tensors), self.model)
-        ignored = self.model._keys_to_ignore_on_save or []
+        kept, ignored = without_ties(self.model, self.tensors), not_saved(self.model)
         self._kept = {name: tensor for name, tensor in kept.items() if name not in ignored}
         check_types(self._kept)
         self.files = self._filed(pieces, plan, max_shard_size)
@@ -114,8 +112,7 @@ class TargetModel:
         if self.is_slim:  # names are the module's own there
             return wanted
         with quiet():
-            stored: dict[str, Tensor] = revert_weight_conversion(self.model, wanted)
-        return stored
+            return as_stored(self.model, wanted)
 
     def _filed(
         self, pieces: Pieces, plan: Plan, max_shard_size: int

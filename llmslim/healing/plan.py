@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from llmslim.compat import cpu_has_amx, use_one_gpu
 from llmslim.healing.distributed import processes
 from llmslim.healing.inputs import HealInputs
 from llmslim.healing.memory import Memory, healing_memory
@@ -92,8 +93,7 @@ def uses_bf16(spec: Heal, device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     # On other CPUs it is slower than float32: only AMX multiplies it in hardware of its own.
-    known = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return device.type == "cpu" and known is not None and bool(known())
+    return device.type == "cpu" and cpu_has_amx()
 
 
 def training_arguments(
@@ -135,8 +135,7 @@ def training_arguments(
         log_level="error",
         log_level_replica="error",
     )
-    # With several GPUs and one process the Trainer would take the old DataParallel.
-    arguments._n_gpu = min(1, arguments.n_gpu)
+    use_one_gpu(arguments)
     return arguments
 
 

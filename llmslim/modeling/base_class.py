@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import transformers
-from transformers import PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
+from .compat import model_mapping
 from .depth import plain_class
 
 _NAMES = (
@@ -45,7 +45,7 @@ def auto_classes(config_class: type) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in _NAMES:
         auto = getattr(transformers, name, None)
-        if auto is None or config_class not in auto._model_mapping:
+        if auto is None or config_class not in model_mapping(auto):
             continue
         if name == _LAST and (
             found or "text_config" not in getattr(config_class, "sub_configs", {})
@@ -131,5 +131,5 @@ def listed_classes(auto: Any, config_class: type) -> Iterator[type[PreTrainedMod
         auto: knows that config class.
         config_class: one of transformers' own.
     """
-    found = auto._model_mapping[config_class]
+    found = model_mapping(auto)[config_class]
     yield from found if isinstance(found, tuple | list) else (found,)

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 FORMAT = 1
 MODEL_TYPE = "llmslim"

@@ -18,19 +18,19 @@ Shapes: E = experts, I = in_features, O = out_features, N = rows of x.
 
 from __future__ import annotations
 
-import copy
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .compat import Initialized, with_plain_experts
 from .structured import StructuredLinear, build
 
 _MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, torch.bmm)
 
 
-class Experts(nn.Module):
+class Experts(Initialized, nn.Module):
     """E blocks of one kind, seen by the module that holds it as the parameter it replaces.
 
     Args:
@@ -51,9 +51,6 @@ class Experts(nn.Module):
     """
 
     name: ClassVar[str] = "experts"
-
-    _is_hf_initialized = True
-    """To transformers: not a tensor to draw weights into."""
 
     def __init__(
         self,
@@ -164,11 +161,8 @@ class Experts(nn.Module):
         Its config is a copy of its own: the choice concerns this module alone and outlives
         `set_experts_implementation`.
         """
-        config: Any = getattr(holder, "config", None)
-        if getattr(config, "_experts_implementation_internal", "eager") != "eager":
-            config = copy.copy(config)
-            object.__setattr__(config, "_experts_implementation_internal", "eager")
-            holder.config = config
+        if hasattr(holder, "config"):
+            holder.config = with_plain_experts(holder.config)
 
     def spec(self) -> dict[str, Any]:
         """Return what `build` needs to make an empty module like this one; JSON values only."""

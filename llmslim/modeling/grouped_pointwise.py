@@ -35,8 +35,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
+from .compat import ACTIVATIONS
 from .sizes import (
     KeepRatio,
     OptionError,
@@ -153,7 +153,7 @@ class GroupedPointwise(StructuredLinear):
         self.groups: int = options.groups or 1  # nothing to group: one group, the dense projection
         self.variant: str = options.variant
         self.activation: str | None = options.activation
-        self.act = nn.Identity() if self.activation is None else ACT2FN[self.activation]
+        self.act = nn.Identity() if self.activation is None else ACTIVATIONS[self.activation]
         i, o = self.in_features // self.groups, self.out_features // self.groups
         # One group sees every channel already: there is nothing for a second branch to add.
         branches = 2 if self.variant == "io" and self.groups > 1 else 1
@@ -258,7 +258,7 @@ def _count(in_features: int, out_features: int, groups: int, variant: str) -> in
 def _check_variant(variant: str, activation: str | None, channel_order: str) -> None:
     if activation is not None and variant != "residual":
         raise OptionError("activation", "activation belongs to variant residual")
-    if activation is not None and activation not in ACT2FN:
+    if activation is not None and activation not in ACTIVATIONS:
         sentence = f"activation {activation!r} is not one that transformers knows"
         raise OptionError("activation", sentence)
     if channel_order == "learned" and variant != "io":

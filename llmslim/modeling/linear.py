@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D as TransposedLinear
+from transformers import Conv1D as TransposedLinear
 
 
 class Linear(nn.Linear):

@@ -20,9 +20,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModel
-from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
+from transformers import AutoModel, FineGrainedFP8Config, Mxfp4Config
 
+from llmslim.compat import model_mapping
 from llmslim.errors import CheckpointError
 from llmslim.modeling.base_class import auto_classes, listed_classes
 
@@ -168,14 +168,12 @@ def check_head(config: Any, folder: Path, given: str) -> None:
 
 def _base_classes(config: Any) -> set[str]:
     """Return the names of the classes without a head that a config's type has."""
-    listed = AutoModel._model_mapping._model_mapping.get(config.model_type, ())
+    kind = type(config)
+    if kind not in model_mapping(AutoModel):
+        return set()
     # A few types list the class that writes text there, too.
-    writing = {
-        cls.__name__
-        for auto in auto_classes(type(config)).values()
-        for cls in listed_classes(auto, type(config))
-    }
-    return ({listed} if isinstance(listed, str) else set(listed)) - writing
+    writing = {cls for auto in auto_classes(kind).values() for cls in listed_classes(auto, kind)}
+    return {cls.__name__ for cls in {*listed_classes(AutoModel, kind)} - writing}
 
 
 def _has_head(config: Any, folder: Path) -> bool:

@@ -19,9 +19,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from llmslim.compat import conversions, may_be_left_over, name_in_model, set_conversions
 from llmslim.errors import CheckpointError, and_more
 from llmslim.modeling.base_class import auto_class_of
 from llmslim.modeling.configuration_llmslim import register
@@ -85,8 +84,7 @@ def load_model(
         )
         for parameter in model.parameters():  # some are unpacked in the type of their scales
             parameter.data = parameter.data.to(model.config.dtype)
-        # How they were unpacked; transformers would pack them again on saving.
-        model._weight_conversions = None  # type: ignore[assignment]
+        set_conversions(model, None)  # transformers would pack them again on saving
         return model
     chosen = dtype or dtype_of_weights(source.given, entries)
     refuse_other_kinds(source.given, empty, entries, names_in_model(empty, entries))
@@ -170,17 +168,13 @@ def names_in_model(
         entries: names in the files.
         mapping: what transformers renames and merges on loading; worked out where not given.
     """
-    if mapping is None:
-        mapping = get_model_conversion_mapping(model) or ()
-    mapping = tuple(mapping)
-    renamings = [given for given in mapping if isinstance(given, WeightRenaming)]
-    converters = [given for given in mapping if isinstance(given, WeightConverter)]
+    mapping = conversions(model) if mapping is None else list(mapping)
     known, prefix = model.state_dict(), model.base_model_prefix
     names = {}
     for key in entries:
-        name, _ = rename_source_key(key, renamings, converters, prefix, known)
+        name = name_in_model(key, mapping, prefix, known)
         if name not in known and key in known:
-            name, _ = rename_source_key(key, [], [], prefix, known)
+            name = name_in_model(key, (), prefix, known)
         if name in known:
             names[key] = name
     return names
@@ -233,7 +227,7 @@ def unused_notes(
     if unused is None:
         entries = read_weights(source.path)
         unused = entries.keys() - names_in_model(model, entries)
-    ignored = [*map(re.compile, model._keys_to_ignore_on_load_unexpected or ()), _TABLES]
+    ignored = [*map(re.compile, may_be_left_over(model)), _TABLES]
     useless = sorted(key for key in unused if not any(each.search(key) for each in ignored))
     if not useless:
         return ()

@@ -21,19 +21,23 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import convert_and_load_state_dict_in_model
-from transformers.modeling_utils import LoadStateDictConfig
 
+from llmslim.compat import (
+    generation_settings,
+    load_tensors,
+    loading_config,
+    mark_initialized,
+    may_be_missing,
+    on_meta,
+)
 from llmslim.errors import CheckpointError, SlimError
 from llmslim.modeling.depth import plain_class
 
@@ -102,14 +106,8 @@ class Pieces:
         self.model = self._empty(entries, dtype, trust_remote_code)
         self._shapes = self.model.state_dict()
         try:
-            self._config = LoadStateDictConfig(
-                device_map={"": self.device},
-                dtype=self.model.dtype,
-                dtype_plan=self.model._get_dtype_plan(self.model.dtype),
-                weight_mapping=cast(Any, get_model_conversion_mapping(self.model)),
-            )
-            mapping = self._config.weight_mapping or []
-            self._names = names_in_model(self.model, entries, mapping)
+            self._config = loading_config(self.model, self.device)
+            self._names = names_in_model(self.model, entries, self._config.weight_mapping)
             refuse_other_kinds(source.given, self.model, entries, self._names)
             self.unused = sorted(entries.keys() - self._names.keys())
             """Tensors in the files that the model has no use for."""
@@ -125,7 +123,7 @@ class Pieces:
     @property
     def used_conversions(self) -> list[Any]:
         """What transformers renames and merges in these files."""
-        return [given for given in self._config.weight_mapping or [] if given.was_used()]
+        return [given for given in self._config.weight_mapping if given.was_used()]
 
     def files(self, piece: Piece) -> list[Path]:
         """Return the files that hold a piece."""
@@ -146,18 +144,15 @@ class Pieces:
         """Give a piece weights that are all zero and take no memory."""
         for home in piece.homes:
             for module in self.model.get_submodule(home).modules():
-                for name, weight in module._parameters.items():
-                    if weight is not None and weight.is_meta:
-                        module._parameters[name] = nn.Parameter(
-                            self._zeros(weight), requires_grad=False
-                        )
-                for name, buffer in module._buffers.items():
-                    if buffer is not None and buffer.is_meta:
-                        module._buffers[name] = self._zeros(buffer)
+                own = (*module.named_parameters(recurse=False), *module.named_buffers("", False))
+                for name, tensor in own:
+                    if tensor.is_meta:
+                        zero = torch.zeros((), dtype=tensor.dtype, device=self.device)
+                        zeros: Tensor = zero.expand(tensor.shape)
+                        if isinstance(tensor, nn.Parameter):
+                            zeros = nn.Parameter(zeros, requires_grad=False)
+                        setattr(module, name, zeros)
         self._put_tables()
-
-    def _zeros(self, like: Tensor) -> Tensor:
-        return torch.zeros((), dtype=like.dtype, device=self.device).expand(like.shape)
 
     def release(self, piece: Piece) -> None:
         """Take a piece's weights away again, those of blocks that it got in between as well."""
@@ -177,7 +172,7 @@ class Pieces:
         self._tables = {k: torch.empty_like(b, device=self.device) for k, b in unstored.items()}
         self._put_tables()
         for tensor in self.model.state_dict(keep_vars=True).values():
-            tensor._is_hf_initialized = True  # as from_pretrained marks what it has loaded
+            mark_initialized(tensor)
         try:
             self.model.initialize_weights()
         except Exception as error:  # each architecture has its own way
@@ -189,7 +184,7 @@ class Pieces:
     def _put_tables(self) -> None:
         for name, table in self._tables.items():
             module, _, leaf = name.rpartition(".")
-            self.model.get_submodule(module)._buffers[leaf] = table
+            setattr(self.model.get_submodule(module), leaf, table)
 
     def tensors(self, piece: Piece) -> Iterator[tuple[str, Tensor]]:
         """Yield the names and tensors of a piece, as the model has them now."""
@@ -273,7 +268,7 @@ class Pieces:
         twice = [n for n in tied if {n, tied[n]} <= set(self._names.values())]
         if twice:
             raise NotInPiecesError(f"{twice[0]} is tied and stored all the same")
-        dry = replace(self._config, device_map={"": "meta"})
+        dry = on_meta(self._config)
         missing, wrong = set(self.model.state_dict()), set[str]()
         for piece in self.all:
             with torch.device("meta"):
@@ -289,17 +284,17 @@ class Pieces:
         for name, owned_by in tied.items():
             if {name, owned_by} - missing:
                 missing -= {name, owned_by}
-        if missing and not wrong and self.model._keys_to_ignore_on_load_missing:
+        if missing and not wrong and may_be_missing(self.model):
             raise NotInPiecesError(f"its files lack {sorted(missing)[0]}")
         refuse_absent(self.source.given, {*missing, *wrong})
 
-    def _put(self, tensors: dict[str, Tensor], config: LoadStateDictConfig) -> Any:
+    def _put(self, tensors: dict[str, Tensor], config: Any) -> Any:
         # transformers asks for the names of the whole model each time: they stay the same.
         model: Any = self.model
         model.state_dict, model.named_buffers = (lambda: self._shapes), (lambda: iter(()))
         with quiet():
             try:
-                info, _ = convert_and_load_state_dict_in_model(self.model, tensors, config)
+                info = load_tensors(self.model, tensors, config)
             finally:
                 del model.state_dict, model.named_buffers
             if self.model.all_tied_weights_keys:
@@ -338,9 +333,7 @@ def _generation_config(folder: Path) -> GenerationConfig:
         try:
             config: GenerationConfig = GenerationConfig.from_pretrained(folder)
         except OSError:
-            config = GenerationConfig.from_pretrained(
-                folder, config_file_name="config.json", _from_model_config=True
-            )
+            config = generation_settings(folder)
     except Exception as error:  # it takes every key and value as it comes
         raise CheckpointError(
             f"{folder / 'generation_config.json'}: cannot be used ({first_line(error)}). Correct "

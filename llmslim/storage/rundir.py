@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from llmslim._version import __version__
+from llmslim.compat import CONFIG_ORIGIN
 from llmslim.errors import SlimError, and_more
 
 from .atomic import write_whole
@@ -38,7 +39,6 @@ LOCK, RUN = "lock", "run.json"
 _FORMAT = 3
 _SHOWN = 5
 _PIECE = 1 << 24  # numbers that are hashed at once
-_PASSING = ("_name_or_path", "transformers_version", "_commit_hash")  # where a config is from
 
 
 class RunDir:
@@ -208,7 +208,7 @@ def model_digest(model: Any) -> str:
         model: in memory, on any device.
     """
     digest = hashlib.sha256(type(model).__name__.encode())
-    config = {k: v for k, v in model.config.to_dict().items() if k not in _PASSING}
+    config = {k: v for k, v in model.config.to_dict().items() if k not in CONFIG_ORIGIN}
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in model.state_dict().items():
         add_tensor(digest, name, tensor)

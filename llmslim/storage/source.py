@@ -10,7 +10,6 @@ can unpack (see `config`).
 from __future__ import annotations
 
 import copy
-import functools
 import os
 import re
 from collections.abc import Iterator
@@ -20,19 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.utils.tqdm import (
+from huggingface_hub.utils import (
     are_progress_bars_disabled,
     disable_progress_bars,
     enable_progress_bars,
 )
-from transformers import (
-    AutoConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    modeling_gguf_pytorch_utils,
-)
-from transformers.utils import logging
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, logging
 
+from llmslim.compat import no_gguf_bar
 from llmslim.errors import CheckpointError
 from llmslim.modeling.base_class import auto_class_of
 from llmslim.modeling.configuration_llmslim import MODEL_TYPE, register
@@ -41,8 +35,6 @@ from .config import adapter_note, check_config, check_folder, check_head, check_
 from .gguf_header import check_gguf
 from .safetensors_io import hub_snapshot, read_json, read_weights
 
-_GGUF: Any = modeling_gguf_pytorch_utils
-"""Its bar over tensors asks no switch: it is taken away by name."""
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _MAX_HUB_ID = 200
 
@@ -255,20 +247,15 @@ def _read_config(
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence transformers' and the hub's logs and progress bars; restore what was set before."""
-    if isinstance(_GGUF.tqdm, functools.partial):
-        yield  # inside of another one
-        return
     verbosity = logging.get_verbosity()
     bars = logging.is_progress_bar_enabled()
     no_hub_bars = are_progress_bars_disabled()
-    gguf_bar = _GGUF.tqdm
-    _GGUF.tqdm = functools.partial(gguf_bar, disable=True)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with no_gguf_bar():
+            yield
     finally:
-        _GGUF.tqdm = gguf_bar
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
