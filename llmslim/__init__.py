@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from llmslim.api import save as save
     from llmslim.api import slim as slim
     from llmslim.api import verify as verify
-    from llmslim.conversion.options import ConvertOptions as ConvertOptions
     from llmslim.data import Windows as Windows
     from llmslim.editing.plans import Plan as Plan
     from llmslim.errors import CheckpointError as CheckpointError
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
     from llmslim.modeling.grouped_pointwise import GroupedPointwise as GroupedPointwise
     from llmslim.modeling.low_rank import LowRank as LowRank
     from llmslim.modeling.structured import StructuredLinear as StructuredLinear
+    from llmslim.options import ConvertOptions as ConvertOptions
     from llmslim.options import HealOptions as HealOptions
     from llmslim.plugins import register_init as register_init
     from llmslim.plugins import register_objective as register_objective
@@ -66,7 +66,6 @@ _HOMES = {
     "verify": "llmslim.api",
     "Verification": "llmslim.storage",
     "Windows": "llmslim.data",
-    "ConvertOptions": "llmslim.conversion.options",
     "CheckpointError": "llmslim.errors",
     "DataError": "llmslim.errors",
     "HealingError": "llmslim.errors",
@@ -80,6 +79,7 @@ _HOMES = {
     "HealReport": "llmslim.healing.report",
     "GroupedPointwise": "llmslim.modeling.grouped_pointwise",
     "LowRank": "llmslim.modeling.low_rank",
+    "ConvertOptions": "llmslim.options",
     "HealOptions": "llmslim.options",
     "StructuredLinear": "llmslim.modeling.structured",
     "register_init": "llmslim.plugins",

@@ -16,11 +16,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from llmslim import planning
 from llmslim.conversion.calibrate import calibration_spec
 from llmslim.conversion.convert import convert, slim_with
-from llmslim.conversion.options import Conversion, RecipeLike
+from llmslim.conversion.request import Conversion
 from llmslim.data import Windows, calibration_windows, embedding_rows
 from llmslim.editing.plans import Plan
 from llmslim.errors import CheckpointError, DataError, UnfinishedError
-from llmslim.options import HealOptions, takes
+from llmslim.options import HealOptions, RecipeLike, takes
 from llmslim.progress import Progress, quietly
 from llmslim.recipe import Recipe
 from llmslim.report.report import Report

@@ -15,7 +15,7 @@ from llmslim.errors import DataError
 from llmslim.recipe import Calibration, Recipe
 from llmslim.storage import NotInPiecesError, empty_model, load_tokenizer, open_source
 
-from .options import Request
+from .request import Request
 
 
 def check_text(request: Request, model: PreTrainedModel) -> None:

@@ -17,7 +17,7 @@ from llmslim.data import Windows
 from llmslim.errors import CheckpointError, RecipeError
 from llmslim.modeling.base_class import auto_class_name
 from llmslim.modeling.modeling_llmslim import SlimModelMixin
-from llmslim.options import takes
+from llmslim.options import ConvertOptions, takes
 from llmslim.progress import Progress, quietly
 from llmslim.recipe import Recipe, recipe_yaml
 from llmslim.report.card import model_card
@@ -43,7 +43,7 @@ from .calibrate import check_text, overflow_notes, read_text, token_ids, with_ov
 from .conversion_dir import ConversionDir, key_of
 from .device import device_named, memory_of
 from .layer_store import check_layers
-from .options import Conversion, ConvertOptions, Request
+from .request import Conversion, Request
 from .streamed import convert_streamed
 
 

@@ -58,8 +58,8 @@ from .calibrate import read_text
 from .conversion_dir import ConversionDir, key_of
 from .finished import FinishedPieces, PieceRecord
 from .layer_store import LayersOnDisk, most_bytes
-from .options import Conversion, Request
 from .proof import Prover, check_computes
+from .request import Conversion, Request
 from .target_model import TargetModel, is_dropped
 
 
