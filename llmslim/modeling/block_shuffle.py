@@ -30,18 +30,6 @@ from .structured import StructuredLinear
 class BlockShuffle(StructuredLinear):
     """Two block-diagonal maps with a shuffle between, `first` (B, I/B, m), `second` (B, m, O/B).
 
-    Args:
-        in_features: input channels I.
-        out_features: output channels O.
-        blocks: B; must divide I and O.
-        inner_features: channels between the two maps, B m: a multiple of B.
-        bias: whether a bias of shape (O,) is added.
-        device: where the parameters live.
-        dtype: the parameters' type.
-
-    Raises:
-        ValueError: if the blocks do not divide both sizes, or the inner width is out of range.
-
     Example:
         >>> block = BlockShuffle(64, 32, blocks=4, inner_features=32)
         >>> block(torch.ones(2, 64)).shape, sum(p.numel() for p in block.parameters())

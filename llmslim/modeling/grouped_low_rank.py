@@ -43,19 +43,6 @@ _GROUPED_SHARE = 12
 class GroupedLowRank(StructuredLinear):
     """The sum of `grouped`, a GroupedPointwise of variant io, and `low_rank`, a LowRank.
 
-    Args:
-        in_features: input channels I.
-        out_features: output channels O.
-        groups: G; must divide I and O.
-        rank: R, at least 1 and at most min(I, O).
-        channel_order: `fixed` or `learned`, of the grouped part.
-        bias: whether a bias of shape (O,) is added.
-        device: where the parameters live.
-        dtype: the parameters' type.
-
-    Raises:
-        ValueError: if the groups do not divide both sizes, or the rank is out of range.
-
     Example:
         >>> block = GroupedLowRank(64, 32, groups=8, rank=4)
         >>> block(torch.ones(2, 64)).shape, sum(p.numel() for p in block.parameters())

@@ -56,23 +56,6 @@ _GATHER_ROWS = 512
 class GroupedPointwise(StructuredLinear):
     """A grouped pointwise convolution, variant `io` or `residual`; see the module's text.
 
-    Args:
-        in_features: input channels I.
-        out_features: output channels O.
-        groups: G; must divide I and O. By default the largest common divisor of both that
-            leaves at least `min_channels_per_group` input channels to each group (the report's
-            rule). G = 1 is a dense projection.
-        min_channels_per_group: used only where `groups` is not given.
-        variant: `io` or `residual`.
-        activation: name of a transformers activation, `residual` only.
-        channel_order: `learned` adds the index buffer `order` (G, 2i), `io` only; `fixed` has none.
-        bias: whether a bias of shape (O,) is added.
-        device: where the parameters live.
-        dtype: the parameters' type.
-
-    Raises:
-        ValueError: if the groups do not divide both sizes, or the variant is not known.
-
     Example:
         >>> block = GroupedPointwise(8, 12, groups=2)
         >>> block(torch.ones(3, 8)).shape, block.weight.shape
