@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from llmslim import fitting
 from llmslim.data import Windows, calibration_windows, longest_input
 from llmslim.errors import DataError
 from llmslim.recipe import Calibration, Recipe
@@ -119,11 +118,6 @@ def overflow_note(given: str, what: str) -> str:
         f"{given}: its own {what} not finite in float16, which holds numbers up to {most:,.0f}, "
         "whatever the recipe. Pass dtype (--dtype) bfloat16 or float32 for a model that computes."
     )
-
-
-def token_ids(windows: Windows | None) -> fitting.TokenWindows | None:
-    """Return what fitting needs of calibration windows."""
-    return None if windows is None else fitting.TokenWindows(windows.ids, windows.held_out)
 
 
 def calibration_spec(

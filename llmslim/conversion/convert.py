@@ -39,7 +39,7 @@ from llmslim.storage import (
     write_checkpoint,
 )
 
-from .calibrate import check_text, overflow_notes, read_text, token_ids, with_overrides
+from .calibrate import check_text, overflow_notes, read_text, with_overrides
 from .conversion_dir import ConversionDir, key_of
 from .device import device_named, memory_of
 from .layer_store import check_layers
@@ -238,7 +238,7 @@ def slim_with(
     Returns:
         The ledger, and the recipe with the sizes that a budget comes to.
     """
-    ids = token_ids(windows)
+    ids = None if windows is None else fitting.TokenWindows(windows.ids, windows.held_out)
     if ids is not None and plan.recipe.has_auto and plan.needs_calibration:
         recipe = fitting.allocate(model, plan.recipe, ids, init=init, progress=progress)
         plan = planning.plan(model, recipe, model_name=plan.model, init=init)

@@ -44,11 +44,6 @@ class Prover:
         self._pieces = pieces
         self._layers, self._calls = _calls(pieces)
 
-    @property
-    def runs_layers(self) -> bool:
-        """Whether decoder layers are run."""
-        return self._calls is not None
-
     @torch.no_grad()
     def sketch(self, piece: Piece) -> list[float]:
         """Return a sketch of what a piece that is in memory computes; empty if it is not run."""

@@ -16,10 +16,12 @@ Where blocks are fitted to calibration text, decoder layers come first, see `lay
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -35,13 +37,13 @@ from llmslim.report.card import model_card
 from llmslim.report.report import Report
 from llmslim.storage import (
     INDEX,
-    FileHashes,
     Piece,
     Pieces,
     check_loads,
     check_tokenizer,
     explain_nonfinite,
     flush_all,
+    hashing,
     input_files,
     load_tokenizer,
     nonfinite_notes,
@@ -91,9 +93,9 @@ def convert_streamed(
     with (
         _one_core_left() if text is None else nullcontext(),
         work.begun(key, resume=options.resume),
-        FileHashes() as hashes,
+        hashing() as hash_of,
     ):
-        conversion = _Streamed(request, pieces, plan, target, work, hashes)
+        conversion = _Streamed(request, pieces, plan, target, work, hash_of)
         conversion.write_weights(text)
         written = type_notes(source, pieces.model.dtype, options.dtype)
         report = conversion.finish(tokenizer, text, (*written, *notes))
@@ -110,10 +112,10 @@ class _Streamed:
         plan: Plan,
         target: TargetModel,
         work: ConversionDir,
-        hashes: FileHashes,
+        hash_of: Callable[[Path], Future[str]],
     ) -> None:
         self.request, self.pieces, self.plan, self.target = request, pieces, plan, target
-        self.work, self.folder, self.hashes = work, work.checkpoint, hashes
+        self.work, self.folder, self.hash_of = work, work.checkpoint, hash_of
         self.prover = Prover(pieces)
         names = [piece.name for piece in pieces.all]
         self.finished = FinishedPieces(work.checkpoint, work.records, target, names)
@@ -135,7 +137,7 @@ class _Streamed:
             self._count_done()
             for piece in self.pieces.all:
                 for path in self.pieces.files(piece):
-                    self.hashes.start(path)
+                    self.hash_of(path)
                 if piece.name in self.finished.done:
                     continue
                 self.pieces.load(piece)
@@ -187,7 +189,7 @@ class _Streamed:
                 auto_class=auto_class_name(target.model.config),
             ),
         )
-        known |= {path: self.hashes.of(path) for path in input_files(source)}
+        known |= {path: self.hash_of(path).result() for path in input_files(source)}
         write_manifest(folder, source=source, known=known)
         flush_all(folder)
         kind = type(target.model).__name__
@@ -195,8 +197,7 @@ class _Streamed:
         records = self.finished.done.values()
         sketches = {self.plan.new_name(one.piece): one.sketch for one in records if one.sketch}
         check_computes(written, target.model, sketches)
-        if tokenizer is not None:
-            check_tokenizer(tokenizer, folder)
+        check_tokenizer(tokenizer, folder)
         return report
 
     def _put(self, piece: Piece, record: PieceRecord) -> None:

@@ -17,9 +17,9 @@ from .load import load_model as load_model
 from .load import load_tokenizer as load_tokenizer
 from .load import type_notes as type_notes
 from .load import unused_notes as unused_notes
-from .manifest import FileHashes as FileHashes
 from .manifest import Verification as Verification
 from .manifest import file_sha256 as file_sha256
+from .manifest import hashing as hashing
 from .manifest import input_files as input_files
 from .manifest import verify_folder as verify_folder
 from .manifest import write_manifest as write_manifest

@@ -179,9 +179,20 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def all_files(folder: Path) -> list[Path]:
-    """Return every file in a folder and in those inside it, in order."""
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+def all_files(folder: Path, *without: str) -> list[Path]:
+    """Return every file in a folder and in those inside it, in order.
+
+    Args:
+        folder: git and the hub put files of theirs in it: names that begin with a dot are left out.
+        *without: names of files in it that are left out, too.
+    """
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.relative_to(folder).as_posix() not in without
+    )
 
 
 def _error_number(error: BaseException) -> int | None:

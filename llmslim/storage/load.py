@@ -26,6 +26,7 @@ from llmslim.modeling.base_class import auto_class_of
 from llmslim.modeling.configuration_llmslim import register
 
 from .config import unpacking
+from .kphi3 import load_kphi3
 from .safetensors_io import FLOATS, Entry, read_weights
 from .source import Source, empty_model, first_line, quiet
 
@@ -61,8 +62,6 @@ def load_model(
     if source.path is None:
         raise CheckpointError(f"{source.given}: has no folder to load weights from.")
     if source.is_kphi3:
-        from .kphi3 import load_kphi3
-
         with quiet():
             return load_kphi3(source.path, dtype=dtype)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}

@@ -21,7 +21,6 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,7 +48,7 @@ from .load import (
     refuse_absent,
     refuse_other_kinds,
 )
-from .safetensors_io import TORCH_TYPES, Entry, read_header, read_weights, weight_files
+from .safetensors_io import TORCH_TYPES, Entry, read_weights
 from .source import Source, empty_model, first_line, quiet
 
 
@@ -100,8 +99,7 @@ class Pieces:
             raise NotInPiecesError("its files are of a kind of their own")
         self.source, self.device = source, torch.device(device)
         self._tables: dict[str, Tensor] = {}
-        self._where = {key: path for path in weight_files(source.path) for key in read_header(path)}
-        entries = read_weights(source.path)
+        self._entries = entries = read_weights(source.path)
         check_size(source, entries, trust_remote_code)
         self.model = self._empty(entries, dtype, trust_remote_code)
         self._shapes = self.model.state_dict()
@@ -127,7 +125,7 @@ class Pieces:
 
     def files(self, piece: Piece) -> list[Path]:
         """Return the files that hold a piece."""
-        return list(dict.fromkeys(self._where[key] for key in piece.stored))
+        return list(dict.fromkeys(self._entries[key].path for key in piece.stored))
 
     def load(self, piece: Piece) -> None:
         """Give a piece its weights."""
@@ -136,7 +134,7 @@ class Pieces:
                 path: stack.enter_context(safe_open(path, framework="pt"))
                 for path in self.files(piece)
             }
-            tensors = {key: opened[self._where[key]].get_tensor(key) for key in piece.stored}
+            tensors = {key: opened[self._entries[key].path].get_tensor(key) for key in piece.stored}
             self._put(tensors, self._config)
         self._put_tables()
 
@@ -361,13 +359,7 @@ def _free_memory() -> None:
     glibc keeps what is freed in pieces of less than 32 MB, and lays the next ones beside it: over
     a large model it comes to hold a third more than is in use.
     """
-    trim = _trim()
-    if trim is not None:
-        trim(0)
-
-
-@cache
-def _trim() -> Any:
-    if sys.platform != "linux":
-        return None
-    return getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
+        if trim is not None:
+            trim(0)

@@ -60,6 +60,8 @@ class Entry(NamedTuple):
 
     dtype: str
     shape: tuple[int, ...]
+    path: Path
+    """The file."""
 
 
 def read_header(path: Path) -> dict[str, Entry]:
@@ -76,7 +78,7 @@ def read_header(path: Path) -> dict[str, Entry]:
             start = file.read(9)
         with safe_open(path, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-            found = {n: Entry(s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
+            found = {n: Entry(s.get_dtype(), tuple(s.get_shape()), path) for n, s in slices.items()}
     except SafetensorError as error:
         # A zip archive, which torch.save writes, or a pickle of protocol 2 or later.
         zipped = start[:4] == b"PK\x03\x04"

@@ -33,6 +33,8 @@ from llmslim.modeling.configuration_llmslim import MODEL_TYPE, register
 
 from .config import adapter_note, check_config, check_folder, check_head, check_quantisation
 from .gguf_header import check_gguf
+from .kphi3 import kphi3_config
+from .kphi3_layout import is_kphi3_config
 from .safetensors_io import hub_snapshot, read_json, read_weights
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -116,10 +118,11 @@ def open_source(
     if weights:
         check_quantisation(config_dict, given)
         read_weights(folder)
-    is_kphi3, config = _read_config(given, folder, config_dict, trust_remote_code)
-    if not is_kphi3:
-        check_head(config, folder, given)
-    return Source(given, folder, None, config, is_kphi3)
+    if is_kphi3_config(config_dict):
+        return Source(given, folder, None, kphi3_config(folder), is_kphi3=True)
+    config = _read_config(given, folder, config_dict, trust_remote_code)
+    check_head(config, folder, given)
+    return Source(given, folder, None, config, is_kphi3=False)
 
 
 def empty_model(
@@ -214,16 +217,12 @@ def _open_gguf(given: str, path: Path) -> Source:
 
 def _read_config(
     given: str, folder: Path, config_dict: dict[str, Any], trust_remote_code: bool
-) -> tuple[bool, PreTrainedConfig]:
-    """Return whether it is a published kphi-3, and the config.
+) -> PreTrainedConfig:
+    """Return a folder's config.
 
     Raises:
         CheckpointError: if transformers cannot make a config of it.
     """
-    from .kphi3 import is_kphi3_config, kphi3_config
-
-    if is_kphi3_config(config_dict):
-        return True, kphi3_config(folder)
     register()
     try:
         with quiet():
@@ -241,7 +240,7 @@ def _read_config(
         raise CheckpointError(
             f"{given}: its config.json cannot be used ({first_line(error)}).{hint}"
         ) from error
-    return False, config
+    return config
 
 
 @contextmanager
