@@ -26,8 +26,8 @@ from llmslim.recipe import Recipe
 from llmslim.report.report import Report
 from llmslim.storage import (
     Verification,
-    check_apart,
     check_finite,
+    check_keeps_source,
     check_target,
     dense_copy,
     empty_model,
@@ -268,7 +268,7 @@ def _healing_target(model: PreTrainedModel | str | Path, options: HealOptions) -
     target = Path(out).absolute()
     check_target(target, options.overwrite)
     if isinstance(model, str | Path) and Path(model).is_dir():
-        check_apart(target, Path(model), str(model), same=True)
+        check_keeps_source(target, Path(model), str(model), same=True)
     return target
 
 
@@ -290,7 +290,7 @@ def export_dense(
     target = Path(out)
     check_target(target, overwrite)
     source = open_source(path)
-    check_apart(target, source.path, source.given)
+    check_keeps_source(target, source.path, source.given)
     model = load_model(source)
     check_finite(model.state_dict().items(), source.given, allow_nonfinite=allow_nonfinite)
     dense = dense_copy(model)

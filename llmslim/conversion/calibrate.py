@@ -44,7 +44,7 @@ def read_text(request: Request, tokenizer: Any, model: PreTrainedModel) -> Windo
         tokenizer: the model's.
         model: in memory, if the text is to be sampled from it.
     """
-    return calibration_windows(_spec(request, model), tokenizer, model, progress=request.tell)
+    return calibration_windows(_spec(request, model), tokenizer, model, progress=request.progress)
 
 
 def _spec(request: Request, model: PreTrainedModel) -> Calibration:
@@ -59,7 +59,7 @@ def try_text(model: str, recipe: Recipe, *, trust_remote_code: bool = False) -> 
 
     Args:
         model: what would be converted; none of its weights are read.
-        recipe: says which text; what is no file here is not read, which a note states.
+        recipe: names the text; what is not a file here is not read, and a note states so.
         trust_remote_code: run model code that comes with the model.
 
     Returns:
@@ -87,7 +87,7 @@ def try_text(model: str, recipe: Recipe, *, trust_remote_code: bool = False) -> 
 
 @torch.no_grad()
 def overflow_notes(model: PreTrainedModel, windows: Windows | None, given: str) -> tuple[str, ...]:
-    """Say so where a dense model overflows its own type: no recipe is to blame for that.
+    """Return a note where a dense model overflows its type, whatever the recipe.
 
     Args:
         model: with weights that are finite.

@@ -25,8 +25,8 @@ from llmslim.report.report import Report
 from llmslim.storage import (
     NotInPiecesError,
     Pieces,
-    check_apart,
     check_finite,
+    check_keeps_source,
     check_target,
     empty_model,
     explain_nonfinite,
@@ -73,7 +73,7 @@ def convert(model: str | Path, options: ConvertOptions) -> Conversion:
     if published is not None:
         return Conversion(target, published, auto_class_name(source.config))
     check_target(target, options.overwrite)
-    check_apart(target, source.path, source.given)
+    check_keeps_source(target, source.path, source.given)
     work.check(resume=options.resume, overwrite=options.overwrite)
     trusted = options.trust_remote_code
     notes: tuple[str, ...] = ()
@@ -164,9 +164,9 @@ def _convert_in_memory(request: Request, notes: tuple[str, ...]) -> Conversion:
         request: what to do.
         notes: sentences for the report.
     """
-    source, options, tell = request.source, request.options, request.tell
+    source, options, progress = request.source, request.options, request.progress
     trusted = options.trust_remote_code
-    tell(0, 0, "reading the model")
+    progress(0, 0, "reading the model")
     model = load_model(source, dtype=options.dtype, trust_remote_code=trusted)
     nonfinite = check_finite(
         model.state_dict().items(), source.given, allow_nonfinite=options.allow_nonfinite
@@ -184,7 +184,7 @@ def _convert_in_memory(request: Request, notes: tuple[str, ...]) -> Conversion:
     def fitting(done: int, total: int, what: str) -> None:
         nonlocal steps
         steps = total
-        tell(done, total + 1, what)
+        progress(done, total + 1, what)
 
     with explain_nonfinite(nonfinite):
         report, recipe = slim_with(
@@ -194,7 +194,7 @@ def _convert_in_memory(request: Request, notes: tuple[str, ...]) -> Conversion:
     written = type_notes(source, model.dtype, options.dtype)
     notes = (*nonfinite, *overflow, *(windows.notes if windows else ()), *written, *notes)
     report = replace(report, problems=(*report.problems, *notes))
-    tell(steps, steps + 1, "writing and reading back")
+    progress(steps, steps + 1, "writing and reading back")
     write_checkpoint(
         model,
         request.target,
@@ -212,7 +212,7 @@ def _convert_in_memory(request: Request, notes: tuple[str, ...]) -> Conversion:
         max_shard_size=options.max_shard_size,
         overwrite=options.overwrite,
     )
-    tell(steps + 1, steps + 1, "done")
+    progress(steps + 1, steps + 1, "done")
     return Conversion(request.target, report, auto_class_name(source.config))
 
 
@@ -225,7 +225,7 @@ def slim_with(
     init: str | None,
     progress: Progress | None,
 ) -> tuple[Report, Recipe]:
-    """Change a model in memory as a plan says, in place.
+    """Carry out a plan on a model in memory, in place.
 
     Args:
         model: what to change.

@@ -41,7 +41,7 @@ class PieceRecord:
     """Its blocks that the text never reached."""
     streams: str = ""
     """SHA-256 of the hidden states after it, where it was fitted to text."""
-    sketch: list[float] = field(default_factory=list)
+    fingerprint: list[float] = field(default_factory=list)
     """What it computes on fixed inputs, see `proof`."""
     files: dict[str, str] = field(default_factory=dict)
     """SHA-256 of its files, by name."""
@@ -53,7 +53,7 @@ class PieceRecord:
             record = cls(**json.loads(path.read_text(encoding="utf-8")))
             good = (
                 all(v is None or type(v) is float for v in record.errors.values())
-                and all(type(v) is float for v in record.sketch)
+                and all(type(v) is float for v in record.fingerprint)
                 and all(
                     type(v) is str and v.isprintable()
                     for texts in (record.nonfinite, record.notes, record.unseen)

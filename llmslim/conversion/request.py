@@ -24,7 +24,7 @@ class Request:
     device: torch.device
     options: ConvertOptions
     """With the method, the texts and the bytes of a file that the caller's come to."""
-    tell: Progress
+    progress: Progress
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,13 @@
 """Convert a model piece by piece: no more of it is in memory than a decoder layer at a time.
 
 A piece is read, rewritten by the same functions that rewrite a whole model, and handed to a thread
-that writes it to files of its own; meanwhile the next one is read. A third thread takes the
+that writes its files; meanwhile the next one is read. A third thread takes the
 digests of the model's files for the manifest. When all pieces are on the disk, every file is read
 back and compared with what was handed over, the headers with the model that the new config
 describes, each piece is run and compared with what it computed as it was made, and only then is the
 folder renamed.
 
-What it costs: beside the piece at hand, the one that is being written stays in memory; and files
+What it costs: two pieces are in memory, the one that is made and the one that is written; and files
 of weights follow the layers.
 
 Where blocks are fitted to calibration text, decoder layers come first, see `layer_store`.
@@ -60,7 +60,7 @@ from .calibrate import read_text
 from .conversion_dir import ConversionDir, key_of
 from .finished import FinishedPieces, PieceRecord
 from .layer_store import LayersOnDisk, most_bytes
-from .proof import Prover, check_computes
+from .proof import PieceRunner, check_computes
 from .request import Conversion, Request
 from .target_model import TargetModel, is_dropped
 
@@ -100,7 +100,7 @@ def convert_streamed(
         written = type_notes(source, pieces.model.dtype, options.dtype)
         report = conversion.finish(tokenizer, text, (*written, *notes))
         work.publish(key)
-    request.tell(conversion.total + 1, conversion.total + 1, "done")
+    request.progress(conversion.total + 1, conversion.total + 1, "done")
     return Conversion(request.target, report, auto_class_name(source.config))
 
 
@@ -116,7 +116,7 @@ class _Streamed:
     ) -> None:
         self.request, self.pieces, self.plan, self.target = request, pieces, plan, target
         self.work, self.folder, self.hash_of = work, work.checkpoint, hash_of
-        self.prover = Prover(pieces)
+        self.runner = PieceRunner(pieces)
         names = [piece.name for piece in pieces.all]
         self.finished = FinishedPieces(work.checkpoint, work.records, target, names)
         narrowed = [mlp.mlp.down for mlp in plan.mlps if mlp.fitted]
@@ -168,7 +168,7 @@ class _Streamed:
             CheckpointError: if something reads back differently.
         """
         source, target, folder = self.request.source, self.target, self.folder
-        self.request.tell(self.total, self.total + 1, "writing and reading back")
+        self.request.progress(self.total, self.total + 1, "writing and reading back")
         report = self._report((*(() if text is None else text.notes), *notes))
         if text is not None:
             report = replace(report, fitted_to=text.description)
@@ -195,16 +195,18 @@ class _Streamed:
         kind = type(target.model).__name__
         written = check_loads(folder, target.tensors, kind, self.pieces.device)
         records = self.finished.done.values()
-        sketches = {self.plan.new_name(one.piece): one.sketch for one in records if one.sketch}
-        check_computes(written, target.model, sketches)
+        fingerprints = {
+            self.plan.new_name(one.piece): one.fingerprint for one in records if one.fingerprint
+        }
+        check_computes(written, target.model, fingerprints)
         check_tokenizer(tokenizer, folder)
         return report
 
     def _put(self, piece: Piece, record: PieceRecord) -> None:
-        """Hand over a piece that is as it will be."""
+        """Hand a finished piece to the thread that writes it."""
         tensors: dict[str, torch.Tensor] = {}
         if not is_dropped(piece.name, self.plan):
-            record = replace(record, sketch=self.prover.sketch(piece))
+            record = replace(record, fingerprint=self.runner.fingerprint(piece))
             made = self.pieces.tensors(piece)
             tensors = {self.plan.new_name(name): tensor.cpu() for name, tensor in made}
         self.finished.put(record, tensors)
@@ -237,7 +239,7 @@ class _Streamed:
                 text.ids,
                 text.held_out,
                 seed_of=self.seed_of,
-                progress=self._tell,
+                progress=self._progress,
                 store=store,
             )
 
@@ -253,7 +255,7 @@ class _Streamed:
     def _nonfinite(
         self, found: Mapping[str, list[str]], *, allowed: bool = False
     ) -> tuple[str, ...]:
-        """Say which tensors hold NaN or infinities.
+        """Return notes on the tensors that hold NaN or infinities.
 
         Args:
             found: those of each piece.
@@ -266,9 +268,9 @@ class _Streamed:
         allowed = allowed or self.request.options.allow_nonfinite
         return nonfinite_notes(names, self.request.source.given, allow_nonfinite=allowed)
 
-    def _tell(self, what: str) -> None:
+    def _progress(self, what: str) -> None:
         self.steps += 1
-        self.request.tell(self.steps, self.total + 1, what)
+        self.request.progress(self.steps, self.total + 1, what)
 
     def _count_done(self) -> None:
         done = self.finished.done
@@ -276,7 +278,7 @@ class _Streamed:
 
     @torch.no_grad()
     def _rewrite(self, piece: Piece, nonfinite: list[str]) -> dict[str, float | None]:
-        """Do what the plan says about one piece; return the errors of its blocks."""
+        """Carry out the plan for one piece; return the errors of its blocks."""
         model = self.pieces.model
         errors: dict[str, float | None] = {}
         if is_dropped(piece.name, self.plan):
@@ -288,7 +290,7 @@ class _Streamed:
             for site in self.plan.sites:
                 if self._is_in(site.name, piece):
                     errors[site.name] = editing.fill_site(model, site, self.seed_of)
-                    self._tell(site.name)
+                    self._progress(site.name)
         return errors
 
     def _is_in(self, name: str, piece: Piece) -> bool:

@@ -1,7 +1,7 @@
-"""What a conversion ends in, known before it begins: config, names, shapes, types, files.
+"""The model that a conversion will write: config, names, shapes, types and files of its tensors.
 
-Each piece that a model is loaded in becomes a file of its own, or several where it is larger than a
-file may be. So a piece is finished when its files are there.
+Each piece of the model is written to a file, or to several where it is larger than
+`max_shard_size`. So a piece is finished when its files are there.
 """
 
 from __future__ import annotations
@@ -119,13 +119,13 @@ class TargetModel:
     ) -> dict[str, dict[str, dict[str, Tensor]]]:
         """Return what each file of each piece holds."""
         left = [piece for piece in pieces.all if not is_dropped(piece.name, plan)]
-        piece_at = {plan.new_name(home): piece for piece in left for home in piece.homes}
+        piece_at = {plan.new_name(holder): piece for piece in left for holder in piece.modules}
         tensors: dict[Piece, dict[str, Tensor]] = defaultdict(dict)
         for name, tensor in self._kept.items():
-            home = name
-            while home not in piece_at and home:
-                home = home.rpartition(".")[0]
-            tensors[piece_at[home]][name] = tensor
+            holder = name
+            while holder not in piece_at and holder:
+                holder = holder.rpartition(".")[0]
+            tensors[piece_at[holder]][name] = tensor
         groups: list[tuple[str, dict[str, Tensor]]] = []
         for piece in left:
             stored = self._stored(tensors[piece])

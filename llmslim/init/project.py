@@ -5,7 +5,7 @@ channel order those of most weight, and `low_rank` is the truncated singular val
 (Eckart and Young 1936). All others are fitted as `least_squares` fits them to white input.
 
 Small weights move outputs as much as large ones where inputs are large: a nearest matrix is not
-the nearest map, and a grouped block filled this way needs healing before it says anything.
+the nearest map, and a grouped block filled this way needs healing before it writes any sense.
 
 Shapes: I = in_features, O = out_features, G = groups, i = I/G, o = O/G, R = rank.
 """

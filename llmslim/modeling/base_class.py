@@ -2,8 +2,8 @@
 
 A model that reads images or sound besides text is listed under other Auto classes than one of
 text alone, some under both: `Llama4Config` is a `Llama4ForCausalLM` to `AutoModelForCausalLM`,
-its text part, and a `Llama4ForConditionalGeneration` to `AutoModelForImageTextToText`. Which of
-them a checkpoint holds, the `architectures` of its config says.
+its text part, and a `Llama4ForConditionalGeneration` to `AutoModelForImageTextToText`. The
+`architectures` of its config name the one that a checkpoint holds.
 
 These files travel inside checkpoints: they import torch and transformers only.
 """
@@ -75,7 +75,7 @@ def auto_class_of(config: Any, *, trust_remote_code: bool = False) -> Any:
 
 
 def auto_class_name(config: Any) -> str:
-    """Return the name of the Auto class that says most about what a model reads.
+    """Return the name of the most specific Auto class for what a model reads.
 
     Args:
         config: of a slim or an ordinary model.

@@ -40,7 +40,7 @@ class BlockShuffle(StructuredLinear):
 
     @dataclass(frozen=True)
     class Options:
-        """What a recipe may say of it: inner_features or keep_ratio, and the blocks."""
+        """Options in a recipe: inner_features or keep_ratio, and the blocks."""
 
         blocks: Annotated[
             int | None, "Number of blocks B; must divide both sizes. By default the fewest."

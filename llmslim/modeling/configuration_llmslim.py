@@ -1,6 +1,6 @@
 """The config of a slimmed model: every field of its base config, and what its blocks are.
 
-Kept apart from the model classes so that reading a config.json needs none of them: `import
+In a file without model classes, so that reading a config.json needs none of them: `import
 llmslim` teaches transformers the model type through this file alone.
 
 These files travel inside checkpoints: they import torch and transformers only.

@@ -1,7 +1,7 @@
 """Structured blocks in the place of a stack of expert matrices.
 
 A mixture of experts holds each of its projections as one parameter, (E, O, I) or transposed
-(E, I, O), and every architecture has a loop of its own around it. This module takes the
+(E, I, O), and every architecture has its own loop around it. This module takes the
 parameter's place and its name. What the loop asks of the parameter, `weight[expert]`,
 `F.linear(x, weight)`, `x @ weight`, `torch.bmm(x, weight)`, is answered with the block's product
 (`__torch_function__`), so that the architecture's own forward runs as it is: routing, activations
@@ -66,7 +66,7 @@ class Experts(Initialized, nn.Module):
         block = build(of, device="meta", dtype=dtype)
         if not isinstance(block, StructuredLinear) or block.bias is not None:
             raise ValueError("an expert is a structured block without bias")
-        # In a tuple: a block without weights of its own, not one of this module's children.
+        # In a tuple: a block without weights, not one of this module's children.
         self._one = (block,)
         for name, parameter in block.named_parameters():
             holder, leaf = _holder(self, name)
@@ -158,7 +158,7 @@ class Experts(Initialized, nn.Module):
     def adapt(self, holder: nn.Module) -> None:
         """Keep the module that holds the parameter on its plain loop, in place.
 
-        Its config is a copy of its own: the choice concerns this module alone and outlives
+        It gets a copy of the config: the choice concerns this module alone and outlives
         `set_experts_implementation`.
         """
         if hasattr(holder, "config"):

@@ -37,7 +37,7 @@ from .sizes import (
 from .structured import StructuredLinear
 
 _GROUPED_SHARE = 12
-"""The grouped part gets at most one part in so many of the budget."""
+"""The grouped part gets at most this fraction of the budget: 1 / 12."""
 
 
 class GroupedLowRank(StructuredLinear):
@@ -54,7 +54,7 @@ class GroupedLowRank(StructuredLinear):
 
     @dataclass(frozen=True)
     class Options:
-        """What a recipe may say of it: groups and rank, or keep_ratio, perhaps with groups."""
+        """Options in a recipe: groups and rank, or keep_ratio, perhaps with groups."""
 
         groups: Annotated[
             int | None,

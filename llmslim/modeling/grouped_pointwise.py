@@ -24,7 +24,7 @@ IO/G + O²/G weights, or IO/G. With an activation it is no longer linear, no den
 Shapes: I = in_features, O = out_features, G = groups, i = I/G, o = O/G, N = rows of x.
 Source: Schuler et al. 2022, "Grouped Pointwise Convolutions Reduce Parameters in Convolutional
 Neural Networks"; Schuler, "Saving 77% of the Parameters in Large Language Models" (kphi-3). The
-published code keeps W1 and W2 apart and scales their initial values otherwise (`llmslim.init`).
+published code keeps W1 and W2 as two tensors and draws them at another scale (`llmslim.init`).
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class GroupedPointwise(StructuredLinear):
 
     @dataclass(frozen=True)
     class Options:
-        """What a recipe may say of it: at most one of the first three."""
+        """Options in a recipe: at most one of the first three."""
 
         groups: Annotated[int | None, "Number of groups G; must divide both sizes."] = None
         min_channels_per_group: Annotated[

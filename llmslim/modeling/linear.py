@@ -1,4 +1,4 @@
-"""Ordinary dense projections whose sizes differ from what the base model's config says.
+"""Ordinary dense projections whose sizes differ from the base model's config.
 
 Needed where widths differ from layer to layer, or where an architecture has no config field for
 its MLP width (BLOOM): the base class would build the wrong size, a site entry corrects it.

@@ -33,7 +33,7 @@ class LowRank(StructuredLinear):
 
     @dataclass(frozen=True)
     class Options:
-        """What a recipe may say of it: one of the two."""
+        """Options in a recipe: one of the two."""
 
         rank: Annotated[int | None, "Inner size R, at most the smaller of both sizes."] = None
         keep_ratio: KeepRatio = None

@@ -15,7 +15,7 @@ base model class whose `__init__` swaps each site for the block that its spec de
 comes back is a LlamaForCausalLM, Phi3ForCausalLM ... to generate, peft, Trainer and accelerate.
 
 The original model_type would load too, as a dense model with random weights where the blocks
-were: hence the type of its own, and a load that fails on any missing or left-over weight.
+were: hence the new type, and a load that fails on any missing or left-over weight.
 
 These files travel inside checkpoints: they import torch and transformers only.
 """
@@ -88,9 +88,9 @@ class SlimModelMixin:
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """Return whether the base class is code of its own; to transformers a slim one is as it is.
+        """Return whether the base class is custom code; transformers treats a slim class alike.
 
-        Otherwise loading would not compute anew what some models keep outside their files.
+        Otherwise loading would not recompute the tables that some models keep out of their files.
         """
         base: Any = next(base for base in cls.__mro__ if not issubclass(base, SlimModelMixin))
         return bool(base.is_custom_code())
@@ -182,7 +182,7 @@ class SlimForCausalLM(BuiltByAuto):
 
 
 def auto_map(config: Any) -> dict[str, str]:
-    """Return what a slim config.json says of the files that load it.
+    """Return the `auto_map` of a slim config.json: the files that load it.
 
     Args:
         config: a slim config; it loads with the Auto classes that its base loads with.
@@ -211,12 +211,12 @@ def replace_sites(model: nn.Module, sites: dict[str, dict[str, Any]]) -> None:
         block = build(spec, device=weight.device, dtype=weight.dtype)
         for each in (name, *shared.get(name, ())):
             set_module(model, each, block)
-            _spare_drawing(model, each)
+            _mark_parents(model, each)
     refresh_ties(model)
 
 
-def _spare_drawing(model: nn.Module, name: str) -> None:
-    """Tell transformers that what is around a block is drawn already, in place.
+def _mark_parents(model: nn.Module, name: str) -> None:
+    """Mark the modules around a block as initialised, in place.
 
     Loading calls the base class's `_init_weights` on every module that has no parameters of its
     own; some look for the dense weights of their projections there, though only to leave loaded
@@ -256,7 +256,7 @@ def other_names(model: nn.Module, names: set[str]) -> dict[str, list[str]]:
 
     Args:
         model: the model.
-        names: of the modules that are asked about.
+        names: of the modules to look for.
 
     Returns:
         Other names by name, only of modules that have some. A tied copy is another module of the

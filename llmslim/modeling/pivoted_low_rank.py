@@ -42,7 +42,7 @@ class PivotedLowRank(StructuredLinear):
 
     @dataclass(frozen=True)
     class Options:
-        """What a recipe may say of it: one of the two."""
+        """Options in a recipe: one of the two."""
 
         rank: Annotated[int | None, "Inner size R, below the smaller of both sizes."] = None
         keep_ratio: KeepRatio = None

@@ -1,6 +1,6 @@
 """Read, check and write model folders and files."""
 
-from .atomic import check_apart as check_apart
+from .atomic import check_keeps_source as check_keeps_source
 from .atomic import check_target as check_target
 from .atomic import disk_is_full as disk_is_full
 from .atomic import disk_problem as disk_problem

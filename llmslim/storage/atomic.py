@@ -42,7 +42,7 @@ def resolved(out: Path) -> Path:
     return target
 
 
-def check_apart(out: Path, source: Path | None, given: str, *, same: bool = False) -> None:
+def check_keeps_source(out: Path, source: Path | None, given: str, *, same: bool = False) -> None:
     """Refuse a target whose replacement would remove the model that it is made from.
 
     Args:
@@ -199,6 +199,6 @@ def _error_number(error: BaseException) -> int | None:
     """Return the operating system's error number behind an error, None if there is none."""
     if isinstance(error, OSError):
         return error.errno
-    # safetensors has an error class of its own and leaves the number in its text.
+    # safetensors' own error class has the number in its text only.
     text = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, Exception) else None
     return int(text[1]) if text else None

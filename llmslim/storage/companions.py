@@ -28,7 +28,7 @@ _TOKENIZER = "tokenizer_config.json"
 _CODE = "*.py"
 
 
-def bring_companions(folder: Path, source: Source | None, *, trusted: bool = False) -> None:
+def copy_companions(folder: Path, source: Source | None, *, trusted: bool = False) -> None:
     """Copy what belongs to a model's processors, and drop names of code that is not there.
 
     Args:

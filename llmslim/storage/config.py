@@ -1,13 +1,13 @@
-"""Look into a config.json before transformers makes objects of it.
+"""Check a config.json before transformers builds objects from it.
 
 A config is a page of names and numbers, but some of them make a loader fetch or run things, or
 fill the memory before a weight is read: ten thousand million layers are built one by one, a list
 of as many labels is written out. What no model needs is refused here, by the key's name, in the
 config and in every config inside it.
 
-A model that predicts no tokens is refused, too: loaded as a language model, one without an output
-head lacks a weight, and one with a head of its own would lose what it was trained for. And weights
-are refused that are stored quantised in a way that transformers cannot unpack on a CPU.
+A model that predicts no tokens is refused, too: without an output head it lacks a weight, and with
+a head for another task it would lose what it was trained for. Quantised weights that transformers
+cannot unpack on a CPU are refused as well.
 
 Left out: whether the values make a model. That is for transformers to say, and for the files'
 tensors, which must fit it.
@@ -113,7 +113,7 @@ def check_folder(folder: Path) -> None:
 
 
 def adapter_note(folder: Path) -> str | None:
-    """Say so where a folder holds an adapter and no model; None where it does not.
+    """Return what is wrong with a folder that holds an adapter and no model; None for others.
 
     Args:
         folder: without a config.json.

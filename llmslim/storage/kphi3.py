@@ -108,8 +108,8 @@ def kphi3_config(folder: Path) -> PreTrainedConfig:
     """Return the config that `load_kphi3`'s model has, without reading a weight.
 
     Args:
-        folder: holds config.json; where there are weights too, their headers tell the kind of the
-            blocks, else it is the one of the published models, `io`.
+        folder: holds config.json; the kind of the blocks is read from the headers of its weights,
+            or is `io`, as in the published models, where there are none.
 
     Raises:
         CheckpointError: if config.json is not a kphi-3 model's, or a weight file is not whole.

@@ -1,7 +1,7 @@
 """Load a model or a tokenizer whose files were found and checked.
 
 GGUF weights are unpacked to plain dense ones. A weight that the model needs and the files do not
-hold is an error here; transformers would draw a random one and say so in its log.
+hold is an error here; transformers would draw a random one and only log it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _SLACK = 4
 """Times the stored weights: tied weights, tables and masks are computed rather than stored."""
 _BUFFERS = 1 << 26
 _TABLES = re.compile(r"rotary_emb\.inv_freq$|\.(masked_bias|attn\.bias)$")
-"""Tables that checkpoints of old hold, and models work out by themselves."""
+"""Tables that old checkpoints store, and models compute."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "tokenizer_config.json")
 
@@ -211,7 +211,7 @@ def refuse_other_kinds(
 def unused_notes(
     source: Source, model: PreTrainedModel, unused: Iterable[str] | None = None
 ) -> tuple[str, ...]:
-    """Say which stored tensors a model has no use for; what its class means to leave out is not.
+    """Return a note on stored tensors that a model does not use, beside those its class leaves out.
 
     Args:
         source: the model's files.
@@ -238,7 +238,7 @@ def unused_notes(
 
 
 def type_notes(source: Source, written: torch.dtype, dtype: str | None) -> tuple[str, ...]:
-    """Say so where weights of several types are written in the widest of them.
+    """Return a note where weights of several types are written in the widest of them.
 
     Args:
         source: the model's files.

@@ -53,21 +53,21 @@ from .source import Source, empty_model, first_line, quiet
 
 
 class NotInPiecesError(Exception):
-    """This model can only be loaded as a whole; the text says why."""
+    """This model can only be loaded as a whole; the message is the reason."""
 
 
 class Piece(NamedTuple):
     """Modules that are loaded together."""
 
-    homes: tuple[str, ...]
+    modules: tuple[str, ...]
     """Names of the modules; more than one where they share a parameter."""
     stored: tuple[str, ...]
     """Names of their tensors in the files."""
 
     @property
     def name(self) -> str:
-        """What messages and records call it."""
-        return self.homes[0]
+        """Its name in messages and records."""
+        return self.modules[0]
 
 
 class Pieces:
@@ -96,7 +96,7 @@ class Pieces:
         tried: bool = True,
     ) -> None:
         if source.path is None or source.gguf_file is not None or source.is_kphi3:
-            raise NotInPiecesError("its files are of a kind of their own")
+            raise NotInPiecesError("its files are GGUF or of a published kphi-3 model")
         self.source, self.device = source, torch.device(device)
         self._tables: dict[str, Tensor] = {}
         self._entries = entries = read_weights(source.path)
@@ -110,7 +110,7 @@ class Pieces:
             self.unused = sorted(entries.keys() - self._names.keys())
             """Tensors in the files that the model has no use for."""
             self.all = tuple(self._grouped())
-            self._pieces = {home: piece for piece in self.all for home in piece.homes}
+            self._pieces = {holder: piece for piece in self.all for holder in piece.modules}
             if tried:
                 self._try(entries)
         except (NotInPiecesError, SlimError):
@@ -140,8 +140,8 @@ class Pieces:
 
     def load_zeros(self, piece: Piece) -> None:
         """Give a piece weights that are all zero and take no memory."""
-        for home in piece.homes:
-            for module in self.model.get_submodule(home).modules():
+        for holder in piece.modules:
+            for module in self.model.get_submodule(holder).modules():
                 own = (*module.named_parameters(recurse=False), *module.named_buffers("", False))
                 for name, tensor in own:
                     if tensor.is_meta:
@@ -154,8 +154,8 @@ class Pieces:
 
     def release(self, piece: Piece) -> None:
         """Take a piece's weights away again, those of blocks that it got in between as well."""
-        for home in piece.homes:
-            self.model.get_submodule(home).to("meta")
+        for holder in piece.modules:
+            self.model.get_submodule(holder).to("meta")
         _free_memory()
 
     def make_tables(self) -> None:
@@ -186,16 +186,16 @@ class Pieces:
 
     def tensors(self, piece: Piece) -> Iterator[tuple[str, Tensor]]:
         """Yield the names and tensors of a piece, as the model has them now."""
-        for home in piece.homes:
-            module = self.model.get_submodule(home)
+        for holder in piece.modules:
+            module = self.model.get_submodule(holder)
             for inner, tensor in module.state_dict().items():
-                name = f"{home}.{inner}" if home else inner
+                name = f"{holder}.{inner}" if holder else inner
                 if self.piece_of(name) is piece:
                     yield name, tensor
 
     def piece_of(self, name: str) -> Piece:
         """Return the piece that a module or tensor is loaded with."""
-        # Modules with parameters of their own may hold others: the innermost counts.
+        # A module with parameters may hold other such modules: the innermost counts.
         while name not in self._pieces and name:
             name = name.rpartition(".")[0]
         return self._pieces[name]
@@ -231,25 +231,25 @@ class Pieces:
     def _grouped(self) -> Iterator[Piece]:
         """Yield the pieces, in the model's order."""
         names = list(self.model.state_dict(keep_vars=True).items())
-        home_of: dict[str, str] = {}
+        module_of: dict[str, str] = {}
         owner: dict[int, str] = {}
         joined: dict[str, str] = {}
         for name, tensor in names:
-            home = home_of[name] = _home(name)
-            joined.setdefault(home, home)
+            holder = module_of[name] = _module_of(name)
+            joined.setdefault(holder, holder)
             # Modules that share a parameter come and go together.
-            first = _root(joined, owner.setdefault(id(tensor), home))
-            joined[_root(joined, home)] = first
+            first = _root(joined, owner.setdefault(id(tensor), holder))
+            joined[_root(joined, holder)] = first
         for target, owned_by in self.model.all_tied_weights_keys.items():
-            one, other = (_root(joined, home_of[name]) for name in (target, owned_by))
+            one, other = (_root(joined, module_of[name]) for name in (target, owned_by))
             joined[one] = other
-        homes: dict[str, list[str]] = defaultdict(list)
-        for home in joined:
-            homes[_root(joined, home)].append(home)
+        groups: dict[str, list[str]] = defaultdict(list)
+        for holder in joined:
+            groups[_root(joined, holder)].append(holder)
         stored: dict[str, list[str]] = defaultdict(list)
         for key, name in self._names.items():
-            stored[_root(joined, home_of[name])].append(key)
-        for root, members in homes.items():
+            stored[_root(joined, module_of[name])].append(key)
+        for root, members in groups.items():
             yield Piece(tuple(members), tuple(stored[root]))
 
     def _try(self, entries: Mapping[str, Entry]) -> None:
@@ -325,7 +325,7 @@ def _generation_config(folder: Path) -> GenerationConfig:
     """Read what `from_pretrained` reads.
 
     Raises:
-        CheckpointError: if it says something that no generation config can say.
+        CheckpointError: if it has values that no generation config can have.
     """
     try:
         try:
@@ -340,17 +340,17 @@ def _generation_config(folder: Path) -> GenerationConfig:
     return config
 
 
-def _home(name: str) -> str:
+def _module_of(name: str) -> str:
     """Return the module that a tensor is loaded with: the member of a list, if it is in one."""
     parts = name.split(".")[:-1]
     numbered = next((n for n, part in enumerate(parts, 1) if part.isdigit()), len(parts))
     return ".".join(parts[:numbered])
 
 
-def _root(joined: dict[str, str], home: str) -> str:
-    while joined[home] != home:
-        home = joined[home]
-    return home
+def _root(joined: dict[str, str], holder: str) -> str:
+    while joined[holder] != holder:
+        holder = joined[holder]
+    return holder
 
 
 def _free_memory() -> None:

@@ -56,7 +56,7 @@ _CONVERT = (
 
 
 class Entry(NamedTuple):
-    """What a header says about one tensor."""
+    """A tensor in a file, as the header describes it."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -192,8 +192,8 @@ def read_weights(folder: Path) -> dict[str, Entry]:
         folder: as for `weight_files`.
 
     Raises:
-        CheckpointError: if a file is missing or broken, does not hold a tensor that the index says
-            it does, or holds one that another file holds, too.
+        CheckpointError: if a file is missing or broken, lacks a tensor that the index places
+            in it, or holds one that another file holds, too.
     """
     headers: dict[str, dict[str, Entry]] = {}
     owner: dict[str, str] = {}
@@ -213,7 +213,7 @@ def read_weights(folder: Path) -> dict[str, Entry]:
         for tensor, name in _weight_map(folder).items():
             if tensor not in headers[Path(name).name]:
                 raise CheckpointError(
-                    f"{folder / name}: does not hold {tensor}, which {INDEX} says it does. "
+                    f"{folder / name}: does not hold {tensor}, which {INDEX} places there. "
                     "Download both again."
                 )
     return {tensor: entry for header in headers.values() for tensor, entry in header.items()}

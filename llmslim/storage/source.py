@@ -3,8 +3,8 @@
 Everything that can be known without reading a weight is checked first, so that a broken download
 is one sentence naming the file, and never a model with fresh random weights in the gaps.
 
-Left out: pickled weights (they can run code), and quantised ones that only a library of their own
-can unpack (see `config`).
+Left out: pickled weights (they can run code), and quantised ones that only other libraries can
+unpack (see `config`).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Source:
     """Name of the .gguf file in the folder, if that holds the weights."""
     config: PreTrainedConfig
     is_kphi3: bool
-    """Whether it is a published kphi-3 checkpoint, which has a reader of its own."""
+    """Whether it is a published kphi-3 checkpoint, which `kphi3` reads."""
 
     @property
     def name(self) -> str:

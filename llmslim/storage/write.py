@@ -26,7 +26,7 @@ from llmslim.modeling.base_class import auto_class_of
 from llmslim.modeling.configuration_llmslim import register
 
 from .atomic import all_files, flush, staged
-from .companions import LEGACY_TEMPLATE, bring_companions
+from .companions import LEGACY_TEMPLATE, copy_companions
 from .load import load_tokenizer
 from .manifest import write_manifest
 from .pieces import NotInPiecesError, Pieces
@@ -104,7 +104,7 @@ def write_companions(
 
     Args:
         folder: holds config and weights.
-        trusted: as for `bring_companions`.
+        trusted: as for `copy_companions`.
         **companions: what is written.
     """
     source, tokenizer = companions.get("source"), companions.get("tokenizer")
@@ -116,7 +116,7 @@ def write_companions(
         form: dict[str, Any] = {"save_jinja_files": False} if legacy else {}
         with quiet():
             tokenizer.save_pretrained(folder, **form)
-    bring_companions(folder, source, trusted=trusted)
+    copy_companions(folder, source, trusted=trusted)
     files = dict(companions.get("files", {}))
     if (report := companions.get("report")) is not None:
         files[REPORT] = f"{json.dumps(report, indent=2)}\n".encode()
