@@ -16,11 +16,9 @@ from llmslim import editing, fitting, planning
 from llmslim.data import Windows
 from llmslim.errors import CheckpointError, RecipeError
 from llmslim.modeling.base_class import auto_class_name
-from llmslim.modeling.modeling_llmslim import SlimModelMixin
 from llmslim.options import ConvertOptions, takes
 from llmslim.progress import Progress, quietly
-from llmslim.recipe import Recipe, recipe_yaml
-from llmslim.report.card import model_card
+from llmslim.recipe import Recipe
 from llmslim.report.report import Report
 from llmslim.storage import (
     NotInPiecesError,
@@ -134,12 +132,7 @@ def _request(model: str | Path, options: ConvertOptions) -> Request:
 
 
 def _pieces(request: Request, empty: PreTrainedModel, *, fitted: bool) -> Pieces:
-    """Return the pieces that a model can be loaded in.
-
-    Args:
-        request: the conversion.
-        empty: the model, without weights.
-        fitted: whether blocks are fitted to text.
+    """Return the pieces that a model can be loaded in; `empty` is the model without weights.
 
     Raises:
         NotInPiecesError: if it cannot be converted that way.
@@ -158,12 +151,7 @@ def _pieces(request: Request, empty: PreTrainedModel, *, fitted: bool) -> Pieces
 
 
 def _convert_in_memory(request: Request, notes: tuple[str, ...]) -> Conversion:
-    """Load, rewrite, write and read back.
-
-    Args:
-        request: what to do.
-        notes: sentences for the report.
-    """
+    """Load, rewrite, write and read back; `notes` are for the report."""
     source, options, progress = request.source, request.options, request.progress
     trusted = options.trust_remote_code
     progress(0, 0, "reading the model")
@@ -198,17 +186,7 @@ def _convert_in_memory(request: Request, notes: tuple[str, ...]) -> Conversion:
     write_checkpoint(
         model,
         request.target,
-        source=source,
-        tokenizer=tokenizer,
-        report=report.to_dict(),
-        recipe_text=recipe_yaml(recipe),
-        model_card=model_card(
-            report,
-            recipe_text=recipe_yaml(recipe),
-            base_model=source.given,
-            slim=isinstance(model, SlimModelMixin),
-            auto_class=auto_class_name(model.config),
-        ),
+        **request.companions(model, tokenizer, report, recipe),
         max_shard_size=options.max_shard_size,
         overwrite=options.overwrite,
     )

@@ -22,9 +22,9 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from llmslim import editing, fitting, planning
 from llmslim.anatomy.sites import find_layers
@@ -32,8 +32,6 @@ from llmslim.data import Windows
 from llmslim.editing.plans import Plan
 from llmslim.fitting.layer_store import Fitted
 from llmslim.modeling.base_class import auto_class_name
-from llmslim.recipe import recipe_yaml
-from llmslim.report.card import model_card
 from llmslim.report.report import Report
 from llmslim.storage import (
     INDEX,
@@ -125,11 +123,7 @@ class _Streamed:
         self.seed_of = partial(editing.seed_of, seed=request.options.seed)
 
     def write_weights(self, text: Windows | None) -> None:
-        """Bring every piece that is not done yet to the disk.
-
-        Args:
-            text: what blocks in decoder layers are fitted to, if they are.
-        """
+        """Write every piece that is not done yet, fitted to text where there is some."""
         with self.finished:
             if text is not None:
                 self._fit(text)
@@ -151,22 +145,8 @@ class _Streamed:
                 self.pieces.release(piece)
             self.finished.wait()
 
-    def finish(
-        self,
-        tokenizer: PreTrainedTokenizerBase | None,
-        text: Windows | None,
-        notes: Iterable[str] = (),
-    ) -> Report:
-        """Write what belongs beside the weights, read everything back, and return the report.
-
-        Args:
-            tokenizer: the model's.
-            text: what blocks in decoder layers were fitted to, if they were.
-            notes: more sentences for the report.
-
-        Raises:
-            CheckpointError: if something reads back differently.
-        """
+    def finish(self, tokenizer: Any, text: Windows | None, notes: Iterable[str]) -> Report:
+        """Write what belongs beside the weights, read everything back, and return the report."""
         source, target, folder = self.request.source, self.target, self.folder
         self.request.progress(self.total, self.total + 1, "writing and reading back")
         report = self._report((*(() if text is None else text.notes), *notes))
@@ -174,21 +154,8 @@ class _Streamed:
             report = replace(report, fitted_to=text.description)
         known = self.finished.hashes()
         self._write_config()
-        recipe_text = recipe_yaml(self.request.recipe)
-        write_companions(
-            folder,
-            source=source,
-            tokenizer=tokenizer,
-            report=report.to_dict(),
-            recipe_text=recipe_text,
-            model_card=model_card(
-                report,
-                recipe_text=recipe_text,
-                base_model=source.given,
-                slim=target.is_slim,
-                auto_class=auto_class_name(target.model.config),
-            ),
-        )
+        recipe = self.request.recipe
+        write_companions(folder, **self.request.companions(target.model, tokenizer, report, recipe))
         known |= {path: self.hash_of(path).result() for path in input_files(source)}
         write_manifest(folder, source=source, known=known)
         flush_all(folder)
@@ -212,11 +179,7 @@ class _Streamed:
         self.finished.put(record, tensors)
 
     def _fit(self, text: Windows) -> None:
-        """Fit the decoder layers that are not done, in their order.
-
-        Args:
-            text: what they are fitted to.
-        """
+        """Fit the decoder layers that are not done to text, in their order."""
         done, layers = self.finished.done, find_layers(self.pieces.model)
         inside = [name for name in self.planned if layers.index_of(name) is not None]
         if all(self.pieces.piece_of(name).name in done for name in inside):
@@ -255,15 +218,7 @@ class _Streamed:
     def _nonfinite(
         self, found: Mapping[str, list[str]], *, allowed: bool = False
     ) -> tuple[str, ...]:
-        """Return notes on the tensors that hold NaN or infinities.
-
-        Args:
-            found: those of each piece.
-            allowed: whether they were allowed already.
-
-        Raises:
-            CheckpointError: if there are any and they are not allowed.
-        """
+        """Return notes on the tensors of each piece that hold NaN or infinities, or refuse them."""
         names = [name for piece in self.pieces.all for name in found.get(piece.name, ())]
         allowed = allowed or self.request.options.allow_nonfinite
         return nonfinite_notes(names, self.request.source.given, allow_nonfinite=allowed)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import transformers
-from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from .compat import model_mapping
 from .depth import plain_class
@@ -67,11 +67,8 @@ def auto_class_of(config: Any, *, trust_remote_code: bool = False) -> Any:
     if trust_remote_code and (brought := [name for name in _NAMES if name in named]):
         return getattr(transformers, brought[0])
     known = auto_classes(plain_class(config))
-    wanted = (getattr(config, "architectures", None) or [""])[0]
-    for auto in known.values():
-        if wanted in (cls.__name__ for cls in listed_classes(auto, plain_class(config))):
-            return auto
-    return next(iter(known.values()), transformers.AutoModelForCausalLM)
+    finds = _that_find(config, plain_class(config), known)
+    return known[finds[0]] if finds else next(iter(known.values()), AutoModelForCausalLM)
 
 
 def auto_class_name(config: Any) -> str:
@@ -82,14 +79,20 @@ def auto_class_name(config: Any) -> str:
     """
     slim = hasattr(config, "base_model_type")
     config_class = plain_class(config).__bases__[0] if slim else plain_class(config)
-    wanted = str((getattr(config, "architectures", None) or [""])[0]).removeprefix("Slim")
-    known = auto_classes(config_class)
-    for name in (*_NAMES[1:], _NAMES[0]):
-        if name in known and wanted in (
-            c.__name__ for c in listed_classes(known[name], config_class)
-        ):
-            return name
-    return str(auto_class_of(config).__name__)
+    finds = _that_find(config, config_class, auto_classes(config_class))
+    specific = [name for name in finds if name != _NAMES[0]]
+    return next(iter(specific + finds), str(auto_class_of(config).__name__))
+
+
+def _that_find(config: Any, config_class: type, autos: dict[str, Any]) -> list[str]:
+    """Return the names of the Auto classes that list the class which a config names."""
+    wanted = str((getattr(config, "architectures", None) or [""])[0])
+    wanted = wanted.removeprefix("Slim") if hasattr(config, "base_model_type") else wanted
+    return [
+        name
+        for name, auto in autos.items()
+        if any(cls.__name__ == wanted for cls in listed_classes(auto, config_class))
+    ]
 
 
 def base_class_of(config: Any) -> type[PreTrainedModel]:

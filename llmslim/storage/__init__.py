@@ -39,12 +39,14 @@ from .rundir import what_changed as what_changed
 from .safetensors_io import INDEX as INDEX
 from .safetensors_io import WEIGHTS as WEIGHTS
 from .safetensors_io import check_types as check_types
+from .safetensors_io import read_json_if_whole as read_json_if_whole
 from .safetensors_io import write_tensors as write_tensors
 from .source import Source as Source
 from .source import empty_model as empty_model
 from .source import open_source as open_source
 from .source import quiet as quiet
 from .write import REPORT as REPORT
+from .write import Companions as Companions
 from .write import check_loads as check_loads
 from .write import check_tokenizer as check_tokenizer
 from .write import flush_all as flush_all

@@ -18,6 +18,7 @@ from typing import Any
 
 from llmslim.modeling.configuration_llmslim import MODEL_TYPE
 
+from .safetensors_io import objects_in, read_json_if_whole
 from .source import Source
 
 PROCESSORS = ("*processor_config.json", "audio_tokenizer_config.json")
@@ -42,11 +43,13 @@ def copy_companions(folder: Path, source: Source | None, *, trusted: bool = Fals
             _copy(path, folder / path.relative_to(home))
     if trusted:
         _copy_code(home, folder)
-    config = _read(folder / "config.json")
-    own = trusted or (isinstance(config, dict) and config.get("model_type") == MODEL_TYPE)
+    config = read_json_if_whole(folder / "config.json")
+    own = trusted or config.get("model_type") == MODEL_TYPE
     _keep_names(folder / "config.json", _modules(folder) if own else set())
     for path in _found(folder, (_TOKENIZER, *PROCESSORS)):
-        entries = [one for config in _maps(_read(path)) for one in config["auto_map"].values()]
+        entries = [
+            one for config in _maps(read_json_if_whole(path)) for one in config["auto_map"].values()
+        ]
         if home is not None and any(_modules_of(entry) & {*_modules(home)} for entry in entries):
             _copy_code(home, folder)
         _keep_names(path, _modules(folder))
@@ -72,24 +75,9 @@ def _modules(folder: Path) -> set[str]:
     return {path.stem for path in folder.glob(_CODE)}
 
 
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None  # as it was in the source, which nobody can use either
-
-
-def _maps(data: Any) -> Iterator[dict[str, Any]]:
-    """Yield a config, and every config inside it, that has an `auto_map`."""
-    todo = [data]
-    while todo:
-        item = todo.pop()
-        if isinstance(item, dict):
-            if isinstance(item.get("auto_map"), dict):
-                yield item
-            todo += item.values()
-        elif isinstance(item, list):
-            todo += item
+def _maps(data: Any) -> list[dict[str, Any]]:
+    """Return a config, and every config inside it, that has an `auto_map`."""
+    return [item for item in objects_in(data) if isinstance(item.get("auto_map"), dict)]
 
 
 def _modules_of(entry: Any) -> set[str | None]:
@@ -107,9 +95,9 @@ def _modules_of(entry: Any) -> set[str | None]:
 
 def _keep_names(path: Path, modules: set[str]) -> None:
     """Remove from a config's `auto_map` what is not in one of some files, in place."""
-    data = _read(path)
+    data = read_json_if_whole(path)
     changed = False
-    for config in list(_maps(data)):
+    for config in _maps(data):
         named = config.pop("auto_map")
         kept = {auto: entry for auto, entry in named.items() if _modules_of(entry) <= modules}
         changed |= kept != named

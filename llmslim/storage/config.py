@@ -26,7 +26,7 @@ from llmslim.compat import model_mapping
 from llmslim.errors import CheckpointError
 from llmslim.modeling.base_class import auto_classes, listed_classes
 
-from .safetensors_io import is_inside, read_json, read_weights
+from .safetensors_io import is_inside, objects_in, read_json_if_whole, read_weights
 
 _LAYERS = re.compile(r"(^|_)n?_?layers?$|(^|_)depths?$")
 _PARTS = re.compile(r"_(heads?|experts?|blocks?)$")
@@ -121,10 +121,7 @@ def adapter_note(folder: Path) -> str | None:
     path = folder / ADAPTER
     if not path.is_file() or not is_inside(path, folder):
         return None
-    try:
-        base = read_json(path).get("base_model_name_or_path")
-    except CheckpointError:
-        base = None
+    base = read_json_if_whole(path).get("base_model_name_or_path")
     named = isinstance(base, str) and bool(base.strip()) and base.isprintable()
     of = f"of {str(base)[:200]!r}" if named else "of a model that it does not name"
     return (
@@ -235,19 +232,12 @@ def _method(config: Mapping[str, Any]) -> str | None:
 
 def _entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield every key with its value, of the config and of all objects inside it."""
-    todo: list[Any] = [config]
-    while todo:
-        item = todo.pop()
-        if isinstance(item, Mapping):
-            for key, value in item.items():
-                key = str(key)  # numbers, once a config class has read it
-                yield key, value
-                # The numbers of a list go by the list's name.
-                numbers = value if isinstance(value, list) else []
-                yield from ((key, number) for number in numbers if type(number) is int)
-            todo += item.values()
-        elif isinstance(item, list):
-            todo += item
+    for item in objects_in(config):
+        for key, value in item.items():
+            yield str(key), value  # numbers, once a config class has read it
+            # The numbers of a list go by the list's name.
+            numbers = value if isinstance(value, list) else []
+            yield from ((str(key), number) for number in numbers if type(number) is int)
 
 
 def _names_a_repository(value: Any) -> bool:

@@ -96,10 +96,6 @@ def check_finite(
 
     Raises:
         CheckpointError: if there are any and they are not allowed.
-
-    Example:
-        >>> check_finite([("a", torch.tensor([1.0, float("nan")]))], "m", allow_nonfinite=True)
-        ('m: 1 tensor holds NaN or infinities: a (1 of 2).',)
     """
     return nonfinite_notes(nonfinite_tensors(tensors), where, allow_nonfinite=allow_nonfinite)
 

@@ -126,8 +126,6 @@ def _wanted_dtype(folder: Path, dtype: str | None, entries: Mapping[str, Entry])
     Raises:
         CheckpointError: if that one, or a tensor's, is not a plain floating-point type.
     """
-    if dtype is not None and dtype not in FLOATS.values():
-        raise CheckpointError(f"dtype: {dtype!r}; allowed {', '.join(FLOATS.values())}.")
     other = [f"{name} ({e.dtype})" for name, e in entries.items() if e.dtype not in FLOATS]
     if other:
         raise CheckpointError(

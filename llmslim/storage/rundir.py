@@ -29,6 +29,7 @@ from llmslim.compat import CONFIG_ORIGIN
 from llmslim.errors import SlimError, and_more
 
 from .atomic import write_whole
+from .safetensors_io import read_json_if_whole
 
 try:
     import fcntl
@@ -116,12 +117,9 @@ class RunDir:
 
     def load(self) -> dict[str, Any] | None:
         """Return what `save` wrote; None where it is not there, or not as it should be."""
-        try:
-            data = json.loads((self.path / RUN).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            return None
-        good = isinstance(data, dict) and data.get("format") == _FORMAT
-        return data if good and isinstance(data.get("key"), dict) else None
+        data = read_json_if_whole(self.path / RUN)
+        good = data.get("format") == _FORMAT and isinstance(data.get("key"), dict)
+        return data if good else None
 
     def resume(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return what `save` wrote, for work that is to be continued; None where nothing was.

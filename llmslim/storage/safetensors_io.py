@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -242,6 +242,26 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: holds a {type(data).__name__}; it must be a JSON object.")
     return data
+
+
+def read_json_if_whole(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; an empty one where `read_json` would raise."""
+    try:
+        return read_json(path)
+    except CheckpointError:
+        return {}
+
+
+def objects_in(data: Any) -> Iterator[dict[str, Any]]:
+    """Yield a JSON object and every object inside it, in lists too."""
+    todo = [data]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, dict):
+            yield item
+            todo += item.values()
+        elif isinstance(item, list):
+            todo += item
 
 
 def is_inside(path: Path, folder: Path) -> bool:
