@@ -111,7 +111,7 @@ def loading_config(model: Any, device: torch.device) -> LoadStateDictConfig:
         device: where its tensors are to be.
     """
     return LoadStateDictConfig(
-        device_map={"": device},  # type: ignore[dict-item]
+        device_map={"": device},
         dtype=model.dtype,
         dtype_plan=model._get_dtype_plan(model.dtype),
         weight_mapping=conversions(model),
@@ -170,7 +170,8 @@ def as_stored(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         model: with its conversions noted.
         tensors: by their names in the model.
     """
-    return revert_weight_conversion(model, tensors)
+    stored: dict[str, Tensor] = revert_weight_conversion(model, tensors)
+    return stored
 
 
 def without_ties(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -133,16 +133,6 @@ def check_layers(pieces: Pieces) -> None:
     pieces.make_tables()
 
 
-def most_bytes(tokens: int, hidden_size: int) -> int:
-    """Return the space on the disk that streams take at most.
-
-    Args:
-        tokens: of calibration text.
-        hidden_size: numbers of a token.
-    """
-    return 3 * 2 * 4 * tokens * hidden_size
-
-
 class _StreamFiles:
     """Hidden states after decoder layers, a file for each.
 

@@ -57,7 +57,7 @@ from llmslim.storage import (
 from .calibrate import read_text
 from .conversion_dir import ConversionDir, key_of
 from .finished import FinishedPieces, PieceRecord
-from .layer_store import LayersOnDisk, most_bytes
+from .layer_store import LayersOnDisk
 from .proof import PieceRunner, check_computes
 from .request import Conversion, Request
 from .target_model import TargetModel, is_dropped
@@ -86,7 +86,8 @@ def convert_streamed(
     if text is not None:
         fitted_to = text.ids.numel()
         tokens = fitted_to + fitting.random_token_count(fitted_to) + text.held_out.numel()
-        streams = most_bytes(tokens, target.model.config.get_text_config().hidden_size)
+        # Both streams, in float32, after three layers at most.
+        streams = 3 * 2 * 4 * tokens * target.model.config.get_text_config().hidden_size
     work.check_space(target.weight_bytes, streams, resume=options.resume)
     with (
         _one_core_left() if text is None else nullcontext(),

@@ -60,11 +60,6 @@ class TargetModel:
         """By piece and file name; the tensors of each file, by the names they have there."""
 
     @property
-    def is_slim(self) -> bool:
-        """Whether it needs llmslim's classes to load."""
-        return isinstance(self.model, SlimModelMixin)
-
-    @property
     def weight_bytes(self) -> int:
         """The size of all weights."""
         return sum(tensor.nbytes for tensor in self._kept.values())
@@ -109,7 +104,7 @@ class TargetModel:
             tensors: of one piece at least, by their names in the model.
         """
         wanted = {name: tensor for name, tensor in tensors.items() if name in self._kept}
-        if self.is_slim:  # names are the module's own there
+        if isinstance(self.model, SlimModelMixin):  # names are the module's own there
             return wanted
         with quiet():
             return as_stored(self.model, wanted)

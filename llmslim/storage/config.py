@@ -20,7 +20,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModel, FineGrainedFP8Config, Mxfp4Config
+from transformers import (
+    AutoModel,
+    FineGrainedFP8Config,
+    Mxfp4Config,  # type: ignore[attr-defined]
+)
 
 from llmslim.compat import model_mapping
 from llmslim.errors import CheckpointError

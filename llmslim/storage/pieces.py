@@ -121,7 +121,7 @@ class Pieces:
     @property
     def used_conversions(self) -> list[Any]:
         """What transformers renames and merges in these files."""
-        return [given for given in self._config.weight_mapping if given.was_used()]
+        return [given for given in self._config.weight_mapping or () if given.was_used()]
 
     def files(self, piece: Piece) -> list[Path]:
         """Return the files that hold a piece."""
