@@ -20,10 +20,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import (
+from transformers import (  # type: ignore[attr-defined]
     AutoModel,
     FineGrainedFP8Config,
-    Mxfp4Config,  # type: ignore[attr-defined]
+    Mxfp4Config,
 )
 
 from llmslim.compat import model_mapping
