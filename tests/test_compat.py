@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from tiny import tiny_model
 from torch import nn
 from transformers import (
@@ -28,6 +27,7 @@ from transformers import (
     PreTrainedModel,
     Trainer,
     TrainingArguments,
+    modeling_gguf_pytorch_utils,
 )
 
 from llmslim import compat
@@ -399,7 +399,7 @@ def test_generation_settings_of_a_config(tmp_path):
 
 
 def test_the_bar_over_gguf_is_hidden_and_comes_back():
-    module = transformers.modeling_gguf_pytorch_utils
+    module = modeling_gguf_pytorch_utils
     bar = module.tqdm
     with compat.no_gguf_bar(), compat.no_gguf_bar():
         assert module.tqdm(range(2)).disable
