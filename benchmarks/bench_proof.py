@@ -26,10 +26,10 @@ import llmslim.api
 from llmslim.conversion import streamed
 model, out, recipe, init, proof = sys.argv[1:]
 if proof == "without":
-    class NoProver:
+    class NoRunner:
         def __init__(self, pieces): pass
-        def sketch(self, piece): return []
-    streamed.Prover = NoProver
+        def fingerprint(self, piece): return []
+    streamed.PieceRunner = NoRunner
     streamed.check_computes = lambda *args: None
 start = time.process_time()
 llmslim.api.convert(model, recipe, out, init=init or None)

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from llmslim.api import save as save
     from llmslim.api import slim as slim
     from llmslim.api import verify as verify
-    from llmslim.conversion.options import ConvertOptions as ConvertOptions
     from llmslim.data import Windows as Windows
     from llmslim.editing.plans import Plan as Plan
     from llmslim.errors import CheckpointError as CheckpointError
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
     from llmslim.modeling.grouped_pointwise import GroupedPointwise as GroupedPointwise
     from llmslim.modeling.low_rank import LowRank as LowRank
     from llmslim.modeling.structured import StructuredLinear as StructuredLinear
+    from llmslim.options import ConvertOptions as ConvertOptions
     from llmslim.options import HealOptions as HealOptions
     from llmslim.plugins import register_init as register_init
     from llmslim.plugins import register_objective as register_objective
@@ -55,7 +55,6 @@ if TYPE_CHECKING:
 
 _EXPORTS = {
     "llmslim.api": "Conversion convert export_dense heal load plan plan_heal save slim verify",
-    "llmslim.conversion.options": "ConvertOptions",
     "llmslim.data": "Windows",
     "llmslim.editing.plans": "Plan",
     "llmslim.errors": "CheckpointError DataError HealingError PluginError RecipeError SizeError "
@@ -65,7 +64,7 @@ _EXPORTS = {
     "llmslim.modeling.grouped_pointwise": "GroupedPointwise",
     "llmslim.modeling.low_rank": "LowRank",
     "llmslim.modeling.structured": "StructuredLinear",
-    "llmslim.options": "HealOptions",
+    "llmslim.options": "ConvertOptions HealOptions",
     "llmslim.plugins": "register_init register_objective register_structure",
     "llmslim.recipe": "Heal Recipe",
     "llmslim.report.report": "Report Row Totals",

@@ -17,19 +17,19 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from llmslim import planning
 from llmslim.conversion.calibrate import calibration_spec
 from llmslim.conversion.convert import convert, slim_with
-from llmslim.conversion.options import Conversion, RecipeLike
+from llmslim.conversion.request import Conversion
 from llmslim.data import Windows, calibration_windows, embedding_rows
 from llmslim.editing.plans import Plan
 from llmslim.errors import CheckpointError, DataError, UnfinishedError
-from llmslim.options import HealOptions, takes
+from llmslim.options import HealOptions, RecipeLike, takes
 from llmslim.progress import Progress, quietly
 from llmslim.recipe import Recipe
 from llmslim.report.report import Report
 from llmslim.storage import (
     Source,
     Verification,
-    check_apart,
     check_finite,
+    check_keeps_source,
     check_target,
     dense_copy,
     empty_model,
@@ -275,7 +275,7 @@ def _healing_target(model: PreTrainedModel | str | Path, options: HealOptions) -
     target = Path(out).absolute()
     check_target(target, options.overwrite)
     if isinstance(model, str | Path) and Path(model).is_dir():
-        check_apart(target, Path(model), str(model), same=True)
+        check_keeps_source(target, Path(model), str(model), same=True)
     return target
 
 
@@ -297,7 +297,7 @@ def export_dense(
     target = Path(out)
     check_target(target, overwrite)
     source = open_source(path)
-    check_apart(target, source.path, source.given)
+    check_keeps_source(target, source.path, source.given)
     dense = dense_copy(_load(source, allow_nonfinite=allow_nonfinite))
     tokenizer = load_tokenizer(source)
     return write_checkpoint(dense, target, source=source, tokenizer=tokenizer, overwrite=overwrite)

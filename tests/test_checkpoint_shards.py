@@ -39,13 +39,14 @@ def test_a_header_is_read_as_safetensors_wrote_it(tmp_path: Path) -> None:
         "scalar": torch.tensor(1.0),
     }
     save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
-    assert read_header(tmp_path / "x.safetensors") == {
-        "f": Entry("F32", (3, 5)),
-        "h": Entry("BF16", (7,)),
-        "i": Entry("I64", (2, 1, 2)),
-        "flag": Entry("BOOL", (3,)),
-        "none": Entry("F32", (0, 4)),
-        "scalar": Entry("F32", ()),
+    path = tmp_path / "x.safetensors"
+    assert read_header(path) == {
+        "f": Entry("F32", (3, 5), path),
+        "h": Entry("BF16", (7,), path),
+        "i": Entry("I64", (2, 1, 2), path),
+        "flag": Entry("BOOL", (3,), path),
+        "none": Entry("F32", (0, 4), path),
+        "scalar": Entry("F32", (), path),
     }
 
 
@@ -108,7 +109,10 @@ def sharded(folder: Path) -> dict[str, Any]:
 
 def test_shards_are_read_through_their_index(tmp_path: Path) -> None:
     sharded(tmp_path)
-    assert read_weights(tmp_path) == {"a": Entry("F32", (2,)), "b": Entry("F32", (3,))}
+    assert read_weights(tmp_path) == {
+        "a": Entry("F32", (2,), tmp_path / "one.safetensors"),
+        "b": Entry("F32", (3,), tmp_path / "two.safetensors"),
+    }
     assert [path.name for path in weight_files(tmp_path)] == ["one.safetensors", "two.safetensors"]
 
 

@@ -15,7 +15,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llmslim.errors import CheckpointError
 from llmslim.modeling.grouped_pointwise import GroupedPointwise
-from llmslim.storage.kphi3 import is_kphi3_config, kphi3_config, load_kphi3
+from llmslim.storage.kphi3 import kphi3_config, load_kphi3
+from llmslim.storage.kphi3_layout import is_kphi3_config
 
 torch.set_num_threads(1)  # on a busy machine tiny products wait for the second thread, not for work
 IDS = tokens(2, 12, vocab=64)

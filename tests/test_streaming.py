@@ -271,11 +271,11 @@ def test_a_model_of_one_piece_is_one_file(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "m")
     pieces = Pieces(open_source(tmp_path / "m"))
     whole = pieces.all[0]._replace(
-        homes=tuple(home for piece in pieces.all for home in piece.homes),
+        modules=tuple(home for piece in pieces.all for home in piece.modules),
         stored=tuple(name for piece in pieces.all for name in piece.stored),
     )
     pieces.all = (whole,)
-    pieces._pieces = dict.fromkeys(whole.homes, whole)
+    pieces._pieces = dict.fromkeys(whole.modules, whole)
     target = TargetModel(pieces, planning.plan(pieces.model, Recipe(name="as it is")), 1 << 40)
     assert list(target.files[whole.name]) == ["model.safetensors"]
     assert target.index is None

@@ -315,8 +315,8 @@ def test_tables_that_no_file_holds_are_those_of_the_whole_model(name: str) -> No
 
 def test_layers_that_share_weights_are_fitted_in_memory() -> None:
     model = Pieces(open_source(model_folder()))
-    joined = model.all[1]._replace(homes=("model.layers.0", "model.layers.1"))
-    model._pieces |= dict.fromkeys(joined.homes, joined)
+    joined = model.all[1]._replace(modules=("model.layers.0", "model.layers.1"))
+    model._pieces |= dict.fromkeys(joined.modules, joined)
     with pytest.raises(NotInPiecesError, match=r"layers\.0 cannot be loaded by itself"):
         check_layers(model)
 

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from llmslim.compat import GROUPED_PRODUCT, READ_NUMBER, TorchDispatchMode
 
 _TOKENS = 4
-_aten = torch.ops.aten
 
 
 class CannotRunError(Exception):
@@ -115,11 +115,11 @@ class _Notes(TorchDispatchMode):
         self._now.append((str(func), *map(_noted, itertools.chain(args, kwargs.items()))))
         first = args[0] if args and isinstance(args[0], Tensor) else None
         if first is not None and first.is_meta:
-            if func is _aten._local_scalar_dense.default:
+            if func is READ_NUMBER:
                 return True if first.dtype == torch.bool else 1
-            if func is _aten.nonzero.default:
+            if func is torch.ops.aten.nonzero.default:
                 return first.new_empty(2, first.dim(), dtype=torch.long)
-            if func is _aten._grouped_mm.default:  # takes bfloat16 only, there
+            if func is GROUPED_PRODUCT:  # takes bfloat16 only, there
                 return first.new_empty(*first.shape[:-1], args[1].shape[-1])
         return func(*args, **kwargs)
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from llmslim.compat import CAST, TorchDispatchMode
 
 _ELEMENTWISE = {
-    *("_to_copy", "clone", "copy_", "split", "split_with_sizes", "unbind", "cat", "stack"),
+    *("clone", "copy_", "split", "split_with_sizes", "unbind", "cat", "stack"),
     *("glu", "native_dropout", "bernoulli", "bernoulli_"),
 }
 """Elementwise operations beside views, `..._like` and those that torch marks as pointwise; `glu`
@@ -89,5 +90,5 @@ class _Watch(TorchDispatchMode):
 
 def _is_elementwise(func: Any) -> bool:
     name = func.overloadpacket.__name__
-    known = func.is_view or name in _ELEMENTWISE or name.endswith("_like")
+    known = func is CAST or func.is_view or name in _ELEMENTWISE or name.endswith("_like")
     return known or torch.Tag.pointwise in func.tags

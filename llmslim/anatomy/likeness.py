@@ -19,18 +19,25 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from llmslim.compat import (
+    CONFIG_ORIGIN,
+    LOADING_MARKS,
+    TIED_WEIGHTS,
+    attention_of,
+    unstored_buffers,
+)
+
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.Size)
 _SKIPPED = {
     # What torch and transformers keep account of while a model is built and loaded; of a model,
     # also what has a name of its own (`_`).
     *vars(nn.Module()),
-    *("_is_hf_initialized", "_hf_hook", "_old_forward", "all_tied_weights_keys"),
-    *("name_or_path", "warnings_issued"),
+    *(*LOADING_MARKS, "name_or_path", "warnings_issued"),
 }
 _UNUSED_FIELDS = {
     # Fields of configs that no forward pass reads.
     *("architectures", "auto_map", "base_model_type", "dtype", "llmslim", "model_type"),
-    *("transformers_version", "_name_or_path", "torch_dtype"),
+    *(*CONFIG_ORIGIN, "torch_dtype"),
 }
 
 
@@ -78,9 +85,9 @@ def _differences(
 ) -> Iterator[str]:
     if type(one).forward is not type(other).forward:
         yield f"{where}: {type(one).__name__} and {type(other).__name__}"
-    unstored = {*one._non_persistent_buffers_set, *other._non_persistent_buffers_set}
-    for kind in ("_parameters", "_buffers"):
-        x, y = ({k: _form(t) for k, t in getattr(each, kind).items()} for each in (one, other))
+    unstored = unstored_buffers(one) | unstored_buffers(other)
+    for kind in (nn.Module.named_parameters, nn.Module.named_buffers):
+        x, y = ({k: _form(t) for k, t in kind(each, recurse=False)} for each in (one, other))
         for key in sorted({*x, *y}):
             if key in unstored and not (key in x and key in y):
                 continue  # worked out from the config, which is compared
@@ -114,8 +121,7 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     return {
         key: value
         for key, value in vars(module).items()
-        if key not in _SKIPPED
-        and not (whole and key.startswith("_") and key != "_tied_weights_keys")
+        if key not in _SKIPPED and not (whole and key.startswith("_") and key != TIED_WEIGHTS)
     }
 
 
@@ -150,7 +156,7 @@ def _closed_over(function: FunctionType) -> list[Any]:
 
 def _fields(config: PreTrainedConfig) -> dict[str, Any]:
     """Return the fields of a config and of the configs inside it."""
-    values = {**config.to_dict(), "_attn_implementation": config._attn_implementation}
+    values = {**config.to_dict(), "attention": attention_of(config)}
     return {
         key: {k: v for k, v in value.items() if k not in _UNUSED_FIELDS}
         if isinstance(value, dict)
@@ -160,8 +166,8 @@ def _fields(config: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
-def _form(tensor: torch.Tensor | None) -> str:
-    return "none" if tensor is None else f"{list(tensor.shape)} of {tensor.dtype}"
+def _form(tensor: torch.Tensor) -> str:
+    return f"{list(tensor.shape)} of {tensor.dtype}"
 
 
 def _short(value: Any) -> str:

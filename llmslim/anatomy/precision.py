@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+
+from llmslim.compat import cpu_has_amx, cpu_has_avx512_bf16
 
 
 def bf16_is_fast(device: torch.device) -> bool:
@@ -16,5 +16,4 @@ def bf16_is_fast(device: torch.device) -> bool:
     """
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    cpu: Any = torch.cpu
-    return bool(cpu._is_amx_tile_supported() or cpu._is_avx512_bf16_supported())
+    return cpu_has_amx() or cpu_has_avx512_bf16()

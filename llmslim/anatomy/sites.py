@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D, PreTrainedModel
 
 from llmslim.anatomy.elementwise import has_independent_neurons
 from llmslim.anatomy.module_kinds import is_dense_map, obstacle, serves_router_or_norm, token_mixer
@@ -112,7 +111,7 @@ def find_experts(model: nn.Module) -> dict[str, Site]:
     for name, module in model.named_modules():
         if "expert" not in type(module).__name__.lower() or isinstance(module, Experts):
             continue  # blocks of experts are no dense maps
-        stacks = {k: p for k, p in module._parameters.items() if p is not None and p.dim() == 3}
+        stacks = {k: p for k, p in module.named_parameters(recurse=False) if p.dim() == 3}
         transposed = _is_transposed(module, stacks)
         for leaf, parameter in stacks.items():
             experts, *sizes = parameter.shape

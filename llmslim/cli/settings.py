@@ -48,7 +48,7 @@ def backend() -> ModuleType:
     if not settings().verbose:
         warnings.simplefilter("ignore")
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-        from transformers.utils import logging as transformers_logging
+        from transformers import logging as transformers_logging
 
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()

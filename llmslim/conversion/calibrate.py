@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from llmslim import fitting
 from llmslim.data import Windows, calibration_windows, longest_input
 from llmslim.errors import DataError
 from llmslim.recipe import Calibration, Recipe
 from llmslim.storage import NotInPiecesError, empty_model, load_tokenizer, open_source
 
-from .options import Request
+from .request import Request
 
 
 def check_text(request: Request, model: PreTrainedModel) -> None:
@@ -45,7 +44,7 @@ def read_text(request: Request, tokenizer: Any, model: PreTrainedModel) -> Windo
         tokenizer: the model's.
         model: in memory, if the text is to be sampled from it.
     """
-    return calibration_windows(_spec(request, model), tokenizer, model, progress=request.tell)
+    return calibration_windows(_spec(request, model), tokenizer, model, progress=request.progress)
 
 
 def _spec(request: Request, model: PreTrainedModel) -> Calibration:
@@ -60,7 +59,7 @@ def try_text(model: str, recipe: Recipe, *, trust_remote_code: bool = False) -> 
 
     Args:
         model: what would be converted; none of its weights are read.
-        recipe: says which text; what is no file here is not read, which a note states.
+        recipe: names the text; what is not a file here is not read, and a note states so.
         trust_remote_code: run model code that comes with the model.
 
     Returns:
@@ -88,7 +87,7 @@ def try_text(model: str, recipe: Recipe, *, trust_remote_code: bool = False) -> 
 
 @torch.no_grad()
 def overflow_notes(model: PreTrainedModel, windows: Windows | None, given: str) -> tuple[str, ...]:
-    """Say so where a dense model overflows its own type: no recipe is to blame for that.
+    """Return a note where a dense model overflows its type, whatever the recipe.
 
     Args:
         model: with weights that are finite.
@@ -119,11 +118,6 @@ def overflow_note(given: str, what: str) -> str:
         f"{given}: its own {what} not finite in float16, which holds numbers up to {most:,.0f}, "
         "whatever the recipe. Pass dtype (--dtype) bfloat16 or float32 for a model that computes."
     )
-
-
-def token_ids(windows: Windows | None) -> fitting.TokenWindows | None:
-    """Return what fitting needs of calibration windows."""
-    return None if windows is None else fitting.TokenWindows(windows.ids, windows.held_out)
 
 
 def calibration_spec(

@@ -43,7 +43,7 @@ from llmslim.storage import (
     versions,
 )
 
-from .options import Request
+from .request import Request
 
 _HEAD = 1 << 20
 _SAMPLES, _SAMPLE = 64, 1 << 16

@@ -16,17 +16,15 @@ from llmslim import editing, fitting, planning
 from llmslim.data import Windows
 from llmslim.errors import CheckpointError, RecipeError
 from llmslim.modeling.base_class import auto_class_name
-from llmslim.modeling.modeling_llmslim import SlimModelMixin
-from llmslim.options import takes
+from llmslim.options import ConvertOptions, takes
 from llmslim.progress import Progress, quietly
-from llmslim.recipe import Recipe, recipe_yaml
-from llmslim.report.card import model_card
+from llmslim.recipe import Recipe
 from llmslim.report.report import Report
 from llmslim.storage import (
     NotInPiecesError,
     Pieces,
-    check_apart,
     check_finite,
+    check_keeps_source,
     check_target,
     empty_model,
     explain_nonfinite,
@@ -39,11 +37,11 @@ from llmslim.storage import (
     write_checkpoint,
 )
 
-from .calibrate import check_text, overflow_notes, read_text, token_ids, with_overrides
+from .calibrate import check_text, overflow_notes, read_text, with_overrides
 from .conversion_dir import ConversionDir, key_of
 from .device import device_named, memory_of
 from .layer_store import check_layers
-from .options import Conversion, ConvertOptions, Request
+from .request import Conversion, Request
 from .streamed import convert_streamed
 
 
@@ -73,7 +71,7 @@ def convert(model: str | Path, options: ConvertOptions) -> Conversion:
     if published is not None:
         return Conversion(target, published, auto_class_name(source.config))
     check_target(target, options.overwrite)
-    check_apart(target, source.path, source.given)
+    check_keeps_source(target, source.path, source.given)
     work.check(resume=options.resume, overwrite=options.overwrite)
     trusted = options.trust_remote_code
     notes: tuple[str, ...] = ()
@@ -134,12 +132,7 @@ def _request(model: str | Path, options: ConvertOptions) -> Request:
 
 
 def _pieces(request: Request, empty: PreTrainedModel, *, fitted: bool) -> Pieces:
-    """Return the pieces that a model can be loaded in.
-
-    Args:
-        request: the conversion.
-        empty: the model, without weights.
-        fitted: whether blocks are fitted to text.
+    """Return the pieces that a model can be loaded in; `empty` is the model without weights.
 
     Raises:
         NotInPiecesError: if it cannot be converted that way.
@@ -158,15 +151,10 @@ def _pieces(request: Request, empty: PreTrainedModel, *, fitted: bool) -> Pieces
 
 
 def _convert_in_memory(request: Request, notes: tuple[str, ...]) -> Conversion:
-    """Load, rewrite, write and read back.
-
-    Args:
-        request: what to do.
-        notes: sentences for the report.
-    """
-    source, options, tell = request.source, request.options, request.tell
+    """Load, rewrite, write and read back; `notes` are for the report."""
+    source, options, progress = request.source, request.options, request.progress
     trusted = options.trust_remote_code
-    tell(0, 0, "reading the model")
+    progress(0, 0, "reading the model")
     model = load_model(source, dtype=options.dtype, trust_remote_code=trusted)
     nonfinite = check_finite(
         model.state_dict().items(), source.given, allow_nonfinite=options.allow_nonfinite
@@ -184,7 +172,7 @@ def _convert_in_memory(request: Request, notes: tuple[str, ...]) -> Conversion:
     def fitting(done: int, total: int, what: str) -> None:
         nonlocal steps
         steps = total
-        tell(done, total + 1, what)
+        progress(done, total + 1, what)
 
     with explain_nonfinite(nonfinite):
         report, recipe = slim_with(
@@ -194,25 +182,15 @@ def _convert_in_memory(request: Request, notes: tuple[str, ...]) -> Conversion:
     written = type_notes(source, model.dtype, options.dtype)
     notes = (*nonfinite, *overflow, *(windows.notes if windows else ()), *written, *notes)
     report = replace(report, problems=(*report.problems, *notes))
-    tell(steps, steps + 1, "writing and reading back")
+    progress(steps, steps + 1, "writing and reading back")
     write_checkpoint(
         model,
         request.target,
-        source=source,
-        tokenizer=tokenizer,
-        report=report.to_dict(),
-        recipe_text=recipe_yaml(recipe),
-        model_card=model_card(
-            report,
-            recipe_text=recipe_yaml(recipe),
-            base_model=source.given,
-            slim=isinstance(model, SlimModelMixin),
-            auto_class=auto_class_name(model.config),
-        ),
+        **request.companions(model, tokenizer, report, recipe),
         max_shard_size=options.max_shard_size,
         overwrite=options.overwrite,
     )
-    tell(steps + 1, steps + 1, "done")
+    progress(steps + 1, steps + 1, "done")
     return Conversion(request.target, report, auto_class_name(source.config))
 
 
@@ -225,7 +203,7 @@ def slim_with(
     init: str | None,
     progress: Progress | None,
 ) -> tuple[Report, Recipe]:
-    """Change a model in memory as a plan says, in place.
+    """Carry out a plan on a model in memory, in place.
 
     Args:
         model: what to change.
@@ -238,7 +216,7 @@ def slim_with(
     Returns:
         The ledger, and the recipe with the sizes that a budget comes to.
     """
-    ids = token_ids(windows)
+    ids = None if windows is None else fitting.TokenWindows(windows.ids, windows.held_out)
     if ids is not None and plan.recipe.has_auto and plan.needs_calibration:
         recipe = fitting.allocate(model, plan.recipe, ids, init=init, progress=progress)
         plan = planning.plan(model, recipe, model_name=plan.model, init=init)

@@ -40,7 +40,7 @@ def device_named(name: str | None) -> torch.device:
 
 @contextmanager
 def memory_of(device: torch.device, work: ConversionDir) -> Iterator[None]:
-    """Turn out-of-memory into an error that says what to do.
+    """Turn out-of-memory into an error with a remedy.
 
     Args:
         device: that blocks are fitted on.

@@ -21,7 +21,14 @@ from typing import Self
 from torch import Tensor
 
 from llmslim.errors import CheckpointError
-from llmslim.storage import file_sha256, flush, remove, write_tensors, write_whole
+from llmslim.storage import (
+    file_sha256,
+    flush,
+    read_json_if_whole,
+    remove,
+    write_tensors,
+    write_whole,
+)
 
 from .target_model import TargetModel
 
@@ -41,7 +48,7 @@ class PieceRecord:
     """Its blocks that the text never reached."""
     streams: str = ""
     """SHA-256 of the hidden states after it, where it was fitted to text."""
-    sketch: list[float] = field(default_factory=list)
+    fingerprint: list[float] = field(default_factory=list)
     """What it computes on fixed inputs, see `proof`."""
     files: dict[str, str] = field(default_factory=dict)
     """SHA-256 of its files, by name."""
@@ -50,17 +57,17 @@ class PieceRecord:
     def read(cls, path: Path) -> PieceRecord | None:
         """Return what a file holds, None where it is something else."""
         try:
-            record = cls(**json.loads(path.read_text(encoding="utf-8")))
+            record = cls(**read_json_if_whole(path))
             good = (
                 all(v is None or type(v) is float for v in record.errors.values())
-                and all(type(v) is float for v in record.sketch)
+                and all(type(v) is float for v in record.fingerprint)
                 and all(
                     type(v) is str and v.isprintable()
                     for texts in (record.nonfinite, record.notes, record.unseen)
                     for v in (record.piece, record.streams, *texts, *record.files.values())
                 )
             )
-        except (OSError, ValueError, RecursionError, TypeError, AttributeError):
+        except (TypeError, AttributeError):
             return None
         return record if good else None
 

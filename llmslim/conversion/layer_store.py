@@ -5,7 +5,7 @@ brought in from the files with its dense weights, and the finished one is handed
 
 After each layer both streams of hidden states go to a file of the working folder, and are used
 from there, memory-mapped. So an interrupted conversion continues at once: nothing runs twice. The
-files of the last two layers stay; the record of a layer has the digest of its own.
+files of the last two layers stay; the record of a layer has the digest of its file.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class LayersOnDisk(LayerStore):
         return self._files.read(index, streams.dense[0])
 
     def _overflow_notes(self, streams: Streams) -> list[str]:
-        """Say once where the dense stream, which is kept in float32, is too large for float16."""
+        """Return one note where the dense stream, kept in float32, is too large for float16."""
         dtype = self._pieces.model.dtype
         if self._overflowed or dtype != torch.float16:
             return []
@@ -128,19 +128,9 @@ def check_layers(pieces: Pieces) -> None:
     layers: Layers = find_layers(pieces.model)
     for index in range(layers.count):
         name = f"{layers.path}.{index}"
-        if pieces.piece_of(name).homes != (name,):
+        if pieces.piece_of(name).modules != (name,):
             raise NotInPiecesError(f"{name} cannot be loaded by itself")
     pieces.make_tables()
-
-
-def most_bytes(tokens: int, hidden_size: int) -> int:
-    """Return the space on the disk that streams take at most.
-
-    Args:
-        tokens: of calibration text.
-        hidden_size: numbers of a token.
-    """
-    return 3 * 2 * 4 * tokens * hidden_size
 
 
 class _StreamFiles:

@@ -1,10 +1,10 @@
-"""Prove by computing that what is loaded is what was made, with one piece in memory at a time.
+"""Check by computing that what is loaded is what was made, with one piece in memory at a time.
 
 While a piece is in memory as it was made, its modules are run on fixed random inputs: a decoder
-layer with the masks and rotary embeddings that its model hands it, an embedding on token ids, a
-norm or a head on hidden states. What comes out is kept as a sketch: its length and its products
+layer with the masks and rotary embeddings that its model passes to it, an embedding on token ids, a
+norm or a head on hidden states. Of the output a fingerprint is kept: its length and its products
 with a few vectors of random signs, which any difference changes. When all is written, the same is
-done with the pieces that the new config and the files give, and the sketches are compared.
+done with the pieces that the new config and the files give, and the fingerprints are compared.
 
 Left out: layers that cannot be run alone, because they hand each other more than hidden states.
 Of these, code, settings and bytes are compared.
@@ -29,11 +29,11 @@ from llmslim.storage import NotInPiecesError, Piece, Pieces
 _TOKENS = 4
 _DIRECTIONS = 4
 _CLOSE = {torch.float32: 1e-4, torch.float64: 1e-8}
-"""Part of a sketch by which two may differ: sums may be ordered differently where memory lies
+"""Part of a fingerprint by which two may differ: sums may be ordered differently where memory lies
 otherwise. The narrow types have 2e-2."""
 
 
-class Prover:
+class PieceRunner:
     """Runs pieces of one model on fixed inputs.
 
     Args:
@@ -44,14 +44,9 @@ class Prover:
         self._pieces = pieces
         self._layers, self._calls = _calls(pieces)
 
-    @property
-    def runs_layers(self) -> bool:
-        """Whether decoder layers are run."""
-        return self._calls is not None
-
     @torch.no_grad()
-    def sketch(self, piece: Piece) -> list[float]:
-        """Return a sketch of what a piece that is in memory computes; empty if it is not run."""
+    def fingerprint(self, piece: Piece) -> list[float]:
+        """Return a fingerprint of what a loaded piece computes; empty if it is not run."""
         model = self._pieces.model
         index = None if self._layers is None else self._layers.index_of(piece.name)
         found: list[float] = []
@@ -61,35 +56,35 @@ class Prover:
             layer = model.get_submodule(piece.name)
             hidden = _draw(self._calls.hidden[0].shape, layer)
             output, _ = run_layer(layer, hidden.float(), self._calls.extras[index][0])
-            return [] if output is None else _sketch(output)
-        for home in piece.homes:
-            output = _alone(model.get_submodule(home))
-            found += [] if output is None else _sketch(output)
+            return [] if output is None else _fingerprint(output)
+        for name in piece.modules:
+            output = _alone(model.get_submodule(name))
+            found += [] if output is None else _fingerprint(output)
         return found
 
 
-def check_computes(written: Pieces, made: Any, sketches: Mapping[str, list[float]]) -> None:
+def check_computes(written: Pieces, made: Any, fingerprints: Mapping[str, list[float]]) -> None:
     """Compare what a checkpoint computes, piece by piece, with what was made.
 
     Args:
         written: the checkpoint.
         made: the model that was made, on the meta device.
-        sketches: of each piece as it was made, by its name in the new model.
+        fingerprints: of each piece as it was made, by its name in the new model.
 
     Raises:
         CheckpointError: if it computes something else.
     """
     if difference := first_difference(made, written.model):
         raise CheckpointError(_wrong(written, difference))
-    prover = Prover(written)
+    runner = PieceRunner(written)
     close = _CLOSE.get(written.model.dtype, 2e-2)
     for piece in written.all:
-        wanted = sketches.get(piece.name)
+        wanted = fingerprints.get(piece.name)
         written.load(piece)
         lacking = next((name for name, tensor in written.tensors(piece) if tensor.is_meta), None)
         if lacking is not None:
             raise CheckpointError(_wrong(written, f"{lacking} is not loaded"))
-        found = prover.sketch(piece) if wanted else []
+        found = runner.fingerprint(piece) if wanted else []
         written.release(piece)
         if wanted and not _agree(wanted, found, close):
             raise CheckpointError(_wrong(written, f"{piece.name} gives other numbers"))
@@ -152,7 +147,7 @@ def _draw(shape: torch.Size, module: nn.Module) -> Tensor:
     return drawn.to(device=weight.device, dtype=weight.dtype)
 
 
-def _sketch(output: Tensor) -> list[float]:
+def _fingerprint(output: Tensor) -> list[float]:
     """Return the length of an output and its products with vectors of random signs."""
     flat = output.detach().float().cpu().flatten()
     return [float(flat.norm()), *(_signs(len(flat)) @ flat).tolist()]

@@ -1,13 +1,13 @@
 """Convert a model piece by piece: no more of it is in memory than a decoder layer at a time.
 
 A piece is read, rewritten by the same functions that rewrite a whole model, and handed to a thread
-that writes it to files of its own; meanwhile the next one is read. A third thread takes the
+that writes its files; meanwhile the next one is read. A third thread takes the
 digests of the model's files for the manifest. When all pieces are on the disk, every file is read
 back and compared with what was handed over, the headers with the model that the new config
 describes, each piece is run and compared with what it computed as it was made, and only then is the
 folder renamed.
 
-What it costs: beside the piece at hand, the one that is being written stays in memory; and files
+What it costs: two pieces are in memory, the one that is made and the one that is written; and files
 of weights follow the layers.
 
 Where blocks are fitted to calibration text, decoder layers come first, see `layer_store`.
@@ -16,13 +16,15 @@ Where blocks are fitted to calibration text, decoder layers come first, see `lay
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from llmslim import editing, fitting, planning
 from llmslim.anatomy.sites import find_layers
@@ -30,18 +32,16 @@ from llmslim.data import Windows
 from llmslim.editing.plans import Plan
 from llmslim.fitting.layer_store import Fitted
 from llmslim.modeling.base_class import auto_class_name
-from llmslim.recipe import recipe_yaml
-from llmslim.report.card import model_card
 from llmslim.report.report import Report
 from llmslim.storage import (
     INDEX,
-    FileHashes,
     Piece,
     Pieces,
     check_loads,
     check_tokenizer,
     explain_nonfinite,
     flush_all,
+    hashing,
     input_files,
     load_tokenizer,
     nonfinite_notes,
@@ -57,9 +57,9 @@ from llmslim.storage import (
 from .calibrate import read_text
 from .conversion_dir import ConversionDir, key_of
 from .finished import FinishedPieces, PieceRecord
-from .layer_store import LayersOnDisk, most_bytes
-from .options import Conversion, Request
-from .proof import Prover, check_computes
+from .layer_store import LayersOnDisk
+from .proof import PieceRunner, check_computes
+from .request import Conversion, Request
 from .target_model import TargetModel, is_dropped
 
 
@@ -86,19 +86,20 @@ def convert_streamed(
     if text is not None:
         fitted_to = text.ids.numel()
         tokens = fitted_to + fitting.random_token_count(fitted_to) + text.held_out.numel()
-        streams = most_bytes(tokens, target.model.config.get_text_config().hidden_size)
+        # Both streams, in float32, after three layers at most.
+        streams = 3 * 2 * 4 * tokens * target.model.config.get_text_config().hidden_size
     work.check_space(target.weight_bytes, streams, resume=options.resume)
     with (
         _one_core_left() if text is None else nullcontext(),
         work.begun(key, resume=options.resume),
-        FileHashes() as hashes,
+        hashing() as hash_of,
     ):
-        conversion = _Streamed(request, pieces, plan, target, work, hashes)
+        conversion = _Streamed(request, pieces, plan, target, work, hash_of)
         conversion.write_weights(text)
         written = type_notes(source, pieces.model.dtype, options.dtype)
         report = conversion.finish(tokenizer, text, (*written, *notes))
         work.publish(key)
-    request.tell(conversion.total + 1, conversion.total + 1, "done")
+    request.progress(conversion.total + 1, conversion.total + 1, "done")
     return Conversion(request.target, report, auto_class_name(source.config))
 
 
@@ -110,11 +111,11 @@ class _Streamed:
         plan: Plan,
         target: TargetModel,
         work: ConversionDir,
-        hashes: FileHashes,
+        hash_of: Callable[[Path], Future[str]],
     ) -> None:
         self.request, self.pieces, self.plan, self.target = request, pieces, plan, target
-        self.work, self.folder, self.hashes = work, work.checkpoint, hashes
-        self.prover = Prover(pieces)
+        self.work, self.folder, self.hash_of = work, work.checkpoint, hash_of
+        self.runner = PieceRunner(pieces)
         names = [piece.name for piece in pieces.all]
         self.finished = FinishedPieces(work.checkpoint, work.records, target, names)
         narrowed = [mlp.mlp.down for mlp in plan.mlps if mlp.fitted]
@@ -123,11 +124,7 @@ class _Streamed:
         self.seed_of = partial(editing.seed_of, seed=request.options.seed)
 
     def write_weights(self, text: Windows | None) -> None:
-        """Bring every piece that is not done yet to the disk.
-
-        Args:
-            text: what blocks in decoder layers are fitted to, if they are.
-        """
+        """Write every piece that is not done yet, fitted to text where there is some."""
         with self.finished:
             if text is not None:
                 self._fit(text)
@@ -135,7 +132,7 @@ class _Streamed:
             self._count_done()
             for piece in self.pieces.all:
                 for path in self.pieces.files(piece):
-                    self.hashes.start(path)
+                    self.hash_of(path)
                 if piece.name in self.finished.done:
                     continue
                 self.pieces.load(piece)
@@ -149,71 +146,41 @@ class _Streamed:
                 self.pieces.release(piece)
             self.finished.wait()
 
-    def finish(
-        self,
-        tokenizer: PreTrainedTokenizerBase | None,
-        text: Windows | None,
-        notes: Iterable[str] = (),
-    ) -> Report:
-        """Write what belongs beside the weights, read everything back, and return the report.
-
-        Args:
-            tokenizer: the model's.
-            text: what blocks in decoder layers were fitted to, if they were.
-            notes: more sentences for the report.
-
-        Raises:
-            CheckpointError: if something reads back differently.
-        """
+    def finish(self, tokenizer: Any, text: Windows | None, notes: Iterable[str]) -> Report:
+        """Write what belongs beside the weights, read everything back, and return the report."""
         source, target, folder = self.request.source, self.target, self.folder
-        self.request.tell(self.total, self.total + 1, "writing and reading back")
+        self.request.progress(self.total, self.total + 1, "writing and reading back")
         report = self._report((*(() if text is None else text.notes), *notes))
         if text is not None:
             report = replace(report, fitted_to=text.description)
         known = self.finished.hashes()
         self._write_config()
-        recipe_text = recipe_yaml(self.request.recipe)
-        write_companions(
-            folder,
-            source=source,
-            tokenizer=tokenizer,
-            report=report.to_dict(),
-            recipe_text=recipe_text,
-            model_card=model_card(
-                report,
-                recipe_text=recipe_text,
-                base_model=source.given,
-                slim=target.is_slim,
-                auto_class=auto_class_name(target.model.config),
-            ),
-        )
-        known |= {path: self.hashes.of(path) for path in input_files(source)}
+        recipe = self.request.recipe
+        write_companions(folder, **self.request.companions(target.model, tokenizer, report, recipe))
+        known |= {path: self.hash_of(path).result() for path in input_files(source)}
         write_manifest(folder, source=source, known=known)
         flush_all(folder)
         kind = type(target.model).__name__
         written = check_loads(folder, target.tensors, kind, self.pieces.device)
         records = self.finished.done.values()
-        sketches = {self.plan.new_name(one.piece): one.sketch for one in records if one.sketch}
-        check_computes(written, target.model, sketches)
-        if tokenizer is not None:
-            check_tokenizer(tokenizer, folder)
+        fingerprints = {
+            self.plan.new_name(one.piece): one.fingerprint for one in records if one.fingerprint
+        }
+        check_computes(written, target.model, fingerprints)
+        check_tokenizer(tokenizer, folder)
         return report
 
     def _put(self, piece: Piece, record: PieceRecord) -> None:
-        """Hand over a piece that is as it will be."""
+        """Hand a finished piece to the thread that writes it."""
         tensors: dict[str, torch.Tensor] = {}
         if not is_dropped(piece.name, self.plan):
-            record = replace(record, sketch=self.prover.sketch(piece))
+            record = replace(record, fingerprint=self.runner.fingerprint(piece))
             made = self.pieces.tensors(piece)
             tensors = {self.plan.new_name(name): tensor.cpu() for name, tensor in made}
         self.finished.put(record, tensors)
 
     def _fit(self, text: Windows) -> None:
-        """Fit the decoder layers that are not done, in their order.
-
-        Args:
-            text: what they are fitted to.
-        """
+        """Fit the decoder layers that are not done to text, in their order."""
         done, layers = self.finished.done, find_layers(self.pieces.model)
         inside = [name for name in self.planned if layers.index_of(name) is not None]
         if all(self.pieces.piece_of(name).name in done for name in inside):
@@ -236,7 +203,7 @@ class _Streamed:
                 text.ids,
                 text.held_out,
                 seed_of=self.seed_of,
-                progress=self._tell,
+                progress=self._progress,
                 store=store,
             )
 
@@ -252,22 +219,14 @@ class _Streamed:
     def _nonfinite(
         self, found: Mapping[str, list[str]], *, allowed: bool = False
     ) -> tuple[str, ...]:
-        """Say which tensors hold NaN or infinities.
-
-        Args:
-            found: those of each piece.
-            allowed: whether they were allowed already.
-
-        Raises:
-            CheckpointError: if there are any and they are not allowed.
-        """
+        """Return notes on the tensors of each piece that hold NaN or infinities, or refuse them."""
         names = [name for piece in self.pieces.all for name in found.get(piece.name, ())]
         allowed = allowed or self.request.options.allow_nonfinite
         return nonfinite_notes(names, self.request.source.given, allow_nonfinite=allowed)
 
-    def _tell(self, what: str) -> None:
+    def _progress(self, what: str) -> None:
         self.steps += 1
-        self.request.tell(self.steps, self.total + 1, what)
+        self.request.progress(self.steps, self.total + 1, what)
 
     def _count_done(self) -> None:
         done = self.finished.done
@@ -275,7 +234,7 @@ class _Streamed:
 
     @torch.no_grad()
     def _rewrite(self, piece: Piece, nonfinite: list[str]) -> dict[str, float | None]:
-        """Do what the plan says about one piece; return the errors of its blocks."""
+        """Carry out the plan for one piece; return the errors of its blocks."""
         model = self.pieces.model
         errors: dict[str, float | None] = {}
         if is_dropped(piece.name, self.plan):
@@ -287,7 +246,7 @@ class _Streamed:
             for site in self.plan.sites:
                 if self._is_in(site.name, piece):
                     errors[site.name] = editing.fill_site(model, site, self.seed_of)
-                    self._tell(site.name)
+                    self._progress(site.name)
         return errors
 
     def _is_in(self, name: str, piece: Piece) -> bool:

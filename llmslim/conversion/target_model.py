@@ -1,7 +1,7 @@
-"""What a conversion ends in, known before it begins: config, names, shapes, types, files.
+"""The model that a conversion will write: config, names, shapes, types and files of its tensors.
 
-Each piece that a model is loaded in becomes a file of its own, or several where it is larger than a
-file may be. So a piece is finished when its files are there.
+Each piece of the model is written to a file, or to several where it is larger than
+`max_shard_size`. So a piece is finished when its files are there.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from typing import Any
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from llmslim import editing
+from llmslim.compat import as_stored, not_saved, set_conversions, without_ties
 from llmslim.editing.plans import Plan
 from llmslim.errors import CheckpointError, and_more
 from llmslim.modeling.modeling_llmslim import SlimModelMixin
@@ -51,20 +50,14 @@ class TargetModel:
         self.model: PreTrainedModel = model_without_weights(changed.config, dtype, given)
         if self.model.can_generate():
             self.model.generation_config = copy.deepcopy(dense.generation_config)
-        setattr(self.model, "_weight_conversions", pieces.used_conversions)  # noqa: B010
+        set_conversions(self.model, pieces.used_conversions)
         self.tensors = self._typed(dense.state_dict(), plan)
         """All tensors of the model, in their types."""
-        kept = remove_tied_weights_from_state_dict(dict(self.tensors), self.model)
-        ignored = self.model._keys_to_ignore_on_save or []
+        kept, ignored = without_ties(self.model, self.tensors), not_saved(self.model)
         self._kept = {name: tensor for name, tensor in kept.items() if name not in ignored}
         check_types(self._kept)
         self.files = self._filed(pieces, plan, max_shard_size)
         """By piece and file name; the tensors of each file, by the names they have there."""
-
-    @property
-    def is_slim(self) -> bool:
-        """Whether it needs llmslim's classes to load."""
-        return isinstance(self.model, SlimModelMixin)
 
     @property
     def weight_bytes(self) -> int:
@@ -111,24 +104,23 @@ class TargetModel:
             tensors: of one piece at least, by their names in the model.
         """
         wanted = {name: tensor for name, tensor in tensors.items() if name in self._kept}
-        if self.is_slim:  # names are the module's own there
+        if isinstance(self.model, SlimModelMixin):  # names are the module's own there
             return wanted
         with quiet():
-            stored: dict[str, Tensor] = revert_weight_conversion(self.model, wanted)
-        return stored
+            return as_stored(self.model, wanted)
 
     def _filed(
         self, pieces: Pieces, plan: Plan, max_shard_size: int
     ) -> dict[str, dict[str, dict[str, Tensor]]]:
         """Return what each file of each piece holds."""
         left = [piece for piece in pieces.all if not is_dropped(piece.name, plan)]
-        piece_at = {plan.new_name(home): piece for piece in left for home in piece.homes}
+        piece_at = {plan.new_name(holder): piece for piece in left for holder in piece.modules}
         tensors: dict[Piece, dict[str, Tensor]] = defaultdict(dict)
         for name, tensor in self._kept.items():
-            home = name
-            while home not in piece_at and home:
-                home = home.rpartition(".")[0]
-            tensors[piece_at[home]][name] = tensor
+            holder = name
+            while holder not in piece_at and holder:
+                holder = holder.rpartition(".")[0]
+            tensors[piece_at[holder]][name] = tensor
         groups: list[tuple[str, dict[str, Tensor]]] = []
         for piece in left:
             stored = self._stored(tensors[piece])

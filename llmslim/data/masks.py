@@ -28,6 +28,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llmslim.compat import render_with_answers
+
 from .chat import MARK, REFUSALS, Chat, Turn, Written
 
 Span = tuple[int, int]
@@ -67,22 +69,14 @@ class Masks:
 
     def _by_the_template(self, written: Written) -> list[Span] | None:
         """Return what the template marks as the assistant's, None if it marks nothing."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         tokenizer = self._chat.tokenizer
         template = tokenizer.get_chat_template(None, written.tools or None)
         if not _GENERATION.search(template):
             return None
         turns = [{k: v for k, v in turn.items() if v is not None} for turn in written.turns]
         options: dict[str, Any] = {**tokenizer.special_tokens_map, "tools": written.tools or None}
-        rendered: Any = render_jinja_template(
-            conversations=[turns],
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            **options,
-        )
-        (text,), (spans,) = rendered
-        return [(int(start), int(end)) for start, end in spans] if text == written.text else None
+        text, spans = render_with_answers(turns, template, options)
+        return spans if text == written.text else None
 
     @cached_property
     def prompt(self) -> str:

@@ -34,6 +34,7 @@ from jinja2 import TemplateError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from llmslim.compat import CONFIG_ORIGIN
 from llmslim.errors import DataError
 from llmslim.progress import Progress
 
@@ -278,8 +279,8 @@ def fingerprint(model: Any, tokenizer: Any, *numbers: int) -> str:
         *numbers: how much is sampled, the seed, and the like.
     """
     config = model.config.to_dict()
-    for passing in ("_name_or_path", "transformers_version"):
-        config.pop(passing, None)
+    for origin in CONFIG_ORIGIN:
+        config.pop(origin, None)
     words = None
     if tokenizer is not None:
         chats = list(_chats(tokenizer, len(tokenizer)))

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D
 
 from llmslim.anatomy import first_difference
 from llmslim.anatomy.sites import Mlp, dense_weight

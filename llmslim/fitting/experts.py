@@ -99,7 +99,7 @@ def watching(model: nn.Module, sites: Iterable[SitePlan]) -> Iterator[None]:
         model: the model that holds the stacks.
         sites: the stacks; all of them will be replaced, so their module may keep its plain loop.
     """
-    stacks = {site.name: _stack(model, site.name) for site in sites}
+    stacks = {site.name: model.get_parameter(site.name) for site in sites}
     for site in sites:
         transposed = site.spec["transposed"]
         set_module(model, site.name, Watched(stacks[site.name], transposed=transposed))
@@ -124,7 +124,7 @@ def fit_experts(
         run: runs the layer around the stack over the windows to fit on.
         seed_of: the seed of an expert, by its name.
     """
-    stack, method = _stack(model, site.name), method_named(site.init)
+    stack, method = model.get_parameter(site.name), method_named(site.init)
     seen = Seen()
     blocks = empty_experts(site, stack)
     with watching(model, [site]):
@@ -230,10 +230,3 @@ def _matrix(stack: Tensor, expert: int, transposed: bool) -> Tensor:
 def _holder(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     parent, _, leaf = name.rpartition(".")
     return model.get_submodule(parent), leaf
-
-
-def _stack(model: nn.Module, name: str) -> nn.Parameter:
-    holder, leaf = _holder(model, name)
-    parameter = holder._parameters[leaf]
-    assert parameter is not None
-    return parameter

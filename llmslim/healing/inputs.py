@@ -14,6 +14,7 @@ import yaml
 from transformers import PreTrainedModel
 
 from llmslim.anatomy.sites import find_layers
+from llmslim.compat import supports_flash_attention
 from llmslim.data import Rows, embedding_rows, healing_text, longest_input
 from llmslim.errors import HealingError
 from llmslim.healing.distributed import processes
@@ -286,7 +287,7 @@ def _set_attention(model: Any, wanted: str) -> None:
     """
     if wanted == "auto":
         flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
-        if not (flash and getattr(model, "_supports_flash_attn", False)):
+        if not (flash and supports_flash_attention(model)):
             return
         wanted = "flash_attention_2"
     try:

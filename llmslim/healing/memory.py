@@ -26,10 +26,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmslim.anatomy.sites import find_layers
+from llmslim.compat import CAST, FakeTensorMode, TorchDispatchMode, attention_of
 from llmslim.healing.objectives._chunks import CHUNK_NUMBERS
 from llmslim.healing.packing_check import takes_position_ids
 from llmslim.recipe import Heal
@@ -209,7 +208,7 @@ def _without_contents(model: Any) -> Any:
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
     fake = copy.deepcopy(model, memo).train()
-    if fake.config._attn_implementation == "flash_attention_2":  # its kernel needs contents
+    if attention_of(fake.config) == "flash_attention_2":  # its kernel needs contents
         fake.set_attn_implementation("sdpa")
     return fake
 
@@ -226,7 +225,7 @@ class _Casts(TorchDispatchMode):
     ) -> Any:
         made = func(*args, **(kwargs or {}))
         if (
-            func is torch.ops.aten._to_copy.default
+            func is CAST
             and args[0].untyped_storage() in self.masters
             and made.dtype == torch.bfloat16
         ):

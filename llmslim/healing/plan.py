@@ -11,6 +11,7 @@ import torch
 from transformers import TrainingArguments
 
 from llmslim.anatomy.precision import bf16_is_fast
+from llmslim.compat import use_one_gpu
 from llmslim.healing.distributed import processes
 from llmslim.healing.inputs import HealInputs
 from llmslim.healing.memory import Memory, healing_memory
@@ -131,7 +132,7 @@ def training_arguments(
         log_level_replica="error",
     )
     # With several GPUs and one process the Trainer would use DataParallel.
-    arguments._n_gpu = min(1, arguments.n_gpu)
+    use_one_gpu(arguments)
     return arguments
 
 

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-_CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
-_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks")
+from llmslim.compat import CHECKPOINTING, HOOKS
 
 
 @contextmanager
@@ -45,8 +44,8 @@ def as_it_was(model: Any, *, weights: bool = False) -> Iterator[None]:
     modules = {
         module: (
             module.training,
-            {key: vars(module)[key] for key in _CHECKPOINTING if key in vars(module)},
-            {key: dict(vars(module)[key]) for key in _HOOKS},
+            {key: vars(module)[key] for key in CHECKPOINTING if key in vars(module)},
+            {key: dict(vars(module)[key]) for key in HOOKS},
         )
         for module in model.modules()
     }
@@ -62,7 +61,7 @@ def as_it_was(model: Any, *, weights: bool = False) -> Iterator[None]:
             for key, known in hooks.items():
                 vars(module)[key].clear()
                 vars(module)[key].update(known)
-            for key in _CHECKPOINTING:
+            for key in CHECKPOINTING:
                 vars(module).pop(key, None)
             vars(module).update(checkpointing)
         for key in vars(model).keys() - own:  # accelerate's marks

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from llmslim.compat import attention_of
 from llmslim.data import collate, collate_apart, collate_flat
 from llmslim.healing.packing_check import takes_position_ids
 from llmslim.storage import add_tensor
@@ -83,7 +84,7 @@ def collator_for(model: Any, *, mixes: bool) -> Collate:
         model: FlashAttention needs one long row; positions are left out where it takes none.
         mixes: whether samples in one row would see each other; each then has its own row.
     """
-    flash = model.config._attn_implementation == "flash_attention_2"
+    flash = attention_of(model.config) == "flash_attention_2"
     together = collate_apart if mixes else collate_flat if flash else collate
     takes_positions = takes_position_ids(model)
 

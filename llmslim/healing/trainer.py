@@ -29,6 +29,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback
 
 from llmslim.anatomy.sites import find_layers
+from llmslim.compat import after_clipping, set_checkpoint_loader, set_train_sampler
 from llmslim.errors import HealingError
 from llmslim.healing.distributed import (
     check_sharding,
@@ -97,6 +98,10 @@ class HealingTrainer(Trainer):
         for callback in list(self.callback_handler.callbacks):
             if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
                 self.remove_callback(callback)
+        # The order of rows does not depend on the number of processes.
+        set_train_sampler(self, partial(SeededSampler, seed=self.spec.seed, seen=plan.rows))
+        set_checkpoint_loader(self, self.load_trained)
+        after_clipping(self, self._check_step)
         self.recorder = HistoryCallback(self)
         self.add_callback(self.recorder)
 
@@ -118,11 +123,6 @@ class HealingTrainer(Trainer):
             layers = model.get_submodule(find_layers(model).path)
             plugin.auto_wrap_policy = transformer_auto_wrap_policy
             plugin.transformer_cls_names_to_wrap = sorted({type(one).__name__ for one in layers})
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> SeededSampler:
-        """Return the order of the rows, which does not depend on the number of processes."""
-        rows = train_dataset or cast(PaddedRows, self.train_dataset)
-        return SeededSampler(rows, self.spec.seed, self.plan.rows)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -179,13 +179,15 @@ class HealingTrainer(Trainer):
         self.step_loss += float(loss)
         return loss
 
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Clip the gradient; refuse a step that would make the weights NaN.
+    def _check_step(self, norm: Any) -> None:
+        """Refuse a step that would leave no number in the weights.
+
+        Args:
+            norm: of the gradient.
 
         Raises:
             HealingError: if the loss or the gradient is not finite, in all processes together.
         """
-        norm: Any = super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
         self.grad_norm = float(full_tensor(norm))
         loss = torch.tensor(self.step_loss, device=self.args.device)
         self.step_loss = float(self.accelerator.reduce(loss, "mean"))
@@ -193,7 +195,6 @@ class HealingTrainer(Trainer):
             what = "loss" if not math.isfinite(self.step_loss) else "gradient"
             value = self.step_loss if what == "loss" else self.grad_norm
             raise self._not_finite(self.state.global_step + 1, what, value)
-        return norm
 
     def _not_finite(self, step: int, what: str, value: float) -> HealingError:
         last = self.folder.last_checkpoint() if self.args.should_save else None
@@ -289,7 +290,6 @@ class HealingTrainer(Trainer):
         if self.lr_scheduler is None:
             share = partial(rate_share, spec=self.spec, steps=num_training_steps)
             self.lr_scheduler = LambdaLR(optimizer or cast(Any, self.optimizer), share)
-            self._created_lr_scheduler = True
         return self.lr_scheduler
 
     def save_model(
@@ -308,14 +308,6 @@ class HealingTrainer(Trainer):
             folder = Path(output_dir or str(self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
             save_file(weights, folder / WEIGHTS)
-
-    def _load_from_checkpoint(
-        self,
-        resume_from_checkpoint: str,
-        model: Any = None,  # noqa: ARG002  (the Trainer's signature)
-    ) -> None:
-        """Load what `save_model` wrote."""
-        self.load_trained(Path(resume_from_checkpoint))
 
     def load_trained(self, folder: Path) -> None:
         """Load the parameters of a checkpoint, in place."""

@@ -1,6 +1,6 @@
 """Which channels each group of an `io` block sees, and which outputs share a group if free.
 
-With `channel_order: learned` every output group regresses on 2i channels of its own choice. The
+With `channel_order: learned` every output group chooses the 2i channels it regresses on. The
 best choice is combinatorial: channels stand in for each other. So each group chooses again and
 again the channels worth most to it, each by what the regression would lose without it, or gain if
 it came in, given all others; moves are damped where a round made things worse, and the best choice

@@ -63,20 +63,19 @@ def fit(block: StructuredLinear, target: Target) -> None:
     fit_to_gram(block, target.weight_OI.double().cpu(), gram_II, target.seed)
 
 
-@singledispatch
 def fit_to_gram(block: StructuredLinear, weight_OI: Tensor, gram_II: Tensor, seed: int) -> None:
     """Fill the block so that tr((W - B) H (W - B)ᵀ) is least, in place.
 
     Args:
-        block: any linear structure; this general case starts from its own random weights.
+        block: any linear structure.
         weight_OI: W, float64, on the CPU.
         gram_II: H, positive definite, float64, on the CPU.
-        seed: of the start.
+        seed: of the random weights that a fit without a closed form starts from.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         block.reset_parameters()
-    _descend(block, weight_OI, gram_II)
+    _fill(block, weight_OI, gram_II)
 
 
 def fit_sizes(
@@ -109,8 +108,9 @@ def _positive_definite(gram_II: Tensor) -> Tensor:
     return factor_II @ factor_II.t()
 
 
-def _descend(block: StructuredLinear, weight_OI: Tensor, gram_II: Tensor) -> None:
-    """Lower the error by L-BFGS from the weights the block has."""
+@singledispatch
+def _fill(block: StructuredLinear, weight_OI: Tensor, gram_II: Tensor) -> None:
+    """Lower the error by L-BFGS from the weights that the block has; for any structure."""
     weight = next(block.parameters())
     dtype, device = weight.dtype, weight.device
     block.to("cpu", torch.float64)  # real Gram matrices are too ill-conditioned for float32
@@ -133,13 +133,8 @@ def _descend(block: StructuredLinear, weight_OI: Tensor, gram_II: Tensor) -> Non
     block.to(device, dtype)
 
 
-@fit_to_gram.register
-def _fit_grouped(
-    block: GroupedPointwise,
-    weight_OI: Tensor,
-    gram_II: Tensor,
-    seed: int,  # noqa: ARG001
-) -> None:
+@_fill.register
+def _fit_grouped(block: GroupedPointwise, weight_OI: Tensor, gram_II: Tensor) -> None:
     if block.variant == "residual":
         _fit_residual(block, weight_OI, gram_II)
         return
@@ -163,28 +158,18 @@ def _fit_residual(block: GroupedPointwise, weight_OI: Tensor, gram_II: Tensor) -
         block.weight[g] = torch.cholesky_solve(wanted_oi.t(), factor_ii)
     if block.second is not None:
         block.second.zero_()
-        _descend(block, weight_OI, gram_II)
+        _fill.dispatch(StructuredLinear)(block, weight_OI, gram_II)
 
 
-@fit_to_gram.register
-def _fit_low_rank(
-    block: LowRank,
-    weight_OI: Tensor,
-    gram_II: Tensor,
-    seed: int,  # noqa: ARG001
-) -> None:
+@_fill.register
+def _fit_low_rank(block: LowRank, weight_OI: Tensor, gram_II: Tensor) -> None:
     u_OR, v_RI = balanced(*low_rank_factors(weight_OI, gram_II, block.rank))
     block.down.copy_(v_RI.t())
     block.up.copy_(u_OR.t())
 
 
-@fit_to_gram.register
-def _fit_pivoted(
-    block: PivotedLowRank,
-    weight_OI: Tensor,
-    gram_II: Tensor,
-    seed: int,  # noqa: ARG001
-) -> None:
+@_fill.register
+def _fit_pivoted(block: PivotedLowRank, weight_OI: Tensor, gram_II: Tensor) -> None:
     u_OR, v_RI = low_rank_factors(weight_OI, gram_II, block.rank)
     pivot_IR, rest, order_O = pivoted_factors(u_OR, v_RI, gram_II)
     block.pivot.copy_(pivot_IR)
@@ -192,26 +177,16 @@ def _fit_pivoted(
     block.order.copy_(order_O)
 
 
-@fit_to_gram.register
-def _fit_block_shuffle(
-    block: BlockShuffle,
-    weight_OI: Tensor,
-    gram_II: Tensor,
-    seed: int,  # noqa: ARG001
-) -> None:
+@_fill.register
+def _fit_block_shuffle(block: BlockShuffle, weight_OI: Tensor, gram_II: Tensor) -> None:
     inner = block.inner_features // block.blocks
     first, second, _ = block_shuffle_factors(weight_OI, gram_II, block.blocks, inner)
     block.first.copy_(first)
     block.second.copy_(second)
 
 
-@fit_to_gram.register
-def _fit_grouped_low_rank(
-    block: GroupedLowRank,
-    weight_OI: Tensor,
-    gram_II: Tensor,
-    seed: int,  # noqa: ARG001
-) -> None:
+@_fill.register
+def _fit_grouped_low_rank(block: GroupedLowRank, weight_OI: Tensor, gram_II: Tensor) -> None:
     groups, rank, order_GS = block.grouped.groups, block.low_rank.rank, None
     if block.grouped.order is not None:
         # The grouped part sees what the product leaves: that is what its channels are chosen for.

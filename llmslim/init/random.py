@@ -11,7 +11,7 @@ FITS = False
 
 
 def fit(block: StructuredLinear, target: Target) -> None:
-    """Draw the block's weights anew, in place; the dense weight is not looked at.
+    """Draw new weights for the block, in place; the dense weight is not read.
 
     Args:
         block: the block to fill.

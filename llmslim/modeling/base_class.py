@@ -2,8 +2,8 @@
 
 A model that reads images or sound besides text is listed under other Auto classes than one of
 text alone, some under both: `Llama4Config` is a `Llama4ForCausalLM` to `AutoModelForCausalLM`,
-its text part, and a `Llama4ForConditionalGeneration` to `AutoModelForImageTextToText`. Which of
-them a checkpoint holds, the `architectures` of its config says.
+its text part, and a `Llama4ForConditionalGeneration` to `AutoModelForImageTextToText`. The
+`architectures` of its config name the one that a checkpoint holds.
 
 These files travel inside checkpoints: they import torch and transformers only.
 """
@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import transformers
-from transformers import PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
+from .compat import model_mapping
 from .depth import plain_class
 
 _NAMES = (
@@ -45,7 +45,7 @@ def auto_classes(config_class: type) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in _NAMES:
         auto = getattr(transformers, name, None)
-        if auto is None or config_class not in auto._model_mapping:
+        if auto is None or config_class not in model_mapping(auto):
             continue
         if name == _LAST and (
             found or "text_config" not in getattr(config_class, "sub_configs", {})
@@ -67,29 +67,32 @@ def auto_class_of(config: Any, *, trust_remote_code: bool = False) -> Any:
     if trust_remote_code and (brought := [name for name in _NAMES if name in named]):
         return getattr(transformers, brought[0])
     known = auto_classes(plain_class(config))
-    wanted = (getattr(config, "architectures", None) or [""])[0]
-    for auto in known.values():
-        if wanted in (cls.__name__ for cls in listed_classes(auto, plain_class(config))):
-            return auto
-    return next(iter(known.values()), transformers.AutoModelForCausalLM)
+    finds = _that_find(config, plain_class(config), known)
+    return known[finds[0]] if finds else next(iter(known.values()), AutoModelForCausalLM)
 
 
 def auto_class_name(config: Any) -> str:
-    """Return the name of the Auto class that says most about what a model reads.
+    """Return the name of the most specific Auto class for what a model reads.
 
     Args:
         config: of a slim or an ordinary model.
     """
     slim = hasattr(config, "base_model_type")
     config_class = plain_class(config).__bases__[0] if slim else plain_class(config)
-    wanted = str((getattr(config, "architectures", None) or [""])[0]).removeprefix("Slim")
-    known = auto_classes(config_class)
-    for name in (*_NAMES[1:], _NAMES[0]):
-        if name in known and wanted in (
-            c.__name__ for c in listed_classes(known[name], config_class)
-        ):
-            return name
-    return str(auto_class_of(config).__name__)
+    finds = _that_find(config, config_class, auto_classes(config_class))
+    specific = [name for name in finds if name != _NAMES[0]]
+    return next(iter(specific + finds), str(auto_class_of(config).__name__))
+
+
+def _that_find(config: Any, config_class: type, autos: dict[str, Any]) -> list[str]:
+    """Return the names of the Auto classes that list the class which a config names."""
+    wanted = str((getattr(config, "architectures", None) or [""])[0])
+    wanted = wanted.removeprefix("Slim") if hasattr(config, "base_model_type") else wanted
+    return [
+        name
+        for name, auto in autos.items()
+        if any(cls.__name__ == wanted for cls in listed_classes(auto, config_class))
+    ]
 
 
 def base_class_of(config: Any) -> type[PreTrainedModel]:
@@ -131,5 +134,5 @@ def listed_classes(auto: Any, config_class: type) -> Iterator[type[PreTrainedMod
         auto: knows that config class.
         config_class: one of transformers' own.
     """
-    found = auto._model_mapping[config_class]
+    found = model_mapping(auto)[config_class]
     yield from found if isinstance(found, tuple | list) else (found,)

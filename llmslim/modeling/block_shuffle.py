@@ -30,18 +30,6 @@ from .structured import StructuredLinear
 class BlockShuffle(StructuredLinear):
     """Two block-diagonal maps with a shuffle between, `first` (B, I/B, m), `second` (B, m, O/B).
 
-    Args:
-        in_features: input channels I.
-        out_features: output channels O.
-        blocks: B; must divide I and O.
-        inner_features: channels between the two maps, B m: a multiple of B.
-        bias: whether a bias of shape (O,) is added.
-        device: where the parameters live.
-        dtype: the parameters' type.
-
-    Raises:
-        ValueError: if the blocks do not divide both sizes, or the inner width is out of range.
-
     Example:
         >>> block = BlockShuffle(64, 32, blocks=4, inner_features=32)
         >>> block(torch.ones(2, 64)).shape, sum(p.numel() for p in block.parameters())
@@ -52,7 +40,7 @@ class BlockShuffle(StructuredLinear):
 
     @dataclass(frozen=True)
     class Options:
-        """What a recipe may say of it: inner_features or keep_ratio, and the blocks."""
+        """Options in a recipe: inner_features or keep_ratio, and the blocks."""
 
         blocks: Annotated[
             int | None, "Number of blocks B; must divide both sizes. By default the fewest."

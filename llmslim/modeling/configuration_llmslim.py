@@ -1,6 +1,6 @@
 """The config of a slimmed model: every field of its base config, and what its blocks are.
 
-Kept apart from the model classes so that reading a config.json needs none of them: `import
+In a file without model classes, so that reading a config.json needs none of them: `import
 llmslim` teaches transformers the model type through this file alone.
 
 These files travel inside checkpoints: they import torch and transformers only.
@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 FORMAT = 1
 MODEL_TYPE = "llmslim"

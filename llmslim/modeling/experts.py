@@ -1,7 +1,7 @@
 """Structured blocks in the place of a stack of expert matrices.
 
 A mixture of experts holds each of its projections as one parameter, (E, O, I) or transposed
-(E, I, O), and every architecture has a loop of its own around it. This module takes the
+(E, I, O), and every architecture has its own loop around it. This module takes the
 parameter's place and its name. What the loop asks of the parameter, `weight[expert]`,
 `F.linear(x, weight)`, `x @ weight`, `torch.bmm(x, weight)`, is answered with the block's product
 (`__torch_function__`), so that the architecture's own forward runs as it is: routing, activations
@@ -18,19 +18,19 @@ Shapes: E = experts, I = in_features, O = out_features, N = rows of x.
 
 from __future__ import annotations
 
-import copy
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .compat import Initialized, with_plain_experts
 from .structured import StructuredLinear, build
 
 _MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, torch.bmm)
 
 
-class Experts(nn.Module):
+class Experts(Initialized, nn.Module):
     """E blocks of one kind, seen by the module that holds it as the parameter it replaces.
 
     Args:
@@ -52,9 +52,6 @@ class Experts(nn.Module):
 
     name: ClassVar[str] = "experts"
 
-    _is_hf_initialized = True
-    """To transformers: not a tensor to draw weights into."""
-
     def __init__(
         self,
         experts: int,
@@ -69,7 +66,7 @@ class Experts(nn.Module):
         block = build(of, device="meta", dtype=dtype)
         if not isinstance(block, StructuredLinear) or block.bias is not None:
             raise ValueError("an expert is a structured block without bias")
-        # In a tuple: a block without weights of its own, not one of this module's children.
+        # In a tuple: a block without weights, not one of this module's children.
         self._one = (block,)
         for name, parameter in block.named_parameters():
             holder, leaf = _holder(self, name)
@@ -161,14 +158,11 @@ class Experts(nn.Module):
     def adapt(self, holder: nn.Module) -> None:
         """Keep the module that holds the parameter on its plain loop, in place.
 
-        Its config is a copy of its own: the choice concerns this module alone and outlives
+        It gets a copy of the config: the choice concerns this module alone and outlives
         `set_experts_implementation`.
         """
-        config: Any = getattr(holder, "config", None)
-        if getattr(config, "_experts_implementation_internal", "eager") != "eager":
-            config = copy.copy(config)
-            object.__setattr__(config, "_experts_implementation_internal", "eager")
-            holder.config = config
+        if hasattr(holder, "config"):
+            holder.config = with_plain_experts(holder.config)
 
     def spec(self) -> dict[str, Any]:
         """Return what `build` needs to make an empty module like this one; JSON values only."""

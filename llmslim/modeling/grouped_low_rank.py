@@ -37,24 +37,11 @@ from .sizes import (
 from .structured import StructuredLinear
 
 _GROUPED_SHARE = 12
-"""The grouped part gets at most one part in so many of the budget."""
+"""The grouped part gets at most this fraction of the budget: 1 / 12."""
 
 
 class GroupedLowRank(StructuredLinear):
     """The sum of `grouped`, a GroupedPointwise of variant io, and `low_rank`, a LowRank.
-
-    Args:
-        in_features: input channels I.
-        out_features: output channels O.
-        groups: G; must divide I and O.
-        rank: R, at least 1 and at most min(I, O).
-        channel_order: `fixed` or `learned`, of the grouped part.
-        bias: whether a bias of shape (O,) is added.
-        device: where the parameters live.
-        dtype: the parameters' type.
-
-    Raises:
-        ValueError: if the groups do not divide both sizes, or the rank is out of range.
 
     Example:
         >>> block = GroupedLowRank(64, 32, groups=8, rank=4)
@@ -67,7 +54,7 @@ class GroupedLowRank(StructuredLinear):
 
     @dataclass(frozen=True)
     class Options:
-        """What a recipe may say of it: groups and rank, or keep_ratio, perhaps with groups."""
+        """Options in a recipe: groups and rank, or keep_ratio, perhaps with groups."""
 
         groups: Annotated[
             int | None,

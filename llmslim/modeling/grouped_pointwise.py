@@ -24,7 +24,7 @@ IO/G + O²/G weights, or IO/G. With an activation it is no longer linear, no den
 Shapes: I = in_features, O = out_features, G = groups, i = I/G, o = O/G, N = rows of x.
 Source: Schuler et al. 2022, "Grouped Pointwise Convolutions Reduce Parameters in Convolutional
 Neural Networks"; Schuler, "Saving 77% of the Parameters in Large Language Models" (kphi-3). The
-published code keeps W1 and W2 apart and scales their initial values otherwise (`llmslim.init`).
+published code keeps W1 and W2 as two tensors and draws them at another scale (`llmslim.init`).
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
+from .compat import ACTIVATIONS
 from .sizes import (
     KeepRatio,
     OptionError,
@@ -56,23 +56,6 @@ _GATHER_ROWS = 512
 class GroupedPointwise(StructuredLinear):
     """A grouped pointwise convolution, variant `io` or `residual`; see the module's text.
 
-    Args:
-        in_features: input channels I.
-        out_features: output channels O.
-        groups: G; must divide I and O. By default the largest common divisor of both that
-            leaves at least `min_channels_per_group` input channels to each group (the report's
-            rule). G = 1 is a dense projection.
-        min_channels_per_group: used only where `groups` is not given.
-        variant: `io` or `residual`.
-        activation: name of a transformers activation, `residual` only.
-        channel_order: `learned` adds the index buffer `order` (G, 2i), `io` only; `fixed` has none.
-        bias: whether a bias of shape (O,) is added.
-        device: where the parameters live.
-        dtype: the parameters' type.
-
-    Raises:
-        ValueError: if the groups do not divide both sizes, or the variant is not known.
-
     Example:
         >>> block = GroupedPointwise(8, 12, groups=2)
         >>> block(torch.ones(3, 8)).shape, block.weight.shape
@@ -84,7 +67,7 @@ class GroupedPointwise(StructuredLinear):
 
     @dataclass(frozen=True)
     class Options:
-        """What a recipe may say of it: at most one of the first three."""
+        """Options in a recipe: at most one of the first three."""
 
         groups: Annotated[int | None, "Number of groups G; must divide both sizes."] = None
         min_channels_per_group: Annotated[
@@ -153,7 +136,7 @@ class GroupedPointwise(StructuredLinear):
         self.groups: int = options.groups or 1  # nothing to group: one group, the dense projection
         self.variant: str = options.variant
         self.activation: str | None = options.activation
-        self.act = nn.Identity() if self.activation is None else ACT2FN[self.activation]
+        self.act = nn.Identity() if self.activation is None else ACTIVATIONS[self.activation]
         i, o = self.in_features // self.groups, self.out_features // self.groups
         # One group sees every channel already: there is nothing for a second branch to add.
         branches = 2 if self.variant == "io" and self.groups > 1 else 1
@@ -258,7 +241,7 @@ def _count(in_features: int, out_features: int, groups: int, variant: str) -> in
 def _check_variant(variant: str, activation: str | None, channel_order: str) -> None:
     if activation is not None and variant != "residual":
         raise OptionError("activation", "activation belongs to variant residual")
-    if activation is not None and activation not in ACT2FN:
+    if activation is not None and activation not in ACTIVATIONS:
         sentence = f"activation {activation!r} is not one that transformers knows"
         raise OptionError("activation", sentence)
     if channel_order == "learned" and variant != "io":

@@ -1,4 +1,4 @@
-"""Ordinary dense projections whose sizes differ from what the base model's config says.
+"""Ordinary dense projections whose sizes differ from the base model's config.
 
 Needed where widths differ from layer to layer, or where an architecture has no config field for
 its MLP width (BLOOM): the base class would build the wrong size, a site entry corrects it.
@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D as TransposedLinear
+from transformers import Conv1D as TransposedLinear
 
 
 class Linear(nn.Linear):

@@ -24,17 +24,6 @@ from .structured import StructuredLinear
 class LowRank(StructuredLinear):
     """A rank-R projection, held as `down` (I, R) and `up` (R, O).
 
-    Args:
-        in_features: input channels I.
-        out_features: output channels O.
-        rank: R, at least 1 and at most min(I, O).
-        bias: whether a bias of shape (O,) is added.
-        device: where the parameters live.
-        dtype: the parameters' type.
-
-    Raises:
-        ValueError: if the rank is out of range.
-
     Example:
         >>> LowRank(64, 32, rank=4)(torch.ones(2, 64)).shape
         torch.Size([2, 32])
@@ -44,7 +33,7 @@ class LowRank(StructuredLinear):
 
     @dataclass(frozen=True)
     class Options:
-        """What a recipe may say of it: one of the two."""
+        """Options in a recipe: one of the two."""
 
         rank: Annotated[int | None, "Inner size R, at most the smaller of both sizes."] = None
         keep_ratio: KeepRatio = None

@@ -15,7 +15,7 @@ base model class whose `__init__` swaps each site for the block that its spec de
 comes back is a LlamaForCausalLM, Phi3ForCausalLM ... to generate, peft, Trainer and accelerate.
 
 The original model_type would load too, as a dense model with random weights where the blocks
-were: hence the type of its own, and a load that fails on any missing or left-over weight.
+were: hence the new type, and a load that fails on any missing or left-over weight.
 
 These files travel inside checkpoints: they import torch and transformers only.
 """
@@ -35,6 +35,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .base_class import auto_classes, base_class_of
+from .compat import BuiltByAuto, build_from_config, mark_initialized
 from .configuration_llmslim import FORMAT, SlimConfig, slim_config_class
 from .depth import build_kept, plain_class, restore_original
 from .structured import build, structure_class
@@ -87,9 +88,9 @@ class SlimModelMixin:
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """Return whether the base class is code of its own; to transformers a slim one is as it is.
+        """Return whether the base class is custom code; transformers treats a slim class alike.
 
-        Otherwise loading would not compute anew what some models keep outside their files.
+        Otherwise loading would not recompute the tables that some models keep out of their files.
         """
         base: Any = next(base for base in cls.__mro__ if not issubclass(base, SlimModelMixin))
         return bool(base.is_custom_code())
@@ -102,7 +103,7 @@ class SlimModelMixin:
         tied = self.all_tied_weights_keys
         buffers = {name for name, _ in self.named_buffers(remove_duplicate=False)}  # type: ignore[attr-defined]
         for name in buffers & tied.keys():
-            self.get_buffer(name)._is_hf_initialized = True  # type: ignore[attr-defined]
+            mark_initialized(self.get_buffer(name))  # type: ignore[attr-defined]
         self.all_tied_weights_keys = {k: v for k, v in tied.items() if k not in buffers}
         try:
             super().mark_tied_weights_as_initialized(loading_info)  # type: ignore[misc]
@@ -160,7 +161,7 @@ def base_of(model: Any) -> tuple[Any, Any]:
     return base, config
 
 
-class SlimForCausalLM:
+class SlimForCausalLM(BuiltByAuto):
     """Factory for slim models, as AutoModelForCausalLM and the other Auto classes use it.
 
     It has no `config_class`: the Auto classes compare that by name, and there is one per base.
@@ -171,23 +172,17 @@ class SlimForCausalLM:
         """Load a slim checkpoint."""
         if config is None:
             config = SlimConfig.from_pretrained(path)
-        return cls._model_class(config).from_pretrained(path, *args, config=config, **kwargs)
+        model_class = slim_model_class(base_class_of(config))
+        return model_class.from_pretrained(path, *args, config=config, **kwargs)
 
     @classmethod
-    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
-        return cls._model_class(config)._from_config(config, **kwargs)
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Accept what transformers calls on remote code; `save_pretrained` copies the files."""
-
-    @staticmethod
-    def _model_class(config: Any) -> Any:
-        return slim_model_class(base_class_of(config))
+    def from_config(cls, config: Any, **kwargs: Any) -> Any:
+        """Build a slim model that its config describes."""
+        return build_from_config(slim_model_class(base_class_of(config)), config, **kwargs)
 
 
 def auto_map(config: Any) -> dict[str, str]:
-    """Return what a slim config.json says of the files that load it.
+    """Return the `auto_map` of a slim config.json: the files that load it.
 
     Args:
         config: a slim config; it loads with the Auto classes that its base loads with.
@@ -216,12 +211,12 @@ def replace_sites(model: nn.Module, sites: dict[str, dict[str, Any]]) -> None:
         block = build(spec, device=weight.device, dtype=weight.dtype)
         for each in (name, *shared.get(name, ())):
             set_module(model, each, block)
-            _spare_drawing(model, each)
+            _mark_parents(model, each)
     refresh_ties(model)
 
 
-def _spare_drawing(model: nn.Module, name: str) -> None:
-    """Tell transformers that what is around a block is drawn already, in place.
+def _mark_parents(model: nn.Module, name: str) -> None:
+    """Mark the modules around a block as initialised, in place.
 
     Loading calls the base class's `_init_weights` on every module that has no parameters of its
     own; some look for the dense weights of their projections there, though only to leave loaded
@@ -230,8 +225,8 @@ def _spare_drawing(model: nn.Module, name: str) -> None:
     parts = name.split(".")
     for depth in range(1, len(parts)):
         around: Any = model.get_submodule(".".join(parts[:depth]))
-        if not isinstance(around, PreTrainedModel) and not around._buffers:
-            around._is_hf_initialized = True
+        if not isinstance(around, PreTrainedModel) and not any(True for _ in around.buffers(False)):
+            mark_initialized(around)
 
 
 def site_weight(model: nn.Module, name: str) -> nn.Parameter:
@@ -249,8 +244,8 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` in the place of a module, or of a parameter, of that name, in place."""
     parent, _, leaf = name.rpartition(".")
     holder = model.get_submodule(parent)
-    if leaf in holder._parameters:
-        del holder._parameters[leaf]
+    if isinstance(getattr(holder, leaf, None), nn.Parameter):
+        delattr(holder, leaf)
     setattr(holder, leaf, module)
     if adapt := getattr(module, "adapt", None):
         adapt(holder)
@@ -261,7 +256,7 @@ def other_names(model: nn.Module, names: set[str]) -> dict[str, list[str]]:
 
     Args:
         model: the model.
-        names: of the modules that are asked about.
+        names: of the modules to look for.
 
     Returns:
         Other names by name, only of modules that have some. A tied copy is another module of the
@@ -274,7 +269,7 @@ def other_names(model: nn.Module, names: set[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     modules = []
     for name, module in model.named_modules(remove_duplicate=False):
-        weight = module._parameters.get("weight")
+        weight = dict(module.named_parameters(recurse=False)).get("weight")
         root = tied.get(f"{name}.weight", f"{name}.weight")
         marks = (id(module if weight is None else weight), type(module)), (root, type(module))
         modules.append((name, marks))

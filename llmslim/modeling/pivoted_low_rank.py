@@ -31,17 +31,6 @@ from .structured import StructuredLinear
 class PivotedLowRank(StructuredLinear):
     """A rank-R projection, held as `pivot` (I, R), `rest` (R, O - R) and the index buffer `order`.
 
-    Args:
-        in_features: input channels I.
-        out_features: output channels O.
-        rank: R, at least 1 and at most min(I, O).
-        bias: whether a bias of shape (O,) is added.
-        device: where the parameters live.
-        dtype: the parameters' type.
-
-    Raises:
-        ValueError: if the rank is out of range.
-
     Example:
         >>> block = PivotedLowRank(64, 32, rank=4)
         >>> block(torch.ones(2, 64)).shape, sum(p.numel() for p in block.parameters())
@@ -53,7 +42,7 @@ class PivotedLowRank(StructuredLinear):
 
     @dataclass(frozen=True)
     class Options:
-        """What a recipe may say of it: one of the two."""
+        """Options in a recipe: one of the two."""
 
         rank: Annotated[int | None, "Inner size R, below the smaller of both sizes."] = None
         keep_ratio: KeepRatio = None

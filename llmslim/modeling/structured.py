@@ -1,8 +1,8 @@
 """What every structured projection has in common, and how one is found by name.
 
 A structure is a drop-in for `nn.Linear` whose matrix is cheaper than dense: a subclass of
-`StructuredLinear` in a file of its own, beside this one or in another package (docs/plugins.md).
-It has a `name`, its `Options`, and says how its parameters are made, drawn and multiplied with.
+`StructuredLinear` in its own file, beside this one or in another package (docs/plugins.md).
+It has a `name`, its `Options`, and methods that make, draw and multiply with its parameters.
 
 Shapes: I = in_features, O = out_features.
 """
@@ -67,7 +67,7 @@ class StructuredLinear(nn.Module, ABC):
         given = self.read_options(options)
         try:
             self.options = self.resolve(in_features, out_features, given)
-        except StaysDense:  # nothing is gained by it, but a block it is
+        except StaysDense:  # no gain, but still a block
             self.options = given
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))

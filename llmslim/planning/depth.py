@@ -26,6 +26,7 @@ from llmslim.anatomy import (
     layer_operations,
 )
 from llmslim.anatomy.sites import Layers
+from llmslim.compat import forget_initialized
 from llmslim.editing.plans import Attributes, DepthPlan, Fields
 from llmslim.errors import TargetError
 from llmslim.modeling.depth import (
@@ -358,7 +359,7 @@ def _initialise(model: Any) -> None:
     """Do what loading does with weights that no file holds; without memory."""
     trial = copy.deepcopy(model)
     for module in trial.modules():  # as loading finds them: building has marked them as done
-        vars(module).pop("_is_hf_initialized", None)
+        forget_initialized(module)
     with torch.device("meta"):
         trial.initialize_weights()
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D
 
 from llmslim.anatomy.sites import Layers, Mlp, Site, find_mlps
 from llmslim.editing.plans import MlpPlan

@@ -99,7 +99,7 @@ def _parts(
     name: str, module: nn.Module, sites: Mapping[str, Site]
 ) -> Iterator[tuple[str, dict[str, nn.Parameter]]]:
     """Yield a module's own parameters: stacks of experts one by one, the others together."""
-    rest = {leaf: p for leaf, p in module._parameters.items() if p is not None}
+    rest = dict(module.named_parameters(recurse=False))
     stacks = {f"{name}.{leaf}": leaf for leaf in rest if f"{name}.{leaf}" in sites}
     for part, leaf in stacks.items():
         yield part, {leaf: rest.pop(leaf)}

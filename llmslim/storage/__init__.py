@@ -1,6 +1,6 @@
 """Read, check and write model folders and files."""
 
-from .atomic import check_apart as check_apart
+from .atomic import check_keeps_source as check_keeps_source
 from .atomic import check_target as check_target
 from .atomic import disk_is_full as disk_is_full
 from .atomic import disk_problem as disk_problem
@@ -18,9 +18,9 @@ from .load import load_model as load_model
 from .load import load_tokenizer as load_tokenizer
 from .load import type_notes as type_notes
 from .load import unused_notes as unused_notes
-from .manifest import FileHashes as FileHashes
 from .manifest import Verification as Verification
 from .manifest import file_sha256 as file_sha256
+from .manifest import hashing as hashing
 from .manifest import input_files as input_files
 from .manifest import verify_folder as verify_folder
 from .manifest import write_manifest as write_manifest
@@ -38,12 +38,14 @@ from .rundir import versions as versions
 from .safetensors_io import INDEX as INDEX
 from .safetensors_io import WEIGHTS as WEIGHTS
 from .safetensors_io import check_types as check_types
+from .safetensors_io import read_json_if_whole as read_json_if_whole
 from .safetensors_io import write_tensors as write_tensors
 from .source import Source as Source
 from .source import empty_model as empty_model
 from .source import open_source as open_source
 from .source import quiet as quiet
 from .write import REPORT as REPORT
+from .write import Companions as Companions
 from .write import check_loads as check_loads
 from .write import check_tokenizer as check_tokenizer
 from .write import flush_all as flush_all

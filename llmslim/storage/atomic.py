@@ -42,7 +42,7 @@ def resolved(out: Path) -> Path:
     return target
 
 
-def check_apart(out: Path, source: Path | None, given: str, *, same: bool = False) -> None:
+def check_keeps_source(out: Path, source: Path | None, given: str, *, same: bool = False) -> None:
     """Refuse a target whose replacement would remove the model that it is made from.
 
     Args:
@@ -184,15 +184,26 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def all_files(folder: Path) -> list[Path]:
-    """Return every file in a folder and in those inside it, in order."""
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+def all_files(folder: Path, *without: str) -> list[Path]:
+    """Return every file in a folder and in those inside it, in order.
+
+    Args:
+        folder: git and the hub put files of theirs in it: names that begin with a dot are left out.
+        *without: names of files in it that are left out, too.
+    """
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.relative_to(folder).as_posix() not in without
+    )
 
 
 def _error_number(error: BaseException) -> int | None:
     """Return the operating system's error number behind an error, None if there is none."""
     if isinstance(error, OSError):
         return error.errno
-    # safetensors has an error class of its own and leaves the number in its text.
+    # safetensors' own error class has the number in its text only.
     text = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, Exception) else None
     return int(text[1]) if text else None

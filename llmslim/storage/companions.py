@@ -12,12 +12,13 @@ or not is decided when that is loaded, as with the source.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from llmslim.modeling.configuration_llmslim import MODEL_TYPE
 
+from .safetensors_io import objects_in, read_json_if_whole
 from .source import Source
 
 PROCESSORS = ("*processor_config.json", "audio_tokenizer_config.json")
@@ -28,7 +29,7 @@ _TOKENIZER = "tokenizer_config.json"
 _CODE = "*.py"
 
 
-def bring_companions(folder: Path, source: Source | None, *, trusted: bool = False) -> None:
+def copy_companions(folder: Path, source: Source | None, *, trusted: bool = False) -> None:
     """Copy what belongs to a model's processors, and drop names of code that is not there.
 
     Args:
@@ -42,11 +43,14 @@ def bring_companions(folder: Path, source: Source | None, *, trusted: bool = Fal
             _copy(path, folder / path.relative_to(home))
     if trusted:
         _copy_code(home, folder)
-    config = _read(folder / "config.json")
-    own = trusted or (isinstance(config, dict) and config.get("model_type") == MODEL_TYPE)
+    config = read_json_if_whole(folder / "config.json")
+    own = trusted or config.get("model_type") == MODEL_TYPE
     _keep_names(folder / "config.json", _modules(folder) if own else set())
     for path in _found(folder, (_TOKENIZER, *PROCESSORS)):
-        if any(_is_in(home, name) for name in _names(_read(path))):
+        entries = [
+            one for config in _maps(read_json_if_whole(path)) for one in config["auto_map"].values()
+        ]
+        if home is not None and any(_modules_of(entry) & {*_modules(home)} for entry in entries):
             _copy_code(home, folder)
         _keep_names(path, _modules(folder))
 
@@ -71,66 +75,34 @@ def _modules(folder: Path) -> set[str]:
     return {path.stem for path in folder.glob(_CODE)}
 
 
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None  # as it was in the source, which nobody can use either
+def _maps(data: Any) -> list[dict[str, Any]]:
+    """Return a config, and every config inside it, that has an `auto_map`."""
+    return [item for item in objects_in(data) if isinstance(item.get("auto_map"), dict)]
 
 
-def _names(data: Any) -> Iterator[str]:
-    """Yield the names of classes that a config's `auto_map` has, those of its parts, too."""
-    for part in _parts(data):
-        for given in part["auto_map"].values():
-            yield from (each for each in _listed(given) if isinstance(each, str))
+def _modules_of(entry: Any) -> set[str | None]:
+    """Return the stems of the Python files that an entry of an `auto_map` names.
 
-
-def _parts(data: Any) -> Iterator[dict[str, Any]]:
-    todo = [data]
-    while todo:
-        item = todo.pop()
-        if isinstance(item, Mapping):
-            if isinstance(item.get("auto_map"), dict):
-                yield item  # type: ignore[misc]
-            todo += item.values()
-        elif isinstance(item, list):
-            todo += item
-
-
-def _listed(given: Any) -> list[Any]:
-    return list(given) if isinstance(given, list | tuple) else [given]
-
-
-def _is_in(home: Path | None, name: str) -> bool:
-    module = _module(name)
-    return home is not None and module is not None and (home / f"{module}.py").is_file()
-
-
-def _module(name: str) -> str | None:
-    """Return the file's stem, None for code of another repository (`owner/name--file.Class`)."""
-    module = name.rpartition(".")[0]
-    return None if "--" in name or not module.isidentifier() else module
+    None stands for what is no file of this folder: `owner/name--file.Class` is of another one.
+    """
+    found: set[str | None] = set()
+    for name in entry if isinstance(entry, list) else [entry]:
+        module = name.rpartition(".")[0] if isinstance(name, str) else ""
+        if name is not None:
+            found.add(module if module.isidentifier() else None)
+    return found
 
 
 def _keep_names(path: Path, modules: set[str]) -> None:
-    """Take out of a config's `auto_map` what is not in one of some files, in place."""
-    data = _read(path)
+    """Remove from a config's `auto_map` what is not in one of some files, in place."""
+    data = read_json_if_whole(path)
     changed = False
-    for part in list(_parts(data)):
-        named = part["auto_map"]
-        kept = {
-            auto: given
-            for auto, given in named.items()
-            if all(
-                each is None or (isinstance(each, str) and _module(each) in modules)
-                for each in _listed(given)
-            )
-        }
-        if kept != named:
-            changed = True
-            part["auto_map"] = kept
-            if not kept:
-                del part["auto_map"]
+    for config in _maps(data):
+        named = config.pop("auto_map")
+        kept = {auto: entry for auto, entry in named.items() if _modules_of(entry) <= modules}
+        changed |= kept != named
+        if kept:
+            config["auto_map"] = kept
     if changed:
         text = json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         path.write_text(text, encoding="utf-8", newline="\n")

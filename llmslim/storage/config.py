@@ -1,13 +1,13 @@
-"""Look into a config.json before transformers makes objects of it.
+"""Check a config.json before transformers builds objects from it.
 
 A config is a page of names and numbers, but some of them make a loader fetch or run things, or
 fill the memory before a weight is read: ten thousand million layers are built one by one, a list
 of as many labels is written out. What no model needs is refused here, by the key's name, in the
 config and in every config inside it.
 
-A model that predicts no tokens is refused, too: loaded as a language model, one without an output
-head lacks a weight, and one with a head of its own would lose what it was trained for. And weights
-are refused that are stored quantised in a way that transformers cannot unpack on a CPU.
+A model that predicts no tokens is refused, too: without an output head it lacks a weight, and with
+a head for another task it would lose what it was trained for. Quantised weights that transformers
+cannot unpack on a CPU are refused as well.
 
 Left out: whether the values make a model. That is for transformers to say, and for the files'
 tensors, which must fit it.
@@ -20,13 +20,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModel
-from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
+from transformers import (  # type: ignore[attr-defined]
+    AutoModel,
+    FineGrainedFP8Config,
+    Mxfp4Config,
+)
 
+from llmslim.compat import model_mapping
 from llmslim.errors import CheckpointError
 from llmslim.modeling.base_class import auto_classes, listed_classes
 
-from .safetensors_io import is_inside, read_json, read_weights
+from .safetensors_io import is_inside, objects_in, read_json_if_whole, read_weights
 
 _LAYERS = re.compile(r"(^|_)n?_?layers?$|(^|_)depths?$")
 _PARTS = re.compile(r"_(heads?|experts?|blocks?)$")
@@ -113,7 +117,7 @@ def check_folder(folder: Path) -> None:
 
 
 def adapter_note(folder: Path) -> str | None:
-    """Say so where a folder holds an adapter and no model; None where it does not.
+    """Return what is wrong with a folder that holds an adapter and no model; None for others.
 
     Args:
         folder: without a config.json.
@@ -121,10 +125,7 @@ def adapter_note(folder: Path) -> str | None:
     path = folder / ADAPTER
     if not path.is_file() or not is_inside(path, folder):
         return None
-    try:
-        base = read_json(path).get("base_model_name_or_path")
-    except CheckpointError:
-        base = None
+    base = read_json_if_whole(path).get("base_model_name_or_path")
     named = isinstance(base, str) and bool(base.strip()) and base.isprintable()
     of = f"of {str(base)[:200]!r}" if named else "of a model that it does not name"
     return (
@@ -168,14 +169,12 @@ def check_head(config: Any, folder: Path, given: str) -> None:
 
 def _base_classes(config: Any) -> set[str]:
     """Return the names of the classes without a head that a config's type has."""
-    listed = AutoModel._model_mapping._model_mapping.get(config.model_type, ())
+    kind = type(config)
+    if kind not in model_mapping(AutoModel):
+        return set()
     # A few types list the class that writes text there, too.
-    writing = {
-        cls.__name__
-        for auto in auto_classes(type(config)).values()
-        for cls in listed_classes(auto, type(config))
-    }
-    return ({listed} if isinstance(listed, str) else set(listed)) - writing
+    writing = {cls for auto in auto_classes(kind).values() for cls in listed_classes(auto, kind)}
+    return {cls.__name__ for cls in {*listed_classes(AutoModel, kind)} - writing}
 
 
 def _has_head(config: Any, folder: Path) -> bool:
@@ -237,19 +236,12 @@ def _method(config: Mapping[str, Any]) -> str | None:
 
 def _entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield every key with its value, of the config and of all objects inside it."""
-    todo: list[Any] = [config]
-    while todo:
-        item = todo.pop()
-        if isinstance(item, Mapping):
-            for key, value in item.items():
-                key = str(key)  # numbers, once a config class has read it
-                yield key, value
-                # The numbers of a list go by the list's name.
-                numbers = value if isinstance(value, list) else []
-                yield from ((key, number) for number in numbers if type(number) is int)
-            todo += item.values()
-        elif isinstance(item, list):
-            todo += item
+    for item in objects_in(config):
+        for key, value in item.items():
+            yield str(key), value  # numbers, once a config class has read it
+            # The numbers of a list go by the list's name.
+            numbers = value if isinstance(value, list) else []
+            yield from ((str(key), number) for number in numbers if type(number) is int)
 
 
 def _names_a_repository(value: Any) -> bool:

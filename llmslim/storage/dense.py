@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D, PreTrainedConfig, PreTrainedModel
 
+from llmslim.compat import build_from_config, nothing_drawn
 from llmslim.errors import CheckpointError
 from llmslim.modeling.experts import Experts
 from llmslim.modeling.factored_embedding import FactoredEmbedding
@@ -68,8 +67,8 @@ def dense_copy(model: PreTrainedModel) -> PreTrainedModel:
         if one in state and other in state and not torch.equal(state[one], state[other]):
             config.tie_word_embeddings = False
     config = _fitting_config(base, config, state)
-    with quiet(), no_init_weights():
-        dense: PreTrainedModel = base._from_config(config, dtype=model.dtype)
+    with quiet(), nothing_drawn():
+        dense: PreTrainedModel = build_from_config(base, config, dtype=model.dtype)
     dense.load_state_dict(state, assign=True)
     dense.tie_weights()
     dense.generation_config = copy.deepcopy(model.generation_config)
@@ -79,7 +78,7 @@ def dense_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 def _skeleton(base: type[PreTrainedModel], config: PreTrainedConfig) -> Any:
     with quiet(), torch.device("meta"):
-        return base._from_config(copy.deepcopy(config))
+        return build_from_config(base, copy.deepcopy(config))
 
 
 def _dense_state(name: str, module: nn.Module, transposed: bool) -> dict[str, Tensor]:

@@ -1,10 +1,10 @@
 """Find weights that are not numbers: NaN and infinities.
 
 One of them spreads to every logit, and a fit to it has no solution. A checkpoint that holds any
-is damaged, or its training was; better to hear of it before an hour of work.
+is damaged, or its training diverged; the user learns of it before an hour of work.
 
 It looks at one tensor at a time, a piece of it at a time, so that it costs no memory: tensors may
-be read while it goes.
+be read from files meanwhile.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def nonfinite_tensors(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
 def nonfinite_notes(
     found: Sequence[str], where: str, *, allow_nonfinite: bool | None = False
 ) -> tuple[str, ...]:
-    """Say which weights are not finite.
+    """Return a note on weights that are not finite.
 
     Args:
         found: what `nonfinite_tensors` returned.
@@ -87,7 +87,7 @@ def nonfinite_notes(
 def check_finite(
     tensors: Iterable[tuple[str, Tensor]], where: str, *, allow_nonfinite: bool | None = False
 ) -> tuple[str, ...]:
-    """Look for NaN and infinities in weights, and say so.
+    """Look for NaN and infinities in weights; return a note.
 
     Args:
         tensors: as for `nonfinite_tensors`.
@@ -96,17 +96,13 @@ def check_finite(
 
     Raises:
         CheckpointError: if there are any and they are not allowed.
-
-    Example:
-        >>> check_finite([("a", torch.tensor([1.0, float("nan")]))], "m", allow_nonfinite=True)
-        ('m: 1 tensor holds NaN or infinities: a (1 of 2).',)
     """
     return nonfinite_notes(nonfinite_tensors(tensors), where, allow_nonfinite=allow_nonfinite)
 
 
 @contextmanager
 def explain_nonfinite(nonfinite: tuple[str, ...]) -> Iterator[None]:
-    """Tell of weights that are not finite where a fit to them fails.
+    """Name weights that are not finite as the reason where a fit to them fails.
 
     Args:
         nonfinite: what `nonfinite_notes` returned.

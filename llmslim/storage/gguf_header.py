@@ -1,8 +1,8 @@
-"""Look into a GGUF file before anything is made of it.
+"""Check a GGUF file before anything is built from it.
 
-A GGUF file begins with its metadata, keys and typed values, and a table of its tensors. What reads
-it further on makes a config of the metadata, layer by layer, and believes each length; so lengths
-are held against the file's size here, and numbers against the limits that a config.json has. Tensor
+A GGUF file begins with its metadata, keys and typed values, and a table of its tensors. The readers
+build a config from the metadata, layer by layer, and trust each length; so lengths are compared
+with the file's size here, and numbers against the limits that a config.json has. Tensor
 data is not read.
 
 Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -37,7 +37,7 @@ _MOST = (
 
 
 def check_gguf(path: Path) -> None:
-    """Refuse a GGUF file whose metadata cannot be what it says.
+    """Refuse a GGUF file whose metadata cannot be true.
 
     Args:
         path: the file.
@@ -71,7 +71,7 @@ class _Header:
             self.refuse(f"is of version {version}")
         tensors, keys = self.number("Q"), self.number("Q")
         if tensors > _MAX_TENSORS or keys > _MAX_KEYS:
-            self.refuse(f"says that it holds {tensors:,} tensors and {keys:,} keys")
+            self.refuse(f"claims to hold {tensors:,} tensors and {keys:,} keys")
         for _ in range(keys):
             name = self.name()
             self.value(name, self.number("I"), 0)

@@ -45,16 +45,13 @@ from llmslim.errors import CheckpointError, and_more, raise_together
 from llmslim.modeling.modeling_llmslim import become_slim, replace_sites
 
 from .kphi3_layout import block_kinds, blocks_of, check_fields
-from .kphi3_layout import is_kphi3_config as is_kphi3_config
 from .safetensors_io import (
     FLOATS,
     INDEX,
     WEIGHTS,
     Entry,
-    read_header,
     read_json,
     read_weights,
-    weight_files,
 )
 
 _SHOWN = 10
@@ -75,9 +72,7 @@ def load_kphi3(folder: Path, *, dtype: str | None = None) -> PreTrainedModel:
     Raises:
         CheckpointError: if the folder is not a whole kphi-3 checkpoint.
     """
-    headers = {file: read_header(file) for file in weight_files(folder)}
-    entries = {name: entry for header in headers.values() for name, entry in header.items()}
-    files = {name: file for file, header in headers.items() for name in header}
+    entries = read_weights(folder)
     wanted = _wanted_dtype(folder, dtype, entries)
     model, sources = _empty_model(folder, entries)
     parameters = dict(model.named_parameters())
@@ -85,12 +80,17 @@ def load_kphi3(folder: Path, *, dtype: str | None = None) -> PreTrainedModel:
     _check_tensors(folder, entries, origin, parameters)
     with ExitStack() as stack:
         try:
-            opened = {f: stack.enter_context(safe_open(f, framework="pt")) for f in headers}
+            opened = {
+                path: stack.enter_context(safe_open(path, framework="pt"))
+                for path in {entry.path for entry in entries.values()}
+            }
         except (OSError, SafetensorError) as error:  # changed since its header was read
             raise CheckpointError(f"{folder}: cannot be read ({error}).") from error
         for name, parts in origin.items():
-            tensors = [opened[files[part]].get_tensor(part).to(wanted) for part in parts]
-            _set_parameter(model, name, tensors[0] if len(tensors) == 1 else torch.cat(tensors, 1))
+            tensors = [opened[entries[part].path].get_tensor(part).to(wanted) for part in parts]
+            parent, _, leaf = name.rpartition(".")
+            parameter = nn.Parameter(tensors[0] if len(tensors) == 1 else torch.cat(tensors, 1))
+            setattr(model.get_submodule(parent), leaf, parameter)
     # The rotary table is no weight: it is computed from the config, here once more, off meta.
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
     model.tie_weights()
@@ -108,8 +108,8 @@ def kphi3_config(folder: Path) -> PreTrainedConfig:
     """Return the config that `load_kphi3`'s model has, without reading a weight.
 
     Args:
-        folder: holds config.json; where there are weights too, their headers tell the kind of the
-            blocks, else it is the one of the published models, `io`.
+        folder: holds config.json; the kind of the blocks is read from the headers of its weights,
+            or is `io`, as in the published models, where there are none.
 
     Raises:
         CheckpointError: if config.json is not a kphi-3 model's, or a weight file is not whole.
@@ -126,8 +126,6 @@ def _wanted_dtype(folder: Path, dtype: str | None, entries: Mapping[str, Entry])
     Raises:
         CheckpointError: if that one, or a tensor's, is not a plain floating-point type.
     """
-    if dtype is not None and dtype not in FLOATS.values():
-        raise CheckpointError(f"dtype: {dtype!r}; allowed {', '.join(FLOATS.values())}.")
     other = [f"{name} ({e.dtype})" for name, e in entries.items() if e.dtype not in FLOATS]
     if other:
         raise CheckpointError(
@@ -234,8 +232,3 @@ def _check_tensors(
             if names
         ]
     )
-
-
-def _set_parameter(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor))

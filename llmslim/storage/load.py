@@ -1,7 +1,7 @@
 """Load a model or a tokenizer whose files were found and checked.
 
 GGUF weights are unpacked to plain dense ones. A weight that the model needs and the files do not
-hold is an error here; transformers would draw a random one and say so in its log.
+hold is an error here; transformers would draw a random one and only log it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from llmslim.compat import conversions, may_be_left_over, name_in_model, set_conversions
 from llmslim.errors import CheckpointError, and_more
 from llmslim.modeling.base_class import auto_class_of
 from llmslim.modeling.configuration_llmslim import register
 
 from .config import unpacking
+from .kphi3 import load_kphi3
 from .safetensors_io import FLOATS, Entry, read_weights
 from .source import Source, empty_model, first_line, quiet
 
@@ -37,7 +37,7 @@ _SLACK = 4
 """Times the stored weights: tied weights, tables and masks are computed rather than stored."""
 _BUFFERS = 1 << 26
 _TABLES = re.compile(r"rotary_emb\.inv_freq$|\.(masked_bias|attn\.bias)$")
-"""Tables that checkpoints of old hold, and models work out by themselves."""
+"""Tables that old checkpoints store, and models compute."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "tokenizer_config.json")
 
@@ -62,8 +62,6 @@ def load_model(
     if source.path is None:
         raise CheckpointError(f"{source.given}: has no folder to load weights from.")
     if source.is_kphi3:
-        from .kphi3 import load_kphi3
-
         with quiet():
             return load_kphi3(source.path, dtype=dtype)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -85,8 +83,7 @@ def load_model(
         )
         for parameter in model.parameters():  # some are unpacked in the type of their scales
             parameter.data = parameter.data.to(model.config.dtype)
-        # How they were unpacked; transformers would pack them again on saving.
-        model._weight_conversions = None  # type: ignore[assignment]
+        set_conversions(model, None)  # transformers would pack them again on saving
         return model
     chosen = dtype or dtype_of_weights(source.given, entries)
     refuse_other_kinds(source.given, empty, entries, names_in_model(empty, entries))
@@ -170,17 +167,13 @@ def names_in_model(
         entries: names in the files.
         mapping: what transformers renames and merges on loading; worked out where not given.
     """
-    if mapping is None:
-        mapping = get_model_conversion_mapping(model) or ()
-    mapping = tuple(mapping)
-    renamings = [given for given in mapping if isinstance(given, WeightRenaming)]
-    converters = [given for given in mapping if isinstance(given, WeightConverter)]
+    mapping = conversions(model) if mapping is None else list(mapping)
     known, prefix = model.state_dict(), model.base_model_prefix
     names = {}
     for key in entries:
-        name, _ = rename_source_key(key, renamings, converters, prefix, known)
+        name = name_in_model(key, mapping, prefix, known)
         if name not in known and key in known:
-            name, _ = rename_source_key(key, [], [], prefix, known)
+            name = name_in_model(key, (), prefix, known)
         if name in known:
             names[key] = name
     return names
@@ -218,7 +211,7 @@ def refuse_other_kinds(
 def unused_notes(
     source: Source, model: PreTrainedModel, unused: Iterable[str] | None = None
 ) -> tuple[str, ...]:
-    """Say which stored tensors a model has no use for; what its class means to leave out is not.
+    """Return a note on stored tensors that a model does not use, beside those its class leaves out.
 
     Args:
         source: the model's files.
@@ -233,7 +226,7 @@ def unused_notes(
     if unused is None:
         entries = read_weights(source.path)
         unused = entries.keys() - names_in_model(model, entries)
-    ignored = [*map(re.compile, model._keys_to_ignore_on_load_unexpected or ()), _TABLES]
+    ignored = [*map(re.compile, may_be_left_over(model)), _TABLES]
     useless = sorted(key for key in unused if not any(each.search(key) for each in ignored))
     if not useless:
         return ()
@@ -245,7 +238,7 @@ def unused_notes(
 
 
 def type_notes(source: Source, written: torch.dtype, dtype: str | None) -> tuple[str, ...]:
-    """Say so where weights of several types are written in the widest of them.
+    """Return a note where weights of several types are written in the widest of them.
 
     Args:
         source: the model's files.

@@ -11,25 +11,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from threading import Event
-from typing import Any, Self
-
-import torch
-from transformers import AutoConfig
+from typing import Any
 
 from llmslim._version import __version__
 from llmslim.errors import CheckpointError
-from llmslim.modeling.base_class import auto_class_of
-from llmslim.modeling.configuration_llmslim import MODEL_TYPE, register
+from llmslim.modeling.configuration_llmslim import MODEL_TYPE
 
+from .atomic import all_files
 from .companions import PROCESSORS, TEMPLATES
-from .config import check_config
 from .safetensors_io import INDEX, read_json, read_weights, weight_files
-from .source import Source, first_line, quiet
+from .source import Source, empty_model, open_source
 
 FORMAT = 1
 MANIFEST = "llmslim_manifest.json"
@@ -73,7 +71,7 @@ def write_manifest(
     data = {
         "format": FORMAT,
         "llmslim": __version__,
-        "files": _describe(folder, _files(folder), known or {}),
+        "files": _describe(folder, all_files(folder, MANIFEST), known or {}),
         "source": None
         if source is None or source.path is None
         else {
@@ -110,7 +108,7 @@ def verify_folder(path: Path) -> Verification:
             f"{path / MANIFEST}: format {manifest.get('format')!r}; this version reads {FORMAT}, "
             "with an object of files."
         )
-    found = {file.relative_to(path).as_posix(): file for file in _files(path)}
+    found = {file.relative_to(path).as_posix(): file for file in all_files(path, MANIFEST)}
     problems = [f"{name}: not in the manifest; it was added." for name in found.keys() - listed]
     for name, entry in listed.items():
         if name not in found:
@@ -127,20 +125,13 @@ def verify_folder(path: Path) -> Verification:
 
 def weight_problems(folder: Path) -> list[str]:
     """Return how the weights in the files differ from those that the slim config's model needs."""
-    register()
     try:
-        config = read_json(folder / "config.json")
-        if config.get("model_type") != MODEL_TYPE:
+        if read_json(folder / "config.json").get("model_type") != MODEL_TYPE:
             return []  # base classes may store other names than they use
-        check_config(config, folder / "config.json")
+        model = empty_model(open_source(folder).config, f"{folder / 'config.json'}")
         entries = read_weights(folder)
-        with quiet(), torch.device("meta"):
-            loaded = AutoConfig.from_pretrained(folder)
-            model = auto_class_of(loaded).from_config(loaded)
     except CheckpointError as error:
         return list(error.problems)
-    except Exception as error:  # whatever a changed config makes of the classes
-        return [f"config.json: no model can be built from it ({first_line(error)})."]
     needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = set(model.all_tied_weights_keys)
     return [
@@ -155,17 +146,6 @@ def weight_problems(folder: Path) -> list[str]:
             if entries[n].shape != needed[n]
         ),
     ]
-
-
-def _files(folder: Path) -> list[Path]:
-    """Return the files of a checkpoint but the manifest, in order."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file()
-        and path != folder / MANIFEST
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
 
 
 def input_files(source: Source) -> list[Path]:
@@ -201,29 +181,13 @@ def file_sha256(path: Path, stopped: Event | None = None) -> str:
     return digest.hexdigest()
 
 
-class FileHashes:
-    """SHA-256 of files, taken by a thread beside other work."""
-
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, "llmslim-hash")
-        self._found: dict[Path, Future[str]] = {}
-        self._stop = Event()
-
-    def __enter__(self) -> Self:
-        """Return itself."""
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """End the thread, in the middle of a file if need be."""
-        self._stop.set()
-        self._thread.shutdown(cancel_futures=True)
-
-    def start(self, path: Path) -> None:
-        """Take a file's hash as soon as there is time, once."""
-        if path not in self._found:
-            self._found[path] = self._thread.submit(file_sha256, path, self._stop)
-
-    def of(self, path: Path) -> str:
-        """Return a file's hash, in hexadecimal; waits for it."""
-        self.start(path)
-        return self._found[path].result()
+@contextmanager
+def hashing() -> Iterator[Callable[[Path], Future[str]]]:
+    """Yield a function that starts to hash a file beside other work, once for each file."""
+    stopped = Event()
+    with ThreadPoolExecutor(1, "llmslim-hash") as thread:
+        try:
+            yield cache(lambda path: thread.submit(file_sha256, path, stopped))
+        finally:  # in the middle of a file if need be
+            stopped.set()
+            thread.shutdown(cancel_futures=True)

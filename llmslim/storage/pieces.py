@@ -21,19 +21,22 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
-from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import convert_and_load_state_dict_in_model
-from transformers.modeling_utils import LoadStateDictConfig
 
+from llmslim.compat import (
+    generation_settings,
+    load_tensors,
+    loading_config,
+    mark_initialized,
+    may_be_missing,
+    on_meta,
+)
 from llmslim.errors import CheckpointError, SlimError
 from llmslim.modeling.depth import plain_class
 
@@ -45,26 +48,26 @@ from .load import (
     refuse_absent,
     refuse_other_kinds,
 )
-from .safetensors_io import TORCH_TYPES, Entry, read_header, read_weights, weight_files
+from .safetensors_io import TORCH_TYPES, Entry, read_weights
 from .source import Source, empty_model, first_line, quiet
 
 
 class NotInPiecesError(Exception):
-    """This model can only be loaded as a whole; the text says why."""
+    """This model can only be loaded as a whole; the message is the reason."""
 
 
 class Piece(NamedTuple):
     """Modules that are loaded together."""
 
-    homes: tuple[str, ...]
+    modules: tuple[str, ...]
     """Names of the modules; more than one where they share a parameter."""
     stored: tuple[str, ...]
     """Names of their tensors in the files."""
 
     @property
     def name(self) -> str:
-        """What messages and records call it."""
-        return self.homes[0]
+        """Its name in messages and records."""
+        return self.modules[0]
 
 
 class Pieces:
@@ -93,28 +96,21 @@ class Pieces:
         tried: bool = True,
     ) -> None:
         if source.path is None or source.gguf_file is not None or source.is_kphi3:
-            raise NotInPiecesError("its files are of a kind of their own")
+            raise NotInPiecesError("its files are GGUF or of a published kphi-3 model")
         self.source, self.device = source, torch.device(device)
         self._tables: dict[str, Tensor] = {}
-        self._where = {key: path for path in weight_files(source.path) for key in read_header(path)}
-        entries = read_weights(source.path)
+        self._entries = entries = read_weights(source.path)
         check_size(source, entries, trust_remote_code)
         self.model = self._empty(entries, dtype, trust_remote_code)
         self._shapes = self.model.state_dict()
         try:
-            self._config = LoadStateDictConfig(
-                device_map={"": self.device},
-                dtype=self.model.dtype,
-                dtype_plan=self.model._get_dtype_plan(self.model.dtype),
-                weight_mapping=cast(Any, get_model_conversion_mapping(self.model)),
-            )
-            mapping = self._config.weight_mapping or []
-            self._names = names_in_model(self.model, entries, mapping)
+            self._config = loading_config(self.model, self.device)
+            self._names = names_in_model(self.model, entries, self._config.weight_mapping)
             refuse_other_kinds(source.given, self.model, entries, self._names)
             self.unused = sorted(entries.keys() - self._names.keys())
             """Tensors in the files that the model has no use for."""
             self.all = tuple(self._grouped())
-            self._pieces = {home: piece for piece in self.all for home in piece.homes}
+            self._pieces = {holder: piece for piece in self.all for holder in piece.modules}
             if tried:
                 self._try(entries)
         except (NotInPiecesError, SlimError):
@@ -125,11 +121,11 @@ class Pieces:
     @property
     def used_conversions(self) -> list[Any]:
         """What transformers renames and merges in these files."""
-        return [given for given in self._config.weight_mapping or [] if given.was_used()]
+        return [given for given in self._config.weight_mapping or () if given.was_used()]
 
     def files(self, piece: Piece) -> list[Path]:
         """Return the files that hold a piece."""
-        return list(dict.fromkeys(self._where[key] for key in piece.stored))
+        return list(dict.fromkeys(self._entries[key].path for key in piece.stored))
 
     def load(self, piece: Piece) -> None:
         """Give a piece its weights."""
@@ -138,31 +134,28 @@ class Pieces:
                 path: stack.enter_context(safe_open(path, framework="pt"))
                 for path in self.files(piece)
             }
-            tensors = {key: opened[self._where[key]].get_tensor(key) for key in piece.stored}
+            tensors = {key: opened[self._entries[key].path].get_tensor(key) for key in piece.stored}
             self._put(tensors, self._config)
         self._put_tables()
 
     def load_zeros(self, piece: Piece) -> None:
         """Give a piece weights that are all zero and take no memory."""
-        for home in piece.homes:
-            for module in self.model.get_submodule(home).modules():
-                for name, weight in module._parameters.items():
-                    if weight is not None and weight.is_meta:
-                        module._parameters[name] = nn.Parameter(
-                            self._zeros(weight), requires_grad=False
-                        )
-                for name, buffer in module._buffers.items():
-                    if buffer is not None and buffer.is_meta:
-                        module._buffers[name] = self._zeros(buffer)
+        for holder in piece.modules:
+            for module in self.model.get_submodule(holder).modules():
+                own = (*module.named_parameters(recurse=False), *module.named_buffers("", False))
+                for name, tensor in own:
+                    if tensor.is_meta:
+                        zero = torch.zeros((), dtype=tensor.dtype, device=self.device)
+                        zeros: Tensor = zero.expand(tensor.shape)
+                        if isinstance(tensor, nn.Parameter):
+                            zeros = nn.Parameter(zeros, requires_grad=False)
+                        setattr(module, name, zeros)
         self._put_tables()
-
-    def _zeros(self, like: Tensor) -> Tensor:
-        return torch.zeros((), dtype=like.dtype, device=self.device).expand(like.shape)
 
     def release(self, piece: Piece) -> None:
         """Take a piece's weights away again, those of blocks that it got in between as well."""
-        for home in piece.homes:
-            self.model.get_submodule(home).to("meta")
+        for holder in piece.modules:
+            self.model.get_submodule(holder).to("meta")
         _free_memory()
 
     def make_tables(self) -> None:
@@ -177,7 +170,7 @@ class Pieces:
         self._tables = {k: torch.empty_like(b, device=self.device) for k, b in unstored.items()}
         self._put_tables()
         for tensor in self.model.state_dict(keep_vars=True).values():
-            tensor._is_hf_initialized = True  # as from_pretrained marks what it has loaded
+            mark_initialized(tensor)
         try:
             self.model.initialize_weights()
         except Exception as error:  # each architecture has its own way
@@ -189,20 +182,20 @@ class Pieces:
     def _put_tables(self) -> None:
         for name, table in self._tables.items():
             module, _, leaf = name.rpartition(".")
-            self.model.get_submodule(module)._buffers[leaf] = table
+            setattr(self.model.get_submodule(module), leaf, table)
 
     def tensors(self, piece: Piece) -> Iterator[tuple[str, Tensor]]:
         """Yield the names and tensors of a piece, as the model has them now."""
-        for home in piece.homes:
-            module = self.model.get_submodule(home)
+        for holder in piece.modules:
+            module = self.model.get_submodule(holder)
             for inner, tensor in module.state_dict().items():
-                name = f"{home}.{inner}" if home else inner
+                name = f"{holder}.{inner}" if holder else inner
                 if self.piece_of(name) is piece:
                     yield name, tensor
 
     def piece_of(self, name: str) -> Piece:
         """Return the piece that a module or tensor is loaded with."""
-        # Modules with parameters of their own may hold others: the innermost counts.
+        # A module with parameters may hold other such modules: the innermost counts.
         while name not in self._pieces and name:
             name = name.rpartition(".")[0]
         return self._pieces[name]
@@ -238,25 +231,25 @@ class Pieces:
     def _grouped(self) -> Iterator[Piece]:
         """Yield the pieces, in the model's order."""
         names = list(self.model.state_dict(keep_vars=True).items())
-        home_of: dict[str, str] = {}
+        module_of: dict[str, str] = {}
         owner: dict[int, str] = {}
         joined: dict[str, str] = {}
         for name, tensor in names:
-            home = home_of[name] = _home(name)
-            joined.setdefault(home, home)
+            holder = module_of[name] = _module_of(name)
+            joined.setdefault(holder, holder)
             # Modules that share a parameter come and go together.
-            first = _root(joined, owner.setdefault(id(tensor), home))
-            joined[_root(joined, home)] = first
+            first = _root(joined, owner.setdefault(id(tensor), holder))
+            joined[_root(joined, holder)] = first
         for target, owned_by in self.model.all_tied_weights_keys.items():
-            one, other = (_root(joined, home_of[name]) for name in (target, owned_by))
+            one, other = (_root(joined, module_of[name]) for name in (target, owned_by))
             joined[one] = other
-        homes: dict[str, list[str]] = defaultdict(list)
-        for home in joined:
-            homes[_root(joined, home)].append(home)
+        groups: dict[str, list[str]] = defaultdict(list)
+        for holder in joined:
+            groups[_root(joined, holder)].append(holder)
         stored: dict[str, list[str]] = defaultdict(list)
         for key, name in self._names.items():
-            stored[_root(joined, home_of[name])].append(key)
-        for root, members in homes.items():
+            stored[_root(joined, module_of[name])].append(key)
+        for root, members in groups.items():
             yield Piece(tuple(members), tuple(stored[root]))
 
     def _try(self, entries: Mapping[str, Entry]) -> None:
@@ -273,7 +266,7 @@ class Pieces:
         twice = [n for n in tied if {n, tied[n]} <= set(self._names.values())]
         if twice:
             raise NotInPiecesError(f"{twice[0]} is tied and stored all the same")
-        dry = replace(self._config, device_map={"": "meta"})
+        dry = on_meta(self._config)
         missing, wrong = set(self.model.state_dict()), set[str]()
         for piece in self.all:
             with torch.device("meta"):
@@ -289,17 +282,17 @@ class Pieces:
         for name, owned_by in tied.items():
             if {name, owned_by} - missing:
                 missing -= {name, owned_by}
-        if missing and not wrong and self.model._keys_to_ignore_on_load_missing:
+        if missing and not wrong and may_be_missing(self.model):
             raise NotInPiecesError(f"its files lack {sorted(missing)[0]}")
         refuse_absent(self.source.given, {*missing, *wrong})
 
-    def _put(self, tensors: dict[str, Tensor], config: LoadStateDictConfig) -> Any:
+    def _put(self, tensors: dict[str, Tensor], config: Any) -> Any:
         # transformers asks for the names of the whole model each time: they stay the same.
         model: Any = self.model
         model.state_dict, model.named_buffers = (lambda: self._shapes), (lambda: iter(()))
         with quiet():
             try:
-                info, _ = convert_and_load_state_dict_in_model(self.model, tensors, config)
+                info = load_tensors(self.model, tensors, config)
             finally:
                 del model.state_dict, model.named_buffers
             if self.model.all_tied_weights_keys:
@@ -332,15 +325,13 @@ def _generation_config(folder: Path) -> GenerationConfig:
     """Read what `from_pretrained` reads.
 
     Raises:
-        CheckpointError: if it says something that no generation config can say.
+        CheckpointError: if it has values that no generation config can have.
     """
     try:
         try:
             config: GenerationConfig = GenerationConfig.from_pretrained(folder)
         except OSError:
-            config = GenerationConfig.from_pretrained(
-                folder, config_file_name="config.json", _from_model_config=True
-            )
+            config = generation_settings(folder)
     except Exception as error:  # it takes every key and value as it comes
         raise CheckpointError(
             f"{folder / 'generation_config.json'}: cannot be used ({first_line(error)}). Correct "
@@ -349,17 +340,17 @@ def _generation_config(folder: Path) -> GenerationConfig:
     return config
 
 
-def _home(name: str) -> str:
+def _module_of(name: str) -> str:
     """Return the module that a tensor is loaded with: the member of a list, if it is in one."""
     parts = name.split(".")[:-1]
     numbered = next((n for n, part in enumerate(parts, 1) if part.isdigit()), len(parts))
     return ".".join(parts[:numbered])
 
 
-def _root(joined: dict[str, str], home: str) -> str:
-    while joined[home] != home:
-        home = joined[home]
-    return home
+def _root(joined: dict[str, str], holder: str) -> str:
+    while joined[holder] != holder:
+        holder = joined[holder]
+    return holder
 
 
 def _free_memory() -> None:
@@ -368,13 +359,7 @@ def _free_memory() -> None:
     glibc keeps what is freed in pieces of less than 32 MB, and lays the next ones beside it: over
     a large model it comes to hold a third more than is in use.
     """
-    trim = _trim()
-    if trim is not None:
-        trim(0)
-
-
-@cache
-def _trim() -> Any:
-    if sys.platform != "linux":
-        return None
-    return getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
+        if trim is not None:
+            trim(0)

@@ -25,9 +25,11 @@ import torch
 from torch import Tensor
 
 from llmslim._version import __version__
+from llmslim.compat import CONFIG_ORIGIN
 from llmslim.errors import SlimError, and_more
 
 from .atomic import write_whole
+from .safetensors_io import read_json_if_whole
 
 try:
     import fcntl
@@ -38,7 +40,6 @@ LOCK, RUN = "lock", "run.json"
 _FORMAT = 3
 _SHOWN = 5
 _PIECE = 1 << 24  # numbers that are hashed at once
-_PASSING = ("_name_or_path", "transformers_version", "_commit_hash")  # where a config is from
 
 
 class RunDir:
@@ -116,12 +117,9 @@ class RunDir:
 
     def load(self) -> dict[str, Any] | None:
         """Return what `save` wrote; None where it is not there, or not as it should be."""
-        try:
-            data = json.loads((self.path / RUN).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            return None
-        good = isinstance(data, dict) and data.get("format") == _FORMAT
-        return data if good and isinstance(data.get("key"), dict) else None
+        data = read_json_if_whole(self.path / RUN)
+        good = data.get("format") == _FORMAT and isinstance(data.get("key"), dict)
+        return data if good else None
 
     def resume(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return what `save` wrote, for work that is to be continued; None where nothing was.
@@ -198,7 +196,7 @@ def model_digest(model: Any) -> str:
         model: in memory, on any device.
     """
     digest = hashlib.sha256(type(model).__name__.encode())
-    config = {k: v for k, v in model.config.to_dict().items() if k not in _PASSING}
+    config = {k: v for k, v in model.config.to_dict().items() if k not in CONFIG_ORIGIN}
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in model.state_dict().items():
         add_tensor(digest, name, tensor)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -56,10 +56,12 @@ _CONVERT = (
 
 
 class Entry(NamedTuple):
-    """What a header says about one tensor."""
+    """A tensor in a file, as the header describes it."""
 
     dtype: str
     shape: tuple[int, ...]
+    path: Path
+    """The file."""
 
 
 def read_header(path: Path) -> dict[str, Entry]:
@@ -76,7 +78,7 @@ def read_header(path: Path) -> dict[str, Entry]:
             start = file.read(9)
         with safe_open(path, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-            found = {n: Entry(s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
+            found = {n: Entry(s.get_dtype(), tuple(s.get_shape()), path) for n, s in slices.items()}
     except SafetensorError as error:
         # A zip archive, which torch.save writes, or a pickle of protocol 2 or later.
         zipped = start[:4] == b"PK\x03\x04"
@@ -190,8 +192,8 @@ def read_weights(folder: Path) -> dict[str, Entry]:
         folder: as for `weight_files`.
 
     Raises:
-        CheckpointError: if a file is missing or broken, does not hold a tensor that the index says
-            it does, or holds one that another file holds, too.
+        CheckpointError: if a file is missing or broken, lacks a tensor that the index places
+            in it, or holds one that another file holds, too.
     """
     headers: dict[str, dict[str, Entry]] = {}
     owner: dict[str, str] = {}
@@ -211,7 +213,7 @@ def read_weights(folder: Path) -> dict[str, Entry]:
         for tensor, name in _weight_map(folder).items():
             if tensor not in headers[Path(name).name]:
                 raise CheckpointError(
-                    f"{folder / name}: does not hold {tensor}, which {INDEX} says it does. "
+                    f"{folder / name}: does not hold {tensor}, which {INDEX} places there. "
                     "Download both again."
                 )
     return {tensor: entry for header in headers.values() for tensor, entry in header.items()}
@@ -240,6 +242,26 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: holds a {type(data).__name__}; it must be a JSON object.")
     return data
+
+
+def read_json_if_whole(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; an empty one where `read_json` would raise."""
+    try:
+        return read_json(path)
+    except CheckpointError:
+        return {}
+
+
+def objects_in(data: Any) -> Iterator[dict[str, Any]]:
+    """Yield a JSON object and every object inside it, in lists too."""
+    todo = [data]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, dict):
+            yield item
+            todo += item.values()
+        elif isinstance(item, list):
+            todo += item
 
 
 def is_inside(path: Path, folder: Path) -> bool:

@@ -3,14 +3,13 @@
 Everything that can be known without reading a weight is checked first, so that a broken download
 is one sentence naming the file, and never a model with fresh random weights in the gaps.
 
-Left out: pickled weights (they can run code), and quantised ones that only a library of their own
-can unpack (see `config`).
+Left out: pickled weights (they can run code), and quantised ones that only other libraries can
+unpack (see `config`).
 """
 
 from __future__ import annotations
 
 import copy
-import functools
 import os
 import re
 from collections.abc import Iterator
@@ -25,24 +24,19 @@ from huggingface_hub.utils.tqdm import (
     disable_progress_bars,
     enable_progress_bars,
 )
-from transformers import (
-    AutoConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    modeling_gguf_pytorch_utils,
-)
-from transformers.utils import logging
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, logging
 
+from llmslim.compat import no_gguf_bar
 from llmslim.errors import CheckpointError
 from llmslim.modeling.base_class import auto_class_of
 from llmslim.modeling.configuration_llmslim import MODEL_TYPE, register
 
 from .config import adapter_note, check_config, check_folder, check_head, check_quantisation
 from .gguf_header import check_gguf
+from .kphi3 import kphi3_config
+from .kphi3_layout import is_kphi3_config
 from .safetensors_io import hub_snapshot, read_json, read_weights
 
-_GGUF: Any = modeling_gguf_pytorch_utils
-"""Its bar over tensors asks no switch: it is taken away by name."""
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _MAX_HUB_ID = 200
 
@@ -59,7 +53,7 @@ class Source:
     """Name of the .gguf file in the folder, if that holds the weights."""
     config: PreTrainedConfig
     is_kphi3: bool
-    """Whether it is a published kphi-3 checkpoint, which has a reader of its own."""
+    """Whether it is a published kphi-3 checkpoint, which `kphi3` reads."""
 
     @property
     def name(self) -> str:
@@ -124,10 +118,11 @@ def open_source(
     if weights:
         check_quantisation(config_dict, given)
         read_weights(folder)
-    is_kphi3, config = _read_config(given, folder, config_dict, trust_remote_code)
-    if not is_kphi3:
-        check_head(config, folder, given)
-    return Source(given, folder, None, config, is_kphi3)
+    if is_kphi3_config(config_dict):
+        return Source(given, folder, None, kphi3_config(folder), is_kphi3=True)
+    config = _read_config(given, folder, config_dict, trust_remote_code)
+    check_head(config, folder, given)
+    return Source(given, folder, None, config, is_kphi3=False)
 
 
 def empty_model(
@@ -222,16 +217,12 @@ def _open_gguf(given: str, path: Path) -> Source:
 
 def _read_config(
     given: str, folder: Path, config_dict: dict[str, Any], trust_remote_code: bool
-) -> tuple[bool, PreTrainedConfig]:
-    """Return whether it is a published kphi-3, and the config.
+) -> PreTrainedConfig:
+    """Return a folder's config.
 
     Raises:
         CheckpointError: if transformers cannot make a config of it.
     """
-    from .kphi3 import is_kphi3_config, kphi3_config
-
-    if is_kphi3_config(config_dict):
-        return True, kphi3_config(folder)
     register()
     try:
         with quiet():
@@ -249,26 +240,21 @@ def _read_config(
         raise CheckpointError(
             f"{given}: its config.json cannot be used ({first_line(error)}).{hint}"
         ) from error
-    return False, config
+    return config
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence transformers' and the hub's logs and progress bars; restore what was set before."""
-    if isinstance(_GGUF.tqdm, functools.partial):
-        yield  # inside of another one
-        return
     verbosity = logging.get_verbosity()
     bars = logging.is_progress_bar_enabled()
     no_hub_bars = are_progress_bars_disabled()
-    gguf_bar = _GGUF.tqdm
-    _GGUF.tqdm = functools.partial(gguf_bar, disable=True)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with no_gguf_bar():
+            yield
     finally:
-        _GGUF.tqdm = gguf_bar
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()

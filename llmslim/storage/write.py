@@ -15,7 +15,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from llmslim.modeling.base_class import auto_class_of
 from llmslim.modeling.configuration_llmslim import register
 
 from .atomic import all_files, flush, staged
-from .companions import LEGACY_TEMPLATE, bring_companions
+from .companions import LEGACY_TEMPLATE, copy_companions
 from .load import load_tokenizer
 from .manifest import write_manifest
 from .pieces import NotInPiecesError, Pieces
@@ -46,32 +46,39 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _PROBE = "The quick brown fox, 42 jumps; over\n\tthe lazy dog. Ünïcödé"
 
 
+class Companions(TypedDict, total=False):
+    """What belongs beside a model's config and weights."""
+
+    source: Source | None
+    """The model it was made from; listed in the manifest, and its processors come along."""
+    tokenizer: PreTrainedTokenizerBase | None
+    """Saved with its chat template."""
+    report: dict[str, Any] | None
+    """Written as `llmslim_report.json`."""
+    recipe_text: str
+    """Written as `recipe.yaml`."""
+    model_card: str
+    """Written as `README.md`."""
+    files: Mapping[str, bytes]
+    """More files by name, written as they are."""
+
+
 def write_checkpoint(
     model: PreTrainedModel,
     out: Path,
     *,
-    source: Source | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    report: dict[str, Any] | None = None,
-    recipe_text: str | None = None,
-    model_card: str | None = None,
-    files: Mapping[str, bytes] | None = None,
     max_shard_size: int | str = MAX_SHARD_SIZE,
     overwrite: bool = False,
+    **companions: Unpack[Companions],
 ) -> Path:
     """Write a model, slim or not, with all that belongs to it.
 
     Args:
         model: the model; all its weights of one type, its own config's.
         out: the folder to write.
-        source: the model it was made from; listed in the manifest, and its processors come along.
-        tokenizer: saved beside the weights, with its chat template.
-        report: written as `llmslim_report.json`.
-        recipe_text: written as `recipe.yaml`.
-        model_card: written as `README.md`.
-        files: more files by name, written as they are.
         max_shard_size: bytes in one file of weights, as `parse_size` reads them.
         overwrite: whether a checkpoint that is there already may be replaced.
+        **companions: what is written beside it.
 
     Returns:
         `out`.
@@ -82,47 +89,25 @@ def write_checkpoint(
     with staged(out, overwrite) as partial:
         with quiet():
             model.save_pretrained(partial, max_shard_size=max_shard_size)
-        write_companions(
-            partial,
-            source=source,
-            trusted=model.is_remote_code(),
-            tokenizer=tokenizer,
-            report=report,
-            recipe_text=recipe_text,
-            model_card=model_card,
-            files=files,
-        )
-        write_manifest(partial, source=source)
+        write_companions(partial, trusted=model.is_remote_code(), **companions)
+        write_manifest(partial, source=companions.get("source"))
         flush_all(partial)
         _check_model(model, partial)
-        if tokenizer is not None:
-            check_tokenizer(tokenizer, partial)
+        check_tokenizer(companions.get("tokenizer"), partial)
     return out
 
 
 def write_companions(
-    folder: Path,
-    *,
-    source: Source | None = None,
-    trusted: bool = False,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    report: dict[str, Any] | None = None,
-    recipe_text: str | None = None,
-    model_card: str | None = None,
-    files: Mapping[str, bytes] | None = None,
+    folder: Path, *, trusted: bool = False, **companions: Unpack[Companions]
 ) -> None:
     """Write what belongs beside config and weights, and give every file the same mode.
 
     Args:
         folder: holds config and weights.
-        source: the model it was made from, whose processors come with it.
-        trusted: as for `bring_companions`.
-        tokenizer: with its chat template.
-        report: written as `llmslim_report.json`.
-        recipe_text: written as `recipe.yaml`.
-        model_card: written as `README.md`.
-        files: more files by name, written as they are.
+        trusted: as for `copy_companions`.
+        **companions: what is written.
     """
+    source, tokenizer = companions.get("source"), companions.get("tokenizer")
     if tokenizer is not None:
         # Files of its templates beside a processor's of the legacy kind are refused, or taken for
         # the processor's.
@@ -131,14 +116,15 @@ def write_companions(
         form: dict[str, Any] = {"save_jinja_files": False} if legacy else {}
         with quiet():
             tokenizer.save_pretrained(folder, **form)
-    bring_companions(folder, source, trusted=trusted)
-    if report is not None:
-        _write_text(folder / REPORT, json.dumps(report, indent=2) + "\n")
-    if recipe_text is not None:
-        _write_text(folder / RECIPE, recipe_text)
-    if model_card is not None:
-        _write_text(folder / CARD, model_card)
-    for name, content in (files or {}).items():
+    copy_companions(folder, source, trusted=trusted)
+    files = dict(companions.get("files", {}))
+    if (report := companions.get("report")) is not None:
+        files[REPORT] = f"{json.dumps(report, indent=2)}\n".encode()
+    if "recipe_text" in companions:
+        files[RECIPE] = companions["recipe_text"].encode()
+    if "model_card" in companions:
+        files[CARD] = companions["model_card"].encode()
+    for name, content in files.items():
         (folder / name).write_bytes(content)
     # safetensors makes its files private; give them the mode that every other file has.
     mode = (folder / "config.json").stat().st_mode
@@ -180,12 +166,14 @@ def _check_model(model: PreTrainedModel, folder: Path) -> None:
     check_same_logits(model, again, folder.name)
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Load the tokenizer back and compare it.
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    """Load the tokenizer, if there is one, back and compare it.
 
     Raises:
         CheckpointError: if it does not load, or encodes or chats differently.
     """
+    if tokenizer is None:
+        return
     brought = type(tokenizer).__module__.startswith("transformers_modules.")
     again = load_tokenizer(folder, trust_remote_code=brought)
     if (
@@ -206,10 +194,6 @@ def _identical(a: Tensor, b: Tensor) -> bool:
         return False
     a, b = (t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
     return torch.equal(a, b)
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def check_loads(

@@ -294,7 +294,7 @@ MUTATIONS = (
     ),
     change(
         "llmslim/conversion/convert.py",
-        "check_apart(target, source.path, source.given)",
+        "check_keeps_source(target, source.path, source.given)",
         "pass",
         "a model is replaced by what is made of it",
         "tests/test_checkpoint_write.py::test_a_model_is_not_overwritten_by_what_is_made_of_it",

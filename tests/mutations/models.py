@@ -126,7 +126,7 @@ MUTATIONS = (
     ),
     change(
         "llmslim/modeling/experts.py",
-        "holder.config = config",
+        "holder.config = with_plain_experts(holder.config)",
         "pass",
         "fused kernels meet a block",
         "tests/test_experts.py::test_another_implementation_of_experts_leaves_slim_ones_on_their_loop",

@@ -14,7 +14,7 @@ from llmslim.cli.healing import heal_and_show
 from llmslim.cli.options import options_from
 from llmslim.cli.output import progress, show_cost, show_report
 from llmslim.cli.settings import backend, settings
-from llmslim.conversion.options import ConvertOptions
+from llmslim.options import ConvertOptions
 
 if TYPE_CHECKING:
     from llmslim.recipe import Recipe

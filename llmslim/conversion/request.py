@@ -1,0 +1,69 @@
+"""A conversion: the request, once its model is found, and the result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from llmslim.modeling.base_class import auto_class_name
+from llmslim.modeling.modeling_llmslim import SlimModelMixin
+from llmslim.options import ConvertOptions
+from llmslim.progress import Progress
+from llmslim.recipe import Recipe, recipe_yaml
+from llmslim.report.card import model_card
+from llmslim.report.report import Report
+from llmslim.storage import Companions, Source
+
+
+@dataclass(frozen=True)
+class Request:
+    """A conversion whose model was found."""
+
+    source: Source
+    recipe: Recipe
+    target: Path
+    device: torch.device
+    options: ConvertOptions
+    """With the method, the texts and the bytes of a file that the caller's come to."""
+    progress: Progress
+
+    def companions(
+        self, model: PreTrainedModel, tokenizer: Any, report: Report, recipe: Recipe
+    ) -> Companions:
+        """Return what is written beside the weights.
+
+        Args:
+            model: the result, on any device.
+            tokenizer: the source's.
+            report: of the result.
+            recipe: with the sizes that a budget came to.
+        """
+        text = recipe_yaml(recipe)
+        return {
+            "source": self.source,
+            "tokenizer": tokenizer,
+            "report": report.to_dict(),
+            "recipe_text": text,
+            "model_card": model_card(
+                report,
+                recipe_text=text,
+                base_model=self.source.given,
+                slim=isinstance(model, SlimModelMixin),
+                auto_class=auto_class_name(model.config),
+            ),
+        }
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` made."""
+
+    path: Path
+    """The checkpoint's folder."""
+    report: Report
+    auto_class: str = "AutoModelForCausalLM"
+    """Name of the class of transformers' that loads it."""

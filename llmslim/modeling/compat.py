@@ -1,0 +1,74 @@
+"""What the modeling files use of transformers beside its documented interface.
+
+Everything of that kind is in this file, or in `llmslim/compat.py` where only the installed package
+needs it; `tests/test_compat.py` holds each of them against the transformers that is installed.
+
+These files travel inside checkpoints: they import torch and transformers only.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from transformers.activations import ACT2FN
+
+ACTIVATIONS: Any = ACT2FN
+"""transformers' activations by the names that configs use; it exports no other table of them."""
+INITIALIZED = "_is_hf_initialized"
+"""Mark of a module or tensor that loading must draw no weights into."""
+_EXPERTS_LOOP = "_experts_implementation_internal"
+
+
+def mark_initialized(item: Any) -> None:
+    """Keep transformers from drawing new weights into a module or tensor, in place.
+
+    Loading initialises every module that is not marked, also where no weight of it is missing.
+    """
+    setattr(item, INITIALIZED, True)
+
+
+class Initialized:
+    """Base of modules that are always marked as `mark_initialized` does: in a class, to stay."""
+
+    _is_hf_initialized = True
+
+
+class BuiltByAuto:
+    """Base of a factory that Auto classes take for a model class: they call this to build one."""
+
+    @classmethod
+    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+        return cls.from_config(config, **kwargs)  # type: ignore[attr-defined]
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Accept what transformers calls on code that comes with a checkpoint."""
+
+
+def build_from_config(cls: Any, config: Any, **kwargs: Any) -> Any:
+    """Return a model of a class; only Auto classes have a public method that does so.
+
+    Args:
+        cls: a model class.
+        config: of it.
+        **kwargs: `dtype` and the like.
+    """
+    return cls._from_config(config, **kwargs)
+
+
+def model_mapping(auto: Any) -> Any:
+    """Return the model classes that an Auto class knows, by config class: one, or a tuple."""
+    return auto._model_mapping
+
+
+def with_plain_experts(config: Any) -> Any:
+    """Return a config whose experts are run one by one; the same one where they are already.
+
+    The public setter changes a whole model, and later calls of it would undo the choice.
+    """
+    if getattr(config, _EXPERTS_LOOP, "eager") == "eager":
+        return config
+    config = copy.copy(config)
+    object.__setattr__(config, _EXPERTS_LOOP, "eager")
+    return config

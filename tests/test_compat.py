@@ -1,0 +1,463 @@
+"""What is used of other libraries beside their documented interfaces: there, and in one place."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import functools
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_model
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    modeling_gguf_pytorch_utils,
+)
+
+from llmslim import compat
+from llmslim.healing.trainable import keep_activations
+from llmslim.modeling import compat as modeling_compat
+
+MIXTRAL = dict.fromkeys(("hidden_size", "intermediate_size"), 16) | {"num_hidden_layers": 1}
+MIXTRAL |= {"vocab_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+PACKAGE = Path(compat.__file__).parent
+COMPAT = (PACKAGE / "compat.py", PACKAGE / "modeling/compat.py")
+FOREIGN = {"accelerate", "datasets", "gguf", "huggingface_hub", "numpy", "peft", "pyarrow"}
+FOREIGN |= {"safetensors", "tokenizers", "torch", "transformers"}
+INHERITED = (
+    *(nn.Module, torch.Tensor, PreTrainedModel, LlamaForCausalLM, LlamaConfig, GenerationConfig),
+    *(Trainer, TrainingArguments, AutoModelForCausalLM, AutoConfig),
+)
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name.strip("_").isidentifier()
+
+
+def names_of(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Attributes, keywords, whole strings and members of classes that a source names."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.lineno, node.attr
+        elif isinstance(node, ast.keyword) and node.arg:
+            yield node.value.lineno, node.arg
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.lineno, node.value
+        elif isinstance(node, ast.ClassDef):
+            for member in node.body:
+                if isinstance(member, ast.FunctionDef):
+                    yield member.lineno, member.name
+                targets = getattr(member, "targets", [getattr(member, "target", None)])
+                yield from ((member.lineno, t.id) for t in targets if isinstance(t, ast.Name))
+
+
+def defined_in(tree: ast.AST) -> set[str]:
+    found = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute | ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.attr if isinstance(node, ast.Attribute) else node.id)
+    return found
+
+
+def inherits_nothing(tree: ast.AST) -> set[str]:
+    """Members of classes without a base: they have no name from elsewhere."""
+    classes = [n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and not n.bases]
+    return set().union(*map(defined_in, classes))
+
+
+def private_imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            root, *inner = name.split(".")
+            # Of transformers, what its front page exports is documented; its files move.
+            deep = root == "transformers" and len(inner) > 1
+            if root in FOREIGN and (deep or any(map(is_private, inner))):
+                yield node.lineno, name
+
+
+def used_by_compat() -> set[str]:
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in COMPAT]
+    return {name for tree in trees for _, name in names_of(tree) if is_private(name)}
+
+
+@functools.cache
+def inherited_names() -> set[str]:
+    """Private names that classes of ours may have from other libraries."""
+    found = {name for cls in INHERITED for name in dir(cls)}
+    for cls in INHERITED:
+        found |= set(re.findall(r"self\.(_\w+)", Path(inspect.getfile(cls)).read_text()))
+    return set(filter(is_private, found))
+
+
+def private_uses(tree: ast.Module, compat_names: set[str]) -> list[tuple[int, str]]:
+    foreign = compat_names | (inherited_names() - inherits_nothing(tree))
+    own = defined_in(tree)
+    found = [(line, name) for line, name in names_of(tree) if name in foreign]
+    found += [
+        (node.lineno, node.attr)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in own
+    ]
+    return sorted({*found, *private_imports(tree)})
+
+
+def test_private_names_of_other_libraries_are_used_in_the_compat_files_only():
+    names, found = used_by_compat(), []
+    for path in sorted({*PACKAGE.rglob("*.py")} - {*COMPAT}):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for line, name in private_uses(tree, names):
+            found.append(f"{path.relative_to(PACKAGE.parent)}:{line}: {name}")
+    assert not found, "\n".join(["move these to llmslim/compat.py:", *found])
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("module._parameters", "_parameters"),
+        ("getattr(module, '_buffers')", "_buffers"),
+        ("class A(Trainer):\n    def _clip_grad_norm(self): ...", "_clip_grad_norm"),
+        ("class A(Trainer):\n    def _load_best_model(self): ...", "_load_best_model"),
+        ("class A(Module):\n    _is_hf_initialized = True", "_is_hf_initialized"),
+        ("read(folder, _from_model_config=True)", "_from_model_config"),
+        ("thing._unheard_of", "_unheard_of"),
+        ("from torch._subclasses import fake_tensor", "torch._subclasses.fake_tensor"),
+        ("from transformers.core_model_loading import x", "transformers.core_model_loading.x"),
+        ("import torch.utils._python_dispatch", "torch.utils._python_dispatch"),
+    ],
+)
+def test_a_private_use_is_found(source, name):
+    assert [found for _, found in private_uses(ast.parse(source), used_by_compat())] == [name]
+
+
+def test_names_of_our_own_are_none():
+    source = "class A:\n    def _own(self):\n        return self._own, self.__dict__, other._own"
+    assert not private_uses(ast.parse(source), used_by_compat())
+
+
+def test_what_travels_imports_nothing_else():
+    tree = ast.parse(COMPAT[1].read_text())
+    roots = {n.module.partition(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    assert roots <= {"torch", "transformers"} | set(sys.stdlib_module_names)
+
+
+# -- What the modeling files use.
+
+
+def test_activations_are_made_by_name():
+    x = torch.tensor([-1.0, 2.0])
+    assert torch.equal(modeling_compat.ACTIVATIONS["silu"](x), nn.functional.silu(x))
+    assert "no such" not in modeling_compat.ACTIVATIONS
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_a_marked_module_is_not_drawn_again(marked):
+    model = tiny_model("llama")
+    head = model.model.layers[0].mlp.up_proj
+    with torch.no_grad():
+        head.weight.fill_(3)
+    for module in (head, head.weight):
+        compat.forget_initialized(module) if not marked else compat.mark_initialized(module)
+    model.initialize_weights()
+    assert bool((head.weight == 3).all()) is marked
+
+
+def test_a_mark_of_the_class_stays():
+    class Stack(modeling_compat.Initialized, nn.Module): ...
+
+    stack = Stack()
+    compat.forget_initialized(stack)
+    assert getattr(stack, modeling_compat.INITIALIZED)
+
+
+def test_auto_classes_build_by_a_factory():
+    class Config(LlamaConfig):
+        model_type = "llmslim-test"
+
+    class Factory(modeling_compat.BuiltByAuto):
+        @classmethod
+        def from_config(cls, config, **kwargs):
+            return compat.build_from_config(LlamaForCausalLM, config, **kwargs)
+
+    auto = type("Auto", (AutoModelForCausalLM,), {})
+    auto._model_mapping = copy.copy(AutoModelForCausalLM._model_mapping)
+    auto._model_mapping._extra_content = {Config: Factory}
+    config = Config(**tiny_model("llama").config.to_dict())
+    built = auto.from_config(config, dtype=torch.bfloat16)
+    assert type(built) is LlamaForCausalLM
+    assert built.dtype == torch.bfloat16
+
+
+def test_an_auto_class_knows_its_classes():
+    known = compat.model_mapping(AutoModelForCausalLM)
+    assert LlamaConfig in known
+    assert known[LlamaConfig] is LlamaForCausalLM
+    assert PreTrainedConfig not in known
+
+
+def test_experts_keep_to_their_loop():
+    model = MixtralForCausalLM(MixtralConfig(**MIXTRAL))
+    model.set_experts_implementation("grouped_mm")
+    plain = modeling_compat.with_plain_experts(model.config)
+    assert plain is not model.config
+    assert modeling_compat.with_plain_experts(plain) is plain
+    model.set_experts_implementation("batched_mm")
+    assert modeling_compat.with_plain_experts(plain) is plain
+    holder = model.model.layers[0].mlp.experts
+    holder.config = plain
+    ids = torch.arange(6)[None]
+    wanted = MixtralForCausalLM(MixtralConfig(**MIXTRAL))
+    wanted.load_state_dict(model.state_dict())
+    assert torch.allclose(model(ids).logits, wanted(ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("all_tied_weights_keys", "get_expanded_tied_weights_keys", "is_custom_code"),
+        *("is_remote_code", "initialize_weights", "mark_tied_weights_as_initialized"),
+        *("named_non_persistent_buffers", "tie_weights", "base_model_prefix"),
+    ],
+)
+def test_what_has_no_underscore_and_no_documentation_is_there(name):
+    assert hasattr(tiny_model("llama"), name)
+
+
+# -- Tensors without contents, and operations.
+
+
+def test_fake_tensors_have_sizes_only():
+    with compat.FakeTensorMode(allow_non_fake_inputs=True):
+        product = torch.ones(1 << 20, 1 << 20) @ torch.ones(1 << 20, 2)
+    assert product.shape == (1 << 20, 2)
+    assert product.device.type == "cpu"
+
+
+def test_operations_are_seen():
+    class Seen(compat.TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.found = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.found.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Seen() as seen:
+        torch.ones(2).to(torch.bfloat16)
+        torch.ones(()).item()
+    assert {compat.CAST, compat.READ_NUMBER} <= set(seen.found)
+    with Seen() as seen, torch.autocast("cpu", dtype=torch.bfloat16):
+        nn.functional.linear(torch.ones(1, 2), torch.ones(2, 2, requires_grad=True))
+    assert compat.CAST in seen.found
+    with Seen() as seen:
+        groups = torch.tensor([16, 32], dtype=torch.int32)
+        rows, stack = torch.ones(32, 16).bfloat16(), torch.ones(2, 16, 16).bfloat16()
+        torch._grouped_mm(rows, stack, offs=groups)
+    assert compat.GROUPED_PRODUCT in seen.found
+
+
+@pytest.mark.parametrize("asked", [compat.cpu_has_amx, compat.cpu_has_avx512_bf16])
+def test_processors_are_asked(asked):
+    assert asked() in (True, False)
+
+
+# -- Modules and configs.
+
+
+def test_buffers_that_are_not_stored():
+    module = nn.Module()
+    module.register_buffer("stored", torch.ones(1))
+    module.register_buffer("table", torch.ones(1), persistent=False)
+    assert compat.unstored_buffers(module) == {"table"}
+
+
+@pytest.mark.parametrize("how", ["eager", "sdpa"])
+def test_how_attention_is_computed(how):
+    model = tiny_model("llama")
+    model.set_attn_implementation(how)
+    assert compat.attention_of(model.config) == how
+    assert compat.supports_flash_attention(model)
+    assert not compat.supports_flash_attention(nn.Linear(1, 1))
+
+
+def test_marks_and_tables_are_attributes_of_modules(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert hasattr(model, compat.TIED_WEIGHTS)
+    assert compat.INITIALIZED in vars(next(model.parameters()))
+    assert model.config.to_dict().keys() & set(compat.CONFIG_ORIGIN)
+    keep_activations(model, keep=False)
+    layer = vars(model.model.layers[0])
+    assert set(compat.CHECKPOINTING) <= layer.keys()
+    model.model.layers[0].register_forward_pre_hook(print)
+    model.model.layers[0].register_forward_hook(print, with_kwargs=True)
+    assert all(layer[table] for table in compat.HOOKS)
+
+
+def test_what_a_class_says_of_missing_and_left_over_tensors():
+    class Model(LlamaForCausalLM):
+        _keys_to_ignore_on_save = ("a",)
+        _keys_to_ignore_on_load_missing = ("b",)
+        _keys_to_ignore_on_load_unexpected = ("c",)
+
+    model = tiny_model("llama")
+    assert compat.not_saved(model) == set()
+    assert compat.may_be_missing(model) == []
+    assert compat.may_be_left_over(model) == []
+    model = Model(model.config)
+    assert compat.not_saved(model) == {"a"}
+    assert compat.may_be_missing(model) == ["b"]
+    assert compat.may_be_left_over(model) == ["c"]
+
+
+# -- Loading and saving.
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_tensors_are_converted_there_and_back(experts, tmp_path):
+    """Mixtral's files hold each expert's matrices alone, its parameters all of them stacked."""
+    model = MixtralForCausalLM(MixtralConfig(**MIXTRAL)) if experts else tiny_model("llama")
+    mapping = compat.conversions(model)
+    compat.set_conversions(model, mapping)
+    stored = compat.as_stored(model, dict(model.state_dict()))
+    model.save_pretrained(tmp_path)
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert stored.keys() >= {*file.keys()}
+    known = model.state_dict()
+    names = {compat.name_in_model(key, mapping, model.base_model_prefix, known) for key in stored}
+    assert names == known.keys()
+    with torch.device("meta"):
+        empty = compat.build_from_config(type(model), copy.deepcopy(model.config))
+    config = compat.loading_config(empty, torch.device("cpu"))
+    dry = compat.load_tensors(
+        empty, {k: t.to("meta") for k, t in stored.items()}, compat.on_meta(config)
+    )
+    info = compat.load_tensors(empty, stored, config)
+    for one in (dry, info):
+        assert not one.missing_keys
+        assert not one.mismatched_keys
+        assert not one.conversion_errors
+        assert not one.error_msgs
+    assert all(torch.equal(tensor, known[name]) for name, tensor in empty.state_dict().items())
+    assert any(one.was_used() for one in config.weight_mapping or ()) is experts
+
+
+def test_what_is_missing_is_named():
+    with torch.device("meta"):
+        empty = compat.build_from_config(LlamaForCausalLM, tiny_model("llama").config)
+    config = compat.loading_config(empty, torch.device("cpu"))
+    info = compat.load_tensors(empty, {"model.norm.weight": torch.ones(3)}, config)
+    assert "model.embed_tokens.weight" in info.missing_keys
+    assert any("model.norm.weight" in str(key) for key in info.mismatched_keys)
+
+
+def test_of_tied_weights_one_is_written():
+    model = tiny_model("llama")
+    model.config.tie_word_embeddings = True
+    tied = type(model)(model.config)
+    kept = compat.without_ties(tied, tied.state_dict())
+    assert tied.state_dict().keys() - kept.keys() == {"lm_head.weight"}
+
+
+def test_nothing_is_drawn():
+    config = tiny_model("llama").config
+    state = torch.get_rng_state()
+    with compat.nothing_drawn():
+        compat.build_from_config(LlamaForCausalLM, config)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_generation_settings_of_a_config(tmp_path):
+    config = tiny_model("llama").config
+    config.eos_token_id = 7
+    config.save_pretrained(tmp_path)
+    assert compat.generation_settings(tmp_path).eos_token_id == 7
+
+
+def test_the_bar_over_gguf_is_hidden_and_comes_back():
+    module = modeling_gguf_pytorch_utils
+    bar = module.tqdm
+    with compat.no_gguf_bar(), compat.no_gguf_bar():
+        assert module.tqdm(range(2)).disable
+    assert module.tqdm is bar
+
+
+# -- Chat templates and the Trainer.
+
+
+def test_answers_are_found_in_rendered_text():
+    template = (
+        "{% for turn in messages %}[{% generation %}{{ turn.content }}{% endgeneration %}]"
+        "{% endfor %}{{ end }}"
+    )
+    turns = [{"role": "assistant", "content": "yes"}]
+    assert compat.render_with_answers(turns, template, {"end": "!"}) == ("[yes]!", [(1, 4)])
+
+
+def a_trainer(folder: Path) -> Trainer:
+    rows = [{"input_ids": [n, n + 1], "labels": [n, n + 1]} for n in range(4)]
+    arguments = TrainingArguments(
+        str(folder), max_steps=2, per_device_train_batch_size=1, report_to="none", use_cpu=True
+    )
+    return Trainer(tiny_model("llama"), arguments, train_dataset=rows)
+
+
+def test_one_gpu_is_used(tmp_path):
+    arguments = TrainingArguments(str(tmp_path))
+    arguments._n_gpu = 4
+    compat.use_one_gpu(arguments)
+    assert arguments.n_gpu == 1
+
+
+def test_rows_come_in_the_order_of_a_sampler(tmp_path):
+    trainer, seen = a_trainer(tmp_path), []
+    compat.set_train_sampler(trainer, lambda rows: list(reversed(range(len(rows)))))
+    seen = [int(batch["input_ids"][0, 0]) for batch in trainer.get_train_dataloader()]
+    assert seen == [3, 2, 1, 0]
+
+
+def test_a_checkpoint_is_read_back_by_a_function(tmp_path):
+    trainer, seen = a_trainer(tmp_path), []
+    trainer.train()
+    compat.set_checkpoint_loader(trainer, seen.append)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert seen == [tmp_path / "checkpoint-2"]
+
+
+def test_a_gradient_is_checked_before_the_step(tmp_path):
+    trainer, norms = a_trainer(tmp_path), []
+    before = trainer.model.lm_head.weight.detach().clone()
+
+    def check(norm):
+        norms.append(float(norm))
+        raise KeyError
+
+    compat.after_clipping(trainer, check)
+    with pytest.raises(KeyError):
+        trainer.train()
+    assert norms[0] > 0
+    assert torch.equal(trainer.model.lm_head.weight, before)
