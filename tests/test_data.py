@@ -52,7 +52,7 @@ def test_the_order_of_rows_comes_from_the_seed(tmp_path):
 
 
 def test_a_bounded_buffer_loses_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("llmslim.data.text._BUFFER_ROWS", 5)
+    monkeypatch.setattr("llmslim.data.sources._BUFFER_ROWS", 5)
     rows = [{"text": f"t{i}"} for i in range(50)]
     read = list(read_texts(jsonl(tmp_path / "a.jsonl", rows)))
     assert sorted(read) == sorted(row["text"] for row in rows)

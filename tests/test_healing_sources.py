@@ -21,8 +21,8 @@ from helpers_healing_data import (
     write_csv,
 )
 
-from llmslim.data.mixture import Part, split
-from llmslim.data.prompts import Encoder
+from llmslim.data.encoder import Encoder
+from llmslim.data.healing import Part, split
 from llmslim.data.sources import REFUSALS, Source
 from llmslim.recipe.schema import Heal, HealSource
 
@@ -77,7 +77,7 @@ def test_a_csv_with_commas_line_ends_and_quotes_in_its_fields(tmp_path):
 
 
 def test_a_plain_text_is_cut_into_documents(tmp_path, monkeypatch):
-    monkeypatch.setattr("llmslim.data.sources._STRETCH_CHARACTERS", 30)
+    monkeypatch.setattr("llmslim.data.sources._DOCUMENT_CHARACTERS", 30)
     lines = [f"line{i:04}" for i in range(100)]
     text = heal(put(tmp_path / "a.txt.gz", "\n".join(lines).encode()), length=128)
     assert "".join(everything(text)) == "".join(lines)
@@ -153,9 +153,8 @@ def test_the_filter_can_be_switched(tmp_path, monkeypatch):
     ("rows", "aside"), [(1, 0), (2, 1), (59, 2), (60, 3), (19_999, 999), (25_000, 1000)]
 )
 def test_a_twentieth_is_held_out_at_most_a_thousand(rows, aside):
-    none = np.zeros(0, dtype=np.int64)
     source = Source("a", "", "", items=lambda: iter(()))
-    part = Part(source, 1.0, np.ones(rows, dtype=np.int64), None, none, none)
+    part = Part(source, 1.0, np.ones(rows, dtype=np.int64))
     split([part], Heal())
     assert len(part.held_out) == aside
     assert sorted([*part.held_out, *part.train]) == list(range(rows))

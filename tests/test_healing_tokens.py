@@ -79,7 +79,8 @@ def test_a_full_disk_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr("llmslim.data.tokens._finish", full)
     cache = tmp_path / "ids"
     said = problem(jsonl(tmp_path / "a.jsonl", pairs()), cache=cache)
-    assert said.startswith(f"{cache}: tokens cannot be written there (no space left)")
+    assert said.startswith(f"{cache}: no space left")
+    assert "XDG_CACHE_HOME" in said
     assert not list(cache.iterdir())
 
 
@@ -108,7 +109,7 @@ def test_what_is_wrong_with_the_data_is_said(tmp_path):
     assert "prompt, answer (and perhaps system, tools, context, reasoning)" in said
     parquet = table("parquet", tmp_path / "a.parquet", [{"goal": "x"}])
     wrong = HealSource(data=parquet, fields={"text": "body"})
-    assert "a.parquet: fields names body; the columns are goal." in problem(wrong)
+    assert "a.parquet: row 1: fields names body; the columns are goal." in problem(wrong)
 
 
 @pytest.mark.parametrize("tokens", [None, 100])

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from jinja2 import TemplateError
 
-from .messages import Document, Message, mended, strings_in, tools_of
+from .messages import Document, Message, replace_surrogates, strings_in, tools_of
 
 Turn = dict[str, Any]
 
@@ -96,7 +96,7 @@ class Chat:
         if tools:
             options["tools"] = tools
         text = str(self.tokenizer.apply_chat_template(list(turns), tokenize=False, **options))
-        whole = mended(text)
+        whole = replace_surrogates(text)
         self.halved = self.halved or whole is not text
         return whole
 

@@ -25,9 +25,8 @@ import torch
 from torch import Tensor
 
 from llmslim._version import __version__
+from llmslim.atomic import write_whole
 from llmslim.errors import SlimError, and_more
-
-from .atomic import write_whole
 
 try:
     import fcntl
