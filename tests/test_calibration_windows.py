@@ -68,7 +68,7 @@ def test_several_texts_give_as_many_windows_each_in_one_order(tmp_path):
 def test_a_short_text_among_several_is_told_of(tmp_path):
     names = [put(tmp_path / "a.txt", b"a" * 4000), put(tmp_path / "b.txt", b"b" * 24)]
     windows = calibration_windows(spec(names, tokens=8 * 64), plain_tokenizer())
-    assert windows.notes == ("b.txt: only 24 tokens (3 windows of 8); 256 were asked for.",)
+    assert windows.notes == ("b.txt: only 24 tokens (3 windows of 8); 256 were wanted.",)
     assert (len(windows.ids), len(windows.held_out)) == (30 + 2, 2 + 1)
 
 
@@ -121,7 +121,7 @@ def test_documents_are_parted_by_the_end_token(tmp_path):
     got = rows_of(windows.ids, windows.held_out)
     # Seven tokens, three a window: aaa</s>bb or bbb</s>aa, whichever comes first.
     assert got in (sorted([(a, a, a), (EOS, b, b)]), sorted([(b, b, b), (EOS, a, a)]))
-    assert windows.notes == ("a.jsonl: only 6 tokens (2 windows of 3); 66 were asked for.",)
+    assert windows.notes == ("a.jsonl: only 6 tokens (2 windows of 3); 66 were wanted.",)
 
 
 def test_roles_go_through_the_chat_template_or_are_joined(tmp_path):

@@ -16,7 +16,7 @@ from helpers_data import (
     table,
 )
 
-from llmslim.data import read_texts
+from llmslim.data import read_texts, sources
 from llmslim.errors import DataError
 
 TEXTS = ["One fish.", "Two\nfish.", "Red fish, blue fish — ünï."]
@@ -52,7 +52,7 @@ def test_the_order_of_rows_comes_from_the_seed(tmp_path):
 
 
 def test_a_bounded_buffer_loses_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("llmslim.data.sources._BUFFER_ROWS", 5)
+    monkeypatch.setattr(sources, "_BUFFER_ROWS", 5)
     rows = [{"text": f"t{i}"} for i in range(50)]
     read = list(read_texts(jsonl(tmp_path / "a.jsonl", rows)))
     assert sorted(read) == sorted(row["text"] for row in rows)

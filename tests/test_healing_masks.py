@@ -151,7 +151,7 @@ def test_a_call_that_the_template_does_not_write_is_not_learned_as_silence():
     assert "calls of tools (1)" in unwritten
     assert "turns of tool (1)" in unwritten
     assert "tools (1)" in unwritten
-    assert lost.startswith("a: 1 answers cannot be told apart")
+    assert lost.startswith("a: 1 answers cannot be found")
 
 
 @pytest.mark.parametrize(

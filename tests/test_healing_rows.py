@@ -16,7 +16,7 @@ from helpers_healing_data import heal, hub, problem
 from helpers_templates import TEMPLATES, tokenizer_of
 from tiny import tiny_model
 
-from llmslim.data import HealingText, calibration_windows, read_texts
+from llmslim.data import HealingText, calibration_windows, read_texts, sources
 from llmslim.data.columns import RowReader
 from llmslim.errors import DataError
 from llmslim.healing.measure import answers
@@ -195,7 +195,7 @@ def test_more_than_half_without_an_answer_is_an_error(tmp_path):
 
 
 def test_a_stream_of_which_half_is_of_no_use_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr("llmslim.data.sources._LARGE_BYTES", 100)
+    monkeypatch.setattr(sources, "_LARGE_BYTES", 100)
     rows = [{"prompt": f"Q{i}", "completion": "A" if i % 3 == 0 else ""} for i in range(60)]
     name = jsonl(tmp_path / "a.jsonl", rows)
     for _ in range(2):  # nothing of it is kept
@@ -335,7 +335,7 @@ def test_rows_that_are_all_the_same_are_trained_on_with_a_note(tmp_path):
     text = heal(name, tokenizer=tokenizer_of(None), length=64)
     assert len(texts(text, tokenizer_of(None))) == 48
     (note,) = text.notes
-    assert "every row says the same as one that is held out" in note
+    assert "every row equals one that is held out" in note
 
 
 # ------------------------------------------------------------------------- lists in JSON

@@ -21,7 +21,7 @@ from helpers_healing_data import (
 from tiny import tiny_model
 
 from llmslim.data import conversations as talks
-from llmslim.data import sampling
+from llmslim.data import healing, sampling
 from llmslim.recipe.schema import HealSource
 
 
@@ -125,7 +125,9 @@ def test_conversations_come_from_the_seed_and_are_kept(short, monkeypatch, tmp_p
 
 def test_rows_that_end_leave_without_a_trace(short, monkeypatch):
     """The same draws for the rows that stay: logits must not depend on who left."""
-    monkeypatch.setattr(sampling, "draw", lambda logits, *_: (logits.round(decimals=2) * 7).argmin(-1))
+    monkeypatch.setattr(
+        sampling, "draw", lambda logits, *_: (logits.round(decimals=2) * 7).argmin(-1)
+    )
     left = conversations(cache=Path("/nonexistent"))
     monkeypatch.setattr(sampling, "_SHRINK_AT", 0)
     assert conversations(cache=Path("/nonexistent")) == left
@@ -169,7 +171,7 @@ def test_what_has_no_end_gives_its_weights_share(short, tmp_path):
 
 
 def test_self_without_tokens_or_template(short, monkeypatch):
-    monkeypatch.setattr("llmslim.data.healing._SELF_TOKENS", 300)
+    monkeypatch.setattr(healing, "_SELF_TOKENS", 300)
     text = heal("self", teacher=tiny_model("gpt2"))
     assert text.notes[0] == "self: 300 tokens were sampled, since `tokens` is not given."
     assert text.train.tokens > 250
@@ -180,7 +182,7 @@ def test_a_model_that_says_nothing_is_an_error(short):
     model = tiny_model()
     model.generation_config.eos_token_id = list(range(96))
     said = problem("self", tokenizer=chat_tokenizer(), teacher=model, tokens=100)
-    assert "ends every conversation before it says anything" in said
+    assert "ends every conversation at once" in said
     with torch.no_grad():
         model.model.norm.weight.fill_(torch.nan)
     said = problem("self", tokenizer=chat_tokenizer(), teacher=model, tokens=100)

@@ -21,6 +21,7 @@ from helpers_healing_data import (
     write_csv,
 )
 
+from llmslim.data import sources
 from llmslim.data.encoder import Encoder
 from llmslim.data.healing import Part, split
 from llmslim.data.sources import REFUSALS, Source
@@ -77,7 +78,7 @@ def test_a_csv_with_commas_line_ends_and_quotes_in_its_fields(tmp_path):
 
 
 def test_a_plain_text_is_cut_into_documents(tmp_path, monkeypatch):
-    monkeypatch.setattr("llmslim.data.sources._DOCUMENT_CHARACTERS", 30)
+    monkeypatch.setattr(sources, "_DOCUMENT_CHARACTERS", 30)
     lines = [f"line{i:04}" for i in range(100)]
     text = heal(put(tmp_path / "a.txt.gz", "\n".join(lines).encode()), length=128)
     assert "".join(everything(text)) == "".join(lines)
@@ -216,7 +217,7 @@ def test_only_the_tokens_asked_for_are_there_and_tokenised(tmp_path, monkeypatch
 
 
 def test_what_is_large_is_streamed(tmp_path, monkeypatch):
-    monkeypatch.setattr("llmslim.data.sources._LARGE_BYTES", 1000)
+    monkeypatch.setattr(sources, "_LARGE_BYTES", 1000)
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
     rows = [{"text": f"{i:09}"} for i in range(3000)]
     name = jsonl(tmp_path / "a.jsonl", rows)
@@ -232,6 +233,13 @@ def test_what_is_large_is_streamed(tmp_path, monkeypatch):
     assert asked == [("org/big", None, "train", True)]
     assert len(everything(heal("org/big"))) == 3000
     assert asked[-1] == ("org/big", None, "train", False)
+
+
+def test_the_licences_of_a_stream_are_those_of_its_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_LARGE_BYTES", 1000)
+    rows = [{"text": f"{i:09}", "license": f"L{i}"} for i in range(4)] * 500
+    text = heal(jsonl(tmp_path / "a.jsonl", rows), tokens=2000)
+    assert text.licence == "a.jsonl: L0; L1; L2; L3"
 
 
 def test_text_is_not_held_in_memory(tmp_path, monkeypatch):
@@ -256,7 +264,7 @@ def test_text_is_not_held_in_memory(tmp_path, monkeypatch):
         return call(self, documents)
 
     hub(monkeypatch, "")
-    monkeypatch.setattr("llmslim.data.sources.downloaded_rows", rows)
+    monkeypatch.setattr(sources, "downloaded_rows", rows)
     monkeypatch.setattr(Encoder, "__call__", encode)
     assert len(everything(heal("org/name"))) == 5000
     assert most <= 1024

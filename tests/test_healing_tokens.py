@@ -22,7 +22,7 @@ from helpers_healing_data import (
     write_csv,
 )
 
-from llmslim.data import healing_text
+from llmslim.data import healing_text, tokens
 from llmslim.errors import DataError
 from llmslim.recipe.schema import Heal, HealSource
 
@@ -76,7 +76,7 @@ def test_a_full_disk_is_an_error(tmp_path, monkeypatch):
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("llmslim.data.tokens._finish", full)
+    monkeypatch.setattr(tokens, "_finish", full)
     cache = tmp_path / "ids"
     said = problem(jsonl(tmp_path / "a.jsonl", pairs()), cache=cache)
     assert said.startswith(f"{cache}: no space left")

@@ -130,12 +130,7 @@ def sampled_conversations(
 
 
 def _sample_batch(
-    model: Any,
-    tokenizer: Any,
-    rows: int,
-    longest: int,
-    seed: int,
-    report: Callable[[int], None],
+    model: Any, tokenizer: Any, rows: int, longest: int, seed: int, report: Callable[[int], None]
 ) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(seed)
     stops = stop_tokens(model).union(tokenizer.all_special_ids)

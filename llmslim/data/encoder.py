@@ -98,8 +98,7 @@ class Encoder:
         """Count from zero."""
         self.counts.clear()
         self._unwritten.clear()
-        self._chat.unwritten.clear()
-        self._chat.moved, self._chat.halved = 0, False
+        self._chat.clear()
 
     @property
     def key(self) -> str:
@@ -260,8 +259,7 @@ _SENTENCES = {
     ),
     _WHOLE: "{} documents are plain text without turns; the loss falls on all of each.",
     _LOST: (
-        "{} answers cannot be found in the text that the chat template writes, and were not learned "
-        "from."
+        "{} answers cannot be found in what the chat template writes, and were not learned from."
     ),
     _SILENT: "{} documents hold nothing to learn from, such as no answer, and were left out.",
 }

@@ -179,7 +179,7 @@ def _write(
             _finish(file, total, lengths, identities, about)
     except OSError as error:
         raise DataError(
-            f"{path.parent}: {disk_problem(error) or error} Or set XDG_CACHE_HOME to another folder."
+            f"{path.parent}: {disk_problem(error) or error} Or set XDG_CACHE_HOME to another one."
         ) from error
 
 
