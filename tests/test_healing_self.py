@@ -63,11 +63,11 @@ def test_conversations_go_through_the_models_own_template(short, monkeypatch):
     monkeypatch.setattr(sampling, "_SHRINK_AT", 0)  # rows stay to the end, and can be followed
     monkeypatch.setattr(talks, "for_sampling", nullcontext)
     tokenizer, recorder = chat_tokenizer(), Recorder(tiny_model())
-    said = conversations(model=recorder, tokenizer=tokenizer)
+    found = conversations(model=recorder, tokenizer=tokenizer)
     fed = list(zip(*recorder.fed, strict=True))
     texts = [tokenizer.decode(list(ids)) for ids in fed]
-    assert len(said) > 12
-    for one in said:
+    assert len(found) > 12
+    for one in found:
         question, answer = one
         assert (question["role"], answer["role"]) == ("user", "assistant")
         assert "~" not in question["content"] + answer["content"]
@@ -76,10 +76,10 @@ def test_conversations_go_through_the_models_own_template(short, monkeypatch):
         fed_of_it = whole[:-1] if answer.get("unfinished") else whole
         assert any(text.startswith(fed_of_it) for text in texts)
         assert len(question["content"]) <= 9
-    assert {bool(one[-1].get("unfinished")) for one in said} == {True, False}
+    assert {bool(one[-1].get("unfinished")) for one in found} == {True, False}
 
 
-def test_what_is_sampled_is_distributed_as_the_model_says(short, monkeypatch):
+def test_sampled_text_has_the_model_s_distribution(short, monkeypatch):
     """The first token of the question, over many conversations."""
     monkeypatch.setattr(talks, "_ROWS", 3000)
     monkeypatch.setattr(talks, "_LONGEST", 9)
@@ -178,12 +178,12 @@ def test_self_without_tokens_or_template(short, monkeypatch):
     assert not any("[user]" in one for one in everything(text))
 
 
-def test_a_model_that_says_nothing_is_an_error(short):
+def test_a_model_that_writes_nothing_is_an_error(short):
     model = tiny_model()
     model.generation_config.eos_token_id = list(range(96))
-    said = problem("self", tokenizer=chat_tokenizer(), teacher=model, tokens=100)
-    assert "ends every conversation at once" in said
+    error = problem("self", tokenizer=chat_tokenizer(), teacher=model, tokens=100)
+    assert "ends every conversation at once" in error
     with torch.no_grad():
         model.model.norm.weight.fill_(torch.nan)
-    said = problem("self", tokenizer=chat_tokenizer(), teacher=model, tokens=100)
-    assert "data: self, but the model's logits are not finite" in said
+    error = problem("self", tokenizer=chat_tokenizer(), teacher=model, tokens=100)
+    assert "data: self, but the model's logits are not finite" in error

@@ -20,6 +20,7 @@ from typing import Any
 from llmslim.errors import DataError
 
 from .messages import (
+    EMPTY_TURNS,
     Conversation,
     Document,
     Message,
@@ -165,15 +166,9 @@ class RowReader:
     def notes(self, source: str) -> list[str]:
         """Return sentences about what was left out since the last `clear`."""
         notes = [f"{count} {sentence}" for sentence, count in self._left_out.items()]
-        if turns := self._counts["turns"]:
+        parts = self._counts.copy()
+        if turns := parts.pop(EMPTY_TURNS, 0):
             notes.append(f"{turns} turns of conversations are empty and were left out.")
-        parts = Counter(
-            {
-                what.removeprefix("parts "): count
-                for what, count in self._counts.items()
-                if what.startswith("parts ")
-            }
-        )
         if parts:
             notes.append(
                 f"{parts.total()} parts of messages are no text and were left out "

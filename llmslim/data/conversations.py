@@ -8,7 +8,7 @@ up to a constant, which is what healing should bring down. Magpie draws the like
 would teach the mode of the distribution only.
 
 The template is not parsed: two marks are put through it as question and answer, and the text
-before, between and behind them is taken. A model without a template writes plain texts, each
+before, between and after them is taken. A model without a template writes plain texts, each
 begun with a random token as in sampling.py.
 
 Conversations are sampled in batches, which rows leave as they end. Each batch is a file of JSON
@@ -189,10 +189,10 @@ def _frame(tokenizer: Any, stops: frozenset[int]) -> _Frame | None:
     except TemplateError:  # a template for anything but conversation
         return None
     before, _, between = prompt.partition(_MARKS[0])
-    behind = whole.partition(_MARKS[1])[2]
+    after = whole.partition(_MARKS[1])[2]
     ids = [
         tokenizer(replace_surrogates(text), add_special_tokens=False)["input_ids"] if text else []
-        for text in (before, between, behind)
+        for text in (before, between, after)
     ]
     if not ids[0] or _MARKS[0] not in prompt:
         return None

@@ -20,7 +20,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -73,6 +72,14 @@ class Encoder:
     """How many documents were not encoded as usual, by the reason."""
     _unwritten: Counter[str] = field(default_factory=Counter)
 
+    def __post_init__(self) -> None:
+        self._chat = Chat(self.tokenizer)
+        self._masks = Masks(self._chat)
+        self._first = leading_token(self.tokenizer)
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        # Tokens that take in the space around them.
+        self._greedy = [number for number, one in added.items() if one.lstrip or one.rstrip]
+
     def __call__(self, documents: Sequence[Document | None]) -> list[Ids]:
         """Return the ids of each document, (T,), none for one that is empty or not learned from."""
         written = [self._write(document) if document else _Written("") for document in documents]
@@ -115,8 +122,8 @@ class Encoder:
             if self.counts[what]
         ]
         if self._unwritten:
-            what = counted(self._unwritten)
-            notes.append(f"{source}: not written without a chat template: {what}.")
+            unwritten = counted(self._unwritten)
+            notes.append(f"{source}: not written without a chat template: {unwritten}.")
         return [*notes, *self._chat.notes(source)]
 
     def _write(self, document: Document) -> _Written:
@@ -149,18 +156,6 @@ class Encoder:
         self._unwritten["reasoning"] += sum("reasoning_content" in turn for turn in document)
         self._unwritten = +self._unwritten
 
-    @cached_property
-    def _chat(self) -> Chat:
-        return Chat(self.tokenizer)
-
-    @cached_property
-    def _masks(self) -> Masks:
-        return Masks(self._chat)
-
-    @cached_property
-    def _first(self) -> int | None:
-        return leading_token(self.tokenizer)
-
     def _finish(
         self, ids: Ids, written: _Written, offsets: Sequence[tuple[int, int]] | None
     ) -> Ids:
@@ -172,9 +167,8 @@ class Encoder:
             if written.answers is None:
                 self.counts[_WHOLE] += 1
             elif offsets is None:
-                learned = inside_by_pieces(
-                    self.tokenizer, written.text, ids.tolist(), written.answers
-                )
+                text = written.text
+                learned = inside_by_pieces(self.tokenizer, text, ids.tolist(), written.answers)
             else:
                 learned = within(self._places(ids, written.text, offsets), written.answers)
             if self.stops and written.begun:
@@ -190,19 +184,12 @@ class Encoder:
         return np.where(learned, ids, ~ids)
 
     def _learn_stops(self, ids: Ids, learned: NDArray[np.bool_]) -> None:
-        """Learn the token behind an answer, too, where that is what ends it; in place."""
+        """Learn the token after an answer, too, where that token ends it; in place."""
         stops = np.isin(ids, list(self.stops))
-        behind = np.flatnonzero(learned[:-1] & ~learned[1:]) + 1
-        for index in behind[stops[behind]]:
+        after = np.flatnonzero(learned[:-1] & ~learned[1:]) + 1
+        for index in after[stops[after]]:
             if not stops[max(0, index - 2) : index].any():  # an end, and perhaps a line end
                 learned[index] = True
-
-    @cached_property
-    def _greedy(self) -> Ids:
-        """Tokens that take in the space around them."""
-        added = getattr(self.tokenizer, "added_tokens_decoder", {})
-        which = [number for number, token in added.items() if token.lstrip or token.rstrip]
-        return np.array(which, dtype=np.int32)
 
     def _places(self, ids: Ids, text: str, offsets: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
         """Return the offsets of each token, (T, 2), without the space that it has taken in."""

@@ -18,6 +18,7 @@ streams) give their weight's share of it, and the others the rest.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,45 +79,9 @@ class Part:
     tokens: Tokens | None = None
     """None until it is known which documents to tokenise."""
     held_out: Ints = field(default_factory=_none)
-    """The numbers of these documents."""
+    """The numbers of these documents, counted through all sources."""
     train: Ints = field(default_factory=_none)
-    """The numbers of these documents."""
-
-    def check(self, documents: Any, notes: Any) -> None:
-        """Refuse a part of which too little is left.
-
-        Args:
-            documents: which of its documents were read, as an index of `sizes`.
-            notes: why some were left out.
-
-        Raises:
-            DataError: if more than half of these documents were left out.
-        """
-        sizes = self.sizes[documents]
-        check_left_out(self.source.name, int((sizes == 0).sum()), len(sizes), notes)
-
-
-@dataclass(frozen=True)
-class Pass:
-    """Documents in the order in which they are seen."""
-
-    source: Ints
-    """Which source each is from."""
-    document: Ints
-    """Its number there."""
-    tokens: int | None
-    """How many are wanted of it; all if None."""
-
-    def cut(self, parts: list[Part]) -> Pass:
-        """Return the first documents that have the wanted tokens, by the sizes known."""
-        if self.tokens is None:
-            return self
-        sizes = np.empty(len(self.document), dtype=np.int64)
-        for index, part in enumerate(parts):
-            here = self.source == index
-            sizes[here] = part.sizes[self.document[here]]
-        count = int(np.searchsorted(sizes.cumsum(), self.tokens)) + 1
-        return Pass(self.source[:count], self.document[:count], self.tokens)
+    """The numbers of these documents, counted through all sources."""
 
 
 def healing_text(
@@ -168,20 +133,19 @@ def healing_text(
     parts = opener.open_all()
     split(parts, spec)
     notes = [*opener.notes, *drop_copies(parts)]
-    found = [one.cut(parts) for one in passes(parts, spec)]
-    tokens = opener.tokenise_wanted(parts, found)
+    seen = [(_first(documents, n, parts), n) for documents, n in passes(parts, spec)]
+    held = np.concatenate([part.held_out for part in parts])
+    tokens = opener.tokenise_wanted(parts, [held, *(documents for documents, _ in seen)])
     for part, one in zip(parts, tokens, strict=True):
         check_ids(one.ids, tokenizer, vocabulary, f"heal.data: {part.source.name}")
-    source, document = _join([one.cut(parts) for one in found], spec.seed)
-    held = np.concatenate([part.held_out for part in parts])
-    held_from = np.repeat(np.arange(len(parts)), [len(part.held_out) for part in parts])
+    joined = np.concatenate([_first(documents, n, parts) for documents, n in seen])
+    order = np.random.default_rng([spec.seed, 2]).permutation(len(joined))
     pad = _pad_token(tokenizer, vocabulary)
     train, held_out = (
         Rows(
-            tokens, cut(tokens, *documents, context_length), context_length, pad, spec.seed,
-            evenly=evenly,
+            tokens, cut(tokens, one, context_length), context_length, pad, spec.seed, evenly=evenly
         )
-        for documents in ((source, document), (held_from, held))
+        for one in (joined[order], held)
     )  # fmt: skip
     names = ", ".join(part.source.name for part in parts)
     if not len(train):
@@ -235,25 +199,24 @@ class _Opener:
         weights = sum(one.weight for one in listed)
         return [self._open(one, one.weight / weights) for one in listed]
 
-    def tokenise_wanted(self, parts: list[Part], found: list[Pass]) -> list[Tokens]:
+    def tokenise_wanted(self, parts: list[Part], documents: list[Ints]) -> list[Tokens]:
         """Return each part's tokens: of measured ones, of the documents that are wanted.
 
         Args:
             parts: the sources; `tokens` and `sizes` of those that were measured are changed.
-            found: which documents to train on.
+            documents: those that are wanted.
 
         Raises:
             DataError: if a source cannot be read, or less than half of what is wanted is left.
         """
-        for index, part in enumerate(parts):
+        of_all = np.zeros(sum(len(part.sizes) for part in parts), dtype=bool)
+        of_all[np.concatenate(documents)] = True
+        ends = np.cumsum([len(part.sizes) for part in parts])
+        for part, wanted in zip(parts, np.split(of_all, ends[:-1]), strict=True):
             if part.tokens is None:
-                wanted = np.zeros(len(part.sizes), dtype=bool)
-                for one in found:
-                    wanted[one.document[one.source == index]] = True
-                wanted[part.held_out] = True
                 part.tokens = self._tokenise(part.source, wanted=wanted)
                 part.sizes = part.tokens.lengths
-                part.check(wanted, part.tokens.notes)
+                _check_left_out(part, part.sizes[wanted], part.tokens.notes)
         return [part.tokens for part in parts if part.tokens is not None]
 
     def _open(self, spec: HealSource, share: float) -> Part:
@@ -288,7 +251,7 @@ class _Opener:
                 + (reason if notes else f"{what}; text to train on is needed.")
                 + " Give other data."
             )
-        part.check(slice(None), notes)
+        _check_left_out(part, part.sizes, notes)
         return part
 
     def _tokenise(self, source: Source, **which: Any) -> Tokens:
@@ -339,6 +302,10 @@ class _Opener:
         return np.array(sizes, dtype=np.int64), np.array(identities, dtype=np.int64)
 
 
+def _check_left_out(part: Part, sizes: Ints, notes: Sequence[str]) -> None:
+    check_left_out(part.source.name, int((sizes == 0).sum()), len(sizes), notes)
+
+
 def split(parts: list[Part], spec: Heal) -> None:
     """Draw which documents of each source are held out; fills in `held_out` and `train`.
 
@@ -350,6 +317,7 @@ def split(parts: list[Part], spec: Heal) -> None:
         DataError: if that would be all of a source.
     """
     rows = sum(len(part.sizes) for part in parts)
+    first = 0
     for part in parts:
         count = len(part.sizes)
         if spec.held_out is not None:
@@ -363,8 +331,9 @@ def split(parts: list[Part], spec: Heal) -> None:
                 f"heal.held_out: {spec.held_out or aside}; {part.source.name} has {count} rows, "
                 "of which some must be left to train on. Write a smaller number."
             )
-        order = np.random.default_rng(spec.seed).permutation(count)
+        order = np.random.default_rng(spec.seed).permutation(count) + first
         part.held_out, part.train = order[:aside], order[aside:]
+        first += count
 
 
 def drop_copies(parts: list[Part]) -> list[str]:
@@ -376,12 +345,13 @@ def drop_copies(parts: list[Part]) -> list[str]:
     Returns:
         Sentences about it.
     """
-    held = np.concatenate([part.identities[part.held_out] for part in parts])
-    copied = [np.isin(part.identities[part.train], held[held != 0]) for part in parts]
-    both = list(zip(parts, copied, strict=True))
-    if not any(copies.any() for copies in copied):
+    identities = np.concatenate([part.identities for part in parts])
+    held = identities[np.concatenate([part.held_out for part in parts])]
+    both = [(part, np.isin(identities[part.train], held[held != 0])) for part in parts]
+    if not any(copies.any() for _, copies in both):
         return []
-    if not any(part.sizes[part.train][~copies].any() for part, copies in both):
+    sizes = np.concatenate([part.sizes for part in parts])
+    if not any(sizes[part.train][~copies].any() for part, copies in both):
         names = ", ".join(part.source.name for part in parts)
         return [
             f"{names}: every row equals one that is held out; they are trained on nevertheless, so "
@@ -397,7 +367,7 @@ def drop_copies(parts: list[Part]) -> list[str]:
     ]
 
 
-def passes(parts: list[Part], spec: Heal) -> list[Pass]:
+def passes(parts: list[Part], spec: Heal) -> list[tuple[Ints, int | None]]:
     """Return the documents to train on, each pass in random order.
 
     Args:
@@ -406,33 +376,30 @@ def passes(parts: list[Part], spec: Heal) -> list[Pass]:
 
     Returns:
         One pass over all sources that have an end; and, where `tokens` are wanted, one over each
-        that has none.
+        that has none: the documents, and how many tokens are wanted of them, None for all.
     """
     draw = np.random.default_rng([spec.seed, 0])
     weights = sum(part.weight for part in parts)
-    found, together = [], []
+    found: list[tuple[Ints, int | None]] = []
+    together: list[Ints] = []
     left = spec.tokens
-    for index, part in enumerate(parts):
+    for part in parts:
         if spec.tokens is not None and left is not None and part.source.endless:
             share = round(spec.tokens * part.weight / weights)
             left -= share
-            order = draw.permutation(part.train)
-            found.append(Pass(np.full(len(order), index), order, share))
+            found.append((draw.permutation(part.train), share))
         else:
             copies, rest = divmod(part.weight, 1)
             more = draw.permutation(part.train)[: round(rest * len(part.train))]
-            seen = np.concatenate([*[part.train] * int(copies), more])
-            together.append((np.full(len(seen), index), seen))
+            together += [*[part.train] * int(copies), more]
     if together:
-        source, document = (np.concatenate(arrays) for arrays in zip(*together, strict=True))
-        order = draw.permutation(len(document))
-        found.append(Pass(source[order], document[order], left))
+        found.append((draw.permutation(np.concatenate(together)), left))
     return found
 
 
-def _join(found: list[Pass], seed: int) -> tuple[Ints, Ints]:
-    """Return the sources and documents of all passes, in random order."""
-    source = np.concatenate([one.source for one in found])
-    document = np.concatenate([one.document for one in found])
-    order = np.random.default_rng([seed, 2]).permutation(len(document))
-    return source[order], document[order]
+def _first(documents: Ints, tokens: int | None, parts: list[Part]) -> Ints:
+    """Return the first documents that have the tokens, by the sizes known; None wants all."""
+    if tokens is None:
+        return documents
+    sizes = np.concatenate([part.sizes for part in parts])[documents]
+    return documents[: int(np.searchsorted(sizes.cumsum(), tokens)) + 1]

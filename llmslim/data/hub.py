@@ -76,7 +76,8 @@ def hub_info(given: str) -> HubInfo:
         with suppress(Exception):  # a card that cannot be read names no licence
             from huggingface_hub import dataset_info
 
-            licence = (dataset_info(name).card_data or {}).get("license")
+            card = dataset_info(name).card_data
+            licence = card.get("license") if card is not None else None
     return HubInfo(
         f"{name} {config} {split} {builder.hash}",
         builder.info.download_size,

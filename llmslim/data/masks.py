@@ -262,7 +262,7 @@ class _Answer:
         """Return a span of a turn that calls tools without the tools' replies, if it has them.
 
         Templates may write the name of a function before its reply, and the assistant's content
-        beside a call after that.
+        of a call after it.
         """
         begin, end = span
         replies = list(itertools.takewhile(lambda one: one["role"] not in _ROLES, self._following))

@@ -50,6 +50,8 @@ class Conversation(list[Message]):
 
 Document = str | list[Message]
 
+EMPTY_TURNS = "empty turns"
+
 _ROLES = {"human": "user", "gpt": "assistant"}
 """Names of roles that many data sets use, and those of chat templates."""
 _CONTENT = ("content", "value")
@@ -91,7 +93,7 @@ def messages_of(value: Any, column: str, where: str, counts: Counter[str]) -> li
         value: a list of messages, or JSON text of one.
         column: its column, for messages of errors.
         where: the row's place, for messages of errors.
-        counts: what is left out is counted here.
+        counts: what is left out is counted here: EMPTY_TURNS, and kinds of parts.
 
     Raises:
         DataError: if it is anything but messages.
@@ -104,7 +106,7 @@ def messages_of(value: Any, column: str, where: str, counts: Counter[str]) -> li
         )
     messages = [_message(given, column, where, counts) for given in value or []]
     found = [m for m in messages if m["content"] or any(m.get(k) for k in _INSTEAD_OF_CONTENT)]
-    counts["turns"] += len(messages) - len(found)
+    counts[EMPTY_TURNS] += len(messages) - len(found)
     return found
 
 
@@ -187,13 +189,13 @@ def _message(given: Mapping[str, Any], column: str, where: str, counts: Counter[
     )
     if not isinstance(others.get("reasoning_content", ""), str):
         others.pop("reasoning_content")
-        counts["parts reasoning_content"] += 1
+        counts["reasoning_content"] += 1
     calls = _from_json(others.pop("tool_calls", None)) or _from_json(given.get("function_call"))
     calls = [calls] if isinstance(calls, Mapping) else calls
     if isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls):
         others["tool_calls"] = [_call(_without_empty(call)) for call in calls]
     elif calls:
-        counts["parts tool_calls"] += 1
+        counts["tool_calls"] += 1
     return Message(**message, **{k: v for k, v in others.items() if v not in ([], "")})
 
 
@@ -206,7 +208,7 @@ def _content(value: Any, column: str, where: str, counts: Counter[str]) -> str:
             if isinstance(text, str):
                 texts.append(text)
             else:
-                counts[f"parts {part.get('type') or 'without a type'}"] += 1
+                counts[str(part.get("type") or "without a type")] += 1
         value = "".join(texts)
     return text_of(value, column, where) or ""
 

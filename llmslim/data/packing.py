@@ -55,12 +55,8 @@ class Pieces:
     length: Ints
     """Its number of tokens."""
 
-    def __len__(self) -> int:
-        return len(self.length)
-
-    def take(self, indices: Ints) -> Pieces:
-        """Return some of them, in that order."""
-        return Pieces(self.source[indices], self.start[indices], self.length[indices])
+    def __getitem__(self, which: NDArray[Any]) -> Pieces:
+        return Pieces(self.source[which], self.start[which], self.length[which])
 
 
 class Rows(Dataset[dict[str, Tensor]]):
@@ -92,7 +88,7 @@ class Rows(Dataset[dict[str, Tensor]]):
         rows = int(row_of.max(initial=-1)) + 1
         shuffled = np.random.default_rng([seed, 1]).permutation(rows)
         row_of = shuffled[row_of]
-        self._pieces = pieces.take(np.argsort(row_of, kind="stable"))
+        self._pieces = pieces[np.argsort(row_of, kind="stable")]
         self._ends = np.cumsum(np.bincount(row_of, minlength=rows))
 
     def __len__(self) -> int:
@@ -140,8 +136,8 @@ class Rows(Dataset[dict[str, Tensor]]):
         """Refuse rows for a model without an embedding for some of their tokens.
 
         Args:
-            tokenizer: says what the tokens are, where there is one.
-            vocabulary: how many tokens the model knows; None where that is not known.
+            tokenizer: gives the tokens' texts, or None.
+            vocabulary: how many tokens the model knows, None if unknown.
 
         Raises:
             DataError: if there are other tokens.
@@ -172,7 +168,7 @@ def pack(lengths: Ints, capacity: int) -> Ints:
     """
     row_of = np.empty(len(lengths), dtype=np.int64)
     open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # by the room they have
-    rooms = 0  # bit r says that a row with room r is open
+    rooms = 0  # bit r: whether a row with room r is open
     rows = 0
     for longest_first in _longest_first(lengths):
         for sample in longest_first.tolist():
@@ -224,23 +220,19 @@ def _longest_first(lengths: Ints) -> Iterator[Ints]:
         yield np.argsort(-lengths[start : start + _BUFFER], kind="stable") + start
 
 
-def cut(tokens: Sequence[Tokens], source: Ints, document: Ints, capacity: int) -> Pieces:
+def cut(tokens: Sequence[Tokens], documents: Ints, capacity: int) -> Pieces:
     """Return documents as pieces that fit into a row, without pieces that are not learned from.
 
     Args:
         tokens: the sources.
-        source: which source each document is from, (D,).
-        document: its number there, (D,).
+        documents: their numbers, counted through all sources, (D,).
         capacity: tokens of one row.
     """
-    starts = np.empty(len(source), dtype=np.int64)
-    lengths = np.empty(len(source), dtype=np.int64)
-    for index, one in enumerate(tokens):
-        here = source == index
-        starts[here] = one.starts[document[here]]
-        lengths[here] = one.lengths[document[here]]
+    source = np.repeat(np.arange(len(tokens)), [len(one.lengths) for one in tokens])[documents]
+    starts = np.concatenate([one.starts for one in tokens])[documents]
+    lengths = np.concatenate([one.lengths for one in tokens])[documents]
     parts = -(-lengths // capacity)
-    which = np.repeat(np.arange(len(source)), parts)
+    which = np.repeat(np.arange(len(documents)), parts)
     number = np.arange(len(which)) - np.repeat(np.cumsum(parts) - parts, parts)
     start = starts[which] + number * capacity
     length = np.minimum(capacity, lengths[which] - number * capacity)
@@ -248,7 +240,7 @@ def cut(tokens: Sequence[Tokens], source: Ints, document: Ints, capacity: int) -
     for piece in np.flatnonzero(parts[which] > 1):
         ids = tokens[source[which[piece]]].ids[start[piece] + 1 : start[piece] + length[piece]]
         keep[piece] = bool((ids >= 0).any())
-    return Pieces(source[which][keep], start[keep], length[keep])
+    return Pieces(source[which], start, length)[keep]
 
 
 def collate(batch: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -277,13 +269,13 @@ def collate_apart(batch: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         name: pad_sequence([one[name] for one in learned], batch_first=True, padding_value=value)
         for name, value in (("input_ids", 0), ("labels", IGNORED))
     }
-    # They continue behind a sample's end: where positions restart, another sample would begin.
+    # They continue after a sample's end: where positions restart, another sample would begin.
     positions_L = torch.arange(apart["labels"].shape[1])
     return {**apart, "position_ids": positions_L.expand_as(apart["labels"])}
 
 
 def _without_padding(row: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Cut a row behind its last sample that has a label."""
+    """Cut a row after its last sample that has a label."""
     learned = (row["labels"] != IGNORED).nonzero().flatten()
     last = int(learned[-1]) if len(learned) else 0
     end = next((begin for begin in _begins(row) if begin > last), len(row["labels"]))

@@ -59,7 +59,7 @@ def read_texts(
     """Read documents in random order; nothing is opened before the first is needed.
 
     Args:
-        name_or_path: a .txt, .jsonl, .json, .csv or .parquet file, also with .gz behind; or the
+        name_or_path: a .txt, .jsonl, .json, .csv or .parquet file, each also with .gz; or the
             name of a data set on the hub as `owner/name`, `name:config` or `name:config:split`. The
             split is `train` if none is given.
         seed: of the order of the rows.

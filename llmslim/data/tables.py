@@ -201,12 +201,10 @@ def _parquet(path: Path, order: random.Random | None) -> Iterator[PlacedRow]:
 
 def _has_bytes(column: Any) -> bool:
     """Return whether a column's type has bytes in it, at any depth."""
-    if types.is_binary(column) or types.is_large_binary(column):
-        return True
-    if types.is_fixed_size_binary(column):
-        return True
-    inner = column.num_fields if types.is_nested(column) else 0
-    return any(_has_bytes(column.field(index).type) for index in range(inner))
+    inner = (
+        [column.field(n).type for n in range(column.num_fields)] if types.is_nested(column) else []
+    )
+    return any(map(_has_bytes, inner)) if inner else "binary" in str(column)
 
 
 def _to_rows(batch: Any, path: Path, numbers: Sequence[int]) -> list[Row]:

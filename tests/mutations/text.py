@@ -108,7 +108,7 @@ MUTATIONS = (
         "copies, rest = divmod(part.weight, 1)",
         "copies, rest = divmod(1, 1)",
         "weights are ignored",
-        "tests/test_healing_sources.py::test_weights_say_how_often_a_row_is_seen",
+        "tests/test_healing_sources.py::test_weights_are_how_often_a_row_is_seen",
     ),
     change(
         "llmslim/data/healing.py",
