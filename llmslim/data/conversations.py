@@ -135,11 +135,10 @@ def _sample_batch(
     generator = torch.Generator().manual_seed(seed)
     stops = stop_tokens(model).union(tokenizer.all_special_ids)
     frame = _frame(tokenizer, stops)
-    sides: list[tuple[list[int] | None, list[int]]]
     if frame is not None:
         around = (*frame.before, *frame.between)
         check_ids(around, tokenizer, embedding_rows(model), "data: self: the chat template")
-        sides = [([], []) for _ in range(rows)]
+        sides: list[tuple[list[int], list[int]]] = [([], []) for _ in range(rows)]
         samples = [SampledRow(_converse(frame, question, answer)) for question, answer in sides]
     else:
         prompts = opening_prompts(model, tokenizer, rows, generator)
@@ -147,30 +146,19 @@ def _sample_batch(
     with for_sampling(model) as sampler:
         sample_rows(sampler, samples, longest, generator, report)
     if frame is None:
-        sides = [(None, row.ids[row.greedy.start - 1 :]) for row in samples]
-    return [
-        {"messages": messages, "tokens": row.drawn}
-        for row, (question, answer) in zip(samples, sides, strict=True)
-        if (messages := _messages(tokenizer, question, answer, ended=row.ended))
-    ]
-
-
-def _messages(
-    tokenizer: Any, question: list[int] | None, answer: list[int], *, ended: bool
-) -> list[Message]:
-    """Return a conversation, or a plain text as one answer; nothing if a side is blank."""
-    sides = (
-        [("assistant", answer)] if question is None else [("user", question), ("assistant", answer)]
-    )
-    messages = [
-        Message(role=role, content=tokenizer.decode(ids, skip_special_tokens=True))
-        for role, ids in sides
-    ]
-    if not all(message["content"].strip() for message in messages):
-        return []
-    if not ended:
-        messages[-1]["unfinished"] = True
-    return messages
+        sides = [([], row.ids[row.greedy.start - 1 :]) for row in samples]
+    roles = ("user", "assistant") if frame is not None else ("assistant",)
+    made = []
+    for row, texts in zip(samples, sides, strict=True):
+        messages = [
+            Message(role=role, content=tokenizer.decode(ids, skip_special_tokens=True))
+            for role, ids in zip(roles, texts[-len(roles) :], strict=True)
+        ]
+        if not row.ended:
+            messages[-1]["unfinished"] = True
+        if all(message["content"].strip() for message in messages):
+            made.append({"messages": messages, "tokens": row.drawn})
+    return made
 
 
 def _frame(tokenizer: Any, stops: frozenset[int]) -> _Frame | None:
