@@ -59,6 +59,13 @@ def test_a_bounded_buffer_loses_nothing(tmp_path, monkeypatch):
     assert read != [row["text"] for row in rows]
 
 
+def test_a_full_buffer_draws_rows_of_all_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_BUFFER_ROWS", 5)
+    rows = [{"text": f"{i}"} for i in range(50)]
+    first = {next(read_texts(jsonl(tmp_path / "a.jsonl", rows), seed=s)) for s in range(20)}
+    assert first == {"0", "1", "2", "3", "4", "5"}
+
+
 ASK, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 
 

@@ -97,6 +97,20 @@ MUTATIONS = (
         "tests/test_healing_sources.py::test_a_twentieth_is_held_out_at_most_a_thousand",
     ),
     change(
+        "llmslim/data/sources.py",
+        "buffer[index], buffer[-1] = buffer[-1], buffer[index]",
+        "pass",
+        "rows in a full buffer come in the order of the file",
+        "tests/test_data.py::test_a_full_buffer_draws_rows_of_all_of_it",
+    ),
+    change(
+        "llmslim/data/sources.py",
+        "        source.items = lambda: shuffled(in_order(), random.Random(seed))",
+        "        source.items = lambda: ((one, None) for one, _ in in_order())",
+        "a stream loses its licences and its order",
+        "tests/test_healing_sources.py::test_the_licences_of_a_stream_are_those_of_its_rows",
+    ),
+    change(
         "llmslim/data/healing.py",
         "part.train = part.train[~copies]",
         "pass",
