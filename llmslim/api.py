@@ -18,7 +18,7 @@ from llmslim import planning
 from llmslim.conversion.calibrate import calibration_spec
 from llmslim.conversion.convert import convert, slim_with
 from llmslim.conversion.request import Conversion
-from llmslim.data import Windows, calibration_windows, embedding_rows
+from llmslim.data import Windows, calibration_windows, check_ids, embedding_rows
 from llmslim.editing.plans import Plan
 from llmslim.errors import CheckpointError, DataError, UnfinishedError
 from llmslim.options import HealOptions, RecipeLike, takes
@@ -124,7 +124,9 @@ def slim(
                 f"calibration: {type(calibration).__name__}; token windows are needed. Make them "
                 "with llmslim.data.calibration_windows."
             )
-        calibration.check_known(tokenizer, embedding_rows(model))
+        for ids in (calibration.ids, calibration.held_out):
+            known = embedding_rows(model)
+            check_ids(ids.flatten().cpu().numpy(), tokenizer, known, "calibration")
     report, _ = slim_with(model, made, calibration, seed=seed, init=init, progress=progress)
     return report
 

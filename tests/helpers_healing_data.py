@@ -15,7 +15,7 @@ from helpers_data import plain_tokenizer, put, table, with_start
 from test_packing import samples_in
 
 from llmslim.data import HealingText, Rows, healing_text
-from llmslim.data.prompts import Encoder
+from llmslim.data.encoder import Encoder
 from llmslim.errors import DataError
 from llmslim.recipe.schema import Heal
 
@@ -74,11 +74,11 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def hub(monkeypatch: pytest.MonkeyPatch, local: str, **info: Any) -> list[Any]:
-    """Let a local parquet file stand for every data set of the hub; return what is asked for."""
-    load, asked = datasets.load_dataset, []
+    """Let a local parquet file stand for every data set of the hub; return the calls."""
+    load, calls = datasets.load_dataset, []
 
     def stand_in(name: str, config: str | None, *, split: str, streaming: bool = False) -> Any:
-        asked.append((name, config, split, streaming))
+        calls.append((name, config, split, streaming))
         return load("parquet", data_files={split: local}, split=split, streaming=streaming)
 
     known = SimpleNamespace(**{"license": "", "download_size": 1000, **info})
@@ -86,7 +86,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, local: str, **info: Any) -> list[Any]:
     monkeypatch.setattr(
         datasets, "load_dataset_builder", lambda *_: SimpleNamespace(info=known, hash="1")
     )
-    return asked
+    return calls
 
 
 def tagged_tokenizer() -> Any:

@@ -65,10 +65,10 @@ def test_several_texts_give_as_many_windows_each_in_one_order(tmp_path):
     assert torch.equal(windows.ids, again.ids)
 
 
-def test_a_short_text_among_several_is_told_of(tmp_path):
+def test_a_short_text_among_several_is_noted(tmp_path):
     names = [put(tmp_path / "a.txt", b"a" * 4000), put(tmp_path / "b.txt", b"b" * 24)]
     windows = calibration_windows(spec(names, tokens=8 * 64), plain_tokenizer())
-    assert windows.notes == ("b.txt: only 24 tokens (3 windows of 8); 256 were asked for.",)
+    assert windows.notes == ("b.txt: only 24 tokens (3 windows of 8); 256 were wanted.",)
     assert (len(windows.ids), len(windows.held_out)) == (30 + 2, 2 + 1)
 
 
@@ -114,14 +114,14 @@ def test_the_stretch_held_out_may_be_anywhere_in_the_text(tmp_path):
     assert max(starts) > 50
 
 
-def test_documents_are_parted_by_the_end_token(tmp_path):
+def test_the_end_token_separates_documents(tmp_path):
     name = jsonl(tmp_path / "a.jsonl", [{"text": "aaa"}, {"text": "bbb"}])
     windows = calibration_windows(spec(name, sequence_length=3), plain_tokenizer())
     (a,), (b,) = ids_of("a"), ids_of("b")
     got = rows_of(windows.ids, windows.held_out)
     # Seven tokens, three a window: aaa</s>bb or bbb</s>aa, whichever comes first.
     assert got in (sorted([(a, a, a), (EOS, b, b)]), sorted([(b, b, b), (EOS, a, a)]))
-    assert windows.notes == ("a.jsonl: only 6 tokens (2 windows of 3); 66 were asked for.",)
+    assert windows.notes == ("a.jsonl: only 6 tokens (2 windows of 3); 66 were wanted.",)
 
 
 def test_roles_go_through_the_chat_template_or_are_joined(tmp_path):
@@ -185,8 +185,8 @@ def test_a_long_text_is_not_tokenised_as_a_whole(tmp_path, monkeypatch):
 def test_windows_longer_than_the_model_reads_are_an_error(tmp_path, architecture):
     model = tiny_model(architecture)
     longest = model.config.max_position_embeddings
-    said = rf"sequence_length: {longest + 1}; the model reads at most {longest} tokens"
-    with pytest.raises(DataError, match=said):
+    error = rf"sequence_length: {longest + 1}; the model reads at most {longest} tokens"
+    with pytest.raises(DataError, match=error):
         calibration_windows(spec("self", sequence_length=longest + 1), None, model)
 
 
@@ -198,7 +198,7 @@ def test_a_model_may_set_no_limit():
         assert longest_input(model) is None
 
 
-def test_what_cannot_be_done_is_said(tmp_path):
+def test_requests_that_make_no_sense_are_errors(tmp_path):
     with pytest.raises(DataError, match="needs 2 tokens or more"):
         calibration_windows(spec("self", sequence_length=1), None)
     with pytest.raises(DataError, match="there is none here"):
@@ -221,7 +221,7 @@ def test_progress_ends_at_the_whole(tmp_path, data):
     assert [at[0] for at in seen] == sorted(at[0] for at in seen)
 
 
-def test_windows_are_as_long_as_a_small_model_reads_unless_a_length_is_asked_for():
+def test_windows_are_as_long_as_a_small_model_reads_unless_a_length_is_set():
     model = tiny_model("gpt2", num_hidden_layers=1)
     assert longest_input(model) == 64
 
@@ -232,7 +232,7 @@ def test_windows_are_as_long_as_a_small_model_reads_unless_a_length_is_asked_for
     assert (length(), length(tokens=99), length(sequence_length=80)) == (64, 64, 80)
 
 
-def test_asking_for_text_asks_for_a_fit_to_it():
+def test_naming_text_means_fitting_to_it():
     recipe = Recipe.of({"calibration": {"data": "a.txt", "seed": 3}})
     assert with_overrides(recipe, None, (), None) == (recipe, None)
     found, init = with_overrides(recipe, None, ["b.txt"], 5)

@@ -16,7 +16,7 @@ from helpers_data import (
     table,
 )
 
-from llmslim.data import read_texts
+from llmslim.data import read_texts, sources
 from llmslim.errors import DataError
 
 TEXTS = ["One fish.", "Two\nfish.", "Red fish, blue fish — ünï."]
@@ -52,11 +52,18 @@ def test_the_order_of_rows_comes_from_the_seed(tmp_path):
 
 
 def test_a_bounded_buffer_loses_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("llmslim.data.text._BUFFER_ROWS", 5)
+    monkeypatch.setattr(sources, "_BUFFER_ROWS", 5)
     rows = [{"text": f"t{i}"} for i in range(50)]
     read = list(read_texts(jsonl(tmp_path / "a.jsonl", rows)))
     assert sorted(read) == sorted(row["text"] for row in rows)
     assert read != [row["text"] for row in rows]
+
+
+def test_a_full_buffer_draws_rows_of_all_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_BUFFER_ROWS", 5)
+    rows = [{"text": f"{i}"} for i in range(50)]
+    first = {next(read_texts(jsonl(tmp_path / "a.jsonl", rows), seed=s)) for s in range(20)}
+    assert first == {"0", "1", "2", "3", "4", "5"}
 
 
 ASK, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
@@ -86,14 +93,14 @@ def test_layouts(tmp_path, kind, row, document):
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_other_columns_are_listed(tmp_path, kind):
     name = table(kind, tmp_path / f"a.{kind}", [{"goal": "x", "sol1": "y"}])
-    said = message(name_or_path=name)
-    assert f"a.{kind}" in said
-    assert "has the columns goal, sol1; one of text, content" in said
-    assert "instruction+response" in said
+    error = message(name_or_path=name)
+    assert f"a.{kind}" in error
+    assert "has the columns goal, sol1; one of text, content" in error
+    assert "instruction+response" in error
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "error"),
     [
         ({"text": 3}, "text holds a int"),
         ({"messages": "hi"}, "messages holds a str"),
@@ -102,10 +109,10 @@ def test_other_columns_are_listed(tmp_path, kind):
         ([1], "list; every line is one JSON object"),
     ],
 )
-def test_rows_of_other_things_are_named_with_their_line(tmp_path, row, said):
+def test_an_error_names_the_line_of_a_row_that_is_not_text(tmp_path, row, error):
     name = jsonl(tmp_path / "a.jsonl", [{"text": "fine"}, row])
     assert message(name_or_path=name).startswith(f"{name}:2: ")
-    assert said in message(name_or_path=name)
+    assert error in message(name_or_path=name)
 
 
 def test_a_malformed_line_is_named(tmp_path):
@@ -148,23 +155,23 @@ def test_what_is_no_file_of_text_is_an_error(tmp_path):
 
 def test_without_a_network_the_hub_is_one_sentence():
     for name in ("nobody/nothing", "nobody/nothing:config:test", "lamini"):
-        said = message(name_or_path=name)
-        assert said.startswith(f"{name}: not a local file, and no data set of the hub")
-        assert "\n" not in said
+        error = message(name_or_path=name)
+        assert error.startswith(f"{name}: not a local file, and no data set of the hub")
+        assert "\n" not in error
 
 
-def test_a_name_on_the_hub_says_which_part(tmp_path, monkeypatch):
+def test_a_name_on_the_hub_may_name_config_and_split(tmp_path, monkeypatch):
     local = table("parquet", tmp_path / "a.parquet", [{"instruction": "Q", "response": "A"}])
-    load, asked = datasets.load_dataset, []
+    load, calls = datasets.load_dataset, []
 
     def stand_in(name: str, config: str | None, *, split: str, streaming: bool) -> Any:
-        asked.append((name, config, split))
+        calls.append((name, config, split))
         return load("parquet", data_files={split: local}, split=split, streaming=streaming)
 
     monkeypatch.setattr(datasets, "load_dataset", stand_in)
     for name in ("org/name", "name:config", "org/name:config:test", "name::test[:10]", "lamini"):
         assert list(read_texts(name, seed=-1)) == [[ASK, ANSWER]]
-    assert asked == [
+    assert calls == [
         ("org/name", None, "train"),
         ("name", "config", "train"),
         ("org/name", "config", "test"),

@@ -11,7 +11,7 @@ from helpers_templates import ENDS, LAST_ENDS, TEMPLATES, tokenizer_of
 from transformers import ByT5Tokenizer
 
 from llmslim.data import Conversation
-from llmslim.data.prompts import Encoder
+from llmslim.data.encoder import Encoder
 
 
 def turn(role: str, content: str, **more: Any) -> Any:
@@ -82,19 +82,19 @@ def test_where_the_assistant_begins_no_system_prompt_is_learned(name):
         ("llama3", ["A1<|eot_id|>", "A2<|eot_id|>"]),
     ],
 )
-def test_tags_that_swallow_space_are_not_learned_for_it(name, truth):
+def test_tags_that_take_in_space_after_them_are_not_learned(name, truth):
     document = [ASK, turn("assistant", "\n  A1"), turn("user", " Q2"), turn("assistant", "\tA2")]
     tokenizer = tokenizer_of(TEMPLATES[name], strip="rstrip")
     assert masked(tokenizer, document)[1] == truth
 
 
-def test_tags_that_swallow_space_before_them_are_not_learned_for_it():
+def test_tags_that_take_in_space_before_them_are_not_learned():
     document = [ASK, turn("assistant", " A1 "), turn("user", " Q2"), turn("assistant", "A2\n")]
     tokenizer = tokenizer_of(TEMPLATES["phi3"], strip="lstrip")
     assert masked(tokenizer, document)[1] == [" A1<|end|>", "A2<|end|>\n</s>"]
 
 
-def test_a_template_s_own_marks_are_those_that_the_tokenizer_tells():
+def test_a_template_s_own_marks_give_the_tokenizer_s_own_mask():
     tokenizer = tokenizer_of(TEMPLATES["smollm3"])
     truth = tokenizer.apply_chat_template(
         TALK, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
@@ -127,7 +127,7 @@ def test_thoughts_are_learned_where_they_are_written():
 
 
 @pytest.mark.parametrize("name", ["qwen2.5", "qwen3"])
-def test_calls_of_tools_are_learned_and_what_tools_say_is_not(name):
+def test_calls_of_tools_are_learned_and_replies_of_tools_are_not(name):
     document = Conversation(
         [ASK, turn("assistant", "", tool_calls=[CALL]), turn("tool", "20 C"), ANSWER], [TOOL]
     )
@@ -151,7 +151,7 @@ def test_a_call_that_the_template_does_not_write_is_not_learned_as_silence():
     assert "calls of tools (1)" in unwritten
     assert "turns of tool (1)" in unwritten
     assert "tools (1)" in unwritten
-    assert lost.startswith("a: 1 answers cannot be told apart")
+    assert lost.startswith("a: 1 answers cannot be found")
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_a_system_prompt_goes_to_the_user_where_there_is_no_turn_for_it():
     assert "no system turn; in 1 conversations" in note
 
 
-def test_what_is_written_is_not_taken_for_what_says_the_same():
+def test_equal_text_elsewhere_is_not_taken_for_the_answer():
     template = (
         "{% for m in messages %}{% if m.role != 'tool' %}{{ m.content }}~{% endif %}{% endfor %}"
     )
@@ -214,7 +214,7 @@ def test_a_template_without_an_end_of_turn_ends_where_the_model_stops():
     assert masked(tokenizer, TALK, stops=stops)[1] == ["A1 y<|im_end|>\n", "A2<|im_end|>\n"]
 
 
-def test_a_tokenizer_that_tells_no_places():
+def test_a_tokenizer_without_offsets():
     tokenizer = ByT5Tokenizer()
     tokenizer.chat_template = TEMPLATES["phi3"]
     _, learned, counts = masked(tokenizer, TALK)
@@ -255,7 +255,7 @@ NAMED = "{% set ns = namespace(name='') %}{% for m in messages %}{% set c = m.to
         ),
     ],
 )
-def test_what_tools_say_is_not_learned_where_it_stands_within_a_turn(template, truth):
+def test_replies_of_tools_within_a_turn_are_not_learned(template, truth):
     whole, learned, _ = masked(tokenizer_of(template), Conversation(ASKING, [TOOL]))
     assert "20 C" in whole
     assert learned == truth

@@ -16,7 +16,7 @@ from helpers_healing_data import heal, hub, problem
 from helpers_templates import TEMPLATES, tokenizer_of
 from tiny import tiny_model
 
-from llmslim.data import HealingText, calibration_windows, read_texts
+from llmslim.data import HealingText, calibration_windows, read_texts, sources
 from llmslim.data.columns import RowReader
 from llmslim.errors import DataError
 from llmslim.healing.measure import answers
@@ -71,7 +71,7 @@ def read(name: Any, tokenizer: Any = QWEN, **options: Any) -> tuple[list[str], l
 
 
 def chat(*turns: tuple[str, str]) -> str:
-    return "".join(f"<|im_start|>{role}\n{said}<|im_end|>\n" for role, said in turns)
+    return "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns)
 
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
@@ -117,7 +117,7 @@ QUESTION = [("system", "You are kind."), ("user", "Q"), ("assistant", "A")]
         ),
     ],
 )
-def test_what_stands_beside_is_in_the_text(tmp_path, monkeypatch, kind, row, turns):
+def test_extra_columns_are_in_the_text(tmp_path, monkeypatch, kind, row, turns):
     name = written(kind, tmp_path, [row] * 2, monkeypatch)
     assert read(name) == ([chat(*turns)] * 2, [])
 
@@ -188,14 +188,14 @@ def test_more_than_half_without_an_answer_is_an_error(tmp_path):
     rows = [{"messages": [ASK]}] * 3 + [{"messages": [ASK, ANSWER]}] * 2
     name = jsonl(tmp_path / "a.jsonl", rows)
     for tokens in (None, 10**6):
-        said = problem(name, tokenizer=QWEN, loss_on="answers", tokens=tokens, held_out=0)
-        assert "3 of 5 rows were left out" in said
-        assert "3 documents hold nothing to learn from" in said
+        error = problem(name, tokenizer=QWEN, loss_on="answers", tokens=tokens, held_out=0)
+        assert "3 of 5 rows were left out" in error
+        assert "3 documents hold nothing to learn from" in error
     assert len(read(name)[0]) == 5
 
 
 def test_a_stream_of_which_half_is_of_no_use_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr("llmslim.data.sources._LARGE_BYTES", 100)
+    monkeypatch.setattr(sources, "_LARGE_BYTES", 100)
     rows = [{"prompt": f"Q{i}", "completion": "A" if i % 3 == 0 else ""} for i in range(60)]
     name = jsonl(tmp_path / "a.jsonl", rows)
     for _ in range(2):  # nothing of it is kept
@@ -204,8 +204,8 @@ def test_a_stream_of_which_half_is_of_no_use_is_an_error(tmp_path, monkeypatch):
 
 def test_parts_that_are_no_text_and_empty_turns_are_counted(tmp_path):
     picture = {"type": "image_url", "image_url": {"url": "x"}}
-    asked = {"role": "user", "content": [{"type": "text", "text": "Q"}, picture]}
-    rows = [{"messages": [{"role": "system", "content": ""}, asked, ANSWER]}] * 2
+    question = {"role": "user", "content": [{"type": "text", "text": "Q"}, picture]}
+    rows = [{"messages": [{"role": "system", "content": ""}, question, ANSWER]}] * 2
     found, notes = read(jsonl(tmp_path / "a.jsonl", rows))
     assert found == [chat(("system", "You are kind."), ("user", "Q"), ("assistant", "A"))] * 2
     assert notes == [
@@ -214,13 +214,13 @@ def test_parts_that_are_no_text_and_empty_turns_are_counted(tmp_path):
     ]
 
 
-def test_what_a_document_says_anyway_is_no_lost_column(tmp_path):
+def test_a_column_that_repeats_the_document_is_not_lost(tmp_path):
     rows = [{"prompt": "Q", "messages": [ASK, ANSWER]}, {"prompt": "Z", "messages": [ASK, ANSWER]}]
     _, notes = read(jsonl(tmp_path / "a.jsonl", rows))
     assert notes == ["a.jsonl: not read, though they hold text: the columns prompt (1)."]
 
 
-def test_a_field_map_may_name_what_stands_beside(tmp_path):
+def test_a_field_map_may_name_extra_columns(tmp_path):
     row = {"q": "Q", "a": "A", "about": "C", "rules": "S", "topic": "birds"}
     name = jsonl(tmp_path / "a.jsonl", [row] * 2)
     fields = {"prompt": "q", "answer": "a", "context": "about", "system": "rules"}
@@ -268,12 +268,12 @@ def test_functions_called_in_the_old_form(tmp_path):
 @pytest.mark.parametrize("nested", [False, True])
 def test_half_a_character_is_replaced_with_its_place(tmp_path, nested):
     half = r"cut \ud83d emoji \ud83d\ude00"
-    said = (
+    line = (
         f'{{"messages": [{{"role": "user", "content": "{half}"}}]}}'
         if nested
         else f'{{"text": "{half}"}}'
     )
-    lines = '{"text": "fine"}\n' * 3 + said + "\n"
+    lines = '{"text": "fine"}\n' * 3 + line + "\n"
     name = put(tmp_path / "a.jsonl", lines.encode())
     found, notes = read(name, tokenizer_of(None))
     assert "cut � emoji \U0001f600</s>" in found
@@ -305,8 +305,8 @@ def test_bytes_that_are_no_text_in_a_table_are_named_with_their_row(tmp_path):
     bad = pa.array([b"fine", b"\xed\xa0\xbd"]).cast(pa.binary())
     strings = pa.Array.from_buffers(pa.string(), 2, bad.buffers())
     parquet.write_table(pa.table({"text": strings}), tmp_path / "a.parquet")
-    said = problem(str(tmp_path / "a.parquet"))
-    assert "a.parquet: row 2: byte 0 of a text is not UTF-8" in said
+    error = problem(str(tmp_path / "a.parquet"))
+    assert "a.parquet: row 2: byte 0 of a text is not UTF-8" in error
 
 
 # ------------------------------------------------------------------------------ held out
@@ -335,7 +335,7 @@ def test_rows_that_are_all_the_same_are_trained_on_with_a_note(tmp_path):
     text = heal(name, tokenizer=tokenizer_of(None), length=64)
     assert len(texts(text, tokenizer_of(None))) == 48
     (note,) = text.notes
-    assert "every row says the same as one that is held out" in note
+    assert "every row equals one that is held out" in note
 
 
 # ------------------------------------------------------------------------- lists in JSON
@@ -354,7 +354,7 @@ def test_json_is_read_as_datasets_reads_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "error"),
     [
         (b'[{"text": "a"},\n {"text": ]', "a.json:2: not JSON"),
         (b'[{"text": "a"}, 3]', "a.json: row 2: int"),
@@ -363,5 +363,5 @@ def test_json_is_read_as_datasets_reads_it(tmp_path):
         (b"", "no rows"),
     ],
 )
-def test_json_that_is_no_table_is_told_with_its_place(tmp_path, data, said):
-    assert said in problem(put(tmp_path / "a.json", data))
+def test_an_error_names_the_place_in_json_that_is_no_table(tmp_path, data, error):
+    assert error in problem(put(tmp_path / "a.json", data))

@@ -21,6 +21,7 @@ from helpers_healing_data import (
 from tiny import tiny_model
 
 from llmslim.data import conversations as talks
+from llmslim.data import healing, sampling
 from llmslim.recipe.schema import HealSource
 
 
@@ -59,14 +60,14 @@ def conversations(tokens: int = 200, seed: int = 0, **options: Any) -> list[Any]
 
 
 def test_conversations_go_through_the_models_own_template(short, monkeypatch):
-    monkeypatch.setattr(talks, "_FEWER", 0)  # rows stay to the end, so that they can be followed
+    monkeypatch.setattr(sampling, "_SHRINK_AT", 0)  # rows stay to the end, and can be followed
     monkeypatch.setattr(talks, "for_sampling", nullcontext)
     tokenizer, recorder = chat_tokenizer(), Recorder(tiny_model())
-    said = conversations(model=recorder, tokenizer=tokenizer)
+    found = conversations(model=recorder, tokenizer=tokenizer)
     fed = list(zip(*recorder.fed, strict=True))
     texts = [tokenizer.decode(list(ids)) for ids in fed]
-    assert len(said) > 12
-    for one in said:
+    assert len(found) > 12
+    for one in found:
         question, answer = one
         assert (question["role"], answer["role"]) == ("user", "assistant")
         assert "~" not in question["content"] + answer["content"]
@@ -75,10 +76,10 @@ def test_conversations_go_through_the_models_own_template(short, monkeypatch):
         fed_of_it = whole[:-1] if answer.get("unfinished") else whole
         assert any(text.startswith(fed_of_it) for text in texts)
         assert len(question["content"]) <= 9
-    assert {bool(one[-1].get("unfinished")) for one in said} == {True, False}
+    assert {bool(one[-1].get("unfinished")) for one in found} == {True, False}
 
 
-def test_what_is_sampled_is_distributed_as_the_model_says(short, monkeypatch):
+def test_sampled_text_has_the_model_s_distribution(short, monkeypatch):
     """The first token of the question, over many conversations."""
     monkeypatch.setattr(talks, "_ROWS", 3000)
     monkeypatch.setattr(talks, "_LONGEST", 9)
@@ -86,20 +87,15 @@ def test_what_is_sampled_is_distributed_as_the_model_says(short, monkeypatch):
     before = tokenizer("[user]", add_special_tokens=False)["input_ids"]
     with torch.no_grad():
         truth = model(torch.tensor([before])).logits[0, -1].softmax(0)
-    rows: list[Any] = [talks._Talk() for _ in range(3000)]
     frame = talks._frame(tokenizer, frozenset())
     assert frame is not None
     assert list(frame.before) == before
-    talks._run(
-        model,
-        rows,
-        [row.converse(frame) for row in rows],
-        len(before) + 1,
-        torch.Generator().manual_seed(0),
-        lambda _: None,
-    )
+    questions: list[list[int]] = [[] for _ in range(3000)]
+    rows = [sampling.SampledRow(talks._converse(frame, one, [])) for one in questions]
+    draws = torch.Generator().manual_seed(0)
+    sampling.sample_rows(model, rows, len(before) + 1, draws, lambda _: None)
     stops = sorted(frame.stops)
-    first = torch.tensor([row.question[0] if row.question else stops[0] for row in rows])
+    first = torch.tensor([one[0] if one else stops[0] for one in questions])
     share = torch.bincount(first, minlength=96) / 3000
     truth[stops[0]] = truth[stops].sum()
     truth[stops[1:]] = 0
@@ -129,9 +125,11 @@ def test_conversations_come_from_the_seed_and_are_kept(short, monkeypatch, tmp_p
 
 def test_rows_that_end_leave_without_a_trace(short, monkeypatch):
     """The same draws for the rows that stay: logits must not depend on who left."""
-    monkeypatch.setattr(talks, "draw", lambda logits, *_: (logits.round(decimals=2) * 7).argmin(-1))
+    monkeypatch.setattr(
+        sampling, "draw", lambda logits, *_: (logits.round(decimals=2) * 7).argmin(-1)
+    )
     left = conversations(cache=Path("/nonexistent"))
-    monkeypatch.setattr(talks, "_FEWER", 0)
+    monkeypatch.setattr(sampling, "_SHRINK_AT", 0)
     assert conversations(cache=Path("/nonexistent")) == left
 
 
@@ -173,19 +171,19 @@ def test_what_has_no_end_gives_its_weights_share(short, tmp_path):
 
 
 def test_self_without_tokens_or_template(short, monkeypatch):
-    monkeypatch.setattr("llmslim.data.healing._SELF_TOKENS", 300)
+    monkeypatch.setattr(healing, "_SELF_TOKENS", 300)
     text = heal("self", teacher=tiny_model("gpt2"))
     assert text.notes[0] == "self: 300 tokens were sampled, since `tokens` is not given."
     assert text.train.tokens > 250
     assert not any("[user]" in one for one in everything(text))
 
 
-def test_a_model_that_says_nothing_is_an_error(short):
+def test_a_model_that_writes_nothing_is_an_error(short):
     model = tiny_model()
     model.generation_config.eos_token_id = list(range(96))
-    said = problem("self", tokenizer=chat_tokenizer(), teacher=model, tokens=100)
-    assert "ends every conversation before it says anything" in said
+    error = problem("self", tokenizer=chat_tokenizer(), teacher=model, tokens=100)
+    assert "ends every conversation at once" in error
     with torch.no_grad():
         model.model.norm.weight.fill_(torch.nan)
-    said = problem("self", tokenizer=chat_tokenizer(), teacher=model, tokens=100)
-    assert "data: self, but the model's logits are not finite" in said
+    error = problem("self", tokenizer=chat_tokenizer(), teacher=model, tokens=100)
+    assert "data: self, but the model's logits are not finite" in error

@@ -21,8 +21,9 @@ from helpers_healing_data import (
     write_csv,
 )
 
-from llmslim.data.mixture import Part, split
-from llmslim.data.prompts import Encoder
+from llmslim.data import sources
+from llmslim.data.encoder import Encoder
+from llmslim.data.healing import Part, split
 from llmslim.data.sources import REFUSALS, Source
 from llmslim.recipe.schema import Heal, HealSource
 
@@ -42,7 +43,7 @@ def test_every_row_of_a_file_is_used_once(tmp_path, kind, gz):
 
 
 @pytest.mark.parametrize(
-    ("row", "fields", "said"),
+    ("row", "fields", "truth"),
     [
         ({"q": "Q", "a": "A"}, {"prompt": "q", "answer": "a"}, "<user>Q<assistant>A"),
         (
@@ -62,10 +63,10 @@ def test_every_row_of_a_file_is_used_once(tmp_path, kind, gz):
         ({"messages": [{"role": "user", "content": "Q"}]}, None, "<user>Q"),
     ],
 )
-def test_field_maps(tmp_path, row, fields, said):
+def test_field_maps(tmp_path, row, fields, truth):
     name = jsonl(tmp_path / "a.jsonl", [row] * 2)
     text = heal(HealSource(data=name, fields=fields), tokenizer=tiny_tokenizer())
-    assert everything(text) == [said] * 2
+    assert everything(text) == [truth] * 2
 
 
 def test_a_csv_with_commas_line_ends_and_quotes_in_its_fields(tmp_path):
@@ -77,7 +78,7 @@ def test_a_csv_with_commas_line_ends_and_quotes_in_its_fields(tmp_path):
 
 
 def test_a_plain_text_is_cut_into_documents(tmp_path, monkeypatch):
-    monkeypatch.setattr("llmslim.data.sources._STRETCH_CHARACTERS", 30)
+    monkeypatch.setattr(sources, "_DOCUMENT_CHARACTERS", 30)
     lines = [f"line{i:04}" for i in range(100)]
     text = heal(put(tmp_path / "a.txt.gz", "\n".join(lines).encode()), length=128)
     assert "".join(everything(text)) == "".join(lines)
@@ -117,12 +118,12 @@ def test_lamini_is_filtered_and_split_as_datasets_does_it(tmp_path, monkeypatch)
     truth = kept.train_test_split(test_size=5000, seed=42)
 
     def texts(part: Any) -> list[str]:
-        asked = [row["instruction"] + row["response"] for row in part if row["response"]]
-        return sorted(one.replace(" ", "") for one in asked)
+        texts = [row["instruction"] + row["response"] for row in part if row["response"]]
+        return sorted(one.replace(" ", "") for one in texts)
 
-    asked = hub(monkeypatch, local)
+    calls = hub(monkeypatch, local)
     text = heal("lamini", length=512)
-    assert asked == [("MBZUAI/LaMini-instruction", None, "train", False)]
+    assert calls == [("MBZUAI/LaMini-instruction", None, "train", False)]
     assert sorted(texts_in(text.held_out)) == texts(truth["test"])
     assert sorted(texts_in(text.train)) == texts(truth["train"])
     assert text.source == "lamini"
@@ -153,16 +154,15 @@ def test_the_filter_can_be_switched(tmp_path, monkeypatch):
     ("rows", "aside"), [(1, 0), (2, 1), (59, 2), (60, 3), (19_999, 999), (25_000, 1000)]
 )
 def test_a_twentieth_is_held_out_at_most_a_thousand(rows, aside):
-    none = np.zeros(0, dtype=np.int64)
     source = Source("a", "", "", items=lambda: iter(()))
-    part = Part(source, 1.0, np.ones(rows, dtype=np.int64), None, none, none)
+    part = Part(source, 1.0, np.ones(rows, dtype=np.int64))
     split([part], Heal())
     assert len(part.held_out) == aside
     assert sorted([*part.held_out, *part.train]) == list(range(rows))
 
 
 @pytest.mark.parametrize("aside", [0, 7])
-def test_held_out_as_asked(tmp_path, aside):
+def test_the_number_of_held_out_rows_can_be_set(tmp_path, aside):
     text = heal(jsonl(tmp_path / "a.jsonl", pairs()), held_out=aside)
     assert len(texts_in(text.held_out)) == aside
     assert everything(text) == sorted(q + a for q, a in PAIRS)
@@ -179,7 +179,7 @@ def test_rows_come_from_the_seed(tmp_path):
 # ------------------------------------------------------------------------------- mixtures
 
 
-def test_weights_say_how_often_a_row_is_seen(tmp_path):
+def test_weights_are_how_often_a_row_is_seen(tmp_path):
     names = [
         jsonl(tmp_path / f"{letter}.jsonl", [{"text": f"{letter}{i:03}"} for i in range(40)])
         for letter in "xyz"
@@ -198,7 +198,7 @@ def test_weights_say_how_often_a_row_is_seen(tmp_path):
     assert not set(texts_in(aside.held_out)) & set(texts_in(aside.train))
 
 
-def test_only_the_tokens_asked_for_are_there_and_tokenised(tmp_path, monkeypatch):
+def test_only_the_wanted_tokens_are_there_and_tokenised(tmp_path, monkeypatch):
     name = jsonl(tmp_path / "a.jsonl", [{"text": f"{i:09}"} for i in range(2000)])
     whole, encoded = heal(name), []
     call = Encoder.__call__
@@ -217,12 +217,12 @@ def test_only_the_tokens_asked_for_are_there_and_tokenised(tmp_path, monkeypatch
 
 
 def test_what_is_large_is_streamed(tmp_path, monkeypatch):
-    monkeypatch.setattr("llmslim.data.sources._LARGE_BYTES", 1000)
+    monkeypatch.setattr(sources, "_LARGE_BYTES", 1000)
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
     rows = [{"text": f"{i:09}"} for i in range(3000)]
     name = jsonl(tmp_path / "a.jsonl", rows)
     local = table("parquet", tmp_path / "a.parquet", rows)
-    asked = hub(monkeypatch, local, download_size=None, license="mit")
+    calls = hub(monkeypatch, local, download_size=None, license="mit")
     for data, licence in ((name, "the file's owner"), (local, "owner"), ("org/big", "mit")):
         text = heal(data, tokens=2000, seed=3)
         assert text.train.tokens >= 2000
@@ -230,9 +230,16 @@ def test_what_is_large_is_streamed(tmp_path, monkeypatch):
         assert set(everything(text)) <= {row["text"] for row in rows}
         assert "only as far as needed" in text.notes[0]
         assert text.licence.endswith(licence)
-    assert asked == [("org/big", None, "train", True)]
+    assert calls == [("org/big", None, "train", True)]
     assert len(everything(heal("org/big"))) == 3000
-    assert asked[-1] == ("org/big", None, "train", False)
+    assert calls[-1] == ("org/big", None, "train", False)
+
+
+def test_the_licences_of_a_stream_are_those_of_its_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_LARGE_BYTES", 1000)
+    rows = [{"text": f"{i:09}", "license": f"L{i}"} for i in range(4)] * 500
+    text = heal(jsonl(tmp_path / "a.jsonl", rows), tokens=2000)
+    assert text.licence == "a.jsonl: L0; L1; L2; L3"
 
 
 def test_text_is_not_held_in_memory(tmp_path, monkeypatch):
@@ -257,7 +264,7 @@ def test_text_is_not_held_in_memory(tmp_path, monkeypatch):
         return call(self, documents)
 
     hub(monkeypatch, "")
-    monkeypatch.setattr("llmslim.data.sources.downloaded_rows", rows)
+    monkeypatch.setattr(sources, "downloaded_rows", rows)
     monkeypatch.setattr(Encoder, "__call__", encode)
     assert len(everything(heal("org/name"))) == 5000
     assert most <= 1024

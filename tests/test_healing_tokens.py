@@ -1,4 +1,4 @@
-"""Text for healing on disk, and what is said where it cannot be had."""
+"""Text for healing on disk, and the errors where it cannot be had."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from helpers_healing_data import (
     write_csv,
 )
 
-from llmslim.data import healing_text
+from llmslim.data import healing_text, tokens
 from llmslim.errors import DataError
 from llmslim.recipe.schema import Heal, HealSource
 
@@ -76,10 +76,11 @@ def test_a_full_disk_is_an_error(tmp_path, monkeypatch):
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("llmslim.data.tokens._finish", full)
+    monkeypatch.setattr(tokens, "_finish", full)
     cache = tmp_path / "ids"
-    said = problem(jsonl(tmp_path / "a.jsonl", pairs()), cache=cache)
-    assert said.startswith(f"{cache}: tokens cannot be written there (no space left)")
+    error = problem(jsonl(tmp_path / "a.jsonl", pairs()), cache=cache)
+    assert error.startswith(f"{cache}: no space left")
+    assert "XDG_CACHE_HOME" in error
     assert not list(cache.iterdir())
 
 
@@ -97,39 +98,39 @@ def test_without_a_writable_cache_files_go_with_the_rows(tmp_path, monkeypatch):
 # -------------------------------------------------------------------------------- errors
 
 
-def test_what_is_wrong_with_the_data_is_said(tmp_path):
+def test_an_error_names_the_columns_of_the_data(tmp_path):
     name = jsonl(tmp_path / "a.jsonl", [{"goal": "x", "sol1": "y"}])
     assert "a.jsonl:1: has the columns goal, sol1; one of text" in problem(name)
     wrong = HealSource(data=name, fields={"prompt": "goal", "answer": "sol3"})
     assert "a.jsonl:1: fields names sol3; the columns are goal, sol1." in problem(wrong)
     wrong = HealSource(data=name, fields={"prompt": "goal"})
-    said = problem(wrong)
-    assert "fields has prompt; allowed are text; messages (and perhaps system, tools);" in said
-    assert "prompt, answer (and perhaps system, tools, context, reasoning)" in said
+    error = problem(wrong)
+    assert "fields has prompt; allowed are text; messages (and perhaps system, tools);" in error
+    assert "prompt, answer (and perhaps system, tools, context, reasoning)" in error
     parquet = table("parquet", tmp_path / "a.parquet", [{"goal": "x"}])
     wrong = HealSource(data=parquet, fields={"text": "body"})
-    assert "a.parquet: fields names body; the columns are goal." in problem(wrong)
+    assert "a.parquet: row 1: fields names body; the columns are goal." in problem(wrong)
 
 
 @pytest.mark.parametrize("tokens", [None, 100])
-def test_nothing_to_train_on_is_said(tmp_path, tokens):
+def test_nothing_to_train_on_is_an_error(tmp_path, tokens):
     name = put(tmp_path / "a.jsonl", b"\n \n")
     assert problem(name, tokens=tokens).startswith("a.jsonl: no rows; text to train on is needed")
     name = jsonl(tmp_path / "b.jsonl", [{"text": ""}, {"text": None}])
-    said = problem(name, tokens=tokens)
-    assert said.startswith("b.jsonl: no text is left. b.jsonl: 2 rows hold no text")
-    assert said.count("2 rows") == 1
+    error = problem(name, tokens=tokens)
+    assert error.startswith("b.jsonl: no text is left. b.jsonl: 2 rows hold no text")
+    assert error.count("2 rows") == 1
     name = jsonl(tmp_path / "c.jsonl", [{"prompt": "Who?", "completion": "I cannot say."}] * 3)
-    said = problem(HealSource(data=name, filter="refusals"), tokens=tokens)
-    assert said.startswith("c.jsonl: no text is left. c.jsonl: 3 rows hold a refusal")
+    error = problem(HealSource(data=name, filter="refusals"), tokens=tokens)
+    assert error.startswith("c.jsonl: no text is left. c.jsonl: 3 rows hold a refusal")
     for name in (put(tmp_path / "d.txt", b" \n"), put(tmp_path / "d.csv", b"")):
         assert "no rows" in problem(name, tokens=tokens)
 
 
-def test_a_csv_without_a_header_is_told(tmp_path):
+def test_a_csv_without_a_header_is_an_error(tmp_path):
     name = put(tmp_path / "a.csv", b"What is it?,A cat.\nAnd that?,A dog.\n")
-    said = problem(name)
-    assert "a.csv:2 (columns named by line 1): has the columns What is it?, A cat.; one of" in said
+    error = problem(name)
+    assert "a.csv:2 (columns named by line 1): has the columns What is it?, A cat.; one of" in error
     name = put(tmp_path / "b.csv", b"prompt,completion\nA,B\nA,B,C\n")
     assert "b.csv:3: 3 fields; the first line names 2 columns, prompt, completion." in problem(name)
     name = put(tmp_path / "c.csv", b'prompt,completion\nA,"B\n')
@@ -138,7 +139,7 @@ def test_a_csv_without_a_header_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.csv.gz", "a.parquet", "a.parquet.gz"])
-def test_files_cut_short_are_told_and_nothing_is_kept(tmp_path, name):
+def test_files_cut_short_are_errors_and_nothing_is_kept(tmp_path, name):
     rows = [{"text": f"{i**9:x}"} for i in range(900)]
     path = tmp_path / name
     if "csv" in name:
@@ -152,7 +153,7 @@ def test_files_cut_short_are_told_and_nothing_is_kept(tmp_path, name):
     assert not list(cache.iterdir())
 
 
-def test_what_cannot_be_done_is_said(tmp_path):
+def test_requests_that_make_no_sense_are_errors(tmp_path):
     name = jsonl(tmp_path / "a.jsonl", pairs())
     assert "heal.held_out: 60; a.jsonl has 60 rows" in problem(name, held_out=60)
     assert "a row needs 2 tokens or more" in problem(name, length=1)

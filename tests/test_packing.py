@@ -11,7 +11,7 @@ import torch
 from tiny import tiny_model
 from torch.nn.functional import cross_entropy
 
-from llmslim.data import Rows, collate, collate_apart, collate_flat
+from llmslim.data import Rows, collate, collate_apart, collate_flat, packing
 from llmslim.data.packing import IGNORED, Pieces, cut, pack, pack_evenly
 from llmslim.data.tokens import Tokens
 
@@ -25,7 +25,7 @@ def tokens_of(documents: list[list[int]]) -> Tokens:
 def rows_of(documents: list[list[int]], length: int, *, pad: int = 0, seed: int = 0) -> Rows:
     tokens = tokens_of(documents)
     numbers = np.arange(len(documents))
-    return Rows([tokens], cut([tokens], numbers * 0, numbers, length), length, pad, seed)
+    return Rows([tokens], cut([tokens], numbers, length), length, pad, seed)
 
 
 def samples_in(row: dict[str, torch.Tensor]) -> list[tuple[list[int], list[int]]]:
@@ -95,7 +95,7 @@ def test_short_samples_leave_hardly_any_padding():
 
 
 def test_rows_stay_open_between_buffers(monkeypatch):
-    monkeypatch.setattr("llmslim.data.packing._BUFFER", 4)
+    monkeypatch.setattr(packing, "_BUFFER", 4)
     assert pack(np.array([6, 6, 6, 6, 4, 4, 4, 4]), 10).max() == 3
 
 
@@ -118,7 +118,7 @@ def test_a_document_longer_than_a_row_is_cut():
 
 def test_pieces_without_anything_to_learn_are_left_out():
     # An answer only at the end; and one token too many, which predicts nothing.
-    pieces = cut([tokens_of([[~1] * 8 + [~2, 3, 4], [5] * 9])], np.array([0, 0]), np.arange(2), 4)
+    pieces = cut([tokens_of([[~1] * 8 + [~2, 3, 4], [5] * 9])], np.arange(2), 4)
     assert list(zip(pieces.start.tolist(), pieces.length.tolist(), strict=True)) == [
         (8, 3),
         (11, 4),
@@ -128,7 +128,7 @@ def test_pieces_without_anything_to_learn_are_left_out():
 
 def test_rows_from_several_sources():
     sources = [tokens_of([[1, 2], [3, 4, 5]]), tokens_of([[6, 7]])]
-    pieces = cut(sources, np.array([1, 0]), np.array([0, 1]), 5)
+    pieces = cut(sources, np.array([2, 1]), 5)
     (row,) = Rows(sources, pieces, 5, 0, 0)
     assert sorted(ids for ids, _ in samples_in(row)) == [[3, 4, 5], [6, 7]]
 
@@ -205,7 +205,7 @@ def test_flat_batches_have_no_padding():
 
 
 @pytest.mark.parametrize("capacity", [1, 7, 64, 1000])
-def test_even_rows_are_no_larger_than_a_row_when_taken_apart(capacity):
+def test_even_rows_are_no_larger_than_a_row_with_one_sample_each(capacity):
     draw = np.random.default_rng(capacity)
     lengths = draw.integers(1, capacity + 1, 500)
     row_of = pack_evenly(lengths, capacity)
@@ -216,7 +216,7 @@ def test_even_rows_are_no_larger_than_a_row_when_taken_apart(capacity):
     assert all((len(a) + 1) * a.max() > capacity for a, _ in itertools.pairwise(rows))
 
 
-def test_rows_taken_apart_by_hand():
+def test_one_sample_each_row_by_hand():
     rows = rows_of([[5, 6, 7, 8], [9, ~3, 4]], 9)
     apart = collate_apart([rows[0]])
     assert {name: tensor.tolist() for name, tensor in apart.items()} == {
@@ -226,14 +226,14 @@ def test_rows_taken_apart_by_hand():
     }
 
 
-def test_rows_taken_apart_predict_the_same_tokens_in_the_same_order():
+def test_one_sample_each_row_predicts_the_same_tokens_in_the_same_order():
     rows = rows_of(some_documents(40, 20), 32)
     batch = [rows[index] for index in range(5)]
     one, other = collate(batch)["labels"], collate_apart(batch)["labels"]
     assert one[:, 1:][one[:, 1:] != -100].tolist() == other[:, 1:][other[:, 1:] != -100].tolist()
 
 
-def test_a_row_that_teaches_nothing_can_be_taken_apart():
+def test_a_row_without_labels_gives_a_batch():
     row = rows_of([[5, 6, 7], [8, 9]], 9)[0]
     silent = {**row, "labels": torch.full_like(row["labels"], IGNORED)}
     assert collate_apart([silent])["labels"].shape == (1, 3)

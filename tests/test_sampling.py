@@ -49,7 +49,7 @@ def test_what_is_drawn_has_the_softmax_distribution():
 
 
 def test_self_comes_from_the_seed_and_half_is_conversation(exact, monkeypatch):
-    monkeypatch.setattr(sampling, "_read", lambda *_: None)
+    monkeypatch.setattr(sampling, "keep", lambda *_: None)
     model, tokenizer = tiny_model(), tiny_tokenizer()
     tokenizer.chat_template = "~{{ messages[0]['content'][:2] }}~"
     one, again, other = (
@@ -68,7 +68,7 @@ def test_long_windows_are_several_samples(exact, monkeypatch):
     monkeypatch.setattr(sampling, "_LONGEST", 6)
     ids = sampling.sampled_windows(tiny_model(), with_start(plain_tokenizer()), 3, 16, 0)
     assert ids.shape == (3, 16)
-    assert (ids[:, [0, 6, 12]] == 0).all()  # each begins anew
+    assert (ids[:, [0, 6, 12]] == 0).all()  # the start of each
 
 
 def test_the_model_is_left_as_it_was():
@@ -87,16 +87,16 @@ def test_samples_are_kept_for_this_model_and_these_numbers(tmp_path, monkeypatch
     one = calibration_windows(spec("self"), None, model)
     folder = tmp_path / "cache" / "llmslim" / "self"
     (file,) = folder.iterdir()
-    real = sampling._sample
+    real = sampling.sample_rows
 
     def refuse(*_: Any) -> None:
         raise AssertionError("sampled again")
 
-    monkeypatch.setattr(sampling, "_sample", refuse)
+    monkeypatch.setattr(sampling, "sample_rows", refuse)
     again = calibration_windows(spec("self"), None, tiny_model())
     assert torch.equal(one.ids, again.ids)
     assert again.ids.dtype == torch.int64
-    monkeypatch.setattr(sampling, "_sample", real)
+    monkeypatch.setattr(sampling, "sample_rows", real)
     calibration_windows(spec("self", seed=1), None, model)
     calibration_windows(spec("self", tokens=80), None, model)
     calibration_windows(spec("self"), None, tiny_model(seed=1))

@@ -32,14 +32,14 @@ def larger(*added: str) -> Any:
 
 
 def text(tmp_path: Path, *, known: bool) -> str:
-    said = [f"row{i:03}" + ("" if known or i != 30 else "<new>") for i in range(60)]
-    return jsonl(tmp_path / "a.jsonl", [{"text": one} for one in said])
+    texts = [f"row{i:03}" + ("" if known or i != 30 else "<new>") for i in range(60)]
+    return jsonl(tmp_path / "a.jsonl", [{"text": one} for one in texts])
 
 
 def named(caught: Any) -> None:
-    (said,) = caught.value.problems
-    assert "'<new>' with id 96" in said
-    assert "96 rows" in said
+    (error,) = caught.value.problems
+    assert "'<new>' with id 96" in error
+    assert "96 rows" in error
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
@@ -86,8 +86,8 @@ def test_windows_made_elsewhere_are_checked_too(tmp_path):
     rule = {"match": "*.mlp.*", "structure": "low_rank", "rank": 4}
     model = tiny_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for given, said in ((windows, "with id 96"), (windows.ids, "Tensor")):
-        with pytest.raises(DataError, match=said):
+    for given, error in ((windows, "with id 96"), (windows.ids, "Tensor")):
+        with pytest.raises(DataError, match=error):
             slim(model, {"replace": [rule], "init": "least_squares"}, calibration=given)
     assert all(torch.equal(before[name], now) for name, now in model.state_dict().items())
 

@@ -5,13 +5,14 @@ from .healing import healing_text as healing_text
 from .messages import Conversation as Conversation
 from .messages import Document as Document
 from .messages import Message as Message
-from .messages import mended as mended
+from .messages import replace_surrogates as replace_surrogates
 from .packing import Rows as Rows
 from .packing import collate as collate
 from .packing import collate_apart as collate_apart
 from .packing import collate_flat as collate_flat
-from .sampling import longest_input as longest_input
-from .text import read_texts as read_texts
+from .sources import read_texts as read_texts
+from .vocabulary import check_ids as check_ids
 from .vocabulary import embedding_rows as embedding_rows
+from .vocabulary import longest_input as longest_input
 from .windows import Windows as Windows
 from .windows import calibration_windows as calibration_windows

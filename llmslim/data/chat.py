@@ -1,11 +1,10 @@
-"""Write conversations out by a tokenizer's chat template, and find what it does not write.
+"""Write conversations with a tokenizer's chat template, and find what it does not write.
 
 Templates differ in what they expect of a turn that calls a tool (no content, or an empty one;
 arguments as an object, or as JSON text), of a system turn (some refuse it), and of content (a text,
-or parts). So a conversation is given to the template in one way after the other, until it writes
-everything. What it writes is known by marks: put in place of every text of a conversation, they
-are there in what comes out, or not. That depends on the conversation's shape alone and is asked
-once for each shape.
+or parts). So a conversation is given to the template in one form after the other, until it writes
+everything. Marks find what it writes: put in place of every text of a conversation, they are in the
+result, or not. That depends on the conversation's shape alone and is tried once for each shape.
 """
 
 from __future__ import annotations
@@ -18,14 +17,16 @@ from typing import Any, cast
 
 from jinja2 import TemplateError
 
-from .messages import Document, Message, mended, strings_in, tools_of
+from .columns import counted
+from .messages import Document, Message, replace_surrogates, strings_in, tools_of
 
 Turn = dict[str, Any]
 
-REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
-"""What a template ends in when it is given what it was not written for."""
 MARK = "\ue000\ue001{}\ue002\ue000"  # private use: no template has it, no text
+_REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
+"""What a template raises for a conversation that it was not written for."""
 _SHAPES = 4096
+_NOT_TEXT = {"role", "name", "id", "tool_call_id", "unfinished"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Written:
 
     text: str
     turns: list[Turn]
-    """The messages as the template was given them."""
+    """The messages in the form that the template was given."""
     tools: list[dict[str, Any]]
 
 
@@ -51,27 +52,24 @@ class Chat:
     """What the template does not write, and how often it was there."""
     moved: int = 0
     """Conversations whose system prompt was put into the first turn of the user."""
-    halved: bool = False
+    surrogates: bool = False
     """Whether the template itself writes half of a surrogate pair."""
-    _known: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    _missing_of: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """By a conversation's shape, what is missing of it."""
-    _best_way: dict[str, int] = field(default_factory=dict)
-    """By a conversation's shape, which of the ways writes the most of it."""
+    _best_form: dict[str, int] = field(default_factory=dict)
+    """By a conversation's shape, the form of which the template writes the most."""
 
     def write(self, document: Document) -> Written | None:
-        """Return what the template makes of a conversation, None if it refuses it in any way."""
+        """Return a conversation as the template writes it, None if it refuses every form."""
         turns: list[Turn] = [dict(turn) for turn in cast(list[Message], document)]
         tools = tools_of(document)
-        shape = _shape(turns, tools)
+        shape = _Marked(turns, tools).shape
         best: tuple[int, Written, tuple[str, ...], bool] | None = None
-        for number, (form, moved) in enumerate(_ways(turns)):
-            if self._best_way.get(shape, number) != number:
+        for number, (form, moved) in enumerate(_forms(turns)):
+            if self._best_form.get(shape, number) != number:
                 continue
-            try:
-                text = self.apply(form, tools)
-            except REFUSALS:
-                continue
-            if "'type': 'text'}" in text:  # parts that the template took for a text
+            text = self.apply(form, tools)
+            if text is None or "'type': 'text'}" in text:  # parts that it took for a text
                 continue
             missing = self._missing(form, tools, text)
             if best is None or len(missing) < len(best[2]):
@@ -80,149 +78,143 @@ class Chat:
                 break
         if best is None:
             return None
-        if len(self._best_way) > _SHAPES:
-            self._best_way.clear()
-        self._best_way[shape], written, missing, moved = best
+        if len(self._best_form) > _SHAPES:
+            self._best_form.clear()
+        self._best_form[shape], written, missing, moved = best
         self.moved += moved
         self.unwritten.update(missing)
         return written
 
-    def apply(self, turns: Sequence[Turn], tools: list[dict[str, Any]], **options: Any) -> str:
-        """Return what the template makes of some turns.
-
-        Raises:
-            Exception: one of REFUSALS, if it does not make anything of them.
-        """
+    def apply(
+        self, turns: Sequence[Turn], tools: list[dict[str, Any]], **options: Any
+    ) -> str | None:
+        """Return what the template writes for some turns, None if it refuses them."""
         if tools:
             options["tools"] = tools
-        text = str(self.tokenizer.apply_chat_template(list(turns), tokenize=False, **options))
-        whole = mended(text)
-        self.halved = self.halved or whole is not text
-        return whole
+        try:
+            text = str(self.tokenizer.apply_chat_template(list(turns), tokenize=False, **options))
+        except _REFUSALS:
+            return None
+        clean = replace_surrogates(text)
+        self.surrogates = self.surrogates or clean is not text
+        return clean
+
+    def clear(self) -> None:
+        """Count from zero."""
+        self.unwritten.clear()
+        self.moved, self.surrogates = 0, False
 
     def notes(self, source: str) -> list[str]:
-        """Return sentences about what was not written as it is."""
+        """Return sentences about what was not written, or changed."""
         notes = []
         if self.unwritten:
-            what = ", ".join(f"{what} ({count})" for what, count in self.unwritten.items())
-            notes.append(f"{source}: the chat template does not write {what}.")
-        if self.halved:
+            notes.append(f"the chat template does not write {counted(self.unwritten)}.")
+        if self.surrogates:
             notes.append(
-                f"{source}: the chat template writes half of a surrogate pair, as of a cut emoji; "
-                "it was replaced by U+FFFD."
+                "the chat template writes half of a surrogate pair, as of a cut emoji; it was "
+                "replaced by U+FFFD."
             )
         if self.moved:
             notes.append(
-                f"{source}: the chat template has no system turn; in {self.moved} conversations "
-                "the system prompt was put at the beginning of the user's first turn."
+                f"the chat template has no system turn; in {self.moved} conversations the system "
+                "prompt was put at the beginning of the user's first turn."
             )
-        return notes
+        return [f"{source}: {note}" for note in notes]
 
     def _missing(
         self, turns: list[Turn], tools: list[dict[str, Any]], text: str
     ) -> tuple[str, ...]:
-        """Return what is not written, a name for each turn or tool that something is missing of."""
-        marks = _Marks()
-        marked, marked_tools = marks.turns(turns), marks.tools(tools)
-        shape = _json([marked, marked_tools])
-        if shape not in self._known:
-            try:
-                with_marks = self.apply(marked, marked_tools)
-            except REFUSALS:  # not of the marks' making: the texts themselves are looked for
-                return tuple(name for name, said in marks.texts if not _says(text, said))
-            if len(self._known) > _SHAPES:
-                self._known.clear()
-            self._known[shape] = tuple(
+        """Return what is not written: a name for each turn or tool of which a part is missing."""
+        marked = _Marked(turns, tools)
+        if marked.shape not in self._missing_of:
+            with_marks = self.apply(marked.turns, marked.tools)
+            if with_marks is None:  # it refuses marks only: the texts themselves are looked for
+                return tuple(name for name, part in marked.texts if not _holds(text, part))
+            if len(self._missing_of) > _SHAPES:
+                self._missing_of.clear()
+            self._missing_of[marked.shape] = tuple(
                 name
-                for index, (name, _) in enumerate(marks.texts)
+                for index, (name, _) in enumerate(marked.texts)
                 if MARK.format(index) not in with_marks
             )
-        missing = self._known[shape]
-        # What is thought within the content is not known by the shape.
-        said = ["".join(strings_in(turn.get("content"))) for turn in turns]
-        thought = sum("</think>" in one and not _says(text, one) for one in said)
-        repr_of = [
-            repr(arguments)
+        # Reasoning within the content does not depend on the shape.
+        contents = ["".join(strings_in(turn.get("content"))) for turn in turns]
+        thoughts = sum("</think>" in one and not _holds(text, one) for one in contents)
+        arguments = [
+            given
             for turn in turns
             for call in turn.get("tool_calls") or ()
-            if isinstance(arguments := call["function"].get("arguments"), dict) and arguments
+            if isinstance(given := call["function"].get("arguments"), dict) and given
         ]
-        as_python = sum(one in text for one in repr_of if one != _json(one))
-        return (*missing, *["reasoning"] * thought, *["arguments of calls as JSON"] * as_python)
+        as_python = sum(repr(one) in text for one in arguments if repr(one) != _json(one))
+        return (
+            *self._missing_of[marked.shape],
+            *["reasoning"] * thoughts,
+            *["arguments of calls as JSON"] * as_python,
+        )
 
 
-def _shape(turns: list[Turn], tools: list[dict[str, Any]]) -> str:
-    """Return what conversations share that differ in their texts only."""
-    marks = _Marks()
-    return _json([marks.turns(turns), marks.tools(tools)])
+class _Marked:
+    """A conversation with a mark in place of each text.
 
+    Args:
+        turns: of the conversation.
+        tools: of the conversation.
+    """
 
-class _Marks:
-    """Puts marks in place of texts, and knows what each stands for."""
-
-    def __init__(self) -> None:
+    def __init__(self, turns: list[Turn], tools: list[dict[str, Any]]) -> None:
         self.texts: list[tuple[str, str]] = []
+        """What each mark stands for: a name of its kind, and the text."""
+        self.turns = [{key: self._value(turn, key) for key in turn} for turn in turns]
+        self.tools = [self._tool(tool) for tool in tools]
 
-    def turns(self, turns: list[Turn]) -> list[Turn]:
-        """Return turns with marks in place of what they say."""
-        marked = []
-        for turn in turns:
-            role = turn["role"]
-            new = dict(turn)
-            for key, value in turn.items():
-                if key == "tool_calls":
-                    new[key] = [self._call(call) for call in value]
-                elif key == "content":
-                    new[key] = self._content(value, f"turns of {role}")
-                elif key.startswith("reasoning") or key == "thinking":
-                    new[key] = self._text("reasoning", value)
-                elif key not in _NOT_SAID and isinstance(value, str):
-                    new[key] = self._text(f"`{key}` of turns", value)
-            marked.append(new)
-        return marked
+    @property
+    def shape(self) -> str:
+        """Equal for conversations that differ in their texts only."""
+        return _json([self.turns, self.tools])
 
-    def tools(self, tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return tools with marks in place of their names."""
-        marked = []
-        for tool in tools:
-            function = tool.get("function")
-            if isinstance(function, dict) and "name" in function:
-                name = self._text("tools", str(function["name"]))
-                tool = {**tool, "function": {**function, "name": name}}
-            marked.append(tool)
-        return marked
+    def _value(self, turn: Turn, key: str) -> Any:
+        value = turn[key]
+        if key == "tool_calls":
+            return [self._call(call) for call in value]
+        if key == "content":
+            name = f"turns of {turn['role']}"
+            if isinstance(value, list):
+                return [{**part, "text": self._mark(name, part["text"])} for part in value]
+            return self._mark(name, value) if value else value
+        if key.startswith("reasoning") or key == "thinking":
+            return self._mark("reasoning", value)
+        if key not in _NOT_TEXT and isinstance(value, str):
+            return self._mark(f"`{key}` of turns", value)
+        return value
 
-    def _content(self, content: Any, name: str) -> Any:
-        if isinstance(content, list):
-            return [{**part, "text": self._text(name, part["text"])} for part in content]
-        return self._text(name, content) if content else content
+    def _tool(self, tool: dict[str, Any]) -> dict[str, Any]:
+        function = tool.get("function")
+        if not isinstance(function, dict) or "name" not in function:
+            return tool
+        return {**tool, "function": {**function, "name": self._mark("tools", function["name"])}}
 
     def _call(self, call: dict[str, Any]) -> dict[str, Any]:
         function = dict(call["function"])
-        name = self._text("calls of tools", str(function.get("name", "")))
-        given = function.get("arguments")
-        arguments: Any = given
-        if isinstance(given, dict):
-            arguments = {
-                key: self._text("arguments of calls", _json(one)) for key, one in given.items()
-            }
-        elif isinstance(given, str) and given:
-            said = self._text("arguments of calls", given)
-            arguments = _json({said: said}) if given[:1] == "{" else said
+        name = self._mark("calls of tools", function.get("name", ""))
+        kind = "arguments of calls"
+        arguments: Any = function.get("arguments")
+        if isinstance(arguments, dict):
+            arguments = {key: self._mark(kind, _json(one)) for key, one in arguments.items()}
+        elif isinstance(arguments, str) and arguments:
+            mark = self._mark(kind, arguments)
+            arguments = _json({mark: mark}) if arguments[:1] == "{" else mark
         return {**call, "function": {**function, "name": name, "arguments": arguments}}
 
-    def _text(self, name: str, said: str) -> str:
-        self.texts.append((name, said))
+    def _mark(self, name: str, text: Any) -> str:
+        self.texts.append((name, str(text)))
         return MARK.format(len(self.texts) - 1)
 
 
-_NOT_SAID = {"role", "name", "id", "tool_call_id", "unfinished"}
+def _forms(turns: list[Turn]) -> Iterator[tuple[list[Turn], bool]]:
+    """Yield the forms in which a template may take a conversation, the usual one first.
 
-
-def _ways(turns: list[Turn]) -> Iterator[tuple[list[Turn], bool]]:
-    """Yield the forms in which a conversation is given to a template, the usual one first.
-
-    With each comes whether its system prompt is in a turn of the user.
+    Each with whether its system prompt is in a turn of the user.
     """
     yield turns, False
     if any(turn.get("tool_calls") for turn in turns):
@@ -231,11 +223,11 @@ def _ways(turns: list[Turn]) -> Iterator[tuple[list[Turn], bool]]:
             for turn in turns
         ]
         yield from ((form, False) for form in (silent, _as_text(turns), _as_text(silent)))
-    asked = next((n for n, turn in enumerate(turns) if turn["role"] == "user"), None)
-    if turns[0]["role"] == "system" and asked is not None and len(turns) > 1:
+    first = next((n for n, turn in enumerate(turns) if turn["role"] == "user"), None)
+    if turns[0]["role"] == "system" and first is not None and len(turns) > 1:
         merged = [dict(turn) for turn in turns[1:]]
-        first = merged[asked - 1]
-        first["content"] = f"{turns[0]['content']}\n\n{first['content']}"
+        user = merged[first - 1]
+        user["content"] = f"{turns[0]['content']}\n\n{user['content']}"
         yield merged, True
     yield (
         [
@@ -250,20 +242,19 @@ def _ways(turns: list[Turn]) -> Iterator[tuple[list[Turn], bool]]:
 
 def _as_text(turns: list[Turn]) -> list[Turn]:
     """Return turns with the arguments of calls as JSON text."""
+
+    def as_text(call: dict[str, Any]) -> dict[str, Any]:
+        arguments = call["function"].get("arguments")
+        if isinstance(arguments, str):
+            return call
+        return {**call, "function": {**call["function"], "arguments": _json(arguments)}}
+
     return [
-        {**turn, "tool_calls": [_call_as_text(call) for call in turn["tool_calls"]]}
+        {**turn, "tool_calls": [as_text(call) for call in turn["tool_calls"]]}
         if turn.get("tool_calls")
         else turn
         for turn in turns
     ]
-
-
-def _call_as_text(call: dict[str, Any]) -> dict[str, Any]:
-    function = call["function"]
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        return call
-    return {**call, "function": {**function, "arguments": _json(arguments)}}
 
 
 def calls_as_text(turn: Any) -> str:
@@ -278,6 +269,6 @@ def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _says(text: str, said: str) -> bool:
-    """Tell whether a text holds what was said, as it is or as JSON."""
-    return said.strip() in text or _json(said.strip())[1:-1] in text
+def _holds(text: str, part: str) -> bool:
+    """Return whether a text has a part, as it is or as JSON."""
+    return part.strip() in text or _json(part.strip())[1:-1] in text

@@ -2,19 +2,17 @@
 
 The layouts are those that data sets on the hub have: a text; a conversation; a question and its
 answer. A row is read by the first one in the list below that it fills, so that a file joined of
-several data sets is read row by row. Where the names are others, a field map says which column is
-what.
+several data sets is read row by row. Where the names are others, a field map names the column of
+each.
 
-Beside a conversation or a question stand, in some data sets, a system prompt, the tools that may be
-called, what the question is about (`context`, as in Dolly, or `input`, as in Alpaca: put below the
-question, as in those data sets' own prompts), and what the assistant thinks. Columns that hold text
-and are not read are counted, and so are rows without any.
+Some data sets have more columns with a conversation or a question: a system prompt, the tools that
+may be called, what the question is about (`context`, as in Dolly, or `input`, as in Alpaca: put
+below the question, as in those data sets' own prompts), and the assistant's reasoning. Columns
+that hold text and are not read are counted, and so are rows without any.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,12 +20,13 @@ from typing import Any
 from llmslim.errors import DataError
 
 from .messages import (
+    EMPTY_TURNS,
     Conversation,
     Document,
     Message,
     is_messages,
-    mended,
     messages_of,
+    replace_surrogates,
     strings_in,
     text_of,
     tools_in,
@@ -49,57 +48,34 @@ _LAYOUTS: tuple[dict[str, str], ...] = (
     {"prompt": "question", "answer": "answer"},
     {"prompt": "question", "answer": "response"},
 )
-"""What each column of a layout is."""
-_BESIDE = {
+"""The column of each part of a document."""
+_EXTRAS = {
     "system": ("system", "system_prompt"),
     "tools": ("tools",),
     "context": ("context", "input"),
     "reasoning": ("reasoning_content",),
 }
-"""Columns that count beside a layout: the first two beside messages, all beside a question."""
-_BESIDE_MESSAGES = ("system", "tools")
-_MAPPED = {
+"""Columns that are added to a layout: the first two to messages, all to a question."""
+_MESSAGE_EXTRAS = ("system", "tools")
+_FIELD_MAPS = {
     frozenset({"text"}): (),
-    frozenset({"messages"}): _BESIDE_MESSAGES,
-    frozenset({"prompt", "answer"}): tuple(_BESIDE),
+    frozenset({"messages"}): _MESSAGE_EXTRAS,
+    frozenset({"prompt", "answer"}): tuple(_EXTRAS),
 }
-"""What a field map must name, and what it may name beside it."""
-
-
-def characters(document: Document) -> int:
-    """Return how long a document is."""
-    if isinstance(document, str):
-        return len(document)
-    said = sum(len(message["content"]) for message in document)
-    return said + sum(len(one) for m in document for one in strings_in(_beside_content(m)))
-
-
-def identity(document: Document) -> int:
-    """Return a number, 64 bits, that two documents share if they say the same but for spaces."""
-    if isinstance(document, str):
-        said = " ".join(document.split())
-    else:
-        turns = [[m["role"], " ".join(m["content"].split()), _beside_content(m)] for m in document]
-        said = json.dumps([turns, tools_of(document)], sort_keys=True, default=str)
-    digest = hashlib.blake2b(said.encode("utf-8", "replace"), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
-
-
-def _beside_content(message: Message) -> dict[str, Any]:
-    return {k: v for k, v in message.items() if k not in {"role", "content", "unfinished"}}
+"""What a field map must name, and what it may name as well."""
 
 
 def check_fields(fields: Mapping[str, str], where: str) -> None:
-    """Refuse a field map that names something else than a text, messages, or prompt and answer.
+    """Refuse a field map that names anything but a text, messages, or prompt and answer.
 
     Raises:
         DataError: if it does.
     """
-    if not any(need <= set(fields) <= need | set(may) for need, may in _MAPPED.items()):
+    if not any(need <= set(fields) <= need | set(may) for need, may in _FIELD_MAPS.items()):
         allowed = "; ".join(
             ", ".join(sorted(need, reverse=True))
             + (f" (and perhaps {', '.join(may)})" if may else "")
-            for need, may in _MAPPED.items()
+            for need, may in _FIELD_MAPS.items()
         )
         raise DataError(
             f"{where}: fields has {', '.join(fields) or 'nothing'}; allowed are {allowed}. "
@@ -107,8 +83,8 @@ def check_fields(fields: Mapping[str, str], where: str) -> None:
         )
 
 
-def check_left(source: str, left_out: int, rows: int, notes: Sequence[str]) -> None:
-    """Refuse data of which less than half is left: it is not what was meant.
+def check_left_out(source: str, left_out: int, rows: int, notes: Sequence[str]) -> None:
+    """Refuse data of which more than half is left out: it is not what the user meant.
 
     Args:
         source: its name.
@@ -121,16 +97,16 @@ def check_left(source: str, left_out: int, rows: int, notes: Sequence[str]) -> N
     """
     if 2 * left_out > rows:
         raise DataError(
-            f"{source}: {left_out} of {rows} rows were left out; at least half must be of use. "
-            f"{' '.join(notes)} Mend the data, or name its columns (fields)."
+            f"{source}: {left_out} of {rows} rows were left out; at least half must be usable. "
+            f"{' '.join(notes)} Correct the data, or name its columns (fields)."
         )
 
 
 class RowReader:
-    """Makes documents of rows, and keeps account of what it leaves out.
+    """Makes documents of rows, and counts what it leaves out.
 
     Args:
-        fields: which column is the text, the messages, the prompt or the answer, if the names are
+        fields: the column of the text, the messages, the prompt or the answer, if the names are
             not those of a known layout.
     """
 
@@ -139,82 +115,73 @@ class RowReader:
         self.clear()
 
     def clear(self) -> None:
-        """Begin to count from zero, as for another pass over the rows."""
+        """Count from zero, as for another pass over the rows."""
         self.rows = 0
         self._left_out: Counter[str] = Counter()
         self._counts: Counter[str] = Counter()
         self._unread: Counter[str] = Counter()
-        self._halved, self._first_halved = 0, ""
+        self._surrogates, self._first_surrogate = 0, ""
 
     @property
     def left_out(self) -> int:
         """How many rows hold no document."""
         return self._left_out.total()
 
-    def pick(self, columns: Sequence[str], where: str) -> list[str]:
-        """Return the columns of a table to read, which are all.
-
-        Raises:
-            DataError: if those that are needed are not there.
-        """
-        self._layouts(columns, where)
-        return list(columns)
-
     def __call__(self, row: Mapping[str, Any], where: str) -> Document | None:
-        """Return what a row holds, None if that is nothing.
+        """Return the document in a row, None if it holds none.
 
         Args:
             row: values by column.
             where: the row's place, for messages.
 
         Raises:
-            DataError: if the columns are not there, or hold something else than text.
+            DataError: if the columns are not there, or hold anything but text.
         """
-        whole = _mend(row)
-        row = row if whole is None else whole
+        given, row = row, _clean(row)
         layouts = self._layouts(list(row), where)
         self.rows += 1
         for layout in layouts:
-            if not all(_filled(row[layout[name]]) for name in layout if name not in _BESIDE):
+            if not all(_filled(row[layout[name]]) for name in layout if name not in _EXTRAS):
                 continue
             document, used = self._read(row, layout, where)
             if document:
-                self._note_unread(row, used, document)
-                return self._mended(document, where, halved=whole is not None)
-        sides = [
-            row[layout[name]]
+                self._count_unread(row, used, document)
+                # JSON in a row's texts may have more surrogates.
+                parts = [document, tools_of(document)]
+                text, tools = _clean(parts)
+                if row != given or [text, tools] != parts:
+                    # Without the folder, since notes are published.
+                    self._first_surrogate = self._first_surrogate or where.rpartition("/")[2]
+                    self._surrogates += 1
+                return text if isinstance(text, str) else Conversation(text, tools)
+        partly = any(
+            _filled(row[layout[name]])
             for layout in layouts
             for name in ("prompt", "answer")
             if name in layout
-        ]
-        self._left_out["sides" if any(map(_filled, sides)) else "empty"] += 1
+        )
+        self._left_out[_HALF if partly else _EMPTY] += 1
         return None
 
     def notes(self, source: str) -> list[str]:
         """Return sentences about what was left out since the last `clear`."""
-        notes = [f"{source}: {count} {_SENTENCES[what]}" for what, count in self._left_out.items()]
-        if turns := self._counts["turns"]:
-            notes.append(f"{source}: {turns} turns of conversations are empty and were left out.")
-        parts = {
-            what.removeprefix("parts "): count
-            for what, count in self._counts.items()
-            if what.startswith("parts ")
-        }
+        notes = [f"{count} {sentence}" for sentence, count in self._left_out.items()]
+        parts = self._counts.copy()
+        if turns := parts.pop(EMPTY_TURNS, 0):
+            notes.append(f"{turns} turns of conversations are empty and were left out.")
         if parts:
             notes.append(
-                f"{source}: {sum(parts.values())} parts of messages are no text and were left out "
-                f"({_listed(parts)})."
+                f"{parts.total()} parts of messages are no text and were left out "
+                f"({counted(parts)})."
             )
-        if self._halved:
+        if self._surrogates:
             notes.append(
-                f"{source}: {self._halved} rows, the first at {self._first_halved}, hold half of a "
+                f"{self._surrogates} rows, the first at {self._first_surrogate}, hold half of a "
                 "surrogate pair, as of a cut emoji; each was replaced by U+FFFD."
             )
         if self._unread:
-            notes.append(
-                f"{source}: not read, though they hold text: the columns {_listed(self._unread)}."
-            )
-        return notes
+            notes.append(f"not read, though they hold text: the columns {counted(self._unread)}.")
+        return [f"{source}: {note}" for note in notes]
 
     def _layouts(self, columns: Sequence[str], where: str) -> list[Mapping[str, str]]:
         """Return the layouts that the columns allow, at least one.
@@ -222,97 +189,84 @@ class RowReader:
         Raises:
             DataError: if there is none.
         """
+        shown = ", ".join(map(str, columns)) or "(none)"
         if self._fields is not None:
             missing = [column for column in self._fields.values() if column not in columns]
             if missing:
                 raise DataError(
-                    f"{where}: fields names {', '.join(missing)}; the columns are "
-                    f"{', '.join(map(str, columns)) or '(none)'}. Name one of those."
+                    f"{where}: fields names {', '.join(missing)}; the columns are {shown}. "
+                    "Name one of those."
                 )
             return [self._fields]
         there = set(columns)
         found: list[Mapping[str, str]] = [
-            {**layout, **_beside(layout, there)}
+            {**layout, **_extra_columns(layout, there)}
             for layout in _LAYOUTS
             if there.issuperset(layout.values())
         ]
         if not found:
             known = ", ".join("+".join(layout.values()) for layout in _LAYOUTS)
             raise DataError(
-                f"{where}: has the columns {', '.join(map(str, columns)) or '(none)'}; "
-                f"one of {known} is needed. Rename the columns, or say which is what (fields)."
+                f"{where}: has the columns {shown}; one of {known} is needed. Rename the columns, "
+                "or map them (fields)."
             )
         return found
 
     def _read(
         self, row: Mapping[str, Any], layout: Mapping[str, str], where: str
     ) -> tuple[Document | None, set[str]]:
-        """Return what a row holds by a layout, and the columns that went into it."""
+        """Return the document that a row holds by a layout, and the columns it was made of."""
         if "text" in layout:
             return text_of(row[layout["text"]], layout["text"], where), {layout["text"]}
-        used = {column for name, column in layout.items() if name not in _BESIDE}
+        used = {column for name, column in layout.items() if name not in _EXTRAS}
         if "messages" in layout:
-            found = messages_of(row[layout["messages"]], layout["messages"], where, self._counts)
-            turns = Conversation(found)
+            turns = Conversation(
+                messages_of(row[layout["messages"]], layout["messages"], where, self._counts)
+            )
         else:
             sides = [
                 self._turns(row[layout[name]], role, layout[name], where)
                 for name, role in (("prompt", "user"), ("answer", "assistant"))
             ]
-            if not all(sides):
-                return None, used
-            turns = Conversation([*sides[0], *sides[1]])
+            turns = Conversation([*sides[0], *sides[1]] if all(sides) else [])
         if not turns:
             return None, used
-        for name, column in layout.items():
-            if name in _BESIDE and _put(
-                turns, name, row[column], row[layout.get("prompt", column)]
-            ):
-                used.add(column)
+        prompt = row[layout.get("prompt", next(iter(layout.values())))]
+        used |= {
+            column
+            for name, column in layout.items()
+            if name in _EXTRAS and _add(turns, name, row[column], prompt)
+        }
         return turns, used
 
     def _turns(self, value: Any, role: str, column: str, where: str) -> list[Message]:
-        """Return one side of an exchange: a text said in that role, or messages already."""
+        """Return one side of an exchange: a text in that role, or messages already."""
         if isinstance(value, list) or is_messages(value):
             return messages_of(value, column, where, self._counts)
         text = text_of(value, column, where)
         return [] if text is None else [Message(role=role, content=text)]
 
-    def _note_unread(self, row: Mapping[str, Any], used: set[str], document: Document) -> None:
-        said = [document] if isinstance(document, str) else list(strings_in(document))
+    def _count_unread(self, row: Mapping[str, Any], used: set[str], document: Document) -> None:
+        texts = [document] if isinstance(document, str) else list(strings_in(document))
         for column, value in row.items():
             if column in used or column == LICENCE:
                 continue
-            # What the document says anyway, as the prompt that also begins it, is not lost.
-            if any(not any(one.strip() in text for text in said) for one in strings_in(value)):
+            # A column that repeats a part of the document, such as its prompt, is not lost.
+            if any(not any(one.strip() in text for text in texts) for one in strings_in(value)):
                 self._unread[str(column)] += 1
 
-    def _mended(self, document: Document, where: str, *, halved: bool) -> Document:
-        """Return a document that every tokenizer can read: JSON in a row's texts may have more.
 
-        Args:
-            document: of a row.
-            where: the row's place.
-            halved: whether half a surrogate pair was in the row itself.
-        """
-        whole = _mend([document, tools_of(document)])
-        if whole is None and not halved:
-            return document
-        if not self._halved:  # the folder is nobody's business: notes are published
-            self._first_halved = where.rpartition("/")[2]
-        self._halved += 1
-        if whole is None:
-            return document
-        return whole[0] if isinstance(document, str) else Conversation(*whole)
+def counted(counts: Mapping[str, int]) -> str:
+    """Return what was counted as text: `tools (3), reasoning (1)`."""
+    return ", ".join(f"{name} ({count})" for name, count in counts.items())
 
 
-def _beside(layout: Mapping[str, str], there: set[str]) -> dict[str, str]:
-    """Return the columns that count beside a layout's own."""
-    names = () if "text" in layout else _BESIDE_MESSAGES if "messages" in layout else _BESIDE
+def _extra_columns(layout: Mapping[str, str], there: set[str]) -> dict[str, str]:
+    names = () if "text" in layout else _MESSAGE_EXTRAS if "messages" in layout else _EXTRAS
     return {
         name: column
         for name in names
-        if (column := next((c for c in _BESIDE[name] if c in there), None)) is not None
+        if (column := next((c for c in _EXTRAS[name] if c in there), None)) is not None
     }
 
 
@@ -320,8 +274,8 @@ def _filled(value: Any) -> bool:
     return not (value is None or value == [] or (isinstance(value, str) and not value.strip()))
 
 
-def _put(turns: Conversation, name: str, value: Any, prompt: Any) -> bool:
-    """Put what stands beside a conversation into it; tell whether it is there then."""
+def _add(turns: Conversation, name: str, value: Any, prompt: Any) -> bool:
+    """Add an extra column to a conversation; return whether it is now part of it."""
     if name == "tools":
         turns.tools = tools_in(value) or []
         return bool(turns.tools)
@@ -330,9 +284,9 @@ def _put(turns: Conversation, name: str, value: Any, prompt: Any) -> bool:
     if name == "system" and not any(turn["role"] == "system" for turn in turns):
         turns.insert(0, Message(role="system", content=value))
         return True
-    asked = [turn for turn in turns if turn["role"] == "user"]
-    if name == "context" and isinstance(prompt, str) and asked:
-        asked[-1]["content"] += f"\n\n{value}"
+    questions = [turn for turn in turns if turn["role"] == "user"]
+    if name == "context" and isinstance(prompt, str) and questions:
+        questions[-1]["content"] += f"\n\n{value}"
         return True
     answers = [turn for turn in turns if turn["role"] == "assistant"]
     if name == "reasoning" and answers and "reasoning_content" not in answers[-1]:
@@ -341,28 +295,14 @@ def _put(turns: Conversation, name: str, value: Any, prompt: Any) -> bool:
     return False
 
 
-def _mend(value: Any) -> Any:
-    """Return a value with mended texts and keys; None if nothing is to be mended."""
+def _clean(value: Any) -> Any:
+    """Return a value without lone surrogates in its texts and keys, at any depth."""
     if isinstance(value, str):
-        return None if (whole := mended(value)) is value else whole
+        return replace_surrogates(value)
     if isinstance(value, Mapping):
-        keys = {key: new for key in value if (new := _mend(key)) is not None}
-        parts = {key: new for key, one in value.items() if (new := _mend(one)) is not None}
-        return (
-            {keys.get(k, k): parts.get(k, v) for k, v in value.items()} if keys or parts else None
-        )
-    if not isinstance(value, list):
-        return None
-    items = {index: new for index, one in enumerate(value) if (new := _mend(one)) is not None}
-    return [items.get(index, one) for index, one in enumerate(value)] if items else None
+        return {_clean(key): _clean(one) for key, one in value.items()}
+    return [_clean(one) for one in value] if isinstance(value, list) else value
 
 
-def _listed(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} ({count})" for name, count in counts.items())
-
-
-_SENTENCES = {
-    "empty": "rows hold no text in the columns that are read, and were left out.",
-    "sides": "rows hold a question without an answer or an answer without a question, and were "
-    "left out.",
-}
+_EMPTY = "rows hold no text in the columns that are read, and were left out."
+_HALF = "rows hold a question without an answer or an answer without a question, and were left out."

@@ -1,18 +1,24 @@
-"""Rows to heal a model with: the data a recipe names, tokenised, split and packed.
+"""Rows to heal a model with: the data of a recipe, tokenised, split, mixed and packed.
 
     sources ──► documents ──► ids on disk ──► split, weights, order ──► packed rows
 
-Text is never held in memory as a whole: it goes from its source into a file of ids
-(tokens.py), and rows are made from that file when they are asked for (packing.py). In memory are
-a few numbers for each document.
+Text is never held in memory as a whole: it goes from its source into a file of ids (tokens.py),
+and rows are made from that file when they are needed (packing.py). In memory are a few numbers for
+each document. Where a number of tokens is wanted, documents are first measured in characters, and
+only those that the order reaches are tokenised.
 
-Where only so many are wanted, documents are first measured in characters, and only those
-that the order reaches are tokenised.
+Split: a permutation of a source's documents drawn from the seed, as `datasets` draws it; the first
+ones are held out. With LaMini this is the split of the kphi-3 report. Of the others, those that
+equal one that is held out, except in white space, are not trained on.
+Weights: how often a pass sees each document of a source; 2.5 is twice, and a random half of them
+once more. Where a number of tokens is wanted, sources without an end (what the model samples, and
+streams) give their weight's share of it, and the others the rest.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,125 +29,59 @@ from llmslim.errors import DataError
 from llmslim.progress import Progress
 from llmslim.recipe.schema import Heal, HealSource
 
-from .columns import characters, check_left, identity
+from .columns import check_left_out
 from .conversations import sampled_conversations
-from .mixture import HELD_OUT_SHARE, Part, join, passes, split, without_copies
+from .encoder import Encoder, report_notes
+from .messages import characters, identity
 from .packing import Ints, Rows, cut
-from .prompts import REPORT_TAGS, Encoder
-from .sources import Item, Source, open_source
+from .sources import Source, open_source
 from .tokens import Tokens, tokenise
 from .vocabulary import check_ids, embedding_rows, stop_tokens
 
 _SELF_TOKENS = 2**18
-_CHARACTERS_PER_TOKEN = 8  # more than text has: so many characters are tokens enough
+_CHARACTERS_PER_TOKEN = 8  # more than text has: it gives a lower bound of the tokens
+_HELD_OUT_SHARE = 20  # one document in 20 is held out if the recipe does not set a number
+_MOST_HELD_OUT = 1000
 
 
 @dataclass(frozen=True)
 class HealingText:
-    """Packed rows to train on, others to measure by, and what is to be said about them."""
+    """Packed rows to train on, others to measure by, and where they are from."""
 
     train: Rows
-    """One pass over the data, or the tokens asked for where that is less."""
+    """One pass over the data, or the tokens wanted where that is less."""
     held_out: Rows
     """Rows of documents that are not in `train`; none if none are to be held out."""
     source: str
     """Where the text is from."""
     licence: str
-    """Under which it is given, source by source."""
+    """Of the text, source by source."""
     notes: tuple[str, ...]
-    """Sentences about what turned out otherwise than asked for."""
+    """Sentences about what was left out or changed."""
     padding: float
     """Share of padding in `train`."""
 
 
+def _none() -> Ints:
+    return np.zeros(0, dtype=np.int64)
+
+
 @dataclass
-class _Job:
-    """What opening a source needs to know."""
+class Part:
+    """One source of D documents, on its way into rows."""
 
-    spec: Heal
-    encoder: Encoder
-    teacher: Any
-    cache: Path | None
-    progress: Progress | None
-    notes: list[str] = field(default_factory=list)
-
-    def open(self, asked: HealSource, share: float) -> Part:
-        """Open a source; tokenise it, or measure it where only some of it will be needed.
-
-        Args:
-            asked: what the recipe says about it.
-            share: its share of the tokens wanted, if it has no end.
-
-        Raises:
-            DataError: if it cannot be read, or there is nothing in it.
-        """
-        wanted = None if self.spec.tokens is None else math.ceil(self.spec.tokens * share)
-        if asked.data == "self":
-            source = self._from_the_model(asked, wanted)
-        else:
-            source = open_source(asked, seed=self.spec.seed, in_part=wanted is not None)
-        tokens = None
-        if wanted is None or source.endless:
-            limit = _with_held_out(wanted) if wanted is not None and source.stream else None
-            tokens = self.tokenise(source, limit=limit)
-            sizes, identities = tokens.lengths, tokens.identities
-        else:
-            sizes, identities = self._measure(source)
-        if not sizes.any():
-            raise DataError(_nothing_in(source, len(sizes), tokens))
-        left_out = int((sizes == 0).sum())
-        check_left(source.name, left_out, len(sizes), tokens.notes if tokens else source.notes())
-        none = np.zeros(0, dtype=np.int64)
-        return Part(source, asked.weight, sizes, tokens, none, none, identities)
-
-    def tokenise(self, source: Source, **which: Any) -> Tokens:
-        """Return a source's documents as ids."""
-        return tokenise(source, self.encoder, cache=self.cache, progress=self.progress, **which)
-
-    def _from_the_model(self, asked: HealSource, wanted: int | None) -> Source:
-        """Return conversations sampled from the dense model as a source.
-
-        Raises:
-            DataError: if there is no dense model, or it says nothing.
-        """
-        if self.teacher is None:
-            raise DataError(
-                "heal.data: self, which is sampled from the dense model; there is none here. "
-                "Name it as `teacher`, or name a file or a data set."
-            )
-        if wanted is None:
-            self.notes.append(
-                f"self: {_SELF_TOKENS} tokens were sampled, since `tokens` is not given."
-            )
-        key, conversations = sampled_conversations(
-            self.teacher,
-            self.encoder.tokenizer,
-            _with_held_out(wanted or _SELF_TOKENS),
-            self.spec.seed,
-            cache=self.cache,
-            progress=self.progress,
-        )
-        items: list[Item] = [(conversation, None) for conversation in conversations]
-        return Source(
-            name="self",
-            licence="the model's own, since the model wrote it",
-            key=f"self {key}",
-            items=lambda: iter(items),
-            rows=len(items),
-            sampled=True,
-            filtered=asked.filter == "refusals",
-        )
-
-    def _measure(self, source: Source) -> tuple[Ints, Ints]:
-        """Return a lower bound of each document's tokens, 0 for an empty one, and its identity."""
-        sizes: list[int] = []
-        identities: list[int] = []
-        for document in source.documents():
-            sizes.append(characters(document) // _CHARACTERS_PER_TOKEN + 1 if document else 0)
-            identities.append(identity(document) if document else 0)
-            if self.progress is not None and not len(sizes) % 1024:
-                self.progress(len(sizes), max(len(sizes), source.rows or 0), "measuring")
-        return np.array(sizes, dtype=np.int64), np.array(identities, dtype=np.int64)
+    source: Source
+    weight: float
+    sizes: Ints
+    """Of each document, (D,): tokens, or a lower bound of them from its characters."""
+    identities: Ints = field(default_factory=_none)
+    """Equal for equal documents, 0 for an empty one, (D,)."""
+    tokens: Tokens | None = None
+    """None until it is known which documents to tokenise."""
+    held_out: Ints = field(default_factory=_none)
+    """The numbers of these documents, counted through all sources."""
+    train: Ints = field(default_factory=_none)
+    """The numbers of these documents, counted through all sources."""
 
 
 def healing_text(
@@ -155,7 +95,7 @@ def healing_text(
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> HealingText:
-    """Return the rows that a recipe's `heal` section asks for.
+    """Return the rows of a recipe's `heal` section.
 
     Args:
         spec: which data, how it becomes text, how much, and the seed.
@@ -164,12 +104,12 @@ def healing_text(
         context_length: tokens of one row.
         evenly: whether the rows are for `collate_apart`, which a model needs that would let samples
             in one row see each other.
-        model: what is to be healed: text with tokens that it has no embedding for is refused, and
-            its generation config says which tokens end an answer.
+        model: the model to heal: text with tokens that it has no embedding for is refused, and
+            its generation config names the tokens that end an answer.
         cache: folder for ids and sampled text, so that a second run, a resumed one or another
             process need not make them again; in the user's cache if not given.
-        progress: called with what is done, what there is in all (as far as known), and a word on
-            what is being done.
+        progress: called with the amount done, the amount in all (as far as known), and the name of
+            the work.
 
     Returns:
         Rows to train on and rows held out.
@@ -189,101 +129,277 @@ def healing_text(
         )
     vocabulary = None if model is None else embedding_rows(model)
     encoder = Encoder(tokenizer, spec.template, spec.loss_on, stop_tokens(model))
-    job = _Job(spec, encoder, teacher, cache, progress)
-    asked = [_as_source(one) for one in _listed(spec.data)]
-    weights = sum(one.weight for one in asked)
-    parts = [job.open(one, one.weight / weights) for one in asked]
-    notes = list(job.notes)
+    opener = _Opener(spec, encoder, teacher, cache, progress)
+    parts = opener.open_all()
     split(parts, spec)
-    notes += without_copies(parts)
-    found = [one.cut(parts) for one in passes(parts, spec)]
-    for index, part in enumerate(parts):
-        if part.tokens is None:
-            wanted = np.zeros(len(part.sizes), dtype=bool)
-            for one in found:
-                wanted[one.document[one.source == index]] = True
-            wanted[part.held_out] = True
-            part.tokens = job.tokenise(part.source, wanted=wanted)
-            part.sizes = part.tokens.lengths
-            left_out = int((part.sizes[wanted] == 0).sum())
-            check_left(part.source.name, left_out, int(wanted.sum()), part.tokens.notes)
-        check_ids(part.tokens.ids, tokenizer, vocabulary, f"heal.data: {part.source.name}")
-    tokens = [part.tokens for part in parts if part.tokens is not None]
-    seen = join([one.cut(parts) for one in found], spec.seed)
-    aside = np.repeat(np.arange(len(parts)), [len(part.held_out) for part in parts])
+    notes = [*opener.notes, *drop_copies(parts)]
+    seen = [(_first(documents, n, parts), n) for documents, n in passes(parts, spec)]
     held = np.concatenate([part.held_out for part in parts])
-
-    def packed(source: Ints, document: Ints) -> Rows:
-        pieces = cut(tokens, source, document, context_length)
-        pad = _pad_token(tokenizer, vocabulary)
-        return Rows(tokens, pieces, context_length, pad, spec.seed, evenly=evenly)
-
-    train, held_out = packed(seen.source, seen.document), packed(aside, held)
+    tokens = opener.tokenise_wanted(parts, [held, *(documents for documents, _ in seen)])
+    for part, one in zip(parts, tokens, strict=True):
+        check_ids(one.ids, tokenizer, vocabulary, f"heal.data: {part.source.name}")
+    joined = np.concatenate([_first(documents, n, parts) for documents, n in seen])
+    order = np.random.default_rng([spec.seed, 2]).permutation(len(joined))
+    pad = _pad_token(tokenizer, vocabulary)
+    train, held_out = (
+        Rows(
+            tokens, cut(tokens, one, context_length), context_length, pad, spec.seed, evenly=evenly
+        )
+        for one in (joined[order], held)
+    )  # fmt: skip
+    names = ", ".join(part.source.name for part in parts)
     if not len(train):
-        raise DataError(f"heal.data: {_names(parts)}: nothing to learn from. Give other data.")
-    for part, ids in zip(parts, tokens, strict=True):
-        longer = int((ids.lengths > context_length).sum())
-        notes += ids.notes
-        if longer:
+        raise DataError(f"heal.data: {names}: nothing to learn from. Give other data.")
+    for part, one in zip(parts, tokens, strict=True):
+        notes += one.notes
+        if longer := int((one.lengths > context_length).sum()):
             notes.append(
                 f"{part.source.name}: {longer} documents are longer than the context of "
                 f"{context_length} tokens and were cut into pieces."
             )
-    if spec.template == "report" and (spelt := _spelt_out(tokenizer)):
-        notes.append(
-            f"template report: the tokenizer has no token for {', '.join(spelt)}; each is "
-            "several tokens."
-        )
-    return HealingText(
-        train, held_out, _names(parts), _licences(parts), tuple(notes), train.padding
+    if spec.template == "report":
+        notes += report_notes(tokenizer)
+    licences = ", ".join(
+        f"{part.source.name}: {'; '.join(one.licences) or part.source.licence}"
+        for part, one in zip(parts, tokens, strict=True)
     )
+    return HealingText(train, held_out, names, licences, tuple(notes), train.padding)
 
 
 def _pad_token(tokenizer: Any, vocabulary: int | None) -> int:
-    """Return a token to fill rows up with; no loss falls on it, but the model must know it."""
+    """Return a token to fill rows up with; it is never learned, but the model must know it."""
     given = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     known = (one for one in given if one is not None and (vocabulary is None or one < vocabulary))
     return next(known, 0)
 
 
-def _listed(data: Any) -> list[Any]:
-    return list(data) if isinstance(data, tuple | list) else [data]
-
-
-def _as_source(given: str | HealSource) -> HealSource:
-    return HealSource(data=given) if isinstance(given, str) else given
-
-
 def _with_held_out(tokens: int) -> int:
-    """Return so many tokens more that a share can be held out."""
-    return tokens + tokens // (HELD_OUT_SHARE - 1) + 1
+    """Return how many tokens to read so that this many are left when a share is held out."""
+    return tokens + tokens // (_HELD_OUT_SHARE - 1) + 1
 
 
-def _nothing_in(source: Source, rows: int, tokens: Tokens | None) -> str:
-    refused = " ".join(tokens.notes if tokens else source.notes())
-    if refused:
-        return f"{source.name}: no text is left. {refused} Give other data."
-    what = f"{rows} rows, none with text in it" if rows else "no rows"
-    return f"{source.name}: {what}; text to train on is needed. Give other data."
+@dataclass
+class _Opener:
+    """Opens the sources of a recipe, and tokenises what is needed of them."""
+
+    spec: Heal
+    encoder: Encoder
+    teacher: Any
+    cache: Path | None
+    progress: Progress | None
+    notes: list[str] = field(default_factory=list)
+
+    def open_all(self) -> list[Part]:
+        """Open the sources; tokenise each, or measure it if only some of it will be needed."""
+        data = self.spec.data
+        listed = [
+            HealSource(data=one) if isinstance(one, str) else one
+            for one in (data if isinstance(data, tuple | list) else [data])
+        ]
+        weights = sum(one.weight for one in listed)
+        return [self._open(one, one.weight / weights) for one in listed]
+
+    def tokenise_wanted(self, parts: list[Part], documents: list[Ints]) -> list[Tokens]:
+        """Return each part's tokens: of measured ones, of the documents that are wanted.
+
+        Args:
+            parts: the sources; `tokens` and `sizes` of those that were measured are changed.
+            documents: those that are wanted.
+
+        Raises:
+            DataError: if a source cannot be read, or less than half of what is wanted is left.
+        """
+        of_all = np.zeros(sum(len(part.sizes) for part in parts), dtype=bool)
+        of_all[np.concatenate(documents)] = True
+        ends = np.cumsum([len(part.sizes) for part in parts])
+        for part, wanted in zip(parts, np.split(of_all, ends[:-1]), strict=True):
+            if part.tokens is None:
+                part.tokens = self._tokenise(part.source, wanted=wanted)
+                part.sizes = part.tokens.lengths
+                _check_left_out(part, part.sizes[wanted], part.tokens.notes)
+        return [part.tokens for part in parts if part.tokens is not None]
+
+    def _open(self, spec: HealSource, share: float) -> Part:
+        """Open a source.
+
+        Args:
+            spec: the source in the recipe.
+            share: its share of the tokens wanted, if it has no end.
+
+        Raises:
+            DataError: if it cannot be read, or there is nothing in it.
+        """
+        wanted = None if self.spec.tokens is None else math.ceil(self.spec.tokens * share)
+        if spec.data == "self":
+            source = self._sampled(spec, wanted)
+        else:
+            source = open_source(spec, seed=self.spec.seed, in_part=wanted is not None)
+        if wanted is None or source.endless:
+            limit = _with_held_out(wanted) if wanted is not None and source.stream else None
+            tokens = self._tokenise(source, limit=limit)
+            part = Part(source, spec.weight, tokens.lengths, tokens.identities, tokens)
+            notes = list(tokens.notes)
+        else:
+            part = Part(source, spec.weight, *self._measure(source))
+            notes = source.notes()
+        if not part.sizes.any():
+            rows = len(part.sizes)
+            what = f"{rows} rows, none with text in it" if rows else "no rows"
+            reason = f"no text is left. {' '.join(notes)}"
+            raise DataError(
+                f"{source.name}: "
+                + (reason if notes else f"{what}; text to train on is needed.")
+                + " Give other data."
+            )
+        _check_left_out(part, part.sizes, notes)
+        return part
+
+    def _tokenise(self, source: Source, **which: Any) -> Tokens:
+        return tokenise(source, self.encoder, cache=self.cache, progress=self.progress, **which)
+
+    def _sampled(self, spec: HealSource, wanted: int | None) -> Source:
+        """Return conversations sampled from the dense model as a source.
+
+        Raises:
+            DataError: if there is no dense model, or all it writes is empty.
+        """
+        if self.teacher is None:
+            raise DataError(
+                "heal.data: self, which is sampled from the dense model; there is none here. "
+                "Name it as `teacher`, or name a file or a data set."
+            )
+        if wanted is None:
+            self.notes.append(
+                f"self: {_SELF_TOKENS} tokens were sampled, since `tokens` is not given."
+            )
+        key, conversations = sampled_conversations(
+            self.teacher,
+            self.encoder.tokenizer,
+            _with_held_out(wanted or _SELF_TOKENS),
+            self.spec.seed,
+            cache=self.cache,
+            progress=self.progress,
+        )
+        return Source(
+            name="self",
+            licence="the model's own, since the model wrote it",
+            key=f"self {key}",
+            items=lambda: ((conversation, None) for conversation in conversations),
+            rows=len(conversations),
+            sampled=True,
+            filtered=spec.filter == "refusals",
+        )
+
+    def _measure(self, source: Source) -> tuple[Ints, Ints]:
+        """Return a lower bound of each document's tokens, 0 for an empty one, and its identity."""
+        sizes: list[int] = []
+        identities: list[int] = []
+        for document in source.documents():
+            sizes.append(characters(document) // _CHARACTERS_PER_TOKEN + 1 if document else 0)
+            identities.append(identity(document) if document else 0)
+            if self.progress is not None and not len(sizes) % 1024:
+                self.progress(len(sizes), max(len(sizes), source.rows or 0), "measuring")
+        return np.array(sizes, dtype=np.int64), np.array(identities, dtype=np.int64)
 
 
-def _names(parts: list[Part]) -> str:
-    return ", ".join(part.source.name for part in parts)
+def _check_left_out(part: Part, sizes: Ints, notes: Sequence[str]) -> None:
+    check_left_out(part.source.name, int((sizes == 0).sum()), len(sizes), notes)
 
 
-def _licences(parts: list[Part]) -> str:
-    """Name each source's licence: what its rows say, if they say it."""
-    said = []
+def split(parts: list[Part], spec: Heal) -> None:
+    """Draw which documents of each source are held out; fills in `held_out` and `train`.
+
+    Args:
+        parts: the sources.
+        spec: how many to hold out, and the seed.
+
+    Raises:
+        DataError: if that would be all of a source.
+    """
+    rows = sum(len(part.sizes) for part in parts)
+    first = 0
     for part in parts:
-        assert part.tokens is not None
-        own = part.source.licence
-        rows = part.tokens.licences
-        said.append(f"{part.source.name}: {'; '.join(rows) if rows else own}")
-    return ", ".join(said)
+        count = len(part.sizes)
+        if spec.held_out is not None:
+            aside = round(spec.held_out * count / rows)
+        elif part.source.held_out is not None:
+            aside = part.source.held_out
+        else:
+            aside = min(_MOST_HELD_OUT, max(1, count // _HELD_OUT_SHARE), count - 1)
+        if aside >= count:
+            raise DataError(
+                f"heal.held_out: {spec.held_out or aside}; {part.source.name} has {count} rows, "
+                "of which some must be left to train on. Write a smaller number."
+            )
+        order = np.random.default_rng(spec.seed).permutation(count) + first
+        part.held_out, part.train = order[:aside], order[aside:]
+        first += count
 
 
-def _spelt_out(tokenizer: Any) -> list[str]:
-    """Return the report's tags that are no tokens of their own."""
+def drop_copies(parts: list[Part]) -> list[str]:
+    """Take documents out of `train` that are also held out, in any of the sources.
+
+    Args:
+        parts: the sources, split; `train` is changed.
+
+    Returns:
+        Sentences about it.
+    """
+    identities = np.concatenate([part.identities for part in parts])
+    held = identities[np.concatenate([part.held_out for part in parts])]
+    both = [(part, np.isin(identities[part.train], held[held != 0])) for part in parts]
+    if not any(copies.any() for _, copies in both):
+        return []
+    sizes = np.concatenate([part.sizes for part in parts])
+    if not any(sizes[part.train][~copies].any() for part, copies in both):
+        names = ", ".join(part.source.name for part in parts)
+        return [
+            f"{names}: every row equals one that is held out; they are trained on nevertheless, so "
+            "the held-out loss is no measure of other text."
+        ]
+    for part, copies in both:
+        part.train = part.train[~copies]
     return [
-        tag for tag in REPORT_TAGS if len(tokenizer(tag, add_special_tokens=False)["input_ids"]) > 1
+        f"{part.source.name}: {int(copies.sum())} rows equal rows that are held out, and are not "
+        "trained on."
+        for part, copies in both
+        if copies.any()
     ]
+
+
+def passes(parts: list[Part], spec: Heal) -> list[tuple[Ints, int | None]]:
+    """Return the documents to train on, each pass in random order.
+
+    Args:
+        parts: the sources, split.
+        spec: how many tokens, and the seed.
+
+    Returns:
+        One pass over all sources that have an end; and, where `tokens` are wanted, one over each
+        that has none: the documents, and how many tokens are wanted of them, None for all.
+    """
+    draw = np.random.default_rng([spec.seed, 0])
+    weights = sum(part.weight for part in parts)
+    found: list[tuple[Ints, int | None]] = []
+    together: list[Ints] = []
+    left = spec.tokens
+    for part in parts:
+        if spec.tokens is not None and left is not None and part.source.endless:
+            share = round(spec.tokens * part.weight / weights)
+            left -= share
+            found.append((draw.permutation(part.train), share))
+        else:
+            copies, rest = divmod(part.weight, 1)
+            more = draw.permutation(part.train)[: round(rest * len(part.train))]
+            together += [*[part.train] * int(copies), more]
+    if together:
+        found.append((draw.permutation(np.concatenate(together)), left))
+    return found
+
+
+def _first(documents: Ints, tokens: int | None, parts: list[Part]) -> Ints:
+    """Return the first documents that have the tokens, by the sizes known; None wants all."""
+    if tokens is None:
+        return documents
+    sizes = np.concatenate([part.sizes for part in parts])[documents]
+    return documents[: int(np.searchsorted(sizes.cumsum(), tokens)) + 1]

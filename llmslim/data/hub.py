@@ -1,8 +1,8 @@
 """Read the rows of a data set on the hub: downloaded, or streamed where it is large.
 
-A name is `owner/name`, `name:config` or `name:config:split`; the split is `train` where none is
-given. Whatever goes wrong below (names, proxies, offline mode, wrong splits: many classes of
-exceptions) becomes one sentence.
+A name is `owner/name`, `name:config` or `name:config:split`; the split is `train` if none is given.
+Names, proxies, offline mode and wrong splits raise many classes of exceptions in `datasets`; here
+each becomes one sentence.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from llmslim.errors import DataError
 
@@ -20,22 +19,19 @@ HUB_NAME = re.compile(
     r"(?P<name>\w[\w.-]*(?:/\w[\w.-]*)?)(?::(?P<config>[^:]*))?(?::(?P<split>.+))?"
 )
 
-Row = Mapping[str, Any]
 
-
-@dataclass(frozen=True)
-class HubInfo:
+class HubInfo(NamedTuple):
     """What is known about a data set before its rows are read."""
 
     key: str
-    """Stands for this content: it changes with the data set's revision."""
+    """Changes with the data set's revision."""
     size_bytes: int | None
-    """What would be downloaded, None where the data set does not say."""
-    licence: str | None
-    """As its card says."""
+    """Of the download, None if unknown."""
+    licence: str
+    """As its card names it, or where to look it up."""
 
 
-def stream_rows(given: str, seed: int) -> Iterator[Row]:
+def stream_rows(given: str, seed: int) -> Iterator[Mapping[str, Any]]:
     """Stream a data set, its files in random order.
 
     Raises:
@@ -50,8 +46,8 @@ def stream_rows(given: str, seed: int) -> Iterator[Row]:
         yield from stream.shuffle(seed=seed % 2**32, buffer_size=1)
 
 
-def downloaded_rows(given: str) -> tuple[int, Iterator[Row]]:
-    """Download a data set into the hub's cache; return its number of rows, and them in order.
+def downloaded_rows(given: str) -> tuple[int, Iterator[Mapping[str, Any]]]:
+    """Download a data set into the hub's cache; return its number of rows, and the rows in order.
 
     Raises:
         DataError: if there is none of that name, or the hub cannot be reached.
@@ -65,7 +61,7 @@ def downloaded_rows(given: str) -> tuple[int, Iterator[Row]]:
 
 
 def hub_info(given: str) -> HubInfo:
-    """Return what a data set says about itself.
+    """Return what is known about a data set before its rows are read.
 
     Raises:
         DataError: if there is none of that name, or the hub cannot be reached.
@@ -75,20 +71,18 @@ def hub_info(given: str) -> HubInfo:
     name, config, split = _parts(given)
     with _as_data_error(given):
         builder = load_dataset_builder(name, config)
-    licence = builder.info.license or None
-    if licence is None:
-        with suppress(Exception):  # what is not known is said to be so
+    licence = builder.info.license
+    if not licence:
+        with suppress(Exception):  # a card that cannot be read names no licence
             from huggingface_hub import dataset_info
 
             card = dataset_info(name).card_data
             licence = card.get("license") if card is not None else None
-    key = f"{name} {config} {split} {builder.hash}"
-    return HubInfo(key, builder.info.download_size, licence and str(licence))
-
-
-def hub_page(given: str) -> str:
-    """Return the address of a data set's page."""
-    return f"https://huggingface.co/datasets/{_parts(given)[0]}"
+    return HubInfo(
+        f"{name} {config} {split} {builder.hash}",
+        builder.info.download_size,
+        str(licence or f"see https://huggingface.co/datasets/{name}"),
+    )
 
 
 def _parts(given: str) -> tuple[str, str | None, str]:

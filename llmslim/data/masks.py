@@ -1,20 +1,21 @@
-"""Find where the assistant speaks in a conversation that a chat template has written out.
+"""Find the assistant's turns in a conversation that a chat template has written.
 
-Where the template marks it itself, by `{% generation %}`, those marks count. Otherwise it is found
-from outside, by writing parts of the conversation and changed ones:
+Where the template marks them, by `{% generation %}`, those marks count. Otherwise they are found by
+writing parts of the conversation and changed ones:
 
-- An answer begins behind what the template writes of the turns before it with its generation
-  prompt, and ends where what it writes up to this turn ends, if both are beginnings of the whole.
-- If they are not, since the template writes something at the very end only, rewrites earlier turns,
+- An answer begins after the text that the template writes for the turns before it with its
+  generation prompt, and ends where the text that it writes up to this turn ends, if the whole text
+  begins with both.
+- If it does not, since the template writes something at the very end only, rewrites earlier turns,
   or puts the system prompt or tools elsewhere, the conversation is written once more with a mark in
-  place of the answer: what differs is the answer. In front of it the generation prompt, or the
-  beginning of it, is looked for; behind it what ends a turn.
-- What ends a turn within a conversation is what the template writes behind an answer both where
+  place of the answer: what differs is the answer. The generation prompt, or the beginning of it, is
+  looked for before it, the end of a turn after it.
+- The end of a turn within a conversation is what the template writes after an answer both where
   another turn follows and where none does; where these have nothing in common, what it writes
-  whoever speaks next, without the beginning of the next turn.
+  whatever the next role, without the beginning of the next turn.
 
 Nothing before the generation prompt of the first answer is ever the assistant's, so no default
-system prompt is, even where the assistant speaks first.
+system prompt is, even where the assistant has the first turn.
 """
 
 from __future__ import annotations
@@ -30,22 +31,23 @@ from numpy.typing import NDArray
 
 from llmslim.compat import render_with_answers
 
-from .chat import MARK, REFUSALS, Chat, Turn, Written
+from .chat import MARK, Chat, Turn, Written
 
 Span = tuple[int, int]
+"""Begin and end of a stretch, in characters."""
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _MARKUP = r"<[^<>\s]{1,64}>|\[[^\[\]\s]{1,64}\]"
-"""Tags as chat templates have them; what is common to two texts does not end within one."""
+"""Tags as chat templates have them; a common part of two texts does not end within one."""
 _EMPTY_FRAME = re.compile(r"(?:\s|<[^<>\s]+>)*")
-"""What may stand between a turn's header and its text, such as an empty thought."""
+"""What may be between a turn's header and its text, such as an empty thought."""
 _ANSWER = MARK.format("answer")
-_SPEAKERS = {"system", "developer", "user", "assistant"}
-"""Who speaks besides tools."""
+_ROLES = {"system", "developer", "user", "assistant"}
+"""All but tools."""
 
 
 class Masks:
-    """Finds answers in what a chat template writes.
+    """Finds answers in the text that a chat template writes.
 
     Args:
         chat: the template.
@@ -55,7 +57,7 @@ class Masks:
         self._chat = chat
 
     def answers(self, written: Written) -> tuple[list[Span], int]:
-        """Return which characters are the assistant's, and how many of its turns were not found."""
+        """Return the assistant's characters, and how many of its turns were not found."""
         marked = self._by_the_template(written)
         if marked is not None:
             return marked, 0
@@ -80,61 +82,55 @@ class Masks:
 
     @cached_property
     def prompt(self) -> str:
-        """What the template writes to make the assistant speak."""
-        asked = [{"role": "user", "content": MARK.format("question")}]
-        try:
-            without = self._chat.apply(asked, [])
-            prompt = self._chat.apply(asked, [], add_generation_prompt=True)
-        except REFUSALS:
+        """The generation prompt."""
+        question = [{"role": "user", "content": MARK.format("question")}]
+        without = self._chat.apply(question, [])
+        prompt = self._chat.apply(question, [], add_generation_prompt=True)
+        if without is None or prompt is None:
             return ""
         return prompt[self.common(prompt, without) :]
 
     @cached_property
     def end_of_turn(self) -> str:
-        """What the template writes behind an answer that another turn follows."""
+        """What the template writes after an answer that another turn follows."""
         talk = [
             {"role": role, "content": MARK.format(number)}
             for number, role in enumerate(("user", "assistant", "user", "assistant"))
         ]
-        behind = self._behind(talk, 1, upto=talk[2]["content"])
-        if not behind:
+        after = self._after(talk, upto=talk[2]["content"])
+        if not after:
             return ""
-        found = self.common(behind, self._behind(talk[:2], 1) or "")
+        found = self.common(after, self._after(talk[:2]) or "")
         if found:
-            return behind[:found]
-        common = behind
-        others = 0
-        for role in ("assistant", "tool", "system"):
-            another = self._behind([*talk[:2], {**talk[2], "role": role}], 1)
-            if another is not None:
-                common = common[: self.common(common, another)]
-                others += 1
-        if not others:
-            return ""
-        return self.without_header(common)
+            return after[:found]
+        others = [
+            self._after([*talk[:2], {**talk[2], "role": role}])
+            for role in ("assistant", "tool", "system")
+        ]
+        known = [other for other in others if other is not None]
+        for other in known:
+            after = after[: self.common(after, other)]
+        return self.without_header(after) if known else ""
 
     def without_header(self, text: str) -> str:
-        """Return a text without what it ends in of the assistant's header: the next one begins."""
+        """Return a text without the beginning of the assistant's next header, if it ends in one."""
         for length in range(len(self.prompt), 0, -1):
             if text.endswith(self.prompt[:length]):
                 return text[:-length]
         return text
 
     def upto_eos(self, text: str, span: Span) -> Span:
-        """Return a span without the tags of the next turn behind the token that ends a text."""
+        """Return a span without the tags of the next turn after the token that ends a text."""
         eos = getattr(self._chat.tokenizer, "eos_token", None)
         at = text.rfind(eos, *span) + len(eos) if eos and eos in text[slice(*span)] else span[1]
-        behind = text[at : span[1]]
-        return (span[0], at) if behind.strip() and _EMPTY_FRAME.fullmatch(behind) else span
+        after = text[at : span[1]]
+        return (span[0], at) if after.strip() and _EMPTY_FRAME.fullmatch(after) else span
 
-    def _behind(self, talk: list[Turn], index: int, upto: str = "") -> str | None:
-        """Return what is written behind a turn's text, None if the template refuses."""
-        try:
-            text = self._chat.apply(talk, [])
-        except REFUSALS:
-            return None
-        _, found, behind = text.partition(talk[index]["content"])
-        return behind.partition(upto)[0] if found and upto else behind if found else None
+    def _after(self, talk: list[Turn], upto: str = "") -> str | None:
+        """Return the text after the second turn's, None if the template does not write it."""
+        text = self._chat.apply(talk, [])
+        _, found, after = (text or "").partition(talk[1]["content"])
+        return after.partition(upto)[0] if found and upto else after if found else None
 
     @cached_property
     def _markup(self) -> re.Pattern[str]:
@@ -143,7 +139,7 @@ class Masks:
         return re.compile("|".join([*whole, _MARKUP]))
 
     def common(self, one: str, other: str) -> int:
-        """Return how long two texts are the same, not ending within a tag of either."""
+        """Return the length of the common beginning, not ending within a tag of either text."""
         length = _same(one, other)
         return min(self._before_tag(text, length) for text in (one, other))
 
@@ -156,9 +152,9 @@ class Masks:
         return at
 
     def header_end(self, text: str, at: int) -> int:
-        """Return where the generation prompt in front of a place ends, that place if there is none.
+        """Return where the generation prompt before a place ends, that place if there is none.
 
-        Of the prompt, what is before any of its tags may do: some prompts go on with the beginning
+        The part of the prompt before any of its tags counts, too: some prompts end in the beginning
         of a thought, which an answer without one does not have.
         """
         ends = {len(self.prompt), *(tag.start() for tag in self._markup.finditer(self.prompt))}
@@ -170,26 +166,31 @@ class Masks:
 
 
 class _Answer:
-    """One turn of the assistant in a conversation that is written out."""
+    """One turn of a conversation that a template has written.
+
+    Args:
+        masks: of the template.
+        chat: the template.
+        written: the conversation.
+        index: the turn's number.
+    """
 
     def __init__(self, masks: Masks, chat: Chat, written: Written, index: int) -> None:
         self._masks, self._chat, self._tools = masks, chat, written.tools
         self._turns, self._text, self._index = written.turns, written.text, index
+        self._turn, self._following = self._turns[index], self._turns[index + 1 :]
 
     def spans(self) -> list[Span]:
-        """Return which characters it has, none if they are not found or say nothing."""
+        """Return its characters, none if they are not found or it is empty."""
         span = self._span()
         if span is None:
             return []
-        found = (
-            self._without_replies(span) if self._turns[self._index].get("tool_calls") else [span]
-        )
+        found = self._without_replies(span) if self._turn.get("tool_calls") else [span]
         return [self._masks.upto_eos(self._text, one) for one in found]
 
     def _span(self) -> Span | None:
-        """Return where it begins and ends, None if that is not found or it says nothing."""
-        turn = self._turns[self._index]
-        if not turn.get("content") and self._apply(self._with(_changed(turn))) == self._text:
+        """Return where it begins and ends, None if that is not found or it is empty."""
+        if not self._turn.get("content") and self._with(_changed(self._turn)) == self._text:
             return None  # a call of a tool that the template does not write
         begin, end = self._begin(), self._end()
         if begin is None or end is None:
@@ -199,52 +200,49 @@ class _Answer:
             if begin is None:
                 begin = self._masks.header_end(self._text, region[0])
             if end is None:
-                end = region[1] + self._behind(region[1])
+                end = region[1] + self._ending(region[1])
         elif begin == end:
             return None
         return begin, end
 
     def _begin(self) -> int | None:
-        """Return the length of what is before it, None if that is not as it was without it."""
+        """Return the length of the text before it, None if the template rewrites that."""
         if not self._index:
             return None
         before = self._apply(self._turns[: self._index], add_generation_prompt=True)
         if before is None:
             return None
         same = _same(before, self._text)
-        if same == len(before):
-            return same
         # A template that is laid out in lines may end its prompt in more of them.
-        return same if before[same - 1 :].isspace() else None
+        return same if same == len(before) or before[same - 1 :].isspace() else None
 
     def _end(self) -> int | None:
-        """Return the length of what is up to its end, None if that is not as it was then."""
-        if self._index == len(self._turns) - 1:
+        """Return the length of the text up to its end, None if the template rewrites that."""
+        if not self._following:
             return len(self._text)
-        behind = self._apply(self._turns[: self._index + 1])
-        if behind is None or not self._text.startswith(behind):
+        upto = self._apply(self._turns[: self._index + 1])
+        if upto is None or not self._text.startswith(upto):
             return None
-        end, ending = len(behind), self._masks.end_of_turn
-        missing = ending and not behind.endswith(ending.rstrip())
+        end, ending = len(upto), self._masks.end_of_turn
+        missing = ending and not upto.endswith(ending.rstrip())
         return end + len(ending) if missing and self._text.startswith(ending, end) else end
 
-    def _behind(self, at: int) -> int:
-        """Return how much of what is behind its text belongs to it."""
+    def _ending(self, at: int) -> int:
+        """Return how many characters after its text belong to it."""
         ending = self._masks.end_of_turn
         if ending and self._text.startswith(ending, at):
             return len(ending)
-        alone = self._apply(self._turns[: self._index + 1])
-        if alone is None:
+        upto = self._apply(self._turns[: self._index + 1])
+        if upto is None:
             return 0
-        written = Written(alone, self._turns[: self._index + 1], self._tools)
+        written = Written(upto, self._turns[: self._index + 1], self._tools)
         region = _Answer(self._masks, self._chat, written, self._index)._region()
-        return 0 if region is None else self._masks.common(self._text[at:], alone[region[1] :])
+        return 0 if region is None else self._masks.common(self._text[at:], upto[region[1] :])
 
-    def _region(self, others: Sequence[Turn] = ()) -> Span | None:
-        """Return which characters change when it says something else, as one of `others`."""
-        turn = self._turns[self._index]
-        for other in others or (_saying(turn), _changed(turn)):
-            changed = self._apply(self._with(other))
+    def _region(self, other: Turn | None = None) -> Span | None:
+        """Return which characters change with the turn's words, or with `other` in its place."""
+        for one in [other] if other else [_replaced(self._turn), _changed(self._turn)]:
+            changed = self._with(one)
             if changed is None or changed == self._text:
                 continue
             begin = _same(self._text, changed)
@@ -255,15 +253,14 @@ class _Answer:
         return None
 
     def _without_replies(self, span: Span) -> list[Span]:
-        """Return a span of a turn that calls tools without what they say, where that is in it.
+        """Return a span of a turn that calls tools without the tools' replies, if it has them.
 
-        Templates may write the name of a function before what it says, and what the assistant says
-        beside a call behind that.
+        Templates may write the name of a function before its reply, and the assistant's content
+        of a call after it.
         """
         begin, end = span
-        turn, following = self._turns[self._index], self._turns[self._index + 1 :]
-        replies = list(itertools.takewhile(lambda one: one["role"] not in _SPEAKERS, following))
-        without = self._apply([*self._turns[: self._index + 1], *following[len(replies) :]])
+        replies = list(itertools.takewhile(lambda one: one["role"] not in _ROLES, self._following))
+        without = self._apply([*self._turns[: self._index + 1], *self._following[len(replies) :]])
         if not replies or without is None:
             return [span]
         same = self._masks.common(self._text[begin:], without[begin:])
@@ -275,38 +272,37 @@ class _Answer:
             if (region := _Answer(self._masks, self._chat, written, number)._region()) is not None
             and begin <= region[0] < end
         ]
-        named = self._region([_changed(turn, names=False)])
         if not regions:
+            named = self._region(_changed(self._turn, names=False))
             return [(begin, calls) if named and named[1] <= calls < end else span]
-        said = self._region([{**turn, "content": _ANSWER}]) if turn.get("content") else None
-        behind = said is not None and regions[-1][1] <= said[0]
-        found = [(begin, min(calls, regions[0][0])), (said[0], end) if said and behind else (0, 0)]
+        content = self._turn.get("content")
+        own = self._region({**self._turn, "content": _ANSWER}) if content else None
+        found = [(begin, min(calls, regions[0][0]))]
+        if own is not None and regions[-1][1] <= own[0]:
+            found.append((own[0], end))
         return [one for one in found if one[0] < one[1]]
 
-    def _with(self, other: Turn) -> list[Turn]:
-        """Return the conversation with another turn in place of this one."""
-        return [*self._turns[: self._index], other, *self._turns[self._index + 1 :]]
+    def _with(self, other: Turn) -> str | None:
+        """Return the conversation as it is written with another turn in place of this one."""
+        return self._apply([*self._turns[: self._index], other, *self._following])
 
     def _apply(self, turns: Sequence[Turn], **options: Any) -> str | None:
-        try:
-            return self._chat.apply(turns, self._tools, **options)
-        except REFUSALS:
-            return None
+        return self._chat.apply(turns, self._tools, **options)
 
 
-def _saying(turn: Turn) -> Turn:
-    """Return a turn that says something else, in words alone."""
+def _replaced(turn: Turn) -> Turn:
+    """Return a turn with a mark as its content, and nothing else."""
     parts = isinstance(turn.get("content"), list)
     content = [{"type": "text", "text": _ANSWER}] if parts else _ANSWER
     return {"role": turn["role"], "content": content}
 
 
 def _changed(turn: Turn, *, names: bool = True) -> Turn:
-    """Return a turn that does the same, with other words: for templates that count calls.
+    """Return a turn with the same parts in other words: for templates that count calls.
 
     Args:
         turn: the assistant's.
-        names: whether it is other functions that are called, else the same with other arguments.
+        names: whether other functions are called, else the same with other arguments.
     """
     changed = dict(turn)
     if isinstance(turn.get("content"), str) and turn["content"]:
@@ -314,23 +310,21 @@ def _changed(turn: Turn, *, names: bool = True) -> Turn:
     for key in {"reasoning_content", "reasoning", "thinking"} & turn.keys():
         changed[key] = _ANSWER
     if "tool_calls" in turn:
+        functions = [dict(call["function"]) for call in turn["tool_calls"]]
+        for function in functions:
+            if names:
+                function["name"] = _ANSWER
+            elif isinstance(function.get("arguments"), dict):
+                function["arguments"] = dict.fromkeys(function["arguments"], _ANSWER)
         changed["tool_calls"] = [
-            {**call, "function": {**call["function"], **_other(call["function"], names=names)}}
-            for call in turn["tool_calls"]
+            {**call, "function": function}
+            for call, function in zip(turn["tool_calls"], functions, strict=True)
         ]
     return changed
 
 
-def _other(function: dict[str, Any], *, names: bool) -> dict[str, Any]:
-    """Return another name for a function, or other arguments of the same names."""
-    given = function.get("arguments")
-    if names:
-        return {"name": _ANSWER}
-    return {"arguments": dict.fromkeys(given, _ANSWER)} if isinstance(given, dict) else {}
-
-
 def within(offsets_T2: NDArray[np.int64], spans: Sequence[Span]) -> NDArray[np.bool_]:
-    """Tell which tokens reach into one of the spans; one that only begins before it does."""
+    """Return which tokens reach into one of the spans, (T,); beginning before it is enough."""
     starts, ends = offsets_T2.T
     inside = np.zeros(len(starts), dtype=bool)
     for start, end in spans:
@@ -341,9 +335,9 @@ def within(offsets_T2: NDArray[np.int64], spans: Sequence[Span]) -> NDArray[np.b
 def inside_by_pieces(
     tokenizer: Any, text: str, ids: Sequence[int], spans: Sequence[Span]
 ) -> NDArray[np.bool_]:
-    """Tell which tokens reach into one of the spans, with a tokenizer that gives no offsets.
+    """Return which tokens reach into one of the spans, (T,), for a tokenizer without offsets.
 
-    The text up to a border is tokenised: what it has in common with the whole is before the border.
+    The text up to a border is tokenised: its common beginning with the whole is before the border.
     """
 
     def upto(at: int) -> tuple[int, bool]:
@@ -359,7 +353,7 @@ def inside_by_pieces(
 
 
 def _same(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """Return how many of the first items two sequences share."""
+    """Return the length of the common beginning of two sequences."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2

@@ -4,21 +4,21 @@ Short samples padded to the context would be mostly padding. Here each sample go
 which it leaves the least room, the longest of a buffer first (best fit decreasing), and rows with
 room left stay open for the next buffer, so that only the last few are padded.
 
-Position ids restart at 0 with each sample. From that transformers knows the samples apart: the
-attention mask it makes is block-diagonal, and FlashAttention gets the samples' lengths. It looks
+Position ids restart at 0 with each sample. transformers separates the samples by them: the
+attention mask it makes is block-diagonal, and FlashAttention gets the samples' lengths. It does so
 only where there is neither an attention mask nor a key-value cache: a model must be called with
-`use_cache=False`. And with FlashAttention only in batches of one row, which is what `collate_flat`
-makes; it also drops the padding.
+`use_cache=False`. And with FlashAttention only in batches of one row, as `collate_flat` makes them;
+it also drops the padding.
 
-Some architectures carry more than attention from token to token, or make their mask of something
-else: there samples in one row would see each other. `collate_apart` takes rows apart again and
-gives each sample a row of the batch. Rows for it are filled with samples of nearly equal length
-(`pack_evenly`), so that the batch is no larger than a row.
+Some architectures carry more than attention from token to token, or make their mask without
+position ids: there samples in one row would see each other. `collate_apart` gives each sample a row
+of the batch instead. Rows for it are filled with samples of nearly equal length (`pack_evenly`), so
+that the batch is no larger than a row.
 
-A sample longer than a row is cut into pieces, each a sample of its own. No loss falls on the first
-token of a sample, since what is before it in the row is another one.
+A sample longer than a row is cut into pieces, each a separate sample. The first token of a sample
+is not learned, since the token before it in the row is of another one.
 
-Shapes: N rows of L tokens; T tokens without padding.
+Shapes: N rows of L tokens; T tokens without padding; S samples.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from torch.utils.data import Dataset
 from .tokens import Tokens
 from .vocabulary import check_ids
 
-IGNORED = -100  # what transformers' losses pass over
+IGNORED = -100  # the label that transformers' losses leave out
 
 _BUFFER = 8192
 
@@ -55,21 +55,17 @@ class Pieces:
     length: Ints
     """Its number of tokens."""
 
-    def __len__(self) -> int:
-        return len(self.length)
-
-    def take(self, indices: Ints) -> Pieces:
-        """Return some of them, in that order."""
-        return Pieces(self.source[indices], self.start[indices], self.length[indices])
+    def __getitem__(self, which: NDArray[Any]) -> Pieces:
+        return Pieces(self.source[which], self.start[which], self.length[which])
 
 
 class Rows(Dataset[dict[str, Tensor]]):
-    """Packed rows; read from disk as they are asked for.
+    """Packed rows, read from disk when they are needed.
 
     Args:
-        sources: where the tokens are.
-        pieces: what goes into the rows, none longer than a row.
-        context_length: tokens of one row.
+        sources: the tokens.
+        pieces: the samples, none longer than a row.
+        context_length: tokens of one row, L.
         pad: the token that fills up a row.
         seed: of the order of the rows.
         evenly: whether rows are for `collate_apart`.
@@ -92,7 +88,7 @@ class Rows(Dataset[dict[str, Tensor]]):
         rows = int(row_of.max(initial=-1)) + 1
         shuffled = np.random.default_rng([seed, 1]).permutation(rows)
         row_of = shuffled[row_of]
-        self._pieces = pieces.take(np.argsort(row_of, kind="stable"))
+        self._pieces = pieces[np.argsort(row_of, kind="stable")]
         self._ends = np.cumsum(np.bincount(row_of, minlength=rows))
 
     def __len__(self) -> int:
@@ -106,13 +102,11 @@ class Rows(Dataset[dict[str, Tensor]]):
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        index %= len(self)
-        first = self._ends[index - 1] if index else 0
         input_ids = np.full(self.context_length, self._pad, dtype=np.int64)
         labels = np.full(self.context_length, IGNORED, dtype=np.int64)
         position_ids = np.arange(self.context_length)
         at = 0
-        for piece in range(int(first), int(self._ends[index])):
+        for piece in self._pieces_in(index % len(self)):
             start, length = self._pieces.start[piece], int(self._pieces.length[piece])
             ids = self._sources[self._pieces.source[piece]].ids[start : start + length]
             here = slice(at, at + length)
@@ -127,8 +121,11 @@ class Rows(Dataset[dict[str, Tensor]]):
 
     def tokens_in(self, index: int) -> int:
         """Return the tokens of one row, without padding."""
-        first = self._ends[index - 1] if index else 0
-        return int(self._pieces.length[first : self._ends[index]].sum())
+        return int(self._pieces.length[self._pieces_in(index)].sum())
+
+    def _pieces_in(self, index: int) -> range:
+        """Return the numbers of the pieces in one row."""
+        return range(int(self._ends[index - 1]) if index else 0, int(self._ends[index]))
 
     @property
     def tokens(self) -> int:
@@ -139,8 +136,8 @@ class Rows(Dataset[dict[str, Tensor]]):
         """Refuse rows for a model without an embedding for some of their tokens.
 
         Args:
-            tokenizer: says what the tokens are, where there is one.
-            vocabulary: how many tokens the model knows; None where that is not known.
+            tokenizer: gives the tokens' texts, or None.
+            vocabulary: how many tokens the model knows, None if unknown.
 
         Raises:
             DataError: if there are other tokens.
@@ -159,11 +156,11 @@ def pack(lengths: Ints, capacity: int) -> Ints:
     """Assign samples to rows, so that each row's lengths add up to at most its capacity.
 
     Args:
-        lengths: of each sample, in any order, none longer than a row.
+        lengths: of each sample, (S,), in any order, none longer than a row.
         capacity: tokens of one row.
 
     Returns:
-        The number of each sample's row, from 0.
+        The number of each sample's row, from 0, (S,).
 
     Example:
         >>> pack(np.array([3, 7, 2, 5, 1]), 9).tolist()
@@ -171,7 +168,7 @@ def pack(lengths: Ints, capacity: int) -> Ints:
     """
     row_of = np.empty(len(lengths), dtype=np.int64)
     open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # by the room they have
-    rooms = 0  # bit r says that a row with room r is open
+    rooms = 0  # bit r: whether a row with room r is open
     rows = 0
     for longest_first in _longest_first(lengths):
         for sample in longest_first.tolist():
@@ -196,11 +193,11 @@ def pack_evenly(lengths: Ints, capacity: int) -> Ints:
     """Assign samples to rows, so that in each row number x longest is at most its capacity.
 
     Args:
-        lengths: of each sample, in any order, none longer than a row.
+        lengths: of each sample, (S,), in any order, none longer than a row.
         capacity: tokens of one row.
 
     Returns:
-        The number of each sample's row, from 0.
+        The number of each sample's row, from 0, (S,).
 
     Example:
         >>> pack_evenly(np.array([3, 7, 2, 5, 1]), 9).tolist()
@@ -223,23 +220,19 @@ def _longest_first(lengths: Ints) -> Iterator[Ints]:
         yield np.argsort(-lengths[start : start + _BUFFER], kind="stable") + start
 
 
-def cut(tokens: Sequence[Tokens], source: Ints, document: Ints, capacity: int) -> Pieces:
-    """Return documents as pieces that fit into a row; those without anything to learn are left out.
+def cut(tokens: Sequence[Tokens], documents: Ints, capacity: int) -> Pieces:
+    """Return documents as pieces that fit into a row, without pieces that are not learned from.
 
     Args:
         tokens: the sources.
-        source: which source each document is from.
-        document: its number there.
+        documents: their numbers, counted through all sources, (D,).
         capacity: tokens of one row.
     """
-    starts = np.empty(len(source), dtype=np.int64)
-    lengths = np.empty(len(source), dtype=np.int64)
-    for index, one in enumerate(tokens):
-        here = source == index
-        starts[here] = one.starts[document[here]]
-        lengths[here] = one.lengths[document[here]]
+    source = np.repeat(np.arange(len(tokens)), [len(one.lengths) for one in tokens])[documents]
+    starts = np.concatenate([one.starts for one in tokens])[documents]
+    lengths = np.concatenate([one.lengths for one in tokens])[documents]
     parts = -(-lengths // capacity)
-    which = np.repeat(np.arange(len(source)), parts)
+    which = np.repeat(np.arange(len(documents)), parts)
     number = np.arange(len(which)) - np.repeat(np.cumsum(parts) - parts, parts)
     start = starts[which] + number * capacity
     length = np.minimum(capacity, lengths[which] - number * capacity)
@@ -247,31 +240,28 @@ def cut(tokens: Sequence[Tokens], source: Ints, document: Ints, capacity: int) -
     for piece in np.flatnonzero(parts[which] > 1):
         ids = tokens[source[which[piece]]].ids[start[piece] + 1 : start[piece] + length[piece]]
         keep[piece] = bool((ids >= 0).any())
-    return Pieces(source[which][keep], start[keep], length[keep])
+    return Pieces(source[which], start, length)[keep]
 
 
 def collate(batch: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Stack rows into tensors, (N, L); without an attention mask, as packing asks for."""
+    """Stack rows into tensors, (N, L); without an attention mask, which packing forbids."""
     return {name: torch.stack([row[name] for row in batch]) for name in batch[0]}
 
 
 def collate_flat(batch: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Join rows into one of (1, T), without their padding: for FlashAttention."""
-    flat = {}
     whole = [_without_padding(row) for row in batch]
-    for name in batch[0]:
-        flat[name] = torch.cat([row[name] for row in whole])[None]
-    return flat
+    return {name: torch.cat([row[name] for row in whole])[None] for name in batch[0]}
 
 
 def collate_apart(batch: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Give each sample a row of its own, as long as the longest, (samples, longest).
+    """Give each sample a row of the batch, (S, length of the longest sample).
 
-    Samples come in the order of their rows. What has no label, as padding, is left out.
+    Samples come in the order of their rows. Those without a label, as padding, are left out.
     """
     samples: list[dict[str, Tensor]] = []
     for row in map(_without_padding, batch):
-        begins = (row["position_ids"] == 0).nonzero().flatten().tolist()
+        begins = _begins(row)
         for begin, end in zip(begins, [*begins[1:], len(row["labels"])], strict=True):
             samples.append({name: tensor[begin:end] for name, tensor in row.items()})
     learned = [one for one in samples if (one["labels"] != IGNORED).any()] or samples[:1]
@@ -279,15 +269,19 @@ def collate_apart(batch: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         name: pad_sequence([one[name] for one in learned], batch_first=True, padding_value=value)
         for name, value in (("input_ids", 0), ("labels", IGNORED))
     }
-    # Going on behind a sample's end: where positions restart, another sample would begin.
+    # They continue after a sample's end: where positions restart, another sample would begin.
     positions_L = torch.arange(apart["labels"].shape[1])
     return {**apart, "position_ids": positions_L.expand_as(apart["labels"])}
 
 
 def _without_padding(row: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Cut a row behind its last sample that has a label."""
-    begins = (row["position_ids"] == 0).nonzero().flatten().tolist()
+    """Cut a row after its last sample that has a label."""
     learned = (row["labels"] != IGNORED).nonzero().flatten()
     last = int(learned[-1]) if len(learned) else 0
-    end = next((begin for begin in begins if begin > last), len(row["labels"]))
+    end = next((begin for begin in _begins(row) if begin > last), len(row["labels"]))
     return {name: tensor[:end] for name, tensor in row.items()}
+
+
+def _begins(row: dict[str, Tensor]) -> list[int]:
+    """Return where each sample of a row begins."""
+    return (row["position_ids"] == 0).nonzero().flatten().tolist()

@@ -4,16 +4,16 @@ Half of the sequences begin with a token drawn from the whole vocabulary; the ne
 likeliest ones, which leads the model from anything to something sensible, and the rest is sampled
 at temperature 1, so that the text is distributed as the model expects it (LLM-QAT, Liu et al.
 2023, https://arxiv.org/abs/2305.17888, section 3.1). Where the tokenizer has a chat template, the
-other half begin as a conversation in which the user has said one of a few openers.
+other half begin as a conversation that the user has opened with one of a few sentences.
 
-All rows advance in step from their first token on; while a row is in its prompt, the prompt's
-token is taken instead of the drawn one. So prompts may differ in length without padding, and
-nothing beyond a key-value cache is asked of a model. A model in float32 is sampled in bfloat16
-where the machine is fast at it: what matters here is that the text is typical, not each digit.
+All rows advance together from their first token; while a row is in its prompt, the prompt's
+token is taken instead of the drawn one. So prompts may differ in length without padding, and a
+model needs nothing but a key-value cache. A model in float32 is sampled in bfloat16 where the
+machine is fast at it: the text has to be typical, not exact to each digit.
 
 What was sampled is kept in the user's cache folder, and read again for the same model and numbers.
 
-Shapes: N windows of L tokens; B rows of T tokens, sampled at once; V = size of the vocabulary.
+Shapes: N windows of L tokens; B rows, sampled together; V = size of the vocabulary.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import hashlib
 import json
 import math
 import os
-import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,13 @@ from jinja2 import TemplateError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from llmslim.atomic import new_file
 from llmslim.compat import CONFIG_ORIGIN
 from llmslim.errors import DataError
 from llmslim.progress import Progress
 
-from .messages import mended
-from .vocabulary import check_ids, embedding_rows
+from .messages import replace_surrogates
+from .vocabulary import check_ids, embedding_rows, leading_token
 
 OPENERS = (
     "Hello!",
@@ -57,21 +58,86 @@ OPENERS = (
 )
 _LONGEST = 128  # the cost of a token grows with the tokens before it
 _MOST_ROWS = 256
-_CACHE_BYTES = 2**31
+CACHE_BYTES = 2**31
+"""How much memory the key-value cache may take."""
 _GREEDY = 4
-_ALGORITHM = 1  # raised by whoever changes what is sampled: it is part of the cache's key
+_SHRINK_AT = 0.75  # ended rows leave the batch when at most this share has not ended
+_ALGORITHM = 1  # raise it with every change of what is sampled: it is part of the cache's key
+
+Steps = Generator[int, int, None]
+"""Yields a row's next token, and is sent the one that the model drew to follow it."""
 
 
-def leading_token(tokenizer: Any) -> int | None:
-    """Return the token that a tokenizer puts before every text, None if it puts none."""
-    bos = tokenizer.bos_token_id
-    return bos if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
+@dataclass
+class SampledRow:
+    """One row of a batch that is sampled."""
+
+    steps: Steps
+    greedy: range = range(0)
+    """At which positions the likeliest token is taken."""
+    ids: list[int] = field(default_factory=list)
+    ended: bool = False
+
+    @property
+    def drawn(self) -> int:
+        """Tokens of it, the one that ended it included."""
+        return len(self.ids) + self.ended
+
+    def advance(self, drawn: int) -> None:
+        """Append the next token, if the row has not ended."""
+        if not self.ended:
+            try:
+                self.ids.append(self.steps.send(drawn))
+            except StopIteration:
+                self.ended = True
 
 
-def longest_input(model: Any) -> int | None:
-    """Return how many tokens a model reads at most, None where its config sets no limit."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return longest if longest and longest > 0 else None  # XLNet has -1
+def write_from(opening: Sequence[int], stops: frozenset[int]) -> Steps:
+    """Yield the tokens of a text that begins with `opening`, up to one of `stops`."""
+    for token in opening:
+        drawn = yield token
+    while drawn not in stops:
+        drawn = yield drawn
+
+
+@torch.inference_mode()
+def sample_rows(
+    model: Any,
+    rows: Sequence[SampledRow],
+    longest: int,
+    generator: torch.Generator,
+    report: Callable[[int], None],
+) -> None:
+    """Let all rows advance together until they have ended or are too long.
+
+    Args:
+        model: one that `for_sampling` gave.
+        rows: B of them; their `ids` grow.
+        longest: tokens of a row.
+        generator: gives one random number for each row and position.
+        report: called with the tokens of all rows.
+
+    Raises:
+        DataError: if the model's logits are not finite.
+    """
+    for row in rows:
+        row.ids.append(next(row.steps))
+    going, cache = list(rows), None
+    for position in range(1, longest):
+        ids_B1 = torch.tensor([[row.ids[-1]] for row in going], device=model.device)
+        output = model(ids_B1, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        greedy_B = torch.tensor([position in row.greedy for row in going])
+        drawn_B = draw(output.logits[:, -1].float(), greedy_B, generator)
+        for row, token in zip(going, drawn_B.tolist(), strict=True):
+            row.advance(token)
+        report(sum(row.drawn for row in rows))
+        left = [index for index, row in enumerate(going) if not row.ended]
+        if not left:
+            return
+        if len(left) <= _SHRINK_AT * len(going):
+            cache.batch_select_indices(torch.tensor(left, device=model.device))
+            going = [going[index] for index in left]
 
 
 def sampled_windows(
@@ -88,53 +154,58 @@ def sampled_windows(
     Args:
         model: the dense model, in any float type, on any device; it is left as it is.
         tokenizer: its tokenizer, or None: then no row is a conversation.
-        count: number of windows.
-        length: tokens of one window; above 128, several samples make up one.
+        count: number of windows, N.
+        length: tokens of one window, L; above 128, several samples make up one.
         seed: the same seed gives the same windows, on the same kind of machine.
         progress: called with tokens done, tokens in all, and `sampling`.
 
     Returns:
-        Ids, (count, length), int64, on the CPU.
+        Ids, (N, L), int64, on the CPU.
 
     Raises:
         DataError: if the model's logits are not finite.
     """
-    key = fingerprint(model, tokenizer, count, length, seed)
-    path = cache_folder() / f"{key}.safetensors"
-    kept = _read(path, count, length)
-    if kept is not None:
-        return kept
+    path = cache_folder() / f"{fingerprint(model, tokenizer, count, length, seed)}.safetensors"
+    with suppress(Exception):  # not there, cut short, anything else: it is sampled again
+        kept = load(path.read_bytes())["ids"]
+        if kept.shape == (count, length) and not kept.is_floating_point():
+            return kept.long()
     pieces = math.ceil(length / _LONGEST)
     steps = math.ceil(length / pieces)
-    total = count * pieces
     generator = torch.Generator().manual_seed(seed)
-    prompts = opening_prompts(model, tokenizer, total, generator)
-    rows = min(_MOST_ROWS, max(1, _CACHE_BYTES // (steps * _cache_bytes_per_token(model))))
-    done: list[Tensor] = []
+    rows = [
+        SampledRow(write_from(opening, frozenset()), greedy)
+        for opening, greedy in opening_prompts(model, tokenizer, count * pieces, generator)
+    ]
+    config = model.config.get_text_config()
+    token_bytes = config.num_hidden_layers * 2 * config.hidden_size * 4  # an upper bound
+    at_once = min(_MOST_ROWS, max(1, CACHE_BYTES // (steps * token_bytes)))
     with for_sampling(model) as sampler:
-        for start in range(0, total, rows):
-            batch = prompts[start : start + rows]
+        for start in range(0, len(rows), at_once):
 
-            def report(step: int, start: int = start, size: int = len(batch)) -> None:
+            def report(done: int, start: int = start) -> None:
                 if progress is not None:
-                    progress(start * steps + step * size, total * steps, "sampling")
+                    progress(start * steps + done, len(rows) * steps, "sampling")
 
-            done.append(_sample(sampler, batch, steps, generator, report))
-    ids_NL = torch.cat(done).view(count, pieces * steps)[:, :length].contiguous()
-    _write(path, ids_NL)
+            sample_rows(sampler, rows[start : start + at_once], steps, generator, report)
+    ids_NL = torch.tensor([row.ids for row in rows]).view(count, -1)[:, :length].contiguous()
+    keep(path, save({"ids": ids_NL.int()}))
     return ids_NL
 
 
 def opening_prompts(
     model: Any, tokenizer: Any, rows: int, generator: torch.Generator
-) -> list[tuple[list[int], int]]:
-    """Return each row's first tokens, and how many after them are the likeliest ones.
+) -> list[tuple[list[int], range]]:
+    """Return each row's first tokens, and at which positions after them to take the likeliest.
 
     Args:
-        model: says how large the vocabulary is.
+        model: gives the size of the vocabulary.
         tokenizer: its tokenizer, or None: then no row is a conversation.
         rows: how many to draw.
-        generator: what draws them.
+        generator: draws them.
+
+    Raises:
+        DataError: if the model has no embedding for the token that begins every text.
     """
     vocabulary = embedding_rows(model) or len(tokenizer)
     special: set[int] = set()
@@ -147,13 +218,14 @@ def opening_prompts(
         check_ids([leading or 0], tokenizer, vocabulary, "data: self: every text")
         first = [] if leading is None else [leading]
         chats = list(_chats(tokenizer, vocabulary))
-    allowed = [token for token in range(vocabulary) if token not in special]
+    allowed = [[*first, token] for token in range(vocabulary) if token not in special]
     prompts = []
     for row in range(rows):
-        choices = len(chats) if chats and row % 2 else len(allowed)
-        drawn = int(torch.randint(choices, (), generator=generator))
-        chat = bool(chats and row % 2)
-        prompts.append((chats[drawn], 0) if chat else ([*first, allowed[drawn]], _GREEDY))
+        chat = bool(chats) and row % 2 == 1
+        choices = chats if chat else allowed
+        opening = choices[int(torch.randint(len(choices), (), generator=generator))]
+        greedy = range(len(opening), len(opening) + (0 if chat else _GREEDY))
+        prompts.append((opening, greedy))
     return prompts
 
 
@@ -162,53 +234,21 @@ def _chats(tokenizer: Any, vocabulary: int) -> Iterator[list[int]]:
     if not getattr(tokenizer, "chat_template", None):
         return
     for opener in OPENERS:
-        with suppress(TemplateError):  # a template for something else than conversation
+        with suppress(TemplateError):  # a template for anything but conversation
             text = tokenizer.apply_chat_template(
                 [{"role": "user", "content": opener}], tokenize=False, add_generation_prompt=True
             )
-            ids = tokenizer(mended(text), add_special_tokens=False)["input_ids"]
+            ids = tokenizer(replace_surrogates(text), add_special_tokens=False)["input_ids"]
             if ids and max(ids) < vocabulary:
                 yield ids
 
 
-@torch.inference_mode()
-def _sample(
-    model: Any,
-    prompts: list[tuple[list[int], int]],
-    steps: int,
-    generator: torch.Generator,
-    report: Callable[[int], None],
-) -> Tensor:
-    """Return one sequence for each prompt, (B, T), its first tokens those of the prompt.
-
-    Raises:
-        DataError: if the model's logits are not finite.
-    """
-    forced_BT = torch.full((len(prompts), steps), -1)
-    greedy_BT = torch.zeros(len(prompts), steps, dtype=torch.bool)
-    for row, (prompt, greedy) in enumerate(prompts):
-        forced_BT[row, : len(prompt)] = torch.tensor(prompt[:steps])
-        greedy_BT[row, len(prompt) : len(prompt) + greedy] = True
-    ids_BT = forced_BT.clone()
-    cache = None
-    for step in range(1, steps):
-        output = model(
-            ids_BT[:, step - 1 : step].to(model.device), past_key_values=cache, use_cache=True
-        )
-        cache = output.past_key_values
-        next_B = draw(output.logits[:, -1].float(), greedy_BT[:, step], generator)
-        forced_B = forced_BT[:, step]
-        ids_BT[:, step] = torch.where(forced_B >= 0, forced_B, next_B)
-        report(step + 1)
-    return ids_BT
-
-
 def draw(logits_BV: Tensor, greedy_B: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw a token for each row: the likeliest where it says greedy.
+    """Draw a token for each row.
 
     Args:
         logits_BV: of the next token, float32.
-        greedy_B: which rows take the likeliest one.
+        greedy_B: which rows take the likeliest token instead.
         generator: gives one random number a row.
 
     Returns:
@@ -234,11 +274,11 @@ def draw(logits_BV: Tensor, greedy_B: Tensor, generator: torch.Generator) -> Ten
 
 @contextmanager
 def for_sampling(model: Any) -> Iterator[Any]:
-    """Lend the model in evaluation mode, or a copy in bfloat16 where that is faster."""
+    """Give the model in evaluation mode, or a copy in bfloat16 where that is faster."""
     on_cpu = model.device.type == "cpu"
     fast = on_cpu and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     if model.dtype == torch.float32 and (fast or model.device.type == "cuda"):
-        # Given as done already, the weights are not copied in float32 on the way.
+        # Entered as copied already, the weights are not copied in float32 on the way.
         narrow = {
             id(old): nn.Parameter(old.detach().to(torch.bfloat16), requires_grad=False)
             for old in model.parameters()
@@ -258,20 +298,22 @@ def for_sampling(model: Any) -> Iterator[Any]:
             module.training = mode
 
 
-def _cache_bytes_per_token(model: Any) -> int:
-    """Return an upper bound of what the key-value cache takes for one token of one row."""
-    config = model.config.get_text_config()
-    return int(config.num_hidden_layers * 2 * config.hidden_size * 4)
-
-
-def cache_folder() -> Path:
-    """Return the folder in the user's cache where sampled text is kept."""
+def cache_folder(what: str = "self") -> Path:
+    """Return a folder in the user's cache; sampled text is kept in `self`."""
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "llmslim" / "self"
+    return (Path(base) if base else Path.home() / ".cache") / "llmslim" / what
+
+
+def keep(path: Path, data: bytes) -> None:
+    """Keep data in the cache; a cache that cannot be written is no error."""
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(path) as file:
+            file.write(data)
 
 
 def fingerprint(model: Any, tokenizer: Any, *numbers: int) -> str:
-    """Return a key of everything that what is sampled depends on; of weights, some of each.
+    """Return a key of all that sampled text depends on; of each weight, of at most 4,096 values.
 
     Args:
         model: the dense model.
@@ -292,24 +334,3 @@ def fingerprint(model: Any, tokenizer: Any, *numbers: int) -> str:
         some = weight.detach().reshape(-1)[:: max(1, weight.numel() // 4096)]
         digest.update(some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]
-
-
-def _read(path: Path, count: int, length: int) -> Tensor | None:
-    """Return the windows kept in a file, None if it is not there or not what was written."""
-    try:
-        ids = load(path.read_bytes())["ids"]
-    except Exception:  # not there, cut short, something else: it is sampled again
-        return None
-    return ids.long() if ids.shape == (count, length) and not ids.is_floating_point() else None
-
-
-def _write(path: Path, ids_NL: Tensor) -> None:
-    """Keep windows in a file, whole or not at all; a cache that cannot be written is no error."""
-    partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_bytes(save({"ids": ids_NL.int()}))
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)

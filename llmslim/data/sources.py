@@ -1,28 +1,37 @@
-"""Where the text of healing comes from: one source, opened, ready to be read any number of times.
+"""Where text comes from: a file or a data set on the hub, opened and read as documents.
 
-A source's rows are numbered in the order of the file or data set, after its filter, empty ones
-included: so a split drawn over these numbers is the one that `datasets` draws over the same rows.
+A document is a text, or a conversation: a list of messages with roles. Every row of a table (JSON
+lines, JSON, CSV, Parquet, the hub) is one; the names of its columns tell what it holds
+(columns.py).
 
-What is larger than a few gigabytes, and needed only in part, is a stream: rows in an order drawn
-from the seed, as far as a bounded buffer reaches, and no more of them than asked for.
+Calibration reads documents in an order drawn from a seed (`read_texts`), since tables are often
+sorted: Parquet by permuting row groups and the rows in each, all others through a bounded buffer.
+
+Healing numbers a source's rows in the order of the file or data set, after its filter, empty ones
+included (`open_source`): so a split drawn over these numbers is the one that `datasets` draws over
+the same rows. A source larger than a few gigabytes of which only a part is needed is a stream: rows
+in random order, and no more of them than needed.
+
+Left out: folders of files, and columns under other names without a field map.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from llmslim.errors import DataError
 from llmslim.recipe.schema import HealSource
 
 from .columns import LICENCE, RowReader, check_fields
-from .hub import downloaded_rows, hub_info, hub_page, stream_rows
-from .messages import Document, mended
-from .tables import TABLES, count_rows, decode, kind, opened, read_rows
-from .text import local_file, shuffled
+from .hub import HUB_NAME, downloaded_rows, hub_info, stream_rows
+from .messages import Document, characters, replace_surrogates
+from .tables import TABLES, PlacedRow, Row, count_rows, decode, kind, lines_of, opened, read_rows
+
+TEXT = (".txt", ".text", ".md", ".raw", ".tokens")
 
 REFUSALS = (
     "I am not",
@@ -33,47 +42,130 @@ REFUSALS = (
     "t is not my",
     "I don't have",
 )
-"""Rows of LaMini holding any of these are left out, as the source report does."""
+"""Rows of LaMini holding any of these are left out, as in the kphi-3 report."""
 
+_BUFFER_ROWS, _BUFFER_CHARACTERS = 10_000, 2**25
 _LARGE_BYTES = 2**31
-_STRETCH_CHARACTERS = 8192
+_DOCUMENT_CHARACTERS = 8192  # at which a plain text is cut, at the next line end
 _MOST_LICENCES = 20
 
 Item = tuple[Document | None, str | None]
-"""A row's document, None if it is empty; and its licence, where it has one."""
+"""A row's document, None if it is empty; and its licence, where the row names one."""
+
+
+def read_texts(
+    name_or_path: str, *, seed: int = 0, reader: RowReader | None = None
+) -> Iterator[Document]:
+    """Read documents in random order; nothing is opened before the first is needed.
+
+    Args:
+        name_or_path: a .txt, .jsonl, .json, .csv or .parquet file, each also with .gz; or the
+            name of a data set on the hub as `owner/name`, `name:config` or `name:config:split`. The
+            split is `train` if none is given.
+        seed: of the order of the rows.
+        reader: makes documents of rows, and counts those that hold none.
+
+    Yields:
+        Texts, or conversations as lists of messages. A plain-text file is one document. Empty
+        documents are passed over.
+
+    Raises:
+        DataError: if it cannot be found or read, or has no columns of a known layout.
+    """
+    order = random.Random(seed)
+    reader = reader or RowReader()
+    path = local_file(name_or_path)
+    if path is not None and kind(path) in TEXT:
+        with opened(path) as file:
+            text = decode(file.read(), str(path))
+        if text.strip():
+            yield text
+        return
+    rows = _stream(name_or_path, seed) if path is None else read_rows(path, order=order)
+    items = _items(rows, reader)
+    if path is None or kind(path) != ".parquet":
+        items = shuffled(items, order)
+    yield from (document for document, _ in items if document)
+
+
+def local_file(name_or_path: str) -> Path | None:
+    """Return the file of that name, None if it is the name of a data set on the hub.
+
+    Raises:
+        DataError: if it is a folder, or looks like a path but nothing is there.
+    """
+    endings = f"{', '.join((*TEXT, *TABLES))}, each also with .gz"
+    path = Path(name_or_path).expanduser()
+    known = kind(path) in {*TEXT, *TABLES}
+    if not name_or_path.strip():
+        raise DataError("data: an empty name; needed are a file or a data set's name on the hub.")
+    if path.is_dir():
+        raise DataError(
+            f"{name_or_path}: a folder; a file is needed ({endings}). "
+            "Name one of the files in it, or join them into one."
+        )
+    if path.is_file():
+        if known:
+            return path
+        raise DataError(
+            f"{path}: ends in {path.suffix or 'nothing'}; allowed are {endings}. "
+            "Rename or convert the file."
+        )
+    if known or name_or_path.startswith((".", "/", "~")) or not HUB_NAME.fullmatch(name_or_path):
+        raise DataError(f"{name_or_path}: no such file. Check the path.")
+    return None
+
+
+def shuffled(items: Iterable[Item], order: random.Random) -> Iterator[Item]:
+    """Yield the items with a document in random order, as far as a bounded buffer reaches."""
+    buffer: list[Item] = []
+    held = 0
+    for item in items:
+        if not item[0]:
+            continue
+        buffer.append(item)
+        held += characters(item[0])
+        while len(buffer) > _BUFFER_ROWS or held > _BUFFER_CHARACTERS:
+            index = order.randrange(len(buffer))
+            buffer[index], buffer[-1] = buffer[-1], buffer[index]
+            drawn = buffer.pop()
+            held -= characters(drawn[0] or "")
+            yield drawn
+    order.shuffle(buffer)
+    yield from buffer
 
 
 @dataclass(eq=False)
 class Source:
-    """A source of documents."""
+    """A source of documents, which can be read any number of times."""
 
     name: str
     """As messages and model cards call it."""
     licence: str
-    """Under which the text is given, as far as it is known without reading the rows."""
+    """Of the text, as far as it is known without reading the rows."""
     key: str
-    """Stands for its content and order."""
+    """Identifies its content and order."""
     items: Callable[[], Iterator[Item]]
     """Opens it; called once for each pass."""
     rows: int | None = None
     """How many there are before the filter, where that is known."""
     stream: bool = False
-    """Read as far as needed only, in random order."""
+    """Whether it is read only as far as needed, in random order."""
     sampled: bool = False
-    """Made for the purpose, so that there could be more of it."""
+    """Whether a model wrote it, so that there could be more of it."""
     filtered: bool = False
     """Whether rows that hold a refusal are left out."""
     held_out: int | None = None
-    """Rows to hold out where nothing else is said, None for a share of them."""
+    """Rows to hold out if the recipe does not set a number, None for a share of them."""
     reader: RowReader = field(default_factory=RowReader)
     """Makes documents of the rows of a table, and counts what it leaves out."""
     licences: set[str] = field(default_factory=set)
-    """What the rows of the last pass say their licence is."""
+    """Those that the rows of the last pass name."""
     _refusals: int = 0
 
     @property
     def endless(self) -> bool:
-        """Whether there is as much of it as one asks for."""
+        """Whether it has as much text as anyone needs."""
         return self.stream or self.sampled
 
     def documents(self) -> Iterator[Document | None]:
@@ -99,118 +191,108 @@ class Source:
         return notes
 
 
-def open_source(asked: HealSource, *, seed: int, in_part: bool) -> Source:
-    """Return a source by what a recipe says about it; of files nothing but their hash is read.
+def open_source(spec: HealSource, *, seed: int, in_part: bool) -> Source:
+    """Return a source of a recipe; of files only the hash is read.
 
     Args:
-        asked: the data, its fields and its filter.
+        spec: the data, its fields and its filter.
         seed: of the order of a stream.
-        in_part: whether less than all of it may do.
+        in_part: whether a part of it may be enough.
 
     Raises:
         DataError: if it is not there, or the fields make no sense.
     """
-    if asked.fields is not None:
-        check_fields(asked.fields, f"heal.data {asked.data}")
-    path = local_file(asked.data)
+    if spec.fields is not None:
+        check_fields(spec.fields, f"heal.data {spec.data}")
+    path = local_file(spec.data)
     source = (
-        _open_hub(asked, seed, in_part=in_part)
+        _open_hub(spec, seed, in_part=in_part)
         if path is None
-        else _open_file(path, asked, seed, in_part=in_part)
+        else _open_file(path, spec, seed, in_part=in_part)
     )
-    given = asked.filter or ("refusals" if asked.data == "lamini" else "none")
-    source.filtered = given == "refusals"
-    source.key = f"{source.key} {sorted((asked.fields or {}).items())} {given}"
+    if source.stream:
+        in_order = source.items
+        source.items = lambda: shuffled(in_order(), random.Random(seed))
+    chosen = spec.filter or ("refusals" if spec.data == "lamini" else "none")
+    source.filtered = chosen == "refusals"
+    source.key = f"{source.key} {sorted((spec.fields or {}).items())} {chosen}"
     if source.stream:
         source.key += f" {seed}"
     return source
 
 
-def _open_file(path: Path, asked: HealSource, seed: int, *, in_part: bool) -> Source:
-    stream = in_part and kind(path) in TABLES and path.stat().st_size > _LARGE_BYTES
+def _open_file(path: Path, spec: HealSource, seed: int, *, in_part: bool) -> Source:
+    table = kind(path) in TABLES
+    stream = in_part and table and path.stat().st_size > _LARGE_BYTES
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-
-    reader = RowReader(asked.fields)
+    reader = RowReader(spec.fields)
 
     def items() -> Iterator[Item]:
-        if kind(path) not in TABLES:
-            yield from ((stretch, None) for stretch in _stretches(path))
-            return
         order = random.Random(seed) if stream else None
-        for where, row in read_rows(path, lambda names: reader.pick(names, str(path)), order=order):
-            yield _item(reader, row, where)
+        return _items(read_rows(path, order=order), reader) if table else _cut(path)
 
     return Source(
         name=path.name,
         licence="as given by the file's owner",
         key=f"{digest} {kind(path)}",
-        items=(lambda: _in_random_order(items(), seed)) if stream else items,
+        items=items,
         rows=count_rows(path),
         stream=stream,
         reader=reader,
     )
 
 
-def _stretches(path: Path) -> Iterator[str]:
+def _cut(path: Path) -> Iterator[Item]:
     """Cut a text at line ends into documents of some pages, of which some can be held out."""
     lines: list[str] = []
-    characters = 0
-    with opened(path) as file:
-        for number, line in enumerate(file, start=1):
-            lines.append(decode(line, f"{path}:{number}"))
-            characters += len(lines[-1])
-            if characters > _STRETCH_CHARACTERS:
-                yield "".join(lines).strip()
-                lines, characters = [], 0
+    length = 0
+    for _, line in lines_of(path):
+        lines.append(line)
+        length += len(line)
+        if length > _DOCUMENT_CHARACTERS:
+            yield "".join(lines).strip(), None
+            lines, length = [], 0
     if text := "".join(lines).strip():
-        yield text
+        yield text, None
 
 
-def _open_hub(asked: HealSource, seed: int, *, in_part: bool) -> Source:
-    lamini = asked.data == "lamini"
-    info = hub_info(asked.data)
+def _open_hub(spec: HealSource, seed: int, *, in_part: bool) -> Source:
+    lamini = spec.data == "lamini"
+    info = hub_info(spec.data)
     small = info.size_bytes is not None and info.size_bytes <= _LARGE_BYTES
-    stream = in_part and not lamini and not small
     source = Source(
-        name=asked.data,
-        licence="CC BY-NC 4.0" if lamini else info.licence or f"see {hub_page(asked.data)}",
+        name=spec.data,
+        licence="CC BY-NC 4.0" if lamini else info.licence,
         key=info.key,
         items=lambda: iter(()),
-        stream=stream,
+        stream=in_part and not lamini and not small,
         held_out=5000 if lamini else None,
-        reader=RowReader(asked.fields),
+        reader=RowReader(spec.fields),
     )
 
     def items() -> Iterator[Item]:
-        if stream:
-            rows = stream_rows(asked.data, seed)
-        else:
-            source.rows, rows = downloaded_rows(asked.data)
-        for number, row in enumerate(rows, start=1):
-            yield _item(source.reader, row, f"{asked.data}: row {number}")
+        if source.stream:
+            return _items(_stream(spec.data, seed), source.reader)
+        source.rows, rows = downloaded_rows(spec.data)
+        return _items(_numbered(spec.data, rows), source.reader)
 
-    source.items = (lambda: _in_random_order(items(), seed)) if stream else items
+    source.items = items
     return source
 
 
-def _item(reader: RowReader, row: Mapping[str, Any], where: str) -> Item:
-    licence = row.get(LICENCE)
-    return reader(row, where), mended(str(licence)) if licence else None
+def _stream(given: str, seed: int) -> Iterator[PlacedRow]:
+    return _numbered(given, stream_rows(given, seed))
 
 
-def _in_random_order(items: Iterator[Item], seed: int) -> Iterator[Item]:
-    """Yield the items that hold something, in random order; their licences come as they come."""
-    seen: list[str | None] = []
+def _numbered(given: str, rows: Iterable[Row]) -> Iterator[PlacedRow]:
+    return ((f"{given}: row {number}", row) for number, row in enumerate(rows, start=1))
 
-    def documents() -> Iterator[Document]:
-        for document, licence in items:
-            seen[:] = [licence]
-            if document:
-                yield document
 
-    for document in shuffled(documents(), random.Random(seed)):
-        yield document, seen[0]
+def _items(rows: Iterable[PlacedRow], reader: RowReader) -> Iterator[Item]:
+    for where, row in rows:
+        licence = row.get(LICENCE)
+        yield reader(row, where), replace_surrogates(str(licence)) if licence else None
 
 
 def _refuses(document: Document) -> bool:

@@ -2,11 +2,11 @@
 
 Documents are tokenised, joined with the end-of-sequence token between them, and the stream is cut
 into windows of equal length; so nothing is padded, and every position counts the same. Where the
-tokenizer begins a text with a token of its own, every window begins with it, as every text that
-the model will see does.
+tokenizer begins a text with a special token, every window begins with it, as every text that the
+model will see does.
 
-Not more than four times the needed tokens are read; the windows are drawn from those. Several texts
-are each cut alone, and their windows shuffled together.
+At most four times the needed tokens are read; the windows are drawn from those. Several texts are
+each cut alone, and their windows shuffled together.
 
 Shapes: N and M windows of L tokens.
 """
@@ -16,7 +16,6 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,16 +27,16 @@ from llmslim.errors import DataError
 from llmslim.progress import Progress
 from llmslim.recipe.schema import Calibration
 
-from .columns import RowReader, check_left
-from .prompts import Encoder
-from .sampling import leading_token, longest_input, sampled_windows
-from .text import read_texts
-from .vocabulary import check_ids, embedding_rows
+from .columns import RowReader, check_left_out
+from .encoder import Encoder
+from .sampling import sampled_windows
+from .sources import read_texts
+from .vocabulary import check_ids, embedding_rows, leading_token, longest_input
 
 OWN_TEXT = "the dense model's own text"
-"""What `self` is called where people read of it."""
+"""The name of `self` in reports."""
 _POOL = 4
-_CHARACTERS_PER_TOKEN = 8  # more than text has: a stretch of so many characters is long enough
+_CHARACTERS_PER_TOKEN = 8  # more than text has, so that a stretch of a text is long enough
 _BATCH = 64
 
 
@@ -52,41 +51,28 @@ class Windows:
     held_out: Tensor
     """Windows to judge by, (M, L), int64; M is about N / 15."""
     notes: tuple[str, ...] = ()
-    """Sentences about what turned out otherwise than asked for."""
+    """Sentences about what was left out or changed."""
 
     @property
     def description(self) -> str:
-        """What a report says of them."""
+        """What a report shows of them."""
         return (
             f"{self.ids.numel():,} tokens of {self.source}, with errors measured on "
             f"{self.held_out.numel():,} others"
         )
 
-    def check_known(self, tokenizer: Any, vocabulary: int | None) -> None:
-        """Refuse windows for a model without an embedding for some of their tokens.
-
-        Args:
-            tokenizer: says what the tokens are, where there is one.
-            vocabulary: how many tokens the model knows; None where that is not known.
-
-        Raises:
-            DataError: if there are other tokens.
-        """
-        for ids in (self.ids, self.held_out):
-            check_ids(ids.flatten().cpu().numpy(), tokenizer, vocabulary, "calibration")
-
 
 def calibration_windows(
     spec: Calibration, tokenizer: Any, model: Any = None, *, progress: Progress | None = None
 ) -> Windows:
-    """Return the windows that a recipe's `calibration` section asks for.
+    """Return the windows of a recipe's `calibration` section.
 
     Args:
         spec: which data, how many tokens, how long the windows are, and the seed.
         tokenizer: the model's; `self` works without one.
         model: the dense model: `self` samples from it; no window may be longer than it reads, nor
             have tokens that it has no embedding for.
-        progress: called with tokens done, tokens in all, and what is being done.
+        progress: called with tokens done, tokens in all, and the name of the work.
 
     Returns:
         ceil(tokens / L) windows, at least two, of which one in 16 is held out, in one stretch: at
@@ -97,7 +83,18 @@ def calibration_windows(
         DataError: if the data cannot be read, is too short for two windows, is named twice, or the
             windows are longer than the model reads or have tokens that it does not know.
     """
-    _check_length(spec.sequence_length, model)
+    length = spec.sequence_length
+    longest = None if model is None else longest_input(model)
+    if length < 2:
+        raise DataError(
+            f"calibration.sequence_length: {length}; a window needs 2 tokens or more. "
+            "Something like 1024 is usual."
+        )
+    if longest is not None and length > longest:
+        raise DataError(
+            f"calibration.sequence_length: {length}; the model reads at most {longest} tokens "
+            f"(max_position_embeddings). Write {longest} or less."
+        )
     for data in spec.texts:
         if spec.texts.count(data) > 1:
             raise DataError(f"calibration.data: {data} is named twice. Name each text once.")
@@ -109,7 +106,7 @@ def calibration_windows(
     ]
     if len(parts) == 1:
         return parts[0]
-    # Shuffled, so that whoever takes the first windows only has some of every text.
+    # Shuffled, so that the first few windows alone are of every text.
     draw = random.Random(spec.seed)
     ids_NL, held_out = (
         windows[draw.sample(range(len(windows)), len(windows))]
@@ -149,32 +146,11 @@ def _windows_of(
     local = Path(data).expanduser()
     source = local.name if local.is_file() else data
     notes: list[str] = []
-    ids_NL = _read_windows(data, spec, tokenizer, wanted, notes, progress)
+    ids_NL = _read_windows(data, source, spec, tokenizer, wanted, notes, progress)
     if model is not None:
         rows = embedding_rows(model)
         check_ids(ids_NL.flatten().numpy(), tokenizer, rows, f"calibration.data: {source}")
     return _split(source, ids_NL, wanted, spec.seed, notes)
-
-
-def _check_length(length: int, model: Any) -> None:
-    """Refuse windows that the model cannot read, or that predict nothing.
-
-    Raises:
-        DataError: if they are too long or too short.
-    """
-    if length < 2:
-        raise DataError(
-            f"calibration.sequence_length: {length}; a window needs 2 tokens or more. "
-            "Something like 1024 is usual."
-        )
-    if model is None:
-        return
-    longest = longest_input(model)
-    if longest is not None and length > longest:
-        raise DataError(
-            f"calibration.sequence_length: {length}; the model reads at most {longest} tokens "
-            f"(max_position_embeddings). Write {longest} or less."
-        )
 
 
 def _split(source: str, ids_NL: Tensor, wanted: int, seed: int, notes: list[str]) -> Windows:
@@ -183,14 +159,14 @@ def _split(source: str, ids_NL: Tensor, wanted: int, seed: int, notes: list[str]
     if found < wanted:
         notes.append(
             f"{source}: only {found * length} tokens ({found} windows of {length}); "
-            f"{wanted * length} were asked for."
+            f"{wanted * length} were wanted."
         )
     wanted = min(wanted, found)
     aside = min(max(round(wanted / 16), 1), 16)
     draw = random.Random(seed)
     start = draw.randrange(found - aside + 1)
     # One stretch of the text: windows between those of the fit would be of the same articles, and
-    # tell nothing of how it does on others.
+    # would not measure the fit on others.
     held_out = ids_NL[start : start + aside].clone()
     rest = [n for n in range(found) if not start <= n < start + aside]
     draw.shuffle(rest)
@@ -199,6 +175,7 @@ def _split(source: str, ids_NL: Tensor, wanted: int, seed: int, notes: list[str]
 
 def _read_windows(
     data: str,
+    source: str,
     spec: Calibration,
     tokenizer: Any,
     wanted: int,
@@ -214,24 +191,25 @@ def _read_windows(
     inner = spec.sequence_length - (first is not None)
     pool = wanted * inner * _POOL
     stream: list[int] = []
-    # Told apart from the windows' order, which is drawn from the same seed.
+    # Not the seed alone, which draws the windows' order.
     order = random.Random(f"stretch {spec.seed}")
-    reader, writer = RowReader(), Encoder(tokenizer)
+    reader, encoder = RowReader(), Encoder(tokenizer)
     documents = read_texts(data, seed=spec.seed, reader=reader)
     while len(stream) < pool:
-        texts = []
-        for document in itertools.islice(documents, _BATCH):
-            text = writer.text(document)
-            texts.append(_stretch(text, pool * _CHARACTERS_PER_TOKEN, order))
+        texts = [
+            _stretch(encoder.text(document), pool * _CHARACTERS_PER_TOKEN, order)
+            for document in itertools.islice(documents, _BATCH)
+        ]
         if not texts:
             break
-        for ids in _tokenise(texts, tokenizer, first):
-            _append(stream, ids, tokenizer.eos_token_id)
+        encoded = tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False)
+        for ids in encoded["input_ids"]:
+            begins = first is not None and ids[:1] == [first]
+            _append(stream, ids[1:] if begins else ids, tokenizer.eos_token_id)
         if progress is not None:
             progress(min(len(stream), pool), pool, "tokenising")
-    source = Path(data).name if Path(data).expanduser().is_file() else data
-    left_out = [*reader.notes(source), *writer.notes(source)]
-    check_left(source, reader.left_out, reader.rows, left_out)
+    left_out = [*reader.notes(source), *encoder.notes(source)]
+    check_left_out(source, reader.left_out, reader.rows, left_out)
     notes += left_out
     count = min(len(stream), pool) // inner
     if count < 2:
@@ -253,15 +231,8 @@ def _stretch(text: str, characters: int, order: random.Random) -> str:
     return text[start : start + characters]
 
 
-def _tokenise(texts: list[str], tokenizer: Any, first: int | None) -> Iterator[list[int]]:
-    """Yield the ids of each text, without the token that every window begins with."""
-    encoded = tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False)
-    for ids in encoded["input_ids"]:
-        yield ids[1:] if first is not None and ids[:1] == [first] else ids
-
-
 def _append(stream: list[int], ids: list[int], eos: int | None) -> None:
-    """Add a document's tokens, parted from what is there unless that ends by itself."""
+    """Add a document's tokens, with the end token before them unless the stream ends in it."""
     # A chat template's last turn ends in the same token, and perhaps a line end.
     if stream and ids and eos is not None and eos not in stream[-2:]:
         stream.append(eos)

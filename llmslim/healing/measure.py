@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from llmslim.data import embedding_rows, longest_input, mended
+from llmslim.data import embedding_rows, longest_input, replace_surrogates
 from llmslim.healing.objectives import next_tokens
 from llmslim.healing.objectives.cross_entropy import summed_cross_entropy
 from llmslim.healing.restoring import evaluating
@@ -87,7 +87,10 @@ def _answer(model: Any, tokenizer: Any, prompt: str) -> str:
             [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
         )
         inputs = tokenizer(
-            mended(text), add_special_tokens=False, return_tensors="pt", return_token_type_ids=False
+            replace_surrogates(text),
+            add_special_tokens=False,
+            return_tensors="pt",
+            return_token_type_ids=False,
         )
     else:
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)

@@ -1,14 +1,15 @@
 """Read, check and write model folders and files."""
 
-from .atomic import check_keeps_source as check_keeps_source
-from .atomic import check_target as check_target
-from .atomic import disk_is_full as disk_is_full
-from .atomic import disk_problem as disk_problem
-from .atomic import flush as flush
-from .atomic import publish as publish
-from .atomic import replacing as replacing
-from .atomic import resolved as resolved
-from .atomic import write_whole as write_whole
+from llmslim.atomic import check_keeps_source as check_keeps_source
+from llmslim.atomic import check_target as check_target
+from llmslim.atomic import disk_is_full as disk_is_full
+from llmslim.atomic import disk_problem as disk_problem
+from llmslim.atomic import flush as flush
+from llmslim.atomic import publish as publish
+from llmslim.atomic import replacing as replacing
+from llmslim.atomic import resolved as resolved
+from llmslim.atomic import write_whole as write_whole
+
 from .dense import dense_copy as dense_copy
 from .finite import check_finite as check_finite
 from .finite import explain_nonfinite as explain_nonfinite

@@ -21,10 +21,10 @@ from threading import Event
 from typing import Any
 
 from llmslim._version import __version__
+from llmslim.atomic import all_files
 from llmslim.errors import CheckpointError
 from llmslim.modeling.configuration_llmslim import MODEL_TYPE
 
-from .atomic import all_files
 from .companions import PROCESSORS, TEMPLATES
 from .safetensors_io import INDEX, read_json, read_weights, weight_files
 from .source import Source, empty_model, open_source

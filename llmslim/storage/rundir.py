@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from llmslim._version import __version__
+from llmslim.atomic import write_whole
 from llmslim.compat import CONFIG_ORIGIN
 from llmslim.errors import SlimError, and_more
 
-from .atomic import write_whole
 from .safetensors_io import read_json_if_whole
 
 try:

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llmslim.atomic import all_files, flush, staged
 from llmslim.errors import CheckpointError
 from llmslim.modeling.base_class import auto_class_of
 from llmslim.modeling.configuration_llmslim import register
 
-from .atomic import all_files, flush, staged
 from .companions import LEGACY_TEMPLATE, copy_companions
 from .load import load_tokenizer
 from .manifest import write_manifest

@@ -238,7 +238,7 @@ MUTATIONS = (
     ),
     change(
         "llmslim/api.py",
-        "calibration.check_known(tokenizer, embedding_rows(model))",
+        'check_ids(ids.flatten().cpu().numpy(), tokenizer, known, "calibration")',
         "pass",
         "a token without an embedding crashes the fit",
         "tests/test_vocabulary.py::test_windows_made_elsewhere_are_checked_too",

@@ -1,17 +1,17 @@
-"""Turn documents into token ids, and say on which of them the loss falls.
+"""Turn documents into token ids, and mark those that the loss leaves out.
 
-A conversation is written out by the tokenizer's own chat template (chat.py), or in the source
-report's form,
+A conversation is written by the tokenizer's own chat template (chat.py), or in the kphi-3 report's
+form,
 
     <|user|>{question}<|end|><|assistant|>{answer}<|end|><|endoftext|>
 
-and tokenised in one go, as the model will see it. Where the answers stand in the text is found in
-masks.py; which tokens these are is read off the tokens' places in the whole text. A token that
-swallows the space around it, as many tags do, stands where it is without that space.
+and tokenised in one call, as the model will see it. masks.py finds the answers in the text; which
+tokens these are follows from the tokens' offsets in the whole text. The offsets of a token that
+takes in the space around it, as many tags do, are those without that space.
 
 A plain text begins as the tokenizer begins a text and ends with its end token.
 
-Encoded: ids, with every token on which no loss falls stored as its complement ~id, a negative
+Encoded: ids, with every token that is not learned stored as its complement ~id, a negative
 number. One array then holds both, in memory and on disk.
 """
 
@@ -20,21 +20,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .chat import Chat, calls_as_text
+from .columns import counted
 from .masks import Masks, Span, inside_by_pieces, within
 from .messages import Document, Message, tools_of
-from .sampling import leading_token
+from .vocabulary import leading_token
 
 Ids = NDArray[np.int32]
 Spans = tuple[Span, ...]
 
-REPORT_TAGS = ("<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>")
+_TAGS = ("<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>")
 
 _WHOLE, _REFUSED, _SILENT, _LOST = "whole", "refused", "silent", "lost"
 
@@ -45,9 +45,9 @@ class _Written:
 
     text: str
     answers: Spans | None = None
-    """Characters that the assistant says, with the end of its turn; None if that cannot be told."""
+    """The assistant's characters, with the end of its turn; None in a text without turns."""
     begun: bool = False
-    """Whether the text has the token that the tokenizer puts before a text, as templates do."""
+    """Whether the text has the token that begins a text, as templates write it."""
     ended: bool = False
     """Whether the text has the token that ends a text, or is to have none."""
 
@@ -58,10 +58,10 @@ class Encoder:
 
     Args:
         tokenizer: the model's.
-        template: the tokenizer's chat template, or the source report's form.
-        loss_on: every token, or only what the assistant says and the end of its turn.
-        stops: tokens at which the model stops to speak, where they are known: in some templates an
-            answer has no end but the tag of the next turn.
+        template: the tokenizer's chat template, or the kphi-3 report's form.
+        loss_on: every token, or only the assistant's turns and their ends.
+        stops: tokens at which the model stops to generate, where they are known: in some templates
+            an answer has no end but the tag of the next turn.
     """
 
     tokenizer: Any
@@ -69,11 +69,19 @@ class Encoder:
     loss_on: Literal["all", "answers"] = "all"
     stops: frozenset[int] = frozenset()
     counts: Counter[str] = field(default_factory=Counter)
-    """How many documents turned out otherwise than asked for, by what happened."""
+    """How many documents were not encoded as usual, by the reason."""
     _unwritten: Counter[str] = field(default_factory=Counter)
 
+    def __post_init__(self) -> None:
+        self._chat = Chat(self.tokenizer)
+        self._masks = Masks(self._chat)
+        self._first = leading_token(self.tokenizer)
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        # Tokens that take in the space around them.
+        self._greedy = [number for number, one in added.items() if one.lstrip or one.rstrip]
+
     def __call__(self, documents: Sequence[Document | None]) -> list[Ids]:
-        """Return the ids of each document, none for one that is empty or has nothing to learn."""
+        """Return the ids of each document, (T,), none for one that is empty or not learned from."""
         written = [self._write(document) if document else _Written("") for document in documents]
         offsets = self.loss_on == "answers" and bool(getattr(self.tokenizer, "is_fast", False))
         encoded = self.tokenizer(
@@ -83,10 +91,10 @@ class Encoder:
             return_offsets_mapping=offsets,
             verbose=False,
         )
-        places = encoded["offset_mapping"] if offsets else [None] * len(written)
+        offsets_of = encoded["offset_mapping"] if offsets else [None] * len(written)
         return [
-            self._finish(np.array(ids, dtype=np.int32), one, at)
-            for ids, one, at in zip(encoded["input_ids"], written, places, strict=True)
+            self._finish(np.array(ids, dtype=np.int32), one, places)
+            for ids, one, places in zip(encoded["input_ids"], written, offsets_of, strict=True)
         ]
 
     def text(self, document: Document) -> str:
@@ -97,74 +105,61 @@ class Encoder:
         """Count from zero."""
         self.counts.clear()
         self._unwritten.clear()
-        self._chat.unwritten.clear()
-        self._chat.moved, self._chat.halved = 0, False
+        self._chat.clear()
 
     @property
     def key(self) -> str:
-        """What the ids depend on beside the documents and the tokenizer's vocabulary."""
+        """What the ids depend on besides the documents and the tokenizer's vocabulary."""
         template = self.tokenizer.chat_template if self.template == "chat" else self.template
         stops = sorted(self.stops) if self.loss_on == "answers" else ""
         return f"{self.loss_on} {stops} {template}"
 
     def notes(self, source: str) -> list[str]:
-        """Return sentences about the documents that turned out otherwise than asked for."""
+        """Return sentences about the documents that were not encoded as usual."""
         notes = [
             f"{source}: {sentence.format(self.counts[what])}"
             for what, sentence in _SENTENCES.items()
             if self.counts[what]
         ]
         if self._unwritten:
-            what = ", ".join(f"{what} ({count})" for what, count in self._unwritten.items())
-            notes.append(f"{source}: not written without a chat template: {what}.")
+            unwritten = counted(self._unwritten)
+            notes.append(f"{source}: not written without a chat template: {unwritten}.")
         return [*notes, *self._chat.notes(source)]
 
     def _write(self, document: Document) -> _Written:
-        """Write a document out, and find the answers in it."""
+        """Write a document, and find the answers in it."""
         if isinstance(document, str):
             report = self.template == "report"
             return _Written(document + "<|endoftext|>" * report, ended=report)
         if self.template == "report" or not getattr(self.tokenizer, "chat_template", None):
             self._count_unwritten(document)
-            return _in_the_reports_form(document) if self.template == "report" else _plain(document)
+            return _by_roles(document, report=self.template == "report")
         found = self._chat.write(document)
         if found is None:
             self.counts[_REFUSED] += 1
             self._count_unwritten(document)
-            return _plain(document)
+            return _by_roles(document, report=False)
         text, answers = found.text, None
         if self.loss_on == "answers":
             spans, lost = self._masks.answers(found)
             answers = tuple(spans)
             self.counts[_LOST] += lost
         if document[-1].get("unfinished"):
-            said = document[-1]["content"]
-            said = said if said in text else said.strip()
-            text = text[: text.rindex(said) + len(said)] if said in text else text
+            last = document[-1]["content"]
+            last = last if last in text else last.strip()
+            text = text[: text.rindex(last) + len(last)] if last in text else text
         return _Written(text, answers, begun=True, ended=True)
 
     def _count_unwritten(self, document: list[Message]) -> None:
-        """Count what is written by chat templates only."""
+        """Count what only chat templates write."""
         self._unwritten["tools"] += len(tools_of(document))
         self._unwritten["reasoning"] += sum("reasoning_content" in turn for turn in document)
         self._unwritten = +self._unwritten
 
-    @cached_property
-    def _chat(self) -> Chat:
-        return Chat(self.tokenizer)
-
-    @cached_property
-    def _masks(self) -> Masks:
-        return Masks(self._chat)
-
-    @cached_property
-    def _first(self) -> int | None:
-        return leading_token(self.tokenizer)
-
     def _finish(
         self, ids: Ids, written: _Written, offsets: Sequence[tuple[int, int]] | None
     ) -> Ids:
-        """Add the tokens that begin and end a text; mark those on which no loss falls."""
+        """Add the tokens that begin and end a text; mark those that are not learned."""
         if not len(ids):
             return ids
         learned = np.ones(len(ids), dtype=bool)
@@ -172,9 +167,8 @@ class Encoder:
             if written.answers is None:
                 self.counts[_WHOLE] += 1
             elif offsets is None:
-                learned = inside_by_pieces(
-                    self.tokenizer, written.text, ids.tolist(), written.answers
-                )
+                text = written.text
+                learned = inside_by_pieces(self.tokenizer, text, ids.tolist(), written.answers)
             else:
                 learned = within(self._places(ids, written.text, offsets), written.answers)
             if self.stops and written.begun:
@@ -190,22 +184,15 @@ class Encoder:
         return np.where(learned, ids, ~ids)
 
     def _learn_stops(self, ids: Ids, learned: NDArray[np.bool_]) -> None:
-        """Learn, too, the token behind an answer where that is what ends it; in place."""
+        """Learn the token after an answer, too, where that token ends it; in place."""
         stops = np.isin(ids, list(self.stops))
-        behind = np.flatnonzero(learned[:-1] & ~learned[1:]) + 1
-        for index in behind[stops[behind]]:
+        after = np.flatnonzero(learned[:-1] & ~learned[1:]) + 1
+        for index in after[stops[after]]:
             if not stops[max(0, index - 2) : index].any():  # an end, and perhaps a line end
                 learned[index] = True
 
-    @cached_property
-    def _greedy(self) -> Ids:
-        """Tokens that swallow the space around them."""
-        added = getattr(self.tokenizer, "added_tokens_decoder", {})
-        which = [number for number, token in added.items() if token.lstrip or token.rstrip]
-        return np.array(which, dtype=np.int32)
-
     def _places(self, ids: Ids, text: str, offsets: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
-        """Return where each token stands, without the space that it has swallowed."""
+        """Return the offsets of each token, (T, 2), without the space that it has taken in."""
         places = np.array(offsets)
         for index in np.flatnonzero(np.isin(ids, self._greedy)):
             start, end = places[index]
@@ -215,51 +202,51 @@ class Encoder:
         return places
 
 
-def _in_the_reports_form(document: list[Message]) -> _Written:
-    """Write a conversation as the source report does; roles of any name get a tag of their own."""
+def _by_roles(document: list[Message], *, report: bool) -> _Written:
+    """Write a conversation without a chat template.
+
+    Args:
+        document: the conversation; roles of any name get a tag.
+        report: whether in the kphi-3 report's form, else as paragraphs.
+    """
     text, spans = "", []
-    unfinished = bool(document[-1].get("unfinished"))
     for turn in document:
-        text += f"<|{turn['role']}|>"
+        text += f"<|{turn['role']}|>" if report else "\n\n" if text else ""
         start = len(text)
-        text += _said(turn)
-        if not turn.get("unfinished"):
+        text += "\n".join(filter(None, (turn["content"], calls_as_text(turn))))
+        if report and not turn.get("unfinished"):
             text += "<|end|>"
         if turn["role"] == "assistant":
             spans.append((start, len(text)))
-    if not unfinished:
+    unfinished = bool(document[-1].get("unfinished"))
+    if report and not unfinished:
         text += "<|endoftext|>"
         if document[-1]["role"] == "assistant":
             spans[-1] = spans[-1][0], len(text)
-    return _Written(text, tuple(spans), ended=True)
+    return _Written(text, tuple(spans), ended=report or unfinished)
 
 
-def _plain(document: list[Message]) -> _Written:
-    """Write a conversation as paragraphs, for tokenizers without a chat template."""
-    text, spans = "", []
-    for turn in document:
-        text += "\n\n" if text else ""
-        start = len(text)
-        text += _said(turn)
-        if turn["role"] == "assistant":
-            spans.append((start, len(text)))
-    return _Written(text, tuple(spans), ended=bool(document[-1].get("unfinished")))
-
-
-def _said(turn: Message) -> str:
-    """Return what a turn says, its calls of tools as JSON behind it."""
-    return "\n".join(filter(None, (turn["content"], calls_as_text(turn))))
+def report_notes(tokenizer: Any) -> list[str]:
+    """Return a sentence about the report's tags that are several tokens, if there are any."""
+    several = [
+        tag for tag in _TAGS if len(tokenizer(tag, add_special_tokens=False)["input_ids"]) > 1
+    ]
+    if not several:
+        return []
+    return [
+        f"template report: the tokenizer has no token for {', '.join(several)}; each is several "
+        "tokens."
+    ]
 
 
 _SENTENCES = {
     _REFUSED: (
         "the chat template refuses {} conversations, such as ones that do not alternate between "
-        "user and assistant; they were read as plain text."
+        "user and assistant; they were written as plain text."
     ),
     _WHOLE: "{} documents are plain text without turns; the loss falls on all of each.",
     _LOST: (
-        "{} answers cannot be told apart in what the chat template writes, and were not learned "
-        "from."
+        "{} answers cannot be found in what the chat template writes, and were not learned from."
     ),
     _SILENT: "{} documents hold nothing to learn from, such as no answer, and were left out.",
 }

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from llmslim.errors import CheckpointError
 
@@ -115,6 +116,21 @@ def staged(out: Path, overwrite: bool) -> Iterator[Path]:
         if problem is None:
             raise
         raise CheckpointError(f"{out}: {problem}") from error
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file that appears at `path` when the block ends without an error, and only then.
+
+    Its temporary name is random, so several processes may write the same file.
+    """
+    partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+    try:
+        with partial.open("xb") as file:
+            yield file
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager
