@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, logits, tiny_model, tokens
+from tiny import ARCHITECTURES, few, logits, tiny_model, tokens
 
 import llmslim
 from llmslim import RecipeError, SizeError, TargetError
@@ -15,7 +15,7 @@ from llmslim.planning.depth import kept_layers
 from llmslim.recipe import Recipe
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", few(ARCHITECTURES))
 def test_dropping_layers_equals_skipping_them(architecture: str) -> None:
     """Truth: the dense model with the dropped layers turned into identities."""
     model, dense = tiny_model(architecture), tiny_model(architecture)
@@ -80,7 +80,7 @@ def test_wider_is_the_same_function(architecture: str, factor: float) -> None:
     assert torch.allclose(logits(model, ids), logits(dense, ids), atol=1e-10)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", few(ARCHITECTURES))
 def test_narrower_drops_neurons_that_do_nothing_first(architecture: str) -> None:
     """Neurons whose outgoing weights are zero must go, and with them nothing of the function."""
     model = tiny_model(architecture).double()

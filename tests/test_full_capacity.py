@@ -13,6 +13,7 @@ import pytest
 import torch
 from every_architecture import NOT_FITTED, config_classes, tiny_model
 from test_every_architecture import TINY
+from tiny import few
 from transformers.pytorch_utils import Conv1D
 
 from llmslim import fitting, planning
@@ -176,7 +177,7 @@ HOLDS_SOME: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("init", ["project", "least_squares"])
 @pytest.mark.parametrize("kind", HOLDS_SOME)
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
+@pytest.mark.parametrize("name", few(["llama", "mixtral"]))
 def test_matrices_that_a_block_can_hold_are_kept(name: str, kind: str, init: str) -> None:
     """Blocks of half the weights, for a model whose matrices are such blocks already."""
     model = dense_model(name)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers_checkpoint import tiny_tokenizer
-from tiny import ARCHITECTURES, logits, tiny_model, tokens
+from tiny import ARCHITECTURES, few, logits, tiny_model, tokens
 
 import llmslim
 from llmslim import DataError, SlimError, TargetError, fitting, planning
@@ -61,7 +61,7 @@ def test_full_rank_blocks_give_the_dense_model_back(architecture: str) -> None:
     assert max(errors) < 1e-6
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", few(ARCHITECTURES))
 @pytest.mark.parametrize(
     "rule",
     [

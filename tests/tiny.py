@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
+import pytest
 import torch
 import transformers as tf
 
@@ -31,6 +32,14 @@ _CONFIGS: dict[str, Callable[[], Any]] = {
 
 
 ARCHITECTURES = tuple(_CONFIGS)
+
+
+def few(names: Iterable[str], usual: Collection[str] = ("llama", "phi3", "gpt2")) -> list[Any]:
+    """Return names as parameters of a test, all but the usual ones marked slow.
+
+    Llama's projections stand alone, Phi-3's are fused, GPT-2's are transposed.
+    """
+    return [pytest.param(name, marks=() if name in usual else pytest.mark.slow) for name in names]
 
 
 def tiny_config(architecture: str) -> Any:
