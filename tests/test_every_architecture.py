@@ -33,6 +33,7 @@ from torch import nn
 from llmslim import fitting, planning
 from llmslim.anatomy.sites import find_layers
 from llmslim.errors import SizeError, TargetError
+from llmslim.fitting import layerwise
 from llmslim.healing.packing_check import sees_neighbours
 from llmslim.planning.plan import model_on_meta
 from llmslim.recipe import Recipe
@@ -212,7 +213,7 @@ def test_packed_samples_are_as_each_alone(name: str) -> None:
 )
 def test_fit_to_text(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # As on machines that are fast at it: not every architecture's code expects two types.
-    monkeypatch.setattr("llmslim.fitting.layerwise.fast_type", lambda *_: torch.bfloat16)
+    monkeypatch.setattr(layerwise, "fast_type", lambda *_: torch.bfloat16)
     model = tiny_model(CLASSES[name])
     if name in NOT_FITTED:
         for way in (walk, fit_to_text):

@@ -15,6 +15,7 @@ from llmslim import fitting, planning
 from llmslim.anatomy import sites
 from llmslim.anatomy.sites import find_experts
 from llmslim.fitting import experts as expert_fits
+from llmslim.fitting import layerwise
 from llmslim.fitting import layerwise as sequential
 from llmslim.fitting.calibration import TokenWindows
 from llmslim.fitting.experts import Watched, fit_experts, watching
@@ -37,7 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.fixture(autouse=True)
 def in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run layers in float32 whatever the processor is fast at."""
-    monkeypatch.setattr("llmslim.fitting.layerwise.fast_type", lambda *_: None)
+    monkeypatch.setattr(layerwise, "fast_type", lambda *_: None)
 
 
 def calibration(windows: int = 20, length: int = 16) -> TokenWindows:

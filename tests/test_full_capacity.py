@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from llmslim import fitting, planning
 from llmslim.anatomy.layer_calls import fast_type
 from llmslim.anatomy.sites import Site, find_experts, find_layers, find_sites
+from llmslim.fitting import layerwise
 from llmslim.modeling.sizes import common_divisors
 from llmslim.recipe import Recipe
 from llmslim.report.report import Report
@@ -142,7 +143,7 @@ def test_what_is_left_is_the_rounding_of_the_type(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Truth: the same weights in float64. A block is two products where the map was one."""
-    monkeypatch.setattr("llmslim.fitting.layerwise.fast_type", lambda *_: None)
+    monkeypatch.setattr(layerwise, "fast_type", lambda *_: None)
     model = dense_model(name, dtype)
     own = apart(logits(model), logits(copy.deepcopy(model).double()))
     assert 0 < own < 4 * torch.finfo(dtype).eps
@@ -151,7 +152,7 @@ def test_what_is_left_is_the_rounding_of_the_type(
 
 def test_what_faster_products_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bounded by what bfloat16 rounds away in one forward pass of the same model."""
-    monkeypatch.setattr("llmslim.fitting.layerwise.fast_type", lambda *_: torch.bfloat16)
+    monkeypatch.setattr(layerwise, "fast_type", lambda *_: torch.bfloat16)
     model = dense_model("llama", torch.float32)
     rounding = apart(logits(copy.deepcopy(model).bfloat16()), logits(model))
     assert 1e-6 < given_back(model, "least_squares", "low_rank") < 2 * rounding

@@ -18,6 +18,7 @@ from llmslim.anatomy.layer_calls import record_calls, run_layer
 from llmslim.anatomy.sites import dense_weight, find_layers, find_mlps
 from llmslim.data import Windows
 from llmslim.editing.resize import keep_neurons
+from llmslim.fitting import layerwise
 from llmslim.fitting.layer_pair import LayerPair
 from llmslim.fitting.neurons import eliminate
 from llmslim.init import damping
@@ -32,7 +33,7 @@ WINDOWS = Windows(tokens(64, 16), "random tokens", tokens(4, 16, seed=5))
 @pytest.fixture(autouse=True)
 def in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run layers in float32 whatever the processor is fast at."""
-    monkeypatch.setattr("llmslim.fitting.layerwise.fast_type", lambda *_: None)
+    monkeypatch.setattr(layerwise, "fast_type", lambda *_: None)
 
 
 def rows_of(report: llmslim.Report, ending: str) -> list[Any]:
@@ -344,7 +345,7 @@ def test_non_finite_activations_are_an_answer_or_an_error() -> None:
 
 
 def test_in_bfloat16_full_rank_is_near(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmslim.fitting.layerwise.fast_type", lambda *_: torch.bfloat16)
+    monkeypatch.setattr(layerwise, "fast_type", lambda *_: torch.bfloat16)
     model, dense = tiny_model("llama"), tiny_model("llama")
     rules = [{"match": "*.mlp.*", "structure": "low_rank", "rank": 48}]
     llmslim.slim(model, {"init": "least_squares", "replace": rules}, calibration=WINDOWS)
@@ -355,7 +356,7 @@ def test_in_bfloat16_full_rank_is_near(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_layer_norms_in_bfloat16_take_the_float32_stream(
     architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmslim.fitting.layerwise.fast_type", lambda *_: torch.bfloat16)
+    monkeypatch.setattr(layerwise, "fast_type", lambda *_: torch.bfloat16)
     dense = tiny_model(architecture)
     apart = {}
     for init in ("project", "least_squares"):
@@ -432,7 +433,7 @@ def test_the_streams_of_a_layer_are_let_go_with_it(
             assert all(pair() is None for pair in pairs)
             pairs.append(weakref.ref(self))
 
-    monkeypatch.setattr("llmslim.fitting.layerwise.LayerPair", Watched)
+    monkeypatch.setattr(layerwise, "LayerPair", Watched)
     recipe = llmslim.Recipe.of(
         {
             "name": "r",

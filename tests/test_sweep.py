@@ -12,6 +12,7 @@ from six_layers import Subject, inputs, subjects
 from transformers import GPT2LMHeadModel, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+import llmslim
 from llmslim import api
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -116,7 +117,7 @@ def test_another_function_is_a_fault(bench: Bench, monkeypatch: pytest.MonkeyPat
         model.model.norm.weight.data[0] += 0.5
         return report
 
-    monkeypatch.setattr("llmslim.slim", off)
+    monkeypatch.setattr(llmslim, "slim", off)
     save, convert = bench.judge("depth, a list")
     assert outcomes([save, convert]) == ["fault", "fault"]
     assert save.difference == 0
@@ -134,7 +135,7 @@ def test_layers_that_share_a_place_in_the_cache_are_a_fault(
         model.model.layers[1].self_attn.layer_idx = 0
         return report
 
-    monkeypatch.setattr("llmslim.slim", off)
+    monkeypatch.setattr(llmslim, "slim", off)
     save, _ = bench.judge("depth, a list")
     assert (save.outcome, save.difference, save.truth) == ("fault", 0, 0)
     assert "with a cache" in save.detail
@@ -144,7 +145,7 @@ def test_an_error_after_the_plan_is_a_fault(bench: Bench, monkeypatch: pytest.Mo
     def broken(*_: Any) -> None:
         raise RuntimeError("no")
 
-    monkeypatch.setattr("llmslim.convert", broken)
+    monkeypatch.setattr(llmslim, "convert", broken)
     cases = bench.judge("structure")
     assert outcomes(cases) == ["same", "fault"]
     assert cases[1].detail == "error after the plan: RuntimeError: no"
@@ -156,7 +157,7 @@ def test_what_the_plan_refuses_stays_refused(
     bench = Bench(Subject("mamba", "causal"), tmp_path)
     assert bench.set_up() == ""
     assert outcomes(bench.judge("width, more")) == ["refused", "refused"]
-    monkeypatch.setattr("llmslim.convert", lambda *_: None)
+    monkeypatch.setattr(llmslim, "convert", lambda *_: None)
     cases = bench.judge("width, more")
     assert outcomes(cases) == ["refused", "fault"]
     assert cases[1].detail.startswith("plan refuses, convert does not")
