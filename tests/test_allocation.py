@@ -164,7 +164,7 @@ def test_measured_shares_beat_even_ones() -> None:
 
 def test_a_budget_too_small_is_an_error_that_says_what_is_possible() -> None:
     recipe = Recipe.of({"budget": 0.01, "replace": [AUTO_MLP]})
-    with pytest.raises(RecipeError, match=r"recipe budget: 0\.01; these projections reach 0\.06"):
+    with pytest.raises(RecipeError, match=r"budget: 0\.01.* 0\.06"):
         fitting.allocate(tiny_model("llama"), recipe, CALIBRATION)
 
 

@@ -312,5 +312,5 @@ def test_a_layer_that_reads_from_another_keeps_it() -> None:
     drop_layers(kept, "layers", [1, 2, 3])
     assert [layer.layer_idx for layer in kept["layers"]] == [0, 1, 2]
     assert kept["layers"][2].kv_layer_idx == 0
-    with pytest.raises(ValueError, match="layer 3 reads from layer 1"):
+    with pytest.raises(ValueError, match=r"3 .* 1"):
         drop_layers(model(), "layers", [0, 2, 3])

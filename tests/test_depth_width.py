@@ -114,7 +114,7 @@ def test_width_without_a_config_field_becomes_sites(tmp_path: Any) -> None:
 def test_no_mlp_to_resize() -> None:
     model = tiny_model("llama")
     llmslim.slim(model, {"replace": [{"match": "*.mlp.*", "structure": "low_rank", "rank": 2}]})
-    with pytest.raises(TargetError, match="no MLP found"):
+    with pytest.raises(TargetError, match="LlamaForCausalLM"):
         llmslim.slim(model, {"width": {"intermediate_size": 64}})
 
 
@@ -143,7 +143,7 @@ def test_groups_are_checked_against_the_new_width() -> None:
         "width": {"intermediate_size": 100},
         "replace": [{"match": "*.down_proj", "structure": "grouped_pointwise", "groups": 8}],
     }
-    with pytest.raises(SizeError, match="in_features 100"):
+    with pytest.raises(SizeError, match="100"):
         llmslim.slim(tiny_model("llama"), recipe)
 
 

@@ -256,11 +256,11 @@ def test_the_neurons_of_an_mlp_can_be_repeated(name: str) -> None:
 def test_a_width_is_for_mlps(name: str) -> None:
     model = tiny_model(CLASSES[name])
     section = Recipe.of({"name": "w", "width": {"intermediate_size": 32}})
-    with pytest.raises(TargetError, match=f"no MLP found in {type(model).__name__}"):
+    with pytest.raises(TargetError, match=type(model).__name__):
         planning.plan(model, section)
     inside = "*.mixer.*" if name == "mamba" else "*.feed_forward.*"
     rule = {"match": inside, "structure": "width", "keep_ratio": 0.5}
-    with pytest.raises(SizeError, match="structure width is for the projections of an MLP"):
+    with pytest.raises(SizeError, match="width"):
         planning.plan(model, Recipe.of({"name": "w", "replace": [rule]}))
 
 

@@ -27,7 +27,7 @@ MLP = ["*.mlp.*", "*.fc1", "*.fc2"]
 KEYS_VALUES = ["*.k_proj", "*.v_proj"]
 SEPARATE = {"llama", "qwen2", "qwen3", "gemma", "mistral", "opt"}
 """Architectures with key and value projections of their own."""
-WINDOWS = Windows(tokens(64, 16), "random tokens", tokens(4, 16, seed=5))
+WINDOWS = Windows(tokens(16, 64), "random tokens", tokens(4, 16, seed=5))
 
 
 @pytest.fixture(autouse=True)
@@ -302,7 +302,7 @@ LOW_RANK: dict[str, Any] = {
 
 def test_a_plan_that_needs_calibration_is_not_carried_out_without() -> None:
     model = tiny_model("llama")
-    with pytest.raises(DataError, match=r"recipe init: .*needs calibration"):
+    with pytest.raises(DataError, match="init: "):
         fitting.rewrite(model, llmslim.plan(model, LOW_RANK))
     assert type(model).__name__ == "LlamaForCausalLM"
 
@@ -314,17 +314,17 @@ def test_slim_draws_the_recipes_calibration_text_itself() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rule", "message"),
+    ("rule", "named"),
     [
-        ({"match": "lm_head", "structure": "low_rank", "rank": 4}, "inside decoder layers"),
-        ({"match": "*.mlp.*", "structure": "width"}, "keep_ratio, the share of neurons"),
-        ({"match": "*.o_proj", "structure": "width", "keep_ratio": 0.5}, "projections of an MLP"),
-        ({"match": "*.down_proj", "structure": "width", "keep_ratio": 0.5}, "must match all of"),
-        ({"match": "*.mlp.*", "structure": "width", "groups": 4}, "not an option of width"),
+        ({"match": "lm_head", "structure": "low_rank", "rank": 4}, "lm_head"),
+        ({"match": "*.mlp.*", "structure": "width"}, "keep_ratio"),
+        ({"match": "*.o_proj", "structure": "width", "keep_ratio": 0.5}, "o_proj"),
+        ({"match": "*.down_proj", "structure": "width", "keep_ratio": 0.5}, "down_proj"),
+        ({"match": "*.mlp.*", "structure": "width", "groups": 4}, "groups"),
     ],
 )
-def test_rules_that_cannot_be_fitted(rule: dict[str, Any], message: str) -> None:
-    with pytest.raises(SlimError, match=message):
+def test_rules_that_cannot_be_fitted(rule: dict[str, Any], named: str) -> None:
+    with pytest.raises(SlimError, match=rf"replace\[0\].*{named}"):
         llmslim.plan(tiny_model("llama"), {"init": "least_squares", "replace": [rule]})
 
 

@@ -62,7 +62,7 @@ def test_no_truth_where_layers_hand_each_other_more() -> None:
     truth = Truth(Subject("zaya", "causal").model(), logits)
     assert difference(truth.skipping(range(6)), logits(truth.model)) == 0
     assert difference(truth.skipping([0, 1, 3]), logits(truth.model)) > 0.01
-    with pytest.raises(UndefinedError, match="more goes on"):
+    with pytest.raises(UndefinedError):
         truth.in_order([3, 0])
 
 
