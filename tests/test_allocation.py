@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from helpers_checkpoint import tiny_tokenizer
-from tiny import ARCHITECTURES, logits, tiny_model, tokens
+from tiny import ARCHITECTURES, few, logits, tiny_model, tokens
 
 import llmslim
 from llmslim import RecipeError, SlimError, fitting, planning
@@ -73,7 +73,7 @@ def test_no_choice_is_said_so() -> None:
     assert choose([], 10) == []
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", few(ARCHITECTURES))
 def test_running_from_any_layer_gives_the_models_logits(architecture: str) -> None:
     model, ids = tiny_model(architecture), tokens(1, 12)
     layers = list(model.get_submodule(find_layers(model).path))
@@ -88,7 +88,7 @@ def test_running_from_any_layer_gives_the_models_logits(architecture: str) -> No
         hidden = after
 
 
-@pytest.mark.parametrize("architecture", ["llama", "phi3", "gpt2", "opt"])
+@pytest.mark.parametrize("architecture", few(["llama", "phi3", "gpt2", "opt"]))
 def test_the_budget_is_used_and_kept_and_the_model_left_alone(architecture: str) -> None:
     model = tiny_model(architecture)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -164,7 +164,7 @@ def test_measured_shares_beat_even_ones() -> None:
 
 def test_a_budget_too_small_is_an_error_that_says_what_is_possible() -> None:
     recipe = Recipe.of({"budget": 0.01, "replace": [AUTO_MLP]})
-    with pytest.raises(RecipeError, match=r"recipe budget: 0\.01; these projections reach 0\.06"):
+    with pytest.raises(RecipeError, match=r"budget: 0\.01.* 0\.06"):
         fitting.allocate(tiny_model("llama"), recipe, CALIBRATION)
 
 

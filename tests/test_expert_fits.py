@@ -37,7 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.fixture(autouse=True)
 def in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run layers in float32 whatever the processor is fast at."""
-    monkeypatch.setattr("llmslim.fitting.layerwise.fast_type", lambda *_: None)
+    monkeypatch.setattr(layerwise, "fast_type", lambda *_: None)
 
 
 def calibration(windows: int = 20, length: int = 16) -> TokenWindows:

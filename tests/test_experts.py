@@ -127,15 +127,15 @@ def test_each_expert_learns_by_itself() -> None:
 def test_another_operation_is_refused() -> None:
     experts = stack(BLOCKS[0])
     x = torch.randn(3, O)
-    with pytest.raises(TypeError, match=r"slim experts: matmul; they answer F\.linear"):
+    with pytest.raises(TypeError, match="matmul"):
         torch.matmul(x, experts[0])  # (O, I) is not for a product
     with pytest.raises(TypeError):
         torch.nn.functional.linear(torch.randn(3, I), experts[0].T)  # nor (I, O) for F.linear
-    with pytest.raises(TypeError, match="slim experts: einsum"):
+    with pytest.raises(TypeError, match="einsum"):
         torch.einsum("eoi,ni->eno", experts, x)
     with pytest.raises(TypeError, match="last two dimensions"):
         experts.transpose(0, 1)
-    with pytest.raises(ValueError, match="without bias"):
+    with pytest.raises(ValueError, match="bias"):
         Experts(2, of={**experts.block_spec, "bias": True})
 
 
@@ -153,8 +153,16 @@ def test_blocks_of_full_rank_compute_what_the_dense_experts_do(name: str) -> Non
     torch.testing.assert_close(logits(model), dense, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", MIXTURES)
-@pytest.mark.parametrize("part", ["*gate_up*", "*attn*"])
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        *(pytest.param("*gate_up*", name) for name in MIXTURES),
+        *(
+            pytest.param("*attn*", name, marks=() if name == "mixtral" else pytest.mark.slow)
+            for name in MIXTURES
+        ),
+    ],
+)
 def test_part_of_a_mixture_loads_back(name: str, part: str, tmp_path: Path) -> None:
     names = {"nemotron_h": "*up_proj", "jetmoe": "*mlp.input*", "inkling_text": "*gate_*"}
     match = names.get(name, part) if part == "*gate_up*" else ["*attn*", "*attention*", "*mixer*"]
@@ -261,12 +269,14 @@ def test_routing_is_no_site_and_biases_stay() -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", [{"structure": "width", "keep_ratio": 0.5}, {"structure": "low_rank", "neurons": 0.5}]
+    ("key", "rule"),
+    [
+        ("structure", {"structure": "width", "keep_ratio": 0.5}),
+        ("neurons", {"structure": "low_rank", "neurons": 0.5, "rank": 2}),
+    ],
 )
-def test_fewer_neurons_are_not_for_experts(rule: dict[str, Any]) -> None:
-    if rule["structure"] == "low_rank":
-        rule = {**rule, "rank": 2}
-    with pytest.raises(SizeError, match="experts take any other structure"):
+def test_fewer_neurons_are_not_for_experts(key: str, rule: dict[str, Any]) -> None:
+    with pytest.raises(SizeError, match=rf"replace\[0\]\.{key}: model\.layers\.0"):
         planning.plan(CLASSES["mixtral"](), recipe(**rule))
 
 
@@ -319,7 +329,7 @@ def test_what_layers_share_is_replaced_once_and_seen_by_all() -> None:
 
 def test_layers_that_share_are_dropped_together_only() -> None:
     data = {"depth": {"keep_layers": [0, 2, 3]}, "replace": []}
-    with pytest.raises(TargetError, match="layers 1 and 3 share parameters"):
+    with pytest.raises(TargetError, match="1 and 3"):
         planning.plan(tiny_model(CLASSES["zamba"]), Recipe.of(data))
 
 

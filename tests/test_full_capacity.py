@@ -13,11 +13,13 @@ import pytest
 import torch
 from every_architecture import NOT_FITTED, config_classes, tiny_model
 from test_every_architecture import TINY
+from tiny import few
 from transformers.pytorch_utils import Conv1D
 
 from llmslim import fitting, planning
 from llmslim.anatomy.layer_calls import fast_type
 from llmslim.anatomy.sites import Site, find_experts, find_layers, find_sites
+from llmslim.fitting import layerwise
 from llmslim.modeling.sizes import common_divisors
 from llmslim.recipe import Recipe
 from llmslim.report.report import Report
@@ -141,7 +143,7 @@ def test_what_is_left_is_the_rounding_of_the_type(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Truth: the same weights in float64. A block is two products where the map was one."""
-    monkeypatch.setattr("llmslim.fitting.layerwise.fast_type", lambda *_: None)
+    monkeypatch.setattr(layerwise, "fast_type", lambda *_: None)
     model = dense_model(name, dtype)
     own = apart(logits(model), logits(copy.deepcopy(model).double()))
     assert 0 < own < 4 * torch.finfo(dtype).eps
@@ -150,7 +152,7 @@ def test_what_is_left_is_the_rounding_of_the_type(
 
 def test_what_faster_products_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bounded by what bfloat16 rounds away in one forward pass of the same model."""
-    monkeypatch.setattr("llmslim.fitting.layerwise.fast_type", lambda *_: torch.bfloat16)
+    monkeypatch.setattr(layerwise, "fast_type", lambda *_: torch.bfloat16)
     model = dense_model("llama", torch.float32)
     rounding = apart(logits(copy.deepcopy(model).bfloat16()), logits(model))
     assert 1e-6 < given_back(model, "least_squares", "low_rank") < 2 * rounding
@@ -176,7 +178,7 @@ HOLDS_SOME: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("init", ["project", "least_squares"])
 @pytest.mark.parametrize("kind", HOLDS_SOME)
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
+@pytest.mark.parametrize("name", few(["llama", "mixtral"]))
 def test_matrices_that_a_block_can_hold_are_kept(name: str, kind: str, init: str) -> None:
     """Blocks of half the weights, for a model whose matrices are such blocks already."""
     model = dense_model(name)

@@ -91,8 +91,7 @@ def folder(tmp_path_factory):
     return path / "m"
 
 
-@pytest.mark.parametrize("dtype", [None, "float32"])
-@pytest.mark.parametrize("train", ["all", "lora"])
+@pytest.mark.parametrize(("train", "dtype"), [("lora", None), ("all", "float32")])
 def test_a_folder_has_the_loss_that_its_report_says(folder, tmp_path, train, dtype):
     rows = Text(Rows(16, 1), Rows(4, 2))
     settings = {"train": train, "learning_rate": 1e-3, "precision": "fp32", "store_dtype": dtype}

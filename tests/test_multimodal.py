@@ -105,12 +105,19 @@ def test_an_image_is_read_as_by_the_model_in_memory(tmp_path: Path) -> None:
         tf.AutoModelForCausalLM.from_pretrained(tmp_path)  # as it is for the source
 
 
+def test_its_auto_classes_are_named_in_its_config(tmp_path: Path) -> None:
+    model = llava()
+    llmslim.slim(model, RECIPE)
+    model.save_pretrained(tmp_path)
+    named = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert set(named) == {"AutoConfig", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"}
+
+
+@pytest.mark.slow
 def test_where_llmslim_is_not_installed(tmp_path: Path) -> None:
     model = llava()
     llmslim.slim(model, RECIPE)
     model.save_pretrained(tmp_path / "slim")
-    named = json.loads((tmp_path / "slim" / "config.json").read_text())["auto_map"]
-    assert set(named) == {"AutoConfig", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"}
     torch.save(of_an_image(model), tmp_path / "logits.pt")
     program = """if True:
         import sys

@@ -14,6 +14,7 @@ import llmslim
 from llmslim.anatomy.layer_calls import record_calls, run_layer
 from llmslim.anatomy.sites import find_layers
 from llmslim.data import Windows
+from llmslim.fitting import layerwise
 from llmslim.fitting.predictions import Predictions
 
 WINDOWS = Windows(tokens(96, 64), "random tokens", tokens(8, 64, seed=5))
@@ -23,7 +24,7 @@ RULE: dict[str, Any] = {"match": "*.mlp.*", "structure": "low_rank", "keep_ratio
 @pytest.fixture(autouse=True)
 def in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run layers in float32 whatever the processor is fast at."""
-    monkeypatch.setattr("llmslim.fitting.layerwise.fast_type", lambda *_: None)
+    monkeypatch.setattr(layerwise, "fast_type", lambda *_: None)
 
 
 def divergence(slim: Any, dense: Any, ids: torch.Tensor) -> torch.Tensor:

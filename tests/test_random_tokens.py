@@ -11,7 +11,7 @@ from tiny import tiny_config, tiny_model, tokens
 import llmslim
 from llmslim import fitting, planning
 from llmslim.anatomy.layer_calls import run_layer
-from llmslim.fitting import layerwise
+from llmslim.fitting import layer_pair, layerwise
 from llmslim.fitting.calibration import RANDOM_TOKENS, early_layers, with_random_tokens
 
 
@@ -82,7 +82,7 @@ def test_later_layers_are_fitted_to_the_text_alone(
             seen.setdefault(numbers[id(layer)], set()).add(id(args[0]))
         return run_layer(layer, *args, **kwargs)
 
-    monkeypatch.setattr("llmslim.fitting.layer_pair.run_layer", count)
+    monkeypatch.setattr(layer_pair, "run_layer", count)
     fit(model, layers, text)
     assert len(seen[1]) == len(text) + 4
     assert len(seen[0]) == len(text) + 4 + (len(text) if layers == "[01]" else 0)

@@ -12,7 +12,7 @@ from torch import nn
 
 import llmslim
 from llmslim.data import Windows
-from llmslim.fitting import refine
+from llmslim.fitting import layerwise, refine
 from llmslim.fitting.layer_pair import LayerPair
 from llmslim.fitting.refine import descend, only_moving, output_loss
 
@@ -23,7 +23,7 @@ RULE: dict[str, Any] = {"match": "*.mlp.*", "structure": "width", "keep_ratio": 
 @pytest.fixture(autouse=True)
 def in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run layers in float32 whatever the processor is fast at."""
-    monkeypatch.setattr("llmslim.fitting.layerwise.fast_type", lambda *_: None)
+    monkeypatch.setattr(layerwise, "fast_type", lambda *_: None)
 
 
 INPUTS = torch.randn(20, 1, 64, 8, generator=torch.Generator().manual_seed(1))

@@ -33,9 +33,15 @@ from llmslim.storage import safetensors_io
 OPTIONS: dict[str, Any] = {"init": "project", **SMALL_SHARDS}
 
 
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return stored_model(tmp_path_factory.mktemp("original") / "m")
+
+
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return stored_model(tmp_path / "m")
+def model(original: Path, tmp_path: Path) -> Path:
+    """A copy of the model: some tests change it."""
+    return shutil.copytree(original, tmp_path / "m")
 
 
 @pytest.fixture
@@ -46,10 +52,10 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def whole(model: Path, tmp_path: Path) -> dict[str, str]:
+@pytest.fixture(scope="module")
+def whole(original: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The files of an undisturbed conversion."""
-    return hashes(convert(model, tmp_path / "undisturbed").path)
+    return hashes(convert(original, tmp_path_factory.mktemp("whole") / "undisturbed").path)
 
 
 def convert(model: Path, out: Path, **options: Any) -> Any:
@@ -107,7 +113,7 @@ def test_resumed_ends_in_the_same_bytes(
     convert(model, out, resume=True)
     assert hashes(out) == whole
     assert read.count(model) == 7 - pieces  # the others are of the result, read back
-    assert names(tmp_path) == ["m", "out", "undisturbed"]
+    assert names(tmp_path) == ["m", "out"]
 
 
 @pytest.mark.parametrize(
@@ -174,7 +180,7 @@ def test_cut_short_around_the_rename(
     done = convert(model, out, resume=True, overwrite=moment != "after")
     assert hashes(out) == whole
     assert done.report.totals.params_after == 64944
-    assert names(tmp_path) == ["m", "out", "undisturbed"]
+    assert names(tmp_path) == ["m", "out"]
 
 
 def test_without_resume_it_says_how_to_go_on(
@@ -266,7 +272,7 @@ def test_a_record_that_is_not_whole(
     record.write_bytes(spoiled)
     convert(model, out, resume=True)
     assert hashes(out) == whole
-    assert names(tmp_path) == ["m", "out", "undisturbed"]
+    assert names(tmp_path) == ["m", "out"]
 
 
 @pytest.mark.parametrize("how", ["cut short", "empty", "not JSON", "deep", "a list", "not text"])
@@ -430,7 +436,7 @@ def test_a_full_disk_keeps_what_is_done(
         ran = CliRunner().invoke(cli, words)
         assert (ran.exit_code, "--resume" in ran.stderr) == (75, True)
     shutil.rmtree(ConversionDir(tmp_path / "cli").path)
-    assert names(tmp_path) == [".out.partial", "m", "r.json", "undisturbed"]
+    assert names(tmp_path) == [".out.partial", "m", "r.json"]
     convert(model, out, resume=True)
     assert hashes(out) == whole
 

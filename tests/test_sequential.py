@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers_checkpoint import tiny_tokenizer
-from tiny import ARCHITECTURES, logits, tiny_model, tokens
+from tiny import ARCHITECTURES, few, logits, tiny_model, tokens
 
 import llmslim
 from llmslim import DataError, SlimError, TargetError, fitting, planning
@@ -18,6 +18,7 @@ from llmslim.anatomy.layer_calls import record_calls, run_layer
 from llmslim.anatomy.sites import dense_weight, find_layers, find_mlps
 from llmslim.data import Windows
 from llmslim.editing.resize import keep_neurons
+from llmslim.fitting import layerwise
 from llmslim.fitting.layer_pair import LayerPair
 from llmslim.fitting.neurons import eliminate
 from llmslim.init import damping
@@ -26,13 +27,13 @@ MLP = ["*.mlp.*", "*.fc1", "*.fc2"]
 KEYS_VALUES = ["*.k_proj", "*.v_proj"]
 SEPARATE = {"llama", "qwen2", "qwen3", "gemma", "mistral", "opt"}
 """Architectures with key and value projections of their own."""
-WINDOWS = Windows(tokens(64, 16), "random tokens", tokens(4, 16, seed=5))
+WINDOWS = Windows(tokens(16, 64), "random tokens", tokens(4, 16, seed=5))
 
 
 @pytest.fixture(autouse=True)
 def in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run layers in float32 whatever the processor is fast at."""
-    monkeypatch.setattr("llmslim.fitting.layerwise.fast_type", lambda *_: None)
+    monkeypatch.setattr(layerwise, "fast_type", lambda *_: None)
 
 
 def rows_of(report: llmslim.Report, ending: str) -> list[Any]:
@@ -61,7 +62,7 @@ def test_full_rank_blocks_give_the_dense_model_back(architecture: str) -> None:
     assert max(errors) < 1e-6
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", few(ARCHITECTURES))
 @pytest.mark.parametrize(
     "rule",
     [
@@ -301,7 +302,7 @@ LOW_RANK: dict[str, Any] = {
 
 def test_a_plan_that_needs_calibration_is_not_carried_out_without() -> None:
     model = tiny_model("llama")
-    with pytest.raises(DataError, match=r"recipe init: .*needs calibration"):
+    with pytest.raises(DataError, match="init: "):
         fitting.rewrite(model, llmslim.plan(model, LOW_RANK))
     assert type(model).__name__ == "LlamaForCausalLM"
 
@@ -313,17 +314,17 @@ def test_slim_draws_the_recipes_calibration_text_itself() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rule", "message"),
+    ("rule", "named"),
     [
-        ({"match": "lm_head", "structure": "low_rank", "rank": 4}, "inside decoder layers"),
-        ({"match": "*.mlp.*", "structure": "width"}, "keep_ratio, the share of neurons"),
-        ({"match": "*.o_proj", "structure": "width", "keep_ratio": 0.5}, "projections of an MLP"),
-        ({"match": "*.down_proj", "structure": "width", "keep_ratio": 0.5}, "must match all of"),
-        ({"match": "*.mlp.*", "structure": "width", "groups": 4}, "not an option of width"),
+        ({"match": "lm_head", "structure": "low_rank", "rank": 4}, "lm_head"),
+        ({"match": "*.mlp.*", "structure": "width"}, "keep_ratio"),
+        ({"match": "*.o_proj", "structure": "width", "keep_ratio": 0.5}, "o_proj"),
+        ({"match": "*.down_proj", "structure": "width", "keep_ratio": 0.5}, "down_proj"),
+        ({"match": "*.mlp.*", "structure": "width", "groups": 4}, "groups"),
     ],
 )
-def test_rules_that_cannot_be_fitted(rule: dict[str, Any], message: str) -> None:
-    with pytest.raises(SlimError, match=message):
+def test_rules_that_cannot_be_fitted(rule: dict[str, Any], named: str) -> None:
+    with pytest.raises(SlimError, match=rf"replace\[0\].*{named}"):
         llmslim.plan(tiny_model("llama"), {"init": "least_squares", "replace": [rule]})
 
 
@@ -344,7 +345,7 @@ def test_non_finite_activations_are_an_answer_or_an_error() -> None:
 
 
 def test_in_bfloat16_full_rank_is_near(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmslim.fitting.layerwise.fast_type", lambda *_: torch.bfloat16)
+    monkeypatch.setattr(layerwise, "fast_type", lambda *_: torch.bfloat16)
     model, dense = tiny_model("llama"), tiny_model("llama")
     rules = [{"match": "*.mlp.*", "structure": "low_rank", "rank": 48}]
     llmslim.slim(model, {"init": "least_squares", "replace": rules}, calibration=WINDOWS)
@@ -355,7 +356,7 @@ def test_in_bfloat16_full_rank_is_near(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_layer_norms_in_bfloat16_take_the_float32_stream(
     architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmslim.fitting.layerwise.fast_type", lambda *_: torch.bfloat16)
+    monkeypatch.setattr(layerwise, "fast_type", lambda *_: torch.bfloat16)
     dense = tiny_model(architecture)
     apart = {}
     for init in ("project", "least_squares"):
@@ -432,7 +433,7 @@ def test_the_streams_of_a_layer_are_let_go_with_it(
             assert all(pair() is None for pair in pairs)
             pairs.append(weakref.ref(self))
 
-    monkeypatch.setattr("llmslim.fitting.layerwise.LayerPair", Watched)
+    monkeypatch.setattr(layerwise, "LayerPair", Watched)
     recipe = llmslim.Recipe.of(
         {
             "name": "r",

@@ -15,6 +15,7 @@ from llmslim import fitting, planning
 from llmslim.anatomy.layer_calls import record_calls, run_layer
 from llmslim.anatomy.sites import dense_weight, find_layers, find_mlps, find_sites
 from llmslim.editing.resize import keep_neurons
+from llmslim.fitting import layerwise
 from llmslim.fitting.calibration import TokenWindows
 from llmslim.fitting.layer_store import LayerStore, Streams
 from llmslim.recipe import Recipe
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.fixture(autouse=True)
 def in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run layers in float32 whatever the processor is fast at."""
-    monkeypatch.setattr("llmslim.fitting.layerwise.fast_type", lambda *_: None)
+    monkeypatch.setattr(layerwise, "fast_type", lambda *_: None)
 
 
 def calibration(windows: int = 9) -> TokenWindows:

@@ -216,7 +216,11 @@ def test_a_model_that_overflows_by_itself_is_reported(logits_steps: int, tmp_pat
     with quiet():
         tiny_tokenizer().save_pretrained(dense)
     (tmp_path / "t.txt").write_text("The quick brown fox jumps. " * 60)
-    recipe = {**RECIPE, "init": "least_squares", "refine": {"logits_steps": logits_steps}}
+    recipe = {
+        **RECIPE,
+        "init": "least_squares",
+        "refine": {"steps": 2, "logits_steps": logits_steps},
+    }
     text = {"calibration": str(tmp_path / "t.txt"), "calibration_tokens": 512}
     for dtype, told in ((None, 1), ("float32", 0)):
         out = tmp_path / f"{dtype}"

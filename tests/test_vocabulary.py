@@ -124,19 +124,18 @@ def test_dry_runs_and_runs_name_the_token(tmp_path):
     assert "nothing was trained" in ok(*healing, "--dry-run")
 
 
-@pytest.mark.parametrize("seed", [2**32, 2**63 - 1])
-def test_seeds_of_any_size(tmp_path, seed):
+def test_seeds_of_any_size(tmp_path):
     data = jsonl(tmp_path / "a.jsonl", [{"text": f"row{i:03}"} for i in range(60)])
     reports = [
         heal(
             tiny_model(), data=data, tokenizer=tiny_tokenizer(), train="all", settings=SETTINGS,
             seed=one,
         )
-        for one in (seed, seed, 0)
+        for one in (2**63 - 1, 2**63 - 1, 2**32)
     ]  # fmt: skip
     losses = [[line.get("loss") for line in report.history] for report in reports]
     assert losses[0] == losses[1] != losses[2]
-    assert reports[0].settings["seed"] == seed
+    assert reports[0].settings["seed"] == 2**63 - 1
 
 
 def test_a_dry_run_counts_rows_that_are_left_out(tmp_path):

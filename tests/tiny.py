@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
+import pytest
 import torch
 import transformers as tf
 
@@ -12,30 +14,37 @@ _SIZES = {"hidden_size": 48, "num_hidden_layers": 4, "vocab_size": 96, **_HEADS}
 _GATED = {**_SIZES, "intermediate_size": 96, "num_key_value_heads": 2, "pad_token_id": 0}
 
 
-def _configs() -> dict[str, Any]:
-    return {
-        "llama": tf.LlamaConfig(**_GATED),
-        "qwen2": tf.Qwen2Config(**_GATED),
-        "qwen3": tf.Qwen3Config(**_GATED, head_dim=12),
-        "gemma": tf.GemmaConfig(**_GATED, head_dim=12),
-        "phi3": tf.Phi3Config(**_GATED),
-        "mistral": tf.MistralConfig(**_GATED, sliding_window=8),
-        "gpt2": tf.GPT2Config(n_embd=48, n_layer=4, n_head=4, vocab_size=96, n_positions=64),
-        "gpt_neox": tf.GPTNeoXConfig(**_SIZES, intermediate_size=96),
-        "opt": tf.OPTConfig(
-            **_SIZES, ffn_dim=96, word_embed_proj_dim=48, max_position_embeddings=64
-        ),
-        "bloom": tf.BloomConfig(hidden_size=48, n_layer=4, n_head=4, vocab_size=96),
-        "falcon": tf.FalconConfig(**_SIZES, ffn_hidden_size=96, new_decoder_architecture=False),
-    }
+_CONFIGS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: tf.LlamaConfig(**_GATED),
+    "qwen2": lambda: tf.Qwen2Config(**_GATED),
+    "qwen3": lambda: tf.Qwen3Config(**_GATED, head_dim=12),
+    "gemma": lambda: tf.GemmaConfig(**_GATED, head_dim=12),
+    "phi3": lambda: tf.Phi3Config(**_GATED),
+    "mistral": lambda: tf.MistralConfig(**_GATED, sliding_window=8),
+    "gpt2": lambda: tf.GPT2Config(n_embd=48, n_layer=4, n_head=4, vocab_size=96, n_positions=64),
+    "gpt_neox": lambda: tf.GPTNeoXConfig(**_SIZES, intermediate_size=96),
+    "opt": lambda: tf.OPTConfig(
+        **_SIZES, ffn_dim=96, word_embed_proj_dim=48, max_position_embeddings=64
+    ),
+    "bloom": lambda: tf.BloomConfig(hidden_size=48, n_layer=4, n_head=4, vocab_size=96),
+    "falcon": lambda: tf.FalconConfig(**_SIZES, ffn_hidden_size=96, new_decoder_architecture=False),
+}
 
 
-ARCHITECTURES = tuple(_configs())
+ARCHITECTURES = tuple(_CONFIGS)
+
+
+def few(names: Iterable[str], usual: Collection[str] = ("llama", "phi3", "gpt2")) -> list[Any]:
+    """Return names as parameters of a test, all but the usual ones marked slow.
+
+    Llama's projections stand alone, Phi-3's are fused, GPT-2's are transposed.
+    """
+    return [pytest.param(name, marks=() if name in usual else pytest.mark.slow) for name in names]
 
 
 def tiny_config(architecture: str) -> Any:
     """Return a fresh config of a 4-layer model of that architecture."""
-    return _configs()[architecture]
+    return _CONFIGS[architecture]()
 
 
 def tiny_model(architecture: str = "llama", *, seed: int = 0, **changes: Any) -> Any:

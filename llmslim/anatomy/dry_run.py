@@ -14,7 +14,7 @@ import itertools
 from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -121,7 +121,57 @@ class _Notes(TorchDispatchMode):
                 return first.new_empty(2, first.dim(), dtype=torch.long)
             if func is GROUPED_PRODUCT:  # takes bfloat16 only, there
                 return first.new_empty(*first.shape[:-1], args[1].shape[-1])
+        return _run(func, args, kwargs)
+
+
+_KNOWN: dict[Any, tuple[tuple[int, ...], tuple[int, ...], torch.dtype]] = {}
+"""Shape, strides and type of what operations returned, by the operation and its arguments."""
+_KNOWN_AT_MOST = 4096
+
+
+def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return an operation's result on the meta device; every layer but the first repeats it.
+
+    There torch works out shapes in Python, which takes longer than most operations on numbers.
+    """
+    if not _returns_a_new_tensor(func):
         return func(*args, **kwargs)
+    try:
+        key = func, _layout(args), _layout(tuple(kwargs.items()))
+        known = _KNOWN.get(key)
+    except TypeError:  # an argument that is no number, and no tensor on the meta device
+        return func(*args, **kwargs)
+    if known is not None:
+        shape, strides, dtype = known
+        return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+    result = func(*args, **kwargs)
+    if type(result) is Tensor and result.is_meta:
+        if len(_KNOWN) == _KNOWN_AT_MOST:
+            _KNOWN.clear()
+        _KNOWN[key] = tuple(result.shape), result.stride(), result.dtype
+    return result
+
+
+@cache
+def _returns_a_new_tensor(func: Any) -> bool:
+    """Return whether an operation changes none of its arguments and returns no view of one."""
+    schema = func._schema
+    return not schema.is_mutable and [r.alias_info for r in schema.returns] == [None]
+
+
+def _layout(value: Any) -> Any:
+    """Return all that a result's layout depends on, hashable.
+
+    Raises:
+        TypeError: of a tensor whose number may matter: not on the meta device, or of no dimension.
+    """
+    if isinstance(value, Tensor):
+        if not value.is_meta or not value.dim():
+            raise TypeError
+        return tuple(value.shape), value.stride(), value.dtype
+    if isinstance(value, list | tuple):
+        return tuple(map(_layout, value))
+    return type(value), value
 
 
 def _noted(value: Any) -> Any:

@@ -74,7 +74,8 @@ class StructuredLinear(nn.Module, ABC):
         else:
             self.register_parameter("bias", None)
         self.create(device=device, dtype=dtype)
-        self.reset_parameters()
+        if not next(self.parameters()).is_meta:  # where numbers are drawn for nothing, and slowly
+            self.reset_parameters()
 
     @classmethod
     def read_options(cls, given: dict[str, Any]) -> Any:
