@@ -15,6 +15,7 @@ from torch import nn
 from llmslim import slim
 from llmslim.errors import HealingError
 from llmslim.healing import inputs, objectives
+from llmslim.healing.report import should_stop
 from llmslim.healing.trainable import make_trainable
 from llmslim.recipe import Heal
 
@@ -221,6 +222,23 @@ def test_patience_null_never_stops(tmp_path):
     rows = Text(Rows(16, 1, step=5), Rows(4, 2))
     report = healed(slimmed(), tmp_path / "w", rows, epochs=2, evaluate_every=1, patience=None)
     assert len(losses(report)) == 8
+
+
+@pytest.mark.parametrize(
+    ("measured", "stops"),
+    [
+        ([3, 2], False),
+        ([3, 2, 4], False),
+        ([3, 2, 4, 1], False),
+        ([3, 2, 1, 4], False),
+        ([3, 2, 4, 2], True),
+        ([3, 2, 4, 3], True),
+    ],
+)
+def test_it_waits_as_long_as_its_patience(measured, stops):
+    history = [{"step": step, "held_out_loss": loss} for step, loss in enumerate(measured)]
+    assert should_stop(history, 2) is stops
+    assert not should_stop(history, None)
 
 
 def test_getting_worse_is_told(tmp_path):

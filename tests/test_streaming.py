@@ -220,6 +220,20 @@ def test_a_piece_that_reads_back_differently_is_found(
     assert names(tmp_path) == ["m"]
 
 
+def test_a_piece_with_other_tensors_than_planned_is_refused(tmp_path: Path) -> None:
+    pieces = Pieces(open_source(stored_model(tmp_path / "m")))
+    target = TargetModel(pieces, planning.plan(pieces.model, Recipe(name="none")), 1 << 30)
+    (layer,) = (piece.name for piece in pieces.all if piece.name.endswith("layers.0"))
+    (planned,) = target.files[layer].values()
+    assert list(target.split(layer, planned).values()) == [planned]
+    name = next(iter(planned))
+    for changed in ({name: planned[name].half()}, {name: planned[name][None]}):
+        with pytest.raises(CheckpointError) as caught:
+            target.split(layer, {**planned, **changed})
+        assert layer in str(caught.value)
+        assert name in str(caught.value)
+
+
 def test_an_already_slim_model_is_converted_further(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
