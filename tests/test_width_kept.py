@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tiny import logits, tiny_config, tiny_model, tokens
 from torch import nn
 
 import llmslim
+from llmslim import TargetError
 from llmslim.anatomy.elementwise import has_independent_neurons
 
 _SIZES: dict[str, Any] = {
@@ -139,3 +141,12 @@ def test_a_field_that_sizes_something_else_is_not_taken() -> None:
     plan = llmslim.plan(jamba, {"width": {"intermediate_size": 60}})
     assert plan.text_config == {}
     assert {spec["structure"] for spec in plan.resized.values()} == {"linear"}
+
+
+def test_a_config_that_builds_another_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the new width were lost on its way into the config."""
+    model, recipe = tiny_model("llama"), {"width": {"intermediate_size": 60}}
+    finalise = import_module("llmslim.editing.finalise")
+    monkeypatch.setattr(finalise, "set_fields", lambda _model, _fields: None)
+    with pytest.raises(TargetError):
+        llmslim.plan(model, recipe)

@@ -94,7 +94,8 @@ MUTATIONS = (
         "order = order[: max(0, self.seen - self.epoch * self.rows.count)]",
         "pass",
         "more is trained on than was asked for",
-        "tests/test_healing_steps.py",
+        "tests/test_healing_steps.py::test_a_number_of_tokens_is_whole_steps_of_as_many_passes_as_it_takes",
+        "tests/test_healing_steps.py::test_every_row_comes_as_often_as_there_are_passes",
     ),
     change(
         "llmslim/healing/run.py",
