@@ -255,7 +255,7 @@ MUTATIONS = (
         "any(map(Path.is_symlink, entries))",
         "False",
         "a link in a working folder is followed",
-        "tests/test_resume.py::test_links_in_a_working_folder_lead_nowhere",
+        "tests/test_resume.py::test_a_working_folder_that_is_none_is_left_alone",
     ),
     change(
         "llmslim/storage/rundir.py",

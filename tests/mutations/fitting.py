@@ -248,7 +248,7 @@ MUTATIONS = (
         "self.fitting -= self.random",
         "pass",
         "later layers are fitted to what is held out",
-        "tests/test_random_tokens.py::test_later_layers_are_fitted_to_the_text_alone",
+        "tests/test_sequential.py::test_errors_are_those_of_held_out_tokens",
     ),
     change(
         "llmslim/fitting/layerwise.py",
@@ -402,7 +402,7 @@ MUTATIONS = (
         "self._later_writers(name)), True)",
         "[]), True)",
         "a projection repairs what comes after it",
-        "tests/test_sequential.py::test_full_rank_blocks_give_the_dense_model_back[llama]",
+        "tests/test_streams.py::test_what_a_projection_is_to_add_is_its_own_part_alone",
     ),
     change(
         "llmslim/fitting/layer_fit.py",
@@ -432,7 +432,6 @@ MUTATIONS = (
         "moments.get(expert)",
         "an expert without tokens is fitted to nothing",
         "tests/test_expert_fits.py::test_an_expert_without_tokens_is_fitted_to_those_of_the_others",
-        "tests/test_expert_fits.py::test_what_does_not_fit_is_gathered_in_more_passes",
     ),
     change(
         "llmslim/fitting/experts.py",
@@ -446,13 +445,13 @@ MUTATIONS = (
         "rows[(rows != 0).any(-1)]",
         "rows",
         "other experts' tokens count as zeros",
-        "tests/test_expert_fits.py::test_another_implementation_of_experts_fits_the_same",
+        "tests/test_expert_fits.py::test_a_row_of_zeros_is_a_token_of_another_expert",
     ),
     change(
         "llmslim/fitting/renumber.py",
         'site is None or site.spec.get("channel_order", "learned") == "learned"',
         "True",
         "neurons are renumbered below what needs their order",
-        "tests/test_sequential.py::test_neurons_are_renumbered_where_groups_choose_their_channels",
+        "tests/test_width_kept.py::test_neurons_move_where_nothing_below_needs_their_order",
     ),
 )
