@@ -449,8 +449,8 @@ MUTATIONS = (
     ),
     change(
         "llmslim/fitting/renumber.py",
-        'site is None or site.spec.get("channel_order", "learned") == "learned"',
-        "True",
+        '"groups" not in spec or',
+        "True or",
         "neurons are renumbered below what needs their order",
         "tests/test_width_kept.py::test_neurons_move_where_nothing_below_needs_their_order",
     ),
