@@ -507,14 +507,14 @@ MUTATIONS = (
         "for path in {*place.iterdir()} - {*kept}:",
         "for path in ():",
         "what a kill left is in the checkpoint",
-        "tests/test_resume.py::test_a_kill_at_each_step_of_writing_a_piece",
+        "tests/test_resume.py::test_links_in_a_working_folder_lead_nowhere",
     ),
     change(
         "llmslim/conversion/finished.py",
         "self.wait()\n        self._busy =",
         "self._busy =",
         "a piece that was not written counts as written",
-        "tests/test_resume.py::test_a_full_disk_keeps_what_is_done",
+        "tests/test_streaming.py::test_a_piece_that_could_not_be_written_ends_it",
     ),
     change(
         "llmslim/conversion/finished.py",
@@ -539,10 +539,10 @@ MUTATIONS = (
     ),
     change(
         "llmslim/conversion/target_model.py",
-        "dtype if block is None else blocks[block]",
-        "dtype",
-        "blocks in a model of several types have another",
-        "tests/test_streaming.py::test_weights_of_several_types_keep_all_their_values",
+        "stored, max_shard_size=max_shard_size",
+        "stored",
+        "files are larger than was allowed",
+        "tests/test_streaming.py::test_files_follow_pieces_and_none_is_larger_than_allowed",
     ),
     change(
         "llmslim/conversion/streamed.py",
