@@ -97,6 +97,7 @@ def test_what_is_given_replaces_keys_of_the_section():
     expected = {"data": "rows.jsonl", "teacher": "dense", "tokens": 5, "top_k": 2}
     assert options.changes() == expected
     assert expected.keys() <= Heal.model_fields.keys()
+    assert HealOptions(seed=3, settings={"seed": 2}).changes() == {"seed": 3}
     assert HealOptions(teacher=tiny_model()).changes() == {"teacher": None}
     rows = type("Rows", (), {"train": [], "held_out": []})()
     assert HealOptions(data=rows).changes() == {}

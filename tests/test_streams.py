@@ -8,13 +8,10 @@ import torch
 from tiny import tiny_model, tokens
 from torch import nn
 
-from llmslim import fitting, planning
 from llmslim.anatomy.layer_calls import importance, record_calls
 from llmslim.anatomy.sites import find_layers, find_mlps
-from llmslim.fitting.calibration import TokenWindows
 from llmslim.fitting.layer_pair import LayerPair
 from llmslim.fitting.layer_store import Streams
-from llmslim.recipe import Recipe
 
 
 def test_a_token_of_an_enormous_stream_counts_for_less() -> None:
@@ -53,20 +50,6 @@ def test_moments_of_what_is_written_to_the_stream_are_weighed_so() -> None:
         found = pair.writer_moments("mlp.down_proj", [])[0].fit
     torch.testing.assert_close(found.gram_II, x.T @ x / 12, rtol=1e-6, atol=1e-12)
     torch.testing.assert_close(found.cross_OI, y.T @ x / 12, rtol=1e-6, atol=1e-12)
-
-
-def test_what_a_projection_is_to_add_is_its_own_part_alone() -> None:
-    """With its full rank it is the dense one: what runs after it is left to that."""
-    model, text = tiny_model("llama", num_hidden_layers=1), tokens(40, 16)
-    dense = model.model.layers[0].self_attn.o_proj.weight.detach().clone()
-    rules = [
-        {"match": "*.o_proj", "structure": "low_rank", "rank": 48},
-        {"match": "*.down_proj", "structure": "low_rank", "rank": 8},
-    ]
-    plan = planning.plan(model, Recipe.of({"init": "least_squares", "replace": rules}))
-    fitting.rewrite(model, plan, calibration=TokenWindows(text[:32], text[32:]))
-    block: Any = model.model.layers[0].self_attn.o_proj
-    assert (block.to_dense() - dense).norm() < 1e-2 * dense.norm()
 
 
 def test_the_widest_of_what_looks_like_an_mlp_is_it() -> None:

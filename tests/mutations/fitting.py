@@ -399,13 +399,6 @@ MUTATIONS = (
     ),
     change(
         "llmslim/fitting/layer_fit.py",
-        "self._later_writers(name)), True)",
-        "[]), True)",
-        "a projection repairs what comes after it",
-        "tests/test_streams.py::test_what_a_projection_is_to_add_is_its_own_part_alone",
-    ),
-    change(
-        "llmslim/fitting/layer_fit.py",
         "narrowed(x[..., kept])",
         "narrowed(x[..., : len(kept)])",
         "the slim stream is that of other neurons",

@@ -123,7 +123,7 @@ MUTATIONS = (
         "return plain(row.reason)",
         "return row.reason",
         "a report steers the terminal",
-        "tests/test_reporting.py::test_no_view_passes_escape_sequences_on",
+        "tests/test_reporting.py::test_no_word_of_a_report_steers_the_terminal",
     ),
     change(
         "llmslim/errors.py",

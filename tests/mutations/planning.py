@@ -241,14 +241,14 @@ MUTATIONS = (
         "block.train(old.training)",
         "pass",
         "a model in evaluation mode has blocks in training mode",
-        "tests/test_sequential.py::test_training_mode_and_random_state_are_left_alone",
+        "tests/test_init.py::test_a_block_has_the_type_and_the_mode_of_what_it_replaces",
     ),
     change(
         "llmslim/editing/blocks.py",
         'device="meta", dtype=old.weight.dtype',
         'device="meta", dtype=torch.float32',
         "a bfloat16 model gets float32 blocks",
-        "tests/test_loaded_model.py::test_bfloat16_stays_near_and_round_trips",
+        "tests/test_init.py::test_a_block_has_the_type_and_the_mode_of_what_it_replaces",
     ),
     change(
         "llmslim/editing/blocks.py",
@@ -283,6 +283,6 @@ MUTATIONS = (
         "self.width < self.mlp.width and",
         "",
         "wider MLPs ask for text",
-        "tests/test_depth_width.py::test_wider_is_the_same_function",
+        "tests/test_streaming_calibrated.py::test_the_same_bytes_as_in_memory[llama-wider-options4]",
     ),
 )
