@@ -35,7 +35,7 @@ class Cut:
     """
 
     out: str | Path | None = field(default=None, metadata={"flags": ("-o", "--out")})
-    depth: int | None = field(default=None, metadata={"metavar": "MM"})
+    depth: int = field(default=7, metadata={"metavar": "MM"})
     how: Literal["long", "across"] | None = None
     fast: bool = False
     others: Mapping[str, Any] | None = field(default=None, metadata={"flags": ("--set",)})
@@ -60,7 +60,7 @@ def test_its_help_is_the_docstring():
         " ".join(line.split()) for line in CliRunner().invoke(cut, ["--help"]).output.split("\n")
     ]
     assert "-o, --out TEXT Where to write, on a line and another." in lines
-    assert "--depth MM How deep." in lines
+    assert "--depth MM How deep. [default: 7]" in lines
     assert "--how [long|across] Which way." in lines
     assert "--fast Whether to hurry." in lines
     assert not any("tool" in line for line in lines)

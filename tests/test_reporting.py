@@ -322,6 +322,7 @@ def test_stacks_beside_each_other_are_told_apart():
 def test_an_empty_report_has_views_too():
     for name in FORMATS:
         assert render(Report("m", "r", ()), name, full=True)
+    assert Report("m", "r", ()).totals.kept_ratio == 1
 
 
 def test_unknown_format_is_named():
