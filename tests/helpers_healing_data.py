@@ -15,7 +15,7 @@ from helpers_data import plain_tokenizer, put, table, with_start
 from test_packing import samples_in
 
 from llmslim.data import HealingText, Rows, healing_text
-from llmslim.data.encoder import Encoder
+from llmslim.data.prompts import Encoder
 from llmslim.errors import DataError
 from llmslim.recipe.schema import Heal
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import transformers as tf
 from torch import Tensor, nn
 
-from llmslim.anatomy import first_difference, layer_operations
+from llmslim.anatomy import bf16_is_fast, first_difference, layer_operations
 
 
 def test_types_and_shapes_of_what_is_stored_count() -> None:
@@ -88,3 +89,16 @@ def test_a_model_is_left_in_its_mode() -> None:
         layer_operations(model, "layers")
         assert model.training is training
         assert model.layers[0].training is training
+
+
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("avx512", [False, True])
+def test_bfloat16_is_fast_where_the_hardware_multiplies_it(
+    amx: bool, avx512: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    on_gpu = not (amx or avx512)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *, including_emulation: on_gpu)
+    assert bf16_is_fast(torch.device("cpu")) is (amx or avx512)
+    assert bf16_is_fast(torch.device("cuda")) is on_gpu

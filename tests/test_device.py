@@ -99,6 +99,7 @@ def test_a_gpu_is_given_as_many_windows_as_divide_all_parts() -> None:
     parts = [torch.zeros(count, 512) for count in (32, 384, 24)]
     assert windows_per_batch(parts, torch.device("cuda")) == 8
     assert windows_per_batch(parts, torch.device("cpu")) == 1
+    assert windows_per_batch([torch.zeros(12, 512), *parts], torch.device("cuda")) == 4
     assert windows_per_batch([*parts, torch.zeros(5, 512)], torch.device("cuda")) == 1
     assert windows_per_batch([torch.zeros(6, 8192)], torch.device("cuda")) == 1
 

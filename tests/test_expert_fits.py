@@ -226,7 +226,11 @@ def test_errors_are_those_of_held_out_tokens(name: str) -> None:
 
 
 @pytest.mark.usefixtures("text_alone")
-def test_an_expert_without_tokens_is_fitted_to_those_of_the_others() -> None:
+@pytest.mark.parametrize("gram_bytes", [expert_fits.GRAM_BYTES, 1])  # in one pass, and in several
+def test_an_expert_without_tokens_is_fitted_to_those_of_the_others(
+    gram_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expert_fits, "GRAM_BYTES", gram_bytes)
     text, dense = calibration(), tiny_model(CLASSES["gpt_oss"])
     dense.model.layers[0].mlp.router.bias.data[2] = -1e4  # never chosen
     model = tiny_model(CLASSES["gpt_oss"])
@@ -294,6 +298,16 @@ def test_the_stand_in_computes_what_the_parameter_does(transposed: bool) -> None
     torch.testing.assert_close(torch.bmm(each, ours), torch.bmm(each, right))
     one = watched[1] if transposed else watched[1].T
     torch.testing.assert_close(x @ one, x @ right[1])
+
+
+def test_a_row_of_zeros_is_a_token_of_another_expert() -> None:
+    """Where all experts are given all tokens, those that are not theirs are zeroed."""
+    stack = Watched(nn.Parameter(torch.randn(2, 5, 4)))
+    x = torch.randn(2, 3, 4)
+    x[0, 1:] = 0
+    moments = expert_fits._gather(stack, lambda: stack(x, None), range(2))
+    assert [moments[expert].tokens for expert in range(2)] == [1, 3]
+    torch.testing.assert_close(moments[0].gram_II.float(), x[0, 0].outer(x[0, 0]))
 
 
 def test_the_stack_comes_back_when_a_run_fails() -> None:

@@ -153,6 +153,22 @@ def test_blocks_of_full_rank_compute_what_the_dense_experts_do(name: str) -> Non
     torch.testing.assert_close(logits(model), dense, rtol=1e-3, atol=1e-4)
 
 
+def test_the_error_is_that_of_all_experts_together() -> None:
+    model = tiny_model(CLASSES["mixtral"])
+    dense = {name: model.get_parameter(name).detach().clone() for name in find_experts(model)}
+    for weight in dense.values():
+        weight[1] *= 3  # experts of different sizes
+    model.load_state_dict(dense, strict=False)
+    report = fitting.rewrite(model, planning.plan(model, recipe(structure="low_rank", rank=8)))
+    errors = {row.name: row.init_error for row in report.rows if row.name in dense}
+    for name, weight in dense.items():
+        blocks: Any = model.get_submodule(name)
+        left = torch.stack([blocks.block(expert).to_dense() for expert in range(len(weight))])
+        lost = (left.mT if blocks.transposed else left) - weight
+        expected = float(lost.square().sum() / weight.square().sum())
+        assert errors[name] == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("part", "name"),
     [

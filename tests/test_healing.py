@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import every_architecture
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 from llmslim import slim
 from llmslim.errors import HealingError
 from llmslim.healing import inputs, objectives, plan
+from llmslim.healing.report import should_stop
 from llmslim.healing.trainable import make_trainable
 from llmslim.recipe import Heal
 
@@ -55,10 +57,10 @@ def test_the_gap_is_to_the_teacher(tmp_path):
     assert report.loss_teacher == pytest.approx(
         independent_loss(teacher, text().held_out), rel=1e-5
     )
-    gap = (report.loss_before - report.loss_after) / (report.loss_before - report.loss_teacher)
-    assert report.gap_closed == (
-        pytest.approx(gap) if report.loss_before > report.loss_teacher else None
-    )
+    known = {"loss_before": 3.0, "loss_after": 2.5, "loss_teacher": 2.0}
+    assert replace(report, **known).gap_closed == 0.5
+    for there_is_none in ({"loss_teacher": 3.0}, {"loss_teacher": 4.0}, {"loss_teacher": None}):
+        assert replace(report, **{**known, **there_is_none}).gap_closed is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -229,6 +231,23 @@ def test_patience_null_never_stops(tmp_path):
     rows = Text(Rows(16, 1, step=5), Rows(4, 2))
     report = healed(slimmed(), tmp_path / "w", rows, epochs=2, evaluate_every=1, patience=None)
     assert len(losses(report)) == 8
+
+
+@pytest.mark.parametrize(
+    ("measured", "stops"),
+    [
+        ([3, 2], False),
+        ([3, 2, 4], False),
+        ([3, 2, 4, 1], False),
+        ([3, 2, 1, 4], False),
+        ([3, 2, 4, 2], True),
+        ([3, 2, 4, 3], True),
+    ],
+)
+def test_it_waits_as_long_as_its_patience(measured, stops):
+    history = [{"step": step, "held_out_loss": loss} for step, loss in enumerate(measured)]
+    assert should_stop(history, 2) is stops
+    assert not should_stop(history, None)
 
 
 def test_getting_worse_is_told(tmp_path):

@@ -11,7 +11,7 @@ from helpers_templates import ENDS, LAST_ENDS, TEMPLATES, tokenizer_of
 from transformers import ByT5Tokenizer
 
 from llmslim.data import Conversation
-from llmslim.data.encoder import Encoder
+from llmslim.data.prompts import Encoder
 
 
 def turn(role: str, content: str, **more: Any) -> Any:

@@ -22,8 +22,8 @@ from helpers_healing_data import (
 )
 
 from llmslim.data import sources
-from llmslim.data.encoder import Encoder
 from llmslim.data.healing import Part, split
+from llmslim.data.prompts import Encoder
 from llmslim.data.sources import REFUSALS, Source
 from llmslim.recipe.schema import Heal, HealSource
 

@@ -18,7 +18,7 @@ from helpers_healing_data import (
     texts_in,
 )
 
-from llmslim.data.encoder import Encoder
+from llmslim.data.prompts import Encoder
 
 
 def test_the_reports_template(tmp_path):

@@ -118,6 +118,15 @@ def test_seeds() -> None:
     assert not torch.equal(a[name], a[name.replace("layers.0", "layers.1")])
 
 
+def test_a_block_has_the_type_and_the_mode_of_what_it_replaces() -> None:
+    for training in (True, False):
+        model = tiny_model("llama", num_hidden_layers=1).bfloat16().train(training)
+        rule = {"match": "*.mlp.*", "structure": "low_rank", "rank": 4}
+        llmslim.slim(model, {"replace": [rule]})
+        assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+        assert all(module.training is training for module in model.modules())
+
+
 def test_a_site_draws_the_same_whatever_else_is_replaced() -> None:
     one, all_ = tiny_model("llama"), tiny_model("llama")
     rule = {"structure": "low_rank", "rank": 4}

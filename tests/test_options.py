@@ -35,7 +35,7 @@ class Cut:
     """
 
     out: str | Path | None = field(default=None, metadata={"flags": ("-o", "--out")})
-    depth: int | None = field(default=None, metadata={"metavar": "MM"})
+    depth: int = field(default=7, metadata={"metavar": "MM"})
     how: Literal["long", "across"] | None = None
     fast: bool = False
     others: Mapping[str, Any] | None = field(default=None, metadata={"flags": ("--set",)})
@@ -60,7 +60,7 @@ def test_its_help_is_the_docstring():
         " ".join(line.split()) for line in CliRunner().invoke(cut, ["--help"]).output.split("\n")
     ]
     assert "-o, --out TEXT Where to write, on a line and another." in lines
-    assert "--depth MM How deep." in lines
+    assert "--depth MM How deep. [default: 7]" in lines
     assert "--how [long|across] Which way." in lines
     assert "--fast Whether to hurry." in lines
     assert not any("tool" in line for line in lines)
@@ -97,6 +97,7 @@ def test_what_is_given_replaces_keys_of_the_section():
     expected = {"data": "rows.jsonl", "teacher": "dense", "tokens": 5, "top_k": 2}
     assert options.changes() == expected
     assert expected.keys() <= Heal.model_fields.keys()
+    assert HealOptions(seed=3, settings={"seed": 2}).changes() == {"seed": 3}
     assert HealOptions(teacher=tiny_model()).changes() == {"teacher": None}
     rows = type("Rows", (), {"train": [], "held_out": []})()
     assert HealOptions(data=rows).changes() == {}

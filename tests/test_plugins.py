@@ -339,6 +339,22 @@ def test_a_name_is_given_once() -> None:
         llmslim.register_structure(nn.Linear)
 
 
+@pytest.mark.usefixtures("installed")
+def test_the_name_of_an_entry_point_is_taken() -> None:
+    class Mine(Kept):
+        name: ClassVar[str] = "kronecker"
+
+    with pytest.raises(PluginError) as caught:
+        llmslim.register_structure(Mine)
+    assert "llmslim-kronecker" in caught.value.problems[0]
+
+
+def test_options_must_be_frozen() -> None:
+    options = dataclasses.make_dataclass("Options", [("scale", float)])
+    with pytest.raises(PluginError):
+        llmslim.register_structure(type("Other", (Kept,), {"name": "other", "Options": options}))
+
+
 @pytest.mark.parametrize(
     ("text", "about"),
     [

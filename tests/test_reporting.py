@@ -153,6 +153,16 @@ def test_no_view_passes_escape_sequences_on(name):
     assert text == render(sample(), name)
 
 
+@pytest.mark.parametrize("name", FORMATS.keys() - {"csv"})  # which is for programs
+@pytest.mark.parametrize("full", [False, True])
+def test_no_word_of_a_report_steers_the_terminal(name, full):
+    odd = "\x1b[2J"
+    row = projection(f"up{odd}", 4, 4, "kept", reason=odd, init_error=0.5)
+    block = dataclasses.replace(row, action="replaced", structure=odd, options={odd: odd})
+    report = Report(f"m{odd}", f"r{odd}", (row, block), (odd,), odd)
+    assert "\x1b" not in render(report, name, full=full)
+
+
 def test_text_says_it_in_colour_too():
     out = io.StringIO()
     Console(file=out, width=120, force_terminal=True, color_system="standard").print(
@@ -312,6 +322,7 @@ def test_stacks_beside_each_other_are_told_apart():
 def test_an_empty_report_has_views_too():
     for name in FORMATS:
         assert render(Report("m", "r", ()), name, full=True)
+    assert Report("m", "r", ()).totals.kept_ratio == 1
 
 
 def test_unknown_format_is_named():

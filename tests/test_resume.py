@@ -236,6 +236,19 @@ def test_what_has_changed_is_named_and_the_work_is_kept(
     assert hashes(work) == before
 
 
+def test_weights_that_changed_under_the_same_time_are_found(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun(monkeypatch, model, tmp_path / "out")
+    weights = model / "model.safetensors"
+    data, about = bytearray(weights.read_bytes()), weights.stat()
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    os.utime(weights, ns=(about.st_atime_ns, about.st_mtime_ns))
+    with pytest.raises(CheckpointError, match=r"the file model\.safetensors has changed"):
+        convert(model, tmp_path / "out", resume=True)
+
+
 def test_resume_with_nothing_begun_begins(
     model: Path, whole: dict[str, str], tmp_path: Path
 ) -> None:
@@ -327,6 +340,33 @@ def test_files_that_were_removed_are_made_again(
     next((work / "checkpoint").glob("model-00001-of-*.safetensors")).unlink()
     convert(model, out, resume=True)
     assert hashes(out) == whole
+
+
+def test_a_piece_is_on_the_disk_before_its_record(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record of a file whose content is not there is what a power cut would leave."""
+    done: list[int | str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def noted_fsync(descriptor: int) -> None:
+        done.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def noted_replace(path: Path, target: Path) -> Path:
+        done.append("record" if target.parent.name == "records" else target.name)
+        return replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", noted_fsync)
+        patch.setattr(Path, "replace", noted_replace)
+        out = convert(model, tmp_path / "out").path
+    files = [*out.glob("*.safetensors")]
+    assert len(files) > 4
+    for file in files:
+        before = done[: done.index(file.name)]
+        record = max(n for n, what in enumerate(before) if what == "record")
+        assert file.stat().st_ino in before[:record]
 
 
 def test_what_was_changed_since_is_found(
@@ -449,6 +489,19 @@ def test_a_disk_that_is_too_small_is_told_of_first(
     with pytest.raises(CheckpointError, match=r"weights take [\d,]+ bytes and 1,000 are free"):
         convert(model, tmp_path / "out")
     assert names(tmp_path) == ["m"]
+
+
+def test_what_is_there_needs_no_space_again(
+    model: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def size(folder: Path) -> int:
+        return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+    work = begun(monkeypatch, model, tmp_path / "out", 4)
+    usage = SimpleNamespace(free=size(tmp_path / "undisturbed") - size(work / "checkpoint"))
+    monkeypatch.setattr(conversion_dir.shutil, "disk_usage", lambda path: usage)
+    convert(model, tmp_path / "out", resume=True)
+    assert hashes(tmp_path / "out") == whole
 
 
 def test_a_real_disk_that_fills_up(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from tiny import logits, tiny_model, tokens
 
 from llmslim import api, planning
 from llmslim.conversion.target_model import TargetModel
-from llmslim.errors import CheckpointError
+from llmslim.errors import CheckpointError, UnfinishedError
 from llmslim.recipe import Recipe
 from llmslim.storage import (
     NotInPiecesError,
@@ -217,6 +219,40 @@ def test_a_piece_that_reads_back_differently_is_found(
     with pytest.raises(CheckpointError, match=r"layers.0 reads back differently"):
         api.convert(model, RECIPES["random"], tmp_path / "out")
     assert names(tmp_path) == ["m"]
+
+
+def test_a_piece_that_could_not_be_written_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the disk takes the pieces after it."""
+    model, failed, real = stored_model(tmp_path / "m"), [], safetensors_io._write
+    whole = hashes(api.convert(model, RECIPES["random"], tmp_path / "whole").path)
+
+    def fail_once(file: Any, data: memoryview, digest: Any) -> None:
+        if not failed:
+            failed.append(file.name)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(file, data, digest)
+
+    monkeypatch.setattr(safetensors_io, "_write", fail_once)
+    with pytest.raises(UnfinishedError):
+        api.convert(model, RECIPES["random"], tmp_path / "out")
+    again = api.convert(model, RECIPES["random"], tmp_path / "out", resume=True)
+    assert hashes(again.path) == whole
+
+
+def test_a_piece_with_other_tensors_than_planned_is_refused(tmp_path: Path) -> None:
+    pieces = Pieces(open_source(stored_model(tmp_path / "m")))
+    target = TargetModel(pieces, planning.plan(pieces.model, Recipe(name="none")), 1 << 30)
+    (layer,) = (piece.name for piece in pieces.all if piece.name.endswith("layers.0"))
+    (planned,) = target.files[layer].values()
+    assert list(target.split(layer, planned).values()) == [planned]
+    name = next(iter(planned))
+    for changed in ({name: planned[name].half()}, {name: planned[name][None]}):
+        with pytest.raises(CheckpointError) as caught:
+            target.split(layer, {**planned, **changed})
+        assert layer in str(caught.value)
+        assert name in str(caught.value)
 
 
 def test_an_already_slim_model_is_converted_further(

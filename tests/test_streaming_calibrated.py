@@ -184,6 +184,12 @@ def test_hidden_states_that_were_changed_are_not_gone_on_from(
     assert hashes(Path("out")) == undisturbed
 
 
+def test_hidden_states_of_two_layers_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those before and after the last finished layer, and those of the one that was cut short."""
+    work = begun(monkeypatch, model_folder(), "low_rank", 3)
+    assert names(work / "streams") == ["after-1", "after-2", "after-3"]
+
+
 def test_another_text_is_not_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_folder()
     work = begun(monkeypatch, model, "low_rank", 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from tiny import logits, tiny_config, tiny_model, tokens
 from torch import nn
 
 import llmslim
+from llmslim import TargetError
 from llmslim.anatomy.elementwise import has_independent_neurons
+from llmslim.anatomy.sites import find_layers, find_mlps
+from llmslim.fitting.renumber import free_neurons
 
 _SIZES: dict[str, Any] = {
     "hidden_size": 48,
@@ -139,3 +143,34 @@ def test_a_field_that_sizes_something_else_is_not_taken() -> None:
     plan = llmslim.plan(jamba, {"width": {"intermediate_size": 60}})
     assert plan.text_config == {}
     assert {spec["structure"] for spec in plan.resized.values()} == {"linear"}
+
+
+@pytest.mark.parametrize(
+    ("below", "free"),
+    [
+        ({"structure": "grouped_pointwise", "groups": 4, "channel_order": "learned"}, True),
+        ({"structure": "grouped_pointwise", "groups": 4}, False),
+        ({"structure": "low_rank", "rank": 8}, True),
+        (None, True),
+    ],
+)
+def test_neurons_move_where_nothing_below_needs_their_order(
+    below: dict[str, Any] | None, free: bool
+) -> None:
+    model = tiny_model("llama", num_hidden_layers=1)
+    learned = {"structure": "grouped_pointwise", "groups": 4, "channel_order": "learned"}
+    rules = [{"match": ["*.gate_proj", "*.up_proj"], **learned}]
+    rules += [{"match": "*.down_proj", **below}] if below else []
+    sites = {site.name: site for site in llmslim.plan(model, {"replace": rules}).sites}
+    group = [site for name, site in sites.items() if not name.endswith("down_proj")]
+    (mlp,) = find_mlps(model, find_layers(model))
+    assert free_neurons([mlp], group, sites) == (mlp if free else None)
+
+
+def test_a_config_that_builds_another_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the new width were lost on its way into the config."""
+    model, recipe = tiny_model("llama"), {"width": {"intermediate_size": 60}}
+    finalise = import_module("llmslim.editing.finalise")
+    monkeypatch.setattr(finalise, "set_fields", lambda _model, _fields: None)
+    with pytest.raises(TargetError):
+        llmslim.plan(model, recipe)

@@ -31,9 +31,9 @@ from llmslim.recipe.schema import Heal, HealSource
 
 from .columns import check_left_out
 from .conversations import sampled_conversations
-from .encoder import Encoder, report_notes
 from .messages import characters, identity
 from .packing import Ints, Rows, cut
+from .prompts import Encoder, report_notes
 from .sources import Source, open_source
 from .tokens import Tokens, tokenise
 from .vocabulary import check_ids, embedding_rows, stop_tokens

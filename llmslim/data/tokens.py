@@ -33,8 +33,8 @@ from llmslim.errors import DataError
 from llmslim.progress import Progress
 
 from .columns import check_left_out
-from .encoder import Encoder, Ids
 from .messages import Document, characters, identity
+from .prompts import Encoder, Ids
 from .sampling import cache_folder
 from .sources import Source
 

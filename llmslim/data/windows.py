@@ -28,7 +28,7 @@ from llmslim.progress import Progress
 from llmslim.recipe.schema import Calibration
 
 from .columns import RowReader, check_left_out
-from .encoder import Encoder
+from .prompts import Encoder
 from .sampling import sampled_windows
 from .sources import read_texts
 from .vocabulary import check_ids, embedding_rows, leading_token, longest_input

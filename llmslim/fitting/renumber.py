@@ -40,8 +40,9 @@ def free_neurons(
     names = {site.name for site in group}
 
     def any_order(name: str) -> bool:
-        site = sites.get(name)
-        return site is None or site.spec.get("channel_order", "learned") == "learned"
+        spec = sites[name].spec if name in sites else {}
+        # A fixed order is the default, so no spec names it.
+        return "groups" not in spec or spec.get("channel_order") == "learned"
 
     # The projection that reads the neurons learns its order, or is dense: any order fits it.
     free = (mlp for mlp in mlps if set(mlp.up) == names and not mlp.fused)

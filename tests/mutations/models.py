@@ -69,6 +69,13 @@ MUTATIONS = (
         "tests/test_structures.py::test_output_is_the_formulas",
     ),
     change(
+        "llmslim/modeling/grouped_pointwise.py",
+        "options.variant) <= allowed:",
+        "options.variant) < allowed:",
+        "a budget that fits exactly is not used",
+        "tests/test_sizes.py::test_keep_ratio_picks_the_fewest_groups_within_the_budget",
+    ),
+    change(
         "llmslim/modeling/block_shuffle.py",
         "z.permute(1, 2, 0).reshape(N, B, m)",
         "z.permute(1, 0, 2).reshape(N, B, m)",
@@ -102,13 +109,6 @@ MUTATIONS = (
         "if groups < 1 or in_features % groups:",
         "groups that do not divide the outputs",
         "tests/test_sizes.py::test_check_groups_takes_common_divisors_only",
-    ),
-    change(
-        "llmslim/modeling/sizes.py",
-        "if cost <= allowed:",
-        "if cost < allowed:",
-        "a budget that fits exactly is not used",
-        "tests/test_sizes.py::test_keep_ratio_picks_the_fewest_groups_within_the_budget",
     ),
     change(
         "llmslim/modeling/experts.py",
@@ -146,9 +146,9 @@ MUTATIONS = (
         "tests/test_factored.py::test_factored_embedding_is_a_lookup_and_its_block",
     ),
     change(
-        "llmslim/modeling/conv1d.py",
-        'raise ValueError("conv1d always has a bias")',
-        "pass",
+        "llmslim/modeling/linear.py",
+        "if not bias:",
+        "if False:",
         "a spec that is not kept",
         "tests/test_structures.py::test_a_transposed_map_has_a_bias",
     ),
@@ -221,5 +221,19 @@ MUTATIONS = (
         "pass",
         "a model in training comes back in evaluation mode",
         "tests/test_anatomy.py::test_a_model_is_left_in_its_mode",
+    ),
+    change(
+        "llmslim/anatomy/precision.py",
+        "or cpu._is_avx512_bf16_supported()",
+        "",
+        "fits are twice as slow on some processors",
+        "tests/test_anatomy.py::test_bfloat16_is_fast_where_the_hardware_multiplies_it",
+    ),
+    change(
+        "llmslim/anatomy/precision.py",
+        'if device.type == "cuda":',
+        "if True:",
+        "processors are asked about CUDA",
+        "tests/test_anatomy.py::test_bfloat16_is_fast_where_the_hardware_multiplies_it",
     ),
 )
