@@ -1,7 +1,7 @@
 """Tokenise a source into one file, once; read it through the operating system's memory map.
 
 The file is safetensors: `ids`, all documents one after the other (int32, tokens without loss as
-~id, see encoder.py); `lengths`, one for each document; and `identities`, which are equal for equal
+~id, see prompts.py); `lengths`, one for each document; and `identities`, which are equal for equal
 documents. It grows on disk while the source is read, so that neither text nor tokens are ever held
 as a whole, and takes its name only when it is complete. Its name is a hash of everything that it
 depends on: the source's content, the tokenizer, the template. Where no cache can be written it is a
