@@ -49,8 +49,8 @@ MUTATIONS = (
     ),
     change(
         "llmslim/atomic.py",
-        "os.fsync(file.fileno())",
-        "pass",
+        "flush(partial)\n    partial.replace",
+        "partial.replace",
         "a power cut leaves an empty record",
         "tests/test_rundir.py::test_a_text_is_on_the_disk_before_it_has_its_name",
     ),
@@ -469,7 +469,7 @@ MUTATIONS = (
     ),
     change(
         "llmslim/storage/pieces.py",
-        'self.model.get_submodule(home).to("meta")',
+        'self.model.get_submodule(holder).to("meta")',
         "pass",
         "the whole model comes to be in memory",
         "tests/test_streaming.py::test_one_piece_at_a_time",
@@ -546,7 +546,7 @@ MUTATIONS = (
     ),
     change(
         "llmslim/conversion/streamed.py",
-        "record = replace(record, sketch=self.prover.sketch(piece))",
+        "record = replace(record, fingerprint=self.runner.fingerprint(piece))",
         "pass",
         "what is written is not run",
         "tests/test_proof.py::test_a_piece_that_loads_as_something_else[layers.2]",

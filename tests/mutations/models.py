@@ -224,7 +224,7 @@ MUTATIONS = (
     ),
     change(
         "llmslim/anatomy/precision.py",
-        "or cpu._is_avx512_bf16_supported()",
+        " or cpu_has_avx512_bf16()",
         "",
         "fits are twice as slow on some processors",
         "tests/test_anatomy.py::test_bfloat16_is_fast_where_the_hardware_multiplies_it",
