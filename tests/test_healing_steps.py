@@ -159,7 +159,7 @@ def test_matrices_alone_decay():
     spec = Heal(weight_decay=0.5, learning_rate=0.1, block_learning_rate=0.2)
     changed = {"transformer.h.0.mlp.c_fc.weight", "transformer.h.0.mlp.c_fc.bias"}
     trainer = SimpleNamespace(optimizer=None, model=model, spec=spec)
-    trainer.trained = SimpleNamespace(changed=changed)
+    trainer.trainable = SimpleNamespace(changed=changed)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = HealingTrainer.create_optimizer(trainer)
     for parameter in model.parameters():
