@@ -207,6 +207,6 @@ def test_lora_is_scaled_by_two_whatever_its_rank(rank):
     with torch.no_grad():
         up.copy_(torch.randn_like(up))
         added = 2 * up @ down
-    trained.finish()
+    trained.finalise()
     weight = dense.model.layers[0].mlp.up_proj.weight
     torch.testing.assert_close(model.model.layers[0].mlp.up_proj.weight, weight + added)
