@@ -385,9 +385,9 @@ MUTATIONS = (
         "tests/test_healing_resume.py::test_a_finished_one_is_only_written_again",
     ),
     change(
-        "llmslim/storage/rundir.py",
-        "if not resume and not overwrite:",
-        "if False:",
+        "llmslim/healing/healing_dir.py",
+        "self.check(resume=self._resumes, overwrite=self._overwrites)",
+        "self.check(resume=True, overwrite=self._overwrites)",
         "unfinished work is thrown away unasked",
         "tests/test_healing_resume.py::test_an_unfinished_one_is_not_thrown_away_unasked",
     ),
