@@ -7,8 +7,7 @@ import json
 import pytest
 import torch
 
-from llmslim.modeling.factored_embedding import FactoredEmbedding
-from llmslim.modeling.factored_head import FactoredHead
+from llmslim.modeling.factored import FactoredEmbedding, FactoredHead
 from llmslim.modeling.structured import build
 
 WIDEN = {"structure": "grouped_pointwise", "in_features": 8, "out_features": 12, "bias": False}

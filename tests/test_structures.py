@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from llmslim.modeling.block_shuffle import BlockShuffle
-from llmslim.modeling.factored_embedding import FactoredEmbedding
-from llmslim.modeling.factored_head import FactoredHead
+from llmslim.modeling.factored import FactoredEmbedding, FactoredHead
 from llmslim.modeling.grouped_low_rank import GroupedLowRank
 from llmslim.modeling.grouped_pointwise import GroupedPointwise
 from llmslim.modeling.linear import Linear

@@ -222,7 +222,7 @@ def _in_words(kind: Any) -> str:
     return {int: "a whole number", float: "a number", str: "a text"}.get(kind, "true or false")
 
 
-_FILES = {"conv1d": "linear"}
+_FILES = {"conv1d": "linear", "factored_embedding": "factored", "factored_head": "factored"}
 """Names that are not their files' own."""
 
 

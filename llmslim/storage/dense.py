@@ -19,8 +19,7 @@ from transformers import Conv1D, PreTrainedConfig, PreTrainedModel
 from llmslim.compat import build_from_config, nothing_drawn
 from llmslim.errors import CheckpointError
 from llmslim.modeling.experts import Experts
-from llmslim.modeling.factored_embedding import FactoredEmbedding
-from llmslim.modeling.factored_head import FactoredHead
+from llmslim.modeling.factored import FactoredEmbedding, FactoredHead
 from llmslim.modeling.modeling_llmslim import SlimModelMixin, base_of, other_names
 from llmslim.modeling.sizes import WIDTH_FIELDS
 from llmslim.modeling.structured import StructuredLinear

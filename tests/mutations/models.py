@@ -139,7 +139,7 @@ MUTATIONS = (
         "tests/test_experts.py::test_it_multiplies_as_the_parameter_it_stands_for",
     ),
     change(
-        "llmslim/modeling/factored_embedding.py",
+        "llmslim/modeling/factored.py",
         "self.weight[self.padding_idx].fill_(0)",
         "pass",
         "padding has a vector",
