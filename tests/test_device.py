@@ -11,7 +11,7 @@ import torch
 from helpers_checkpoint import hashes, names, tiny_tokenizer
 from helpers_healing import healed, slimmed, text
 from helpers_streaming import contents, in_memory, mixtral, stored_model
-from tiny import logits, tiny_model, tokens
+from tiny import few, logits, tiny_model, tokens
 
 import llmslim
 from llmslim import api
@@ -104,7 +104,7 @@ def test_a_gpu_is_given_as_many_windows_as_divide_all_parts() -> None:
     assert windows_per_batch([torch.zeros(6, 8192)], torch.device("cuda")) == 1
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mistral"])
+@pytest.mark.parametrize("architecture", few(["llama", "gpt2", "mistral"]))
 def test_windows_fitted_together_are_fitted_as_one_by_one(
     architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -178,7 +178,7 @@ def test_fresh_process_with_neither_is_a_clear_error(checkpoint: Path, tmp_path:
     assert "trust_remote_code=True" in done.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("first", ["llmslim", "transformers"])
+@pytest.mark.parametrize("first", ["transformers", pytest.param("llmslim", marks=pytest.mark.slow)])
 def test_importing_llmslim_is_enough(checkpoint: Path, tmp_path: Path, first: str) -> None:
     second = {"llmslim": "transformers", "transformers": "llmslim"}[first]
     code = f"""

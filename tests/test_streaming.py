@@ -41,16 +41,22 @@ from llmslim.storage import (
 )
 
 CASES = [
-    *(
-        (name, recipe, {})
-        for name in ("llama", "phi3", "qwen2", "gpt2", "gpt_neox", "mixtral")
-        for recipe in ("random", "depth")
-        if (name, recipe) != ("mixtral", "random")
-    ),
-    ("llama", "project", {}),
+    ("llama", "depth", {}),
+    ("phi3", "depth", {}),
+    ("gpt2", "random", {}),
+    ("mixtral", "depth", {}),
     ("llama", "random", {"dtype": "bfloat16"}),
     ("llama", "project", {"dtype": "float16", **SMALL_SHARDS}),
     ("bloom", "random", SMALL_SHARDS),
+    *(
+        pytest.param(*more, {}, marks=pytest.mark.slow)
+        for more in (
+            *(("llama", recipe) for recipe in ("random", "project")),
+            *((name, recipe) for name in ("qwen2", "gpt_neox") for recipe in ("random", "depth")),
+            ("phi3", "random"),
+            ("gpt2", "depth"),
+        )
+    ),
 ]
 
 

@@ -81,23 +81,28 @@ def model_folder(architecture: str = "llama", dtype: str = "float32", **changes:
 @pytest.mark.parametrize(
     ("architecture", "name", "options"),
     [
-        ("llama", "low_rank", {}),
         ("llama", "learned", {"dtype": "bfloat16"}),
         ("llama", "width", {}),
         ("llama", "depth", {}),
         ("llama", "wider", {}),
         ("llama", "some", {"tie_word_embeddings": False}),
         ("phi3", "grouped", {"dtype": "bfloat16"}),
-        ("phi3", "width", {}),
-        ("phi3", "depth", {}),
-        ("gpt2", "low_rank", {}),
         ("gpt2", "width", {}),
         ("mixtral", "low_rank", {}),
-        ("mixtral", "depth", {}),
-        ("gemma", "learned", {"tie_word_embeddings": True}),
-        ("gemma", "depth", {"tie_word_embeddings": True, "dtype": "bfloat16"}),
-        ("bloom", "grouped", {}),
         ("mistral", "refine", {"dtype": "bfloat16"}),
+        ("gemma", "learned", {"tie_word_embeddings": True}),
+        *(
+            pytest.param(*more, marks=pytest.mark.slow)
+            for more in (
+                ("llama", "low_rank", {}),
+                ("phi3", "width", {}),
+                ("phi3", "depth", {}),
+                ("gpt2", "low_rank", {}),
+                ("mixtral", "depth", {}),
+                ("gemma", "depth", {"tie_word_embeddings": True, "dtype": "bfloat16"}),
+                ("bloom", "grouped", {}),
+            )
+        ),
     ],
 )
 def test_the_same_bytes_as_in_memory(
@@ -151,7 +156,13 @@ def resumed(model: Path, name: str, **options: Any) -> list[tuple[int, str]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "pieces"), [*(("depth", pieces) for pieces in range(6)), ("some", 2), ("width", 3)]
+    ("name", "pieces"),
+    [
+        *(("depth", pieces) for pieces in (0, 2, 3, 5)),
+        *(pytest.param("depth", pieces, marks=pytest.mark.slow) for pieces in (1, 4)),
+        ("some", 2),
+        ("width", 3),
+    ],
 )
 def test_resumed_ends_in_the_same_bytes(
     name: str, pieces: int, monkeypatch: pytest.MonkeyPatch
