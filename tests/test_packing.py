@@ -11,7 +11,7 @@ import torch
 from tiny import tiny_model
 from torch.nn.functional import cross_entropy
 
-from llmslim.data import Rows, collate, collate_apart, collate_flat
+from llmslim.data import Rows, collate, collate_apart, collate_flat, packing
 from llmslim.data.packing import IGNORED, Pieces, cut, pack, pack_evenly
 from llmslim.data.tokens import Tokens
 
@@ -95,7 +95,7 @@ def test_short_samples_leave_hardly_any_padding():
 
 
 def test_rows_stay_open_between_buffers(monkeypatch):
-    monkeypatch.setattr("llmslim.data.packing._BUFFER", 4)
+    monkeypatch.setattr(packing, "_BUFFER", 4)
     assert pack(np.array([6, 6, 6, 6, 4, 4, 4, 4]), 10).max() == 3
 
 
