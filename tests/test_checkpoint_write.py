@@ -236,6 +236,7 @@ def test_where_llmslim_is_not_installed(tmp_path: Path) -> None:
     assert [line for line in done.stdout.splitlines() if line in expected] == expected, done.stderr
 
 
+@pytest.mark.slow
 def test_with_llmslim_imported_no_trust_is_needed(tmp_path: Path) -> None:
     out = write_checkpoint(slim_llama(), tmp_path / "slim", tokenizer=tiny_tokenizer())
     done = run(

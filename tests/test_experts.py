@@ -222,6 +222,7 @@ def test_another_implementation_of_experts_leaves_slim_ones_on_their_loop() -> N
     torch.testing.assert_close(logits(model), eager, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_it_loads_where_llmslim_is_not_installed(tmp_path: Path) -> None:
     model = tiny_model(CLASSES["mixtral"])
     rule = {"match": "*experts.*", "structure": "grouped_low_rank", "keep_ratio": 0.5}

@@ -169,6 +169,7 @@ def test_fresh_process_without_llmslim(checkpoint: Path, tmp_path: Path) -> None
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == weights
 
 
+@pytest.mark.slow  # test_checkpoint_write.py sees the refusal too
 def test_fresh_process_with_neither_is_a_clear_error(checkpoint: Path, tmp_path: Path) -> None:
     code = (
         GUARD + "from transformers import AutoModelForCausalLM as A\nA.from_pretrained(sys.argv[1])"

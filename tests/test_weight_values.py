@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from llmslim import api
 from llmslim.cli.main import cli
-from llmslim.storage import check_finite, open_source
+from llmslim.storage import check_finite, finite, open_source
 from llmslim.storage.finite import nonfinite_tensors
 
 RULE = {"match": "*.mlp.*", "structure": "grouped_pointwise", "groups": 4}
@@ -94,7 +94,7 @@ def test_a_narrower_type_that_overflows_is_noticed(folder: Path, tmp_path: Path)
 def test_every_piece_of_a_tensor_is_looked_at_and_integers_are_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("llmslim.storage.finite._PIECE", 3)
+    monkeypatch.setattr(finite, "_PIECE", 3)
     for place in range(8):
         weight = torch.zeros(8)
         weight[place] = float("nan")
