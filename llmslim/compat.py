@@ -46,6 +46,14 @@ READ_NUMBER: Any = torch.ops.aten._local_scalar_dense.default
 GROUPED_PRODUCT: Any = torch.ops.aten._grouped_mm.default
 """The operation behind `torch.nn.functional.grouped_mm`."""
 
+
+@functools.cache
+def returns_a_new_tensor(operation: Any) -> bool:
+    """Return whether an operation changes none of its arguments and returns no view of one."""
+    schema = operation._schema
+    return not schema.is_mutable and [each.alias_info for each in schema.returns] == [None]
+
+
 TIED_WEIGHTS = "_tied_weights_keys"
 """The private attribute of a model that decides what it computes."""
 LOADING_MARKS = (INITIALIZED, "_hf_hook", "_old_forward", "all_tied_weights_keys")

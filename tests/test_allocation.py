@@ -22,6 +22,7 @@ from llmslim.data import Windows
 from llmslim.fitting import allocation
 from llmslim.fitting.allocation import Candidate, choose
 from llmslim.fitting.moments import Moments
+from llmslim.modeling.pivoted_low_rank import PivotedLowRank
 from llmslim.recipe import Recipe, rules_by_name
 
 CALIBRATION = fitting.TokenWindows(tokens(64, 16), tokens(8, 16, seed=5))
@@ -335,10 +336,12 @@ def test_candidates_are_judged_on_other_tokens_than_their_fit(glob: str, inputs:
     other = 3 * torch.randn(200, inputs, generator=draw) * torch.rand(inputs, generator=draw)
     moments.fit.update(x)
     moments.held_out.update(other)
-    fits = (measurement._narrowed if unit.ups else measurement._low_rank)(unit, moments)
-    share, error = next(iter(fits.errors.items()))
+    if unit.ups:
+        fits, candidate = measurement._narrowed(unit, moments)
+    else:
+        fits, candidate = measurement._structured(unit, moments, PivotedLowRank)
+    share, error = fits[0].share, fits[0].loss
     assert share == 5 / 16  # the nearest to the budget
-    candidate = fits.probe[unit.name]
     kept = int((candidate != 0).any(0).sum()) if unit.ups else torch.linalg.matrix_rank(candidate)
     largest = int(inputs * share)  # of a pivoted low rank, more for as many weights
     assert kept == largest if unit.ups else 0 < kept < largest
@@ -353,14 +356,15 @@ def test_a_candidates_loss_is_the_divergence_of_what_the_model_predicts() -> Non
     measurement, unit = measured(Recipe.of({"budget": 0.5, "replace": [rule]}))
     model = measurement.model
     moments, _ = measurement._walk(0, model.model.layers[0], [unit])
-    fits = measurement._narrowed(unit, moments[unit.name])
-    found = measurement._candidates(unit, fits)
+    fits, probe = measurement._narrowed(unit, moments[unit.name])
+    errors = {each.share: each.loss for each in fits}
+    found = measurement._with_losses(unit, fits, probe)
     expected = logits(model, CALIBRATION.held_out).log_softmax(-1)
-    model.get_submodule(unit.name).weight.copy_(fits.probe[unit.name])
+    model.get_submodule(unit.name).weight.copy_(probe)
     got = logits(model, CALIBRATION.held_out).log_softmax(-1)
     lost = float((expected.exp() * (expected - got)).sum(-1).mean())
     (probed,) = [one for one in found if one.share == 0.5]
     assert probed.loss == pytest.approx(lost, rel=1e-3)
     for one in found:  # the others in proportion to their errors
-        relative = fits.errors[one.share] / fits.errors[0.5]
+        relative = errors[one.share] / errors[0.5]
         assert one.loss == pytest.approx(relative * lost, rel=1e-3)

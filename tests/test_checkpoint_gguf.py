@@ -154,7 +154,7 @@ def nested(depth: int) -> bytes:
         (header(key("t", ARRAY, nested(100_000))), "nests t more than 4 deep"),
         (header(key("t", 77, b"")), "gives t a type that is not known, 77"),
         (header(key("\x1b[2J", U32, u32(1))), "a name in unprintable characters"),
-        (b"GGUF" + u32(3) + u64(1 << 50) + u64(0), "it says that it holds 1,125"),
+        (b"GGUF" + u32(3) + u64(1 << 50) + u64(0), "1,125,899,906,842,624 tensors"),
         (b"GGUF" + u32(3) + u64(0) + u64(1 << 50) + u64(1 << 50), "1,125,899,906,842,624 keys"),
         (header(text("x" * 2000)), "has a name of 2,000 bytes"),
         (header(version=9), "is of version 9"),

@@ -80,7 +80,7 @@ FAILURES = {
 }
 
 
-STEPS = ["save_pretrained", "_write_text", "write_manifest", "fsync", "_check_model", "rename"]
+STEPS = ["save_pretrained", "write_companions", "write_manifest", "fsync", "_check_model", "rename"]
 
 
 @pytest.mark.parametrize(

@@ -278,6 +278,14 @@ def test_operations_are_seen():
     assert compat.GROUPED_PRODUCT in seen.found
 
 
+def test_what_operations_return_is_known():
+    aten = torch.ops.aten
+    assert compat.returns_a_new_tensor(aten.mul.Tensor)
+    assert not compat.returns_a_new_tensor(aten.mul_.Tensor)  # changes its argument
+    assert not compat.returns_a_new_tensor(aten.view.default)  # a view of it
+    assert not compat.returns_a_new_tensor(aten.split.Tensor)  # several
+
+
 @pytest.mark.parametrize("asked", [compat.cpu_has_amx, compat.cpu_has_avx512_bf16])
 def test_processors_are_asked(asked):
     assert asked() in (True, False)

@@ -367,7 +367,7 @@ def test_decoder_layers_are_those_of_the_text_part() -> None:
         ("jamba", "model.layers.0.mamba", "parameters of a recurrence"),
         ("mamba", "backbone.layers.0.mixer.conv1d", "a convolution"),
         ("got_ocr2", "model.vision_tower", "a position table"),
-        ("xlnet", "transformer.layer.0.rel_attn", "multiplies with it in a way of its own"),
+        ("xlnet", "transformer.layer.0.rel_attn", "multiplies with it in its own way"),
     ],
 )
 def test_what_cannot_be_exchanged_says_why(name: str, path: str, reason: str) -> None:

@@ -349,7 +349,8 @@ def test_convert_heals_what_it_made(folders, tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     assert "is already converted" in result.stderr
     assert (tmp_path / "slim" / "config.json").stat().st_mtime_ns == converted
-    assert hashes(tmp_path / "slim-healed")["model.safetensors"] == after
+    again = llmslim.load(tmp_path / "slim-healed").state_dict()
+    assert all(torch.equal(again[name], after[name]) for name in after)
     told = json.loads((tmp_path / "slim-healed" / "llmslim_report.json").read_text())["healing"]
     assert told["objective"] == "logits"  # from the dense model, which it has at hand
     # What is in the way of the second step is told of before the first is done.

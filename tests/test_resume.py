@@ -497,6 +497,7 @@ def test_what_is_there_needs_no_space_again(
     def size(folder: Path) -> int:
         return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
+    convert(model, tmp_path / "undisturbed")
     work = begun(monkeypatch, model, tmp_path / "out", 4)
     usage = SimpleNamespace(free=size(tmp_path / "undisturbed") - size(work / "checkpoint"))
     monkeypatch.setattr(conversion_dir.shutil, "disk_usage", lambda path: usage)

@@ -335,7 +335,7 @@ def test_a_role_and_a_glob_must_both_hold() -> None:
 @pytest.mark.parametrize("name", ["bitnet", "rwkv"])
 def test_a_width_is_refused_where_the_neurons_are_not_the_mlps_own(name: str) -> None:
     told = problem_of({"role": "mlp.up", "structure": "width", "keep_ratio": 0.5}, name)
-    assert "this one (mlp.up) is not part of one whose neurons can come and go" in told
+    assert "this one (mlp.up) is not part of one whose neurons can be removed" in told
 
 
 def problem_of(rule: dict[str, Any], name: str) -> str:

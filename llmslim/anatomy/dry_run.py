@@ -14,13 +14,18 @@ import itertools
 from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmslim.compat import GROUPED_PRODUCT, READ_NUMBER, TorchDispatchMode
+from llmslim.compat import (
+    GROUPED_PRODUCT,
+    READ_NUMBER,
+    TorchDispatchMode,
+    returns_a_new_tensor,
+)
 
 _TOKENS = 4
 
@@ -134,7 +139,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
     There torch works out shapes in Python, which takes longer than most operations on numbers.
     """
-    if not _returns_a_new_tensor(func):
+    if not returns_a_new_tensor(func):
         return func(*args, **kwargs)
     try:
         key = func, _layout(args), _layout(tuple(kwargs.items()))
@@ -150,13 +155,6 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             _KNOWN.clear()
         _KNOWN[key] = tuple(result.shape), result.stride(), result.dtype
     return result
-
-
-@cache
-def _returns_a_new_tensor(func: Any) -> bool:
-    """Return whether an operation changes none of its arguments and returns no view of one."""
-    schema = func._schema
-    return not schema.is_mutable and [r.alias_info for r in schema.returns] == [None]
 
 
 def _layout(value: Any) -> Any:
