@@ -344,12 +344,14 @@ def test_convert_heals_what_it_made(folders, tmp_path, monkeypatch):
     assert any(not torch.equal(before[name], after[name]) for name in before)
     # As after a kill while it heals: what is converted is not converted again.
     shutil.move(tmp_path / "slim-healed", tmp_path / "first")
-    converted = (tmp_path / "slim" / "model.safetensors").stat().st_mtime_ns
+    converted = (tmp_path / "slim" / "config.json").stat().st_mtime_ns
     result = CliRunner().invoke(cli, list(map(str, [*arguments, "--resume"])))
     assert result.exit_code == 0, result.output
     assert "is converted already" in result.stderr
-    assert (tmp_path / "slim" / "model.safetensors").stat().st_mtime_ns == converted
-    assert hashes(tmp_path / "slim-healed")["model.safetensors"] == after
+    assert (tmp_path / "slim" / "config.json").stat().st_mtime_ns == converted
+    again, first = (stored(tmp_path / name) for name in ("slim-healed", "first"))
+    assert again.keys() == first.keys()
+    assert all(same_bytes(again[name], first[name]) for name in first)
     told = json.loads((tmp_path / "slim-healed" / "llmslim_report.json").read_text())["healing"]
     assert told["objective"] == "logits"  # from the dense model, which it has at hand
     # What is in the way of the second step is told of before the first is done.

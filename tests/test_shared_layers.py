@@ -124,8 +124,6 @@ def test_the_dense_stream_stays_dense_where_a_shared_block_is_slim(
         LayerStore,
         "finished",
         lambda _self, _index, _fitted, after: (streams.append(after), after)[1],
-        "finished",
-        lambda _self, _index, _fitted, after: (streams.append(after), after)[1],
     )
     text, model, dense = calibration(), tiny_model(CLASSES[name]), tiny_model(CLASSES[name])
     # The walk ends after the second layer that has the shared block: something is fitted there.
