@@ -322,7 +322,10 @@ def measured(recipe: Recipe) -> tuple[Any, Any]:
     """Return what measures a model of one layer, and the first unit there is to decide."""
     model = tiny_model("llama", num_hidden_layers=1)
     units = allocation._find_units(model, recipe, rules_by_name(recipe, find_roles(model)))
-    return allocation._Measurement(model, recipe, units, CALIBRATION), units[0]
+    assert recipe.budget is not None
+    measurement = allocation._Measurement(model, units, recipe.budget)
+    measurement.record(CALIBRATION)
+    return measurement, units[0]
 
 
 @pytest.mark.parametrize(("glob", "inputs"), [("*.mlp.*", 96), ("*.o_proj", 48)])

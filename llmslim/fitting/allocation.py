@@ -138,15 +138,17 @@ def allocate(
     Raises:
         RecipeError: if the budget is below what the candidates can reach.
     """
+    assert recipe.budget is not None
     was_training = model.training
     model.eval()
     try:
         rule_of = rules_by_name(recipe, find_roles(model))
         units = _find_units(model, recipe, rule_of)
-        measured = _Measurement(model, recipe, units, calibration).run(progress or quietly)
+        measurement = _Measurement(model, units, recipe.budget)
+        measurement.record(calibration)
+        measured = measurement.run(progress or quietly)
     finally:
         model.train(was_training)
-    assert recipe.budget is not None
     dense = sum(choices[-1].weights for choices in measured)
     chosen = choose(measured, int(dense * exact_ratio(recipe.budget)))
     if chosen is None:
@@ -221,13 +223,13 @@ def _find_units(model: Any, recipe: Recipe, matched: Mapping[str, int]) -> list[
 class _Measurement:
     """One walk of the dense stream through the model, trying every unit on the way."""
 
-    def __init__(
-        self, model: Any, recipe: Recipe, units: list[_Unit], calibration: TokenWindows
-    ) -> None:
-        assert recipe.budget is not None
-        self.model, self.units, self.budget = model, units, recipe.budget
+    def __init__(self, model: Any, units: list[_Unit], budget: float) -> None:
+        self.model, self.units, self.budget = model, units, budget
         self.structures: list[Any] = [STRUCTURES.get(name) for name in STRUCTURES.names()]
         self.stack: Any = model.get_submodule(find_layers(model).path)
+
+    def record(self, calibration: TokenWindows) -> None:
+        """Run the dense model: what its layers are called with, and what it predicts."""
         length = calibration.windows.shape[1]
         fit = calibration.windows[: max(1, FIT_TOKENS // length)]
         # What the candidates are not fitted to comes from all over the text; what the fit that
@@ -235,11 +237,12 @@ class _Measurement:
         other = torch.cat((calibration.windows[len(fit) :], calibration.held_out))
         judged = other[: max(1, JUDGED_TOKENS // length)]
         self.fitting = len(fit)
-        ids = [window[None].to(model.device) for window in torch.cat((fit, judged))]
-        calls: Calls = record_calls(model, list(self.stack), ids)
-        self.autocast = type_taken(self.stack[0], calls, fast_type(model.device, model.dtype))
+        ids = [window[None].to(self.model.device) for window in torch.cat((fit, judged))]
+        calls: Calls = record_calls(self.model, list(self.stack), ids)
+        fast = fast_type(self.model.device, self.model.dtype)
+        self.autocast = type_taken(self.stack[0], calls, fast)
         self.stream, self.extras = calls.hidden, calls.extras
-        self.rest = TailModel(model, list(self.stack), ids[0])
+        self.rest = TailModel(self.model, list(self.stack), ids[0])
         self.probe_ids = ids[self.fitting :][: max(1, PROBE_TOKENS // length)]
         self.dense_logits = [self._logits(0, n).cpu() for n in range(len(self.probe_ids))]
 
