@@ -245,7 +245,7 @@ def test_the_test_script_fails_if_any_step_fails_and_still_runs_pytest(sandbox, 
         "ruff check .",
         "mypy ",
         "lint-imports ",
-        "pytest -m not slow and not gpu tests/test_x.py -k y",
+        "pytest tests/test_x.py -k y",
     ]
     _, did = sandbox("test", "--all", "tests/test_x.py")
     assert did[-1] == "pytest -m not gpu tests/test_x.py"
