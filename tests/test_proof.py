@@ -11,11 +11,14 @@ import pytest
 import torch
 import transformers as tf
 from helpers_streaming import RECIPES, in_memory, stored_model
+from six_layers import Subject
 from tiny import logits, tiny_model, tokens
 
+import llmslim
 from llmslim import CheckpointError, api
 from llmslim.anatomy import first_difference
-from llmslim.storage import Pieces
+from llmslim.conversion.proof import PieceRunner
+from llmslim.storage import Pieces, open_source
 
 _SAVE = tf.PreTrainedModel.save_pretrained
 RANK_FOUR = {"match": "*.mlp.*", "structure": "low_rank", "rank": 4}
@@ -107,3 +110,19 @@ def test_likeness(changes: dict[str, Any], same: bool) -> None:
     if shapes[0] == shapes[1]:
         other.load_state_dict(one.state_dict())
         assert torch.equal(logits(one, tokens()), logits(other, tokens())) is same
+
+
+def test_layers_of_experts_are_run(tmp_path: Path) -> None:
+    """Kernels for experts refuse weights without a place in memory, which the first layer had."""
+    config = Subject("qwen3_moe", "causal", {"decoder_sparse_step": 2}).config()
+    model = tf.AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path / "dense")
+    recipe = {"depth": {"keep_layers": [1, 2, 4]}}  # the first layer has experts now
+    out = llmslim.convert(tmp_path / "dense", recipe, tmp_path / "out").path
+    pieces = Pieces(open_source(out))
+    runner = PieceRunner(pieces)
+    for piece in pieces.all:
+        pieces.load(piece)
+        assert runner.fingerprint(piece), piece.name
+    llmslim.slim(model, recipe)
+    assert torch.equal(logits(llmslim.load(out), tokens()), logits(model, tokens()))

@@ -100,7 +100,8 @@ def _wrong(written: Pieces, what: str) -> str:
 def _calls(pieces: Pieces) -> tuple[Layers | None, Calls | None]:
     """Return the decoder layers and what their model calls them with, as far as that is known.
 
-    That does not depend on weights; zeros, which take no memory until they are written to, will do.
+    That does not depend on weights: zeros will do. Only the first layer, which is run, has them in
+    memory.
     """
     model: Any = pieces.model
     try:
@@ -112,7 +113,7 @@ def _calls(pieces: Pieces) -> tuple[Layers | None, Calls | None]:
     try:
         pieces.make_tables()
         for piece in first:
-            pieces.load_zeros(piece)
+            pieces.load_zeros(piece, in_memory=layers.index_of(piece.name) == 0)
         vocabulary = int(model.get_input_embeddings().num_embeddings)
         ids = torch.arange(_TOKENS, device=pieces.device)[None] % vocabulary
         return layers, record_calls(model, stack, [ids])

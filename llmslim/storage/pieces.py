@@ -138,8 +138,13 @@ class Pieces:
             self._put(tensors, self._config)
         self._put_tables()
 
-    def load_zeros(self, piece: Piece) -> None:
-        """Give a piece weights that are all zero and take no memory."""
+    def load_zeros(self, piece: Piece, *, in_memory: bool) -> None:
+        """Give a piece weights that are all zero.
+
+        Args:
+            piece: the piece.
+            in_memory: whether each has a place in memory, as fused kernels for experts need it.
+        """
         for holder in piece.modules:
             for module in self.model.get_submodule(holder).modules():
                 own = (*module.named_parameters(recurse=False), *module.named_buffers("", False))
@@ -147,6 +152,8 @@ class Pieces:
                     if tensor.is_meta:
                         zero = torch.zeros((), dtype=tensor.dtype, device=self.device)
                         zeros: Tensor = zero.expand(tensor.shape)
+                        if in_memory:
+                            zeros = zeros.contiguous()
                         if isinstance(tensor, nn.Parameter):
                             zeros = nn.Parameter(zeros, requires_grad=False)
                         setattr(module, name, zeros)
