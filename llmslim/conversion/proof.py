@@ -54,6 +54,8 @@ class PieceRunner:
             if self._calls is None:
                 return []
             layer = model.get_submodule(piece.name)
+            if not _is_loaded(layer):
+                return []
             hidden = _draw(self._calls.hidden[0].shape, layer)
             output, _ = run_layer(layer, hidden.float(), self._calls.extras[index][0])
             return [] if output is None else _fingerprint(output)
@@ -127,7 +129,7 @@ def _calls(pieces: Pieces) -> tuple[Layers | None, Calls | None]:
 def _alone(module: nn.Module) -> Tensor | None:
     """Run a module outside of the decoder layers, None where it takes something else."""
     weight = next(module.parameters(), None)
-    if weight is None or weight.dim() not in (1, 2):
+    if weight is None or weight.dim() not in (1, 2) or not _is_loaded(module):
         return None
     if hasattr(module, "num_embeddings"):
         given = torch.arange(_TOKENS, device=weight.device)[None] % int(module.num_embeddings)  # type: ignore[arg-type]
@@ -140,6 +142,11 @@ def _alone(module: nn.Module) -> Tensor | None:
         return None
     usable = isinstance(output, Tensor) and output.is_floating_point() and not output.is_meta
     return output if usable else None
+
+
+def _is_loaded(module: nn.Module) -> bool:
+    """Return whether all of a module is loaded; parts of it may be pieces of their own."""
+    return not any(t.is_meta for t in (*module.parameters(), *module.buffers()))
 
 
 def _draw(shape: torch.Size, module: nn.Module) -> Tensor:
