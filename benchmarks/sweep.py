@@ -134,7 +134,7 @@ with `convert`. *same*: what was written loads whole and computes what `slim` le
 that in turn, with fewer layers alone, what the dense model does whose other layers are skipped, and
 with more neurons, what the dense model does. *refused*: `plan` says why not, before anything is
 written. Where both ways differ, `slim` stands first. Models with fields after their name are
-configs in which layers are told apart by counters or indices (`tests/six_layers.py`).
+configs in which the kind of a layer depends on counters or indices (`tests/six_layers.py`).
 
 {models} models, {cases} cases: {counts}. {exact} are bitwise the same; {known} were held against a
 truth. Made by `python benchmarks/sweep.py >> docs/architectures.md` ({machine})."""

@@ -147,7 +147,7 @@ class Copy:
 
 
 def _forget_compiled(path: Path) -> None:
-    """Remove compiled files, which are told apart by seconds and sizes only."""
+    """Remove compiled files: Python compares only the time in seconds and the size of a source."""
     for file in (path.parent / "__pycache__").glob(f"{path.stem}.*"):
         file.unlink()
 

@@ -103,7 +103,7 @@ def convert(model: str | Path, options: ConvertOptions) -> Conversion:
 
 
 def _request(model: str | Path, options: ConvertOptions) -> Request:
-    """Return what is to be done, once the model is found.
+    """Find the model and check the options; return the request for its conversion.
 
     Raises:
         RecipeError: if no recipe is given and the model is not slim already.

@@ -106,7 +106,7 @@ class LayerFit:
         return {name: site for name, site in sites.items() if name.startswith(self.prefix)}
 
     def _steps(self) -> list[Step]:
-        """Return what is to be fitted in the order it runs; sites with one input go together.
+        """Return the layer's steps in the order they run; projections that share an input are one step.
 
         Each stack of experts is a step of its own.
         """

@@ -121,7 +121,7 @@ MUTATIONS = (
         "llmslim/storage/finite.py",
         "or place in seen:",
         ":",
-        "tied weights are told of twice",
+        "tied weights are reported twice",
         "tests/test_weight_values.py::test_one_bad_number_of_any_kind_is_counted",
     ),
     change(
@@ -226,7 +226,7 @@ MUTATIONS = (
         "llmslim/storage/rundir.py",
         'known = {"llmslim": __version__, **{',
         "known = {**{",
-        "a new version goes on with an old one's work",
+        "a new version resumes an old version's work",
         "tests/test_identity.py::test_versions_are_llmslims_and_those_of_what_it_computes_with",
     ),
     change(
@@ -359,7 +359,7 @@ MUTATIONS = (
         "llmslim/conversion/calibrate.py",
         'if "sequence_length" not in given.model_fields_set:',
         "if True:",
-        "a length that was asked for is cut without a word",
+        "a requested length is shortened without a note",
         "tests/test_calibration_windows.py::test_windows_are_as_long_as_a_small_model_reads_unless_a_length_is_set",
     ),
     change(
