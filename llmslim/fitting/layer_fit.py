@@ -106,9 +106,9 @@ class LayerFit:
         return {name: site for name, site in sites.items() if name.startswith(self.prefix)}
 
     def _steps(self) -> list[Step]:
-        """Return the layer's steps in the order they run; projections that share an input are one step.
+        """Return the layer's steps in the order they run.
 
-        Each stack of experts is a step of its own.
+        Projections that share an input are one step, and so is each stack of experts.
         """
         planned = self._planned()
         # A narrower MLP has its turn where its first projection runs.
