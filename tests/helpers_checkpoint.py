@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +112,29 @@ def refused(call: Any, *args: Any, **options: Any) -> str:
     with pytest.raises(CheckpointError) as caught:
         call(*args, **options)
     return str(caught.value)
+
+
+def disk_order(monkeypatch: pytest.MonkeyPatch, move: str) -> list[int | Path]:
+    """Return a list that fills with what reaches the disk, in order.
+
+    Args:
+        monkeypatch: watches as long as its patches hold.
+        move: `rename` or `replace`, whichever gives the files their names.
+
+    Returns:
+        The inode of what is flushed, the path of what gets its name.
+    """
+    done: list[int | Path] = []
+    fsync, moved = os.fsync, getattr(Path, move)
+
+    def noted_fsync(descriptor: int) -> None:
+        done.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def noted_move(path: Path, target: Path) -> Path:
+        done.append(Path(target))
+        return moved(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, move, noted_move)
+    return done

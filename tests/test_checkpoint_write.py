@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers_checkpoint import (
     TEMPLATE,
+    disk_order,
     hashes,
     make_slim,
     names,
@@ -120,23 +121,11 @@ def test_all_is_on_the_disk_before_the_folder_has_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file whose name is there and whose content is not is what a power cut would leave."""
-    done: list[int | str] = []
-    fsync, rename = os.fsync, Path.rename
-
-    def noted_fsync(descriptor: int) -> None:
-        done.append(os.fstat(descriptor).st_ino)
-        fsync(descriptor)
-
-    def noted_rename(path: Path, target: Path) -> Path:
-        done.append(target.name)
-        return rename(path, target)
-
-    monkeypatch.setattr(os, "fsync", noted_fsync)
-    monkeypatch.setattr(Path, "rename", noted_rename)
+    done = disk_order(monkeypatch, "rename")
     out = write_checkpoint(
         tiny_model("llama", num_hidden_layers=1), tmp_path / "out", tokenizer=tiny_tokenizer()
     )
-    at = done.index("out")
+    at = done.index(out)
     files = [out, *(path for path in out.rglob("*") if path.is_file())]
     assert len(files) > 4
     assert {path.stat().st_ino for path in files} <= set(done[:at])

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from helpers_checkpoint import hashes, names
+from helpers_checkpoint import disk_order, hashes, names
 from helpers_streaming import RECIPES, SMALL_SHARDS, in_memory, stored_model
 from safetensors.torch import load_file, save_file
 
@@ -346,26 +346,15 @@ def test_a_piece_is_on_the_disk_before_its_record(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A record of a file whose content is not there is what a power cut would leave."""
-    done: list[int | str] = []
-    fsync, replace = os.fsync, Path.replace
-
-    def noted_fsync(descriptor: int) -> None:
-        done.append(os.fstat(descriptor).st_ino)
-        fsync(descriptor)
-
-    def noted_replace(path: Path, target: Path) -> Path:
-        done.append("record" if target.parent.name == "records" else target.name)
-        return replace(path, target)
-
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", noted_fsync)
-        patch.setattr(Path, "replace", noted_replace)
+        done = disk_order(patch, "replace")
         out = convert(model, tmp_path / "out").path
     files = [*out.glob("*.safetensors")]
     assert len(files) > 4
     for file in files:
-        before = done[: done.index(file.name)]
-        record = max(n for n, what in enumerate(before) if what == "record")
+        named = next(n for n, what in enumerate(done) if getattr(what, "name", "") == file.name)
+        before = done[:named]
+        record = max(n for n, p in enumerate(before) if getattr(p, "parent", out).name == "records")
         assert file.stat().st_ino in before[:record]
 
 

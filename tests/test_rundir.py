@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 
 import pytest
+from helpers_checkpoint import disk_order
 
 from llmslim.errors import CheckpointError
 from llmslim.storage import write_whole
@@ -22,22 +22,10 @@ def work(tmp_path: Path) -> RunDir:
 def test_a_text_is_on_the_disk_before_it_has_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done: list[int | str] = []
-    fsync, replace = os.fsync, Path.replace
-
-    def noted_fsync(descriptor: int) -> None:
-        done.append(os.fstat(descriptor).st_ino)
-        fsync(descriptor)
-
-    def noted_replace(path: Path, target: Path) -> Path:
-        done.append("named")
-        return replace(path, target)
-
-    monkeypatch.setattr(os, "fsync", noted_fsync)
-    monkeypatch.setattr(Path, "replace", noted_replace)
+    done = disk_order(monkeypatch, "replace")
     file = tmp_path / "record.json"
     write_whole(file, "text")
-    assert done == [file.stat().st_ino, "named", tmp_path.stat().st_ino]
+    assert done == [file.stat().st_ino, file, tmp_path.stat().st_ino]
     assert file.read_text() == "text"
 
 
