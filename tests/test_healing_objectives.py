@@ -11,7 +11,7 @@ from torch.nn import functional
 from llmslim.data import collate
 from llmslim.errors import HealingError
 from llmslim.healing import objective_named
-from llmslim.healing.objectives import _chunks
+from llmslim.anatomy import predictions
 from llmslim.healing.objectives._step import Step
 from llmslim.healing.objectives.cross_entropy import summed_cross_entropy
 from llmslim.plugins import OBJECTIVES
@@ -39,7 +39,7 @@ def predicted(step):
 
 @pytest.fixture(params=[2**24, 96 * 5], ids=["one chunk", "several chunks"])
 def chunks(request, monkeypatch):
-    monkeypatch.setattr(_chunks, "CHUNK_NUMBERS", request.param)
+    monkeypatch.setattr(predictions, "CHUNK_NUMBERS", request.param)
 
 
 def test_objectives_are_the_files():

@@ -22,7 +22,8 @@ from llmslim.data import collate, collate_flat
 from llmslim.errors import HealingError, UnfinishedError
 from llmslim.healing import HealingDir, HealInputs, heal_model, objective_named, teacher_cache
 from llmslim.healing.distributed import processes
-from llmslim.healing.objectives import Step, _chunks, logits
+from llmslim.anatomy import predictions
+from llmslim.healing.objectives import Step, logits
 from llmslim.healing.teacher_cache import TeacherCache
 from llmslim.progress import quietly
 from llmslim.recipe import Heal
@@ -67,7 +68,7 @@ def files(folder):
 def test_the_loss_and_its_gradient_are_those_of_a_live_teacher(
     tmp_path, monkeypatch, together, temperature, top_k
 ):
-    monkeypatch.setattr(_chunks, "CHUNK_NUMBERS", 96 * 5)
+    monkeypatch.setattr(predictions, "CHUNK_NUMBERS", 96 * 5)
     monkeypatch.setattr(teacher_cache, "CHUNK_NUMBERS", 96 * 5)
     model, teacher, rows = slimmed(), tiny_model(seed=3), Patchy(5, 1)
     cache = filled(

@@ -32,6 +32,10 @@ _CONFIGS: dict[str, Callable[[], Any]] = {
 
 
 ARCHITECTURES = tuple(_CONFIGS)
+_CONFIGS |= {  # their code changes what the head gives
+    "gemma2": lambda: tf.Gemma2Config(**_GATED, head_dim=12, final_logit_softcapping=2.0),
+    "cohere": lambda: tf.CohereConfig(**_GATED, logit_scale=0.25),
+}
 
 
 def few(names: Iterable[str], usual: Collection[str] = ("llama", "phi3", "gpt2")) -> list[Any]:

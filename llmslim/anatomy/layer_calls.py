@@ -125,7 +125,7 @@ class _Recording:
         """
         with ExitStack() as stack:
             for index, layer in enumerate(self._layers):
-                stack.enter_context(_replaced_forward(layer, self._stand_in(index)))
+                stack.enter_context(replaced_forward(layer, self._stand_in(index)))
             for batch in batches:
                 self._next = 0
                 with suppress(_Stop):
@@ -274,7 +274,7 @@ class TailModel:
                     forward = self._pass_on
                 else:
                     continue
-                stack.enter_context(_replaced_forward(layer, forward))
+                stack.enter_context(replaced_forward(layer, forward))
             stack.enter_context(
                 torch.autocast(hidden.device.type, autocast, enabled=autocast is not None)
             )
@@ -286,12 +286,17 @@ class TailModel:
 
 
 @contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Give a module another forward pass, for a while."""
+    before = module.__dict__.get("forward")
     module.forward = forward
     try:
         yield
     finally:
-        del module.forward
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
 
 
 def _zeros_of(module: nn.Module) -> Callable[..., Tensor]:
@@ -309,6 +314,18 @@ def _in_own_type(norm: nn.LayerNorm, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Hand a norm its input in its weights' type: torch refuses any other under autocast."""
     weight = norm.weight
     return args if weight is None else (args[0].to(weight.dtype), *args[1:])
+
+
+@contextmanager
+def layer_norms_in_own_type(module: nn.Module) -> Iterator[None]:
+    """Let the LayerNorms of a module take inputs of any type, as autocast gives them."""
+    norms = (each for each in module.modules() if isinstance(each, nn.LayerNorm))
+    handles = [norm.register_forward_pre_hook(_in_own_type) for norm in norms]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def type_taken(layer: nn.Module, calls: Calls, fast: torch.dtype | None) -> torch.dtype | None:
@@ -363,15 +380,14 @@ def run_layer(
         return hook
 
     handles = [module.register_forward_pre_hook(look(name)) for name, module in wanted.items()]
-    if autocast is not None:
-        norms = (module for module in layer.modules() if isinstance(module, nn.LayerNorm))
-        handles += [norm.register_forward_pre_hook(_in_own_type) for norm in norms]
     dtype = next(layer.parameters()).dtype
     output: Any = None
     try:
         with ExitStack() as stack:
+            if autocast is not None:
+                stack.enter_context(layer_norms_in_own_type(layer))
             for module in zeroed:
-                stack.enter_context(_replaced_forward(module, _zeros_of(module)))
+                stack.enter_context(replaced_forward(module, _zeros_of(module)))
             stack.enter_context(
                 torch.autocast(hidden.device.type, autocast, enabled=autocast is not None)
             )

@@ -30,8 +30,8 @@ def check_text(request: Request, model: PreTrainedModel) -> None:
     recipe = request.recipe
     if recipe.has_auto:
         raise NotInPiecesError("sharing out a budget measures the whole model")
-    if recipe.refine is not None and recipe.refine.logits_steps:
-        raise NotInPiecesError("refining by what is predicted runs the whole model")
+    if recipe.refine is not None and recipe.refine.end_to_end is not None:
+        raise NotInPiecesError("training end to end takes the whole model")
     if "self" in _spec(request, model).texts:
         raise NotInPiecesError("the calibration text is sampled from the whole model")
 

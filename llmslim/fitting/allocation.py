@@ -34,7 +34,6 @@ import numpy as np
 import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
-from torch.nn.functional import kl_div
 
 from llmslim.anatomy.layer_calls import (
     Calls,
@@ -45,6 +44,7 @@ from llmslim.anatomy.layer_calls import (
     run_layer,
     type_taken,
 )
+from llmslim.anatomy.predictions import divergence
 from llmslim.anatomy.roles import find_roles
 from llmslim.anatomy.sites import (
     dense_weight,
@@ -395,8 +395,7 @@ def _divergence(ours_TV: Tensor, dense_TV: Tensor) -> Tensor:
     # A few tokens at a time stay in the cache: three times as fast.
     for ours, dense in zip(ours_TV.split(_ROWS), dense_TV.split(_ROWS), strict=True):
         expected = dense.to(ours.device).float().log_softmax(-1)
-        got = ours.float().log_softmax(-1)
-        found.append(kl_div(got, expected, reduction="none", log_target=True).sum(-1))
+        found.append(divergence(expected, ours.float().log_softmax(-1)))
     return torch.cat(found)
 
 

@@ -13,6 +13,8 @@ from llmslim.editing.plans import Plan
 from llmslim.editing.resize import resize_mlp
 from llmslim.errors import DataError
 from llmslim.fitting.calibration import TokenWindows
+from llmslim.fitting.end_to_end import train_end_to_end
+from llmslim.fitting.layer_store import DenseStates
 from llmslim.fitting.layerwise import fit_sequentially
 from llmslim.progress import Progress, quietly
 from llmslim.report.report import Report
@@ -52,7 +54,8 @@ def rewrite(
             "text. Pass --calibration (`calibration=` in Python), or use init: project."
         )
     report_step = progress or quietly
-    total, done = len(plan.sites) + sum(mlp.fitted for mlp in plan.mlps), 0
+    total, done = len(plan.sites) + sum(mlp.fitted for mlp in plan.mlps) + steps_of(plan), 0
+    states: DenseStates | None = None
     errors: dict[str, float | None] = {}
     notes = list(plan.notes)
     seed_with = partial(seed_of, seed=seed)
@@ -77,13 +80,33 @@ def rewrite(
         errors |= fitted.errors
         notes += fitted.all_notes
         rest = [site for site in plan.sites if site.name not in fitted.sites]
+        states = fitted.states
     else:
         rest = list(plan.sites)
+    head = model.get_output_embeddings()
     for site in rest:
         errors[site.name] = fill_site(model, site, seed_with)
         finished(site.name)
     finalise(model, plan)
+    refine = plan.recipe.refine
+    if states is not None and refine is not None and (spec := refine.end_to_end) is not None:
+
+        def stepped(step: int) -> None:
+            report_step(done + step, total, f"training end to end, step {step} of {spec.steps}")
+
+        trained = train_end_to_end(
+            model, plan, spec, states, head=head, seed=seed, progress=stepped
+        )
+        notes.append(trained.note)
     return filled_in(plan, errors, notes)
+
+
+def steps_of(plan: Plan) -> int:
+    """Return how many steps the training end to end of a plan takes, 0 where there is none."""
+    refine = plan.recipe.refine
+    if refine is None or refine.end_to_end is None or not plan.needs_calibration:
+        return 0
+    return refine.end_to_end.steps
 
 
 def filled_in(plan: Plan, errors: Mapping[str, float | None], notes: Iterable[str]) -> Report:

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from llmslim.editing.plans import Plan
 from llmslim.fitting.allocation import FIT_TOKENS, JUDGED_TOKENS, PROBE_TOKENS
 from llmslim.fitting.calibration import EARLY_LAYERS, random_token_count
+from llmslim.fitting.end_to_end import CHECKS as DESCENT_CHECKS
+from llmslim.fitting.end_to_end import TRAINED_BYTES
 from llmslim.fitting.refine import STEP_TOKENS
 from llmslim.planning.rules import WIDTH
 from llmslim.recipe import Calibration
+from llmslim.report.report import Row
 
 _HELD_OUT = 17 / 16
 """Tokens in all for each token to fit on."""
@@ -64,21 +66,34 @@ def fitting_cost(plan: Plan) -> Cost | None:
         # Forward and backward: three times a pass of what moves, and as much as one in checks.
         per_token = sum(row.flops_per_token_after for row in rows if row.action == "replaced")
         flops += 4 * plan.recipe.refine.steps * STEP_TOKENS * per_token
-    predicted = STEP_TOKENS * (plan.recipe.refine.logits_steps if plan.recipe.refine else 0)
-    if predicted:
-        # On the average half the layers follow one; the dense predictions take the head alone.
-        head = model_flops - layer_flops
-        flops += predicted * layers * (3 * (layer_flops // 2 + head) + head)
-        flops += tokens * layer_flops
+    trained = _end_to_end(plan, rows, model_flops - layer_flops)
+    flops += trained.flops
     if "self" in spec.texts:
         flops += _SAMPLING * tokens * model_flops // len(spec.texts)
     largest = max((8 * (i * i + i * o + o * o) for i, o in sizes), default=0)
     streams = 4 * 4 * (tokens + scrambled) * hidden  # both, before and after the layer, float32
     layer_bytes = 2 * 4 * (layer_flops // 2) // layers
     probes = 2 * PROBE_TOKENS * config.vocab_size if plan.recipe.has_auto else 0
-    if predicted:
-        probes += 4 * (tokens + scrambled) * hidden + 6 * 4 * STEP_TOKENS * config.vocab_size
-    return Cost(spec.tokens, streams + 6 * largest + layer_bytes + probes, flops)
+    layers_at_once = streams + 6 * largest + layer_bytes + probes
+    return Cost(spec.tokens, max(layers_at_once, trained.memory), flops)
+
+
+def _end_to_end(plan: Plan, rows: list[Row], head_flops: int) -> Cost:
+    """Return what training end to end takes: the whole slim model, forward and backward."""
+    refine, config = plan.recipe.refine, plan.config.get_text_config()
+    if refine is None or refine.end_to_end is None:
+        return Cost(0, 0, 0)
+    spec, text = refine.end_to_end, plan.recipe.calibration or Calibration()
+    window = text.sequence_length
+    step = max(1, spec.tokens // window) * window
+    slim = head_flops + sum(r.flops_per_token_after for r in rows if not r.counts_as_embedding)
+    checks = (DESCENT_CHECKS + 1) * text.tokens // 16
+    flops = spec.steps * step * (3 * slim + head_flops) + checks * (slim + head_flops)
+    trained = sum(row.params_after for row in rows if row.action == "replaced")
+    # What linear maps read and give, and the logits, the dense ones and a gradient.
+    kept = sum((r.in_features or 0) + (r.out_features or 0) for r in rows if r.kind == "projection")
+    memory = TRAINED_BYTES * trained + 4 * window * (kept + 3 * config.vocab_size)
+    return Cost(text.tokens, memory, flops)
 
 
 def speed(device: torch.device) -> float:
@@ -93,6 +108,6 @@ def speed(device: torch.device) -> float:
     return 2 * side**3 * times / (time.perf_counter() - start)
 
 
-def _has_moments(row: Any) -> bool:
+def _has_moments(row: Row) -> bool:
     """Return whether a row's inputs are looked at: of a narrower MLP, its last map's alone."""
-    return bool(row.structure != WIDTH or row.out_features < row.in_features)
+    return row.structure != WIDTH or (row.out_features or 0) < (row.in_features or 0)

@@ -31,7 +31,6 @@ from llmslim.fitting.layer_pair import LayerOutputs, LayerPair
 from llmslim.fitting.layer_store import Fitted, Streams
 from llmslim.fitting.moments import Moments, corrected_weight, target_error
 from llmslim.fitting.neurons import eliminate
-from llmslim.fitting.predictions import Predictions
 from llmslim.fitting.refine import refine_layer
 from llmslim.fitting.renumber import free_neurons, renumber
 from llmslim.init import GramAccumulator, Target, method_named, wide
@@ -54,8 +53,7 @@ class FitContext:
     narrow: Sequence[MlpPlan]
     """MLPs whose neurons are chosen by the fit."""
     refine: Refine | None
-    predictions: Predictions | None
-    """For descents on what the model predicts."""
+    """How layers are refined; None where they stay as the closed forms made them."""
     seed_of: Callable[[str], int]
     progress: Callable[[str], None]
     """Called with the name of every site once it is done."""
@@ -66,8 +64,6 @@ class LayerFit:
     """The fit of one decoder layer."""
 
     context: FitContext
-    index: int
-    """Of the layer."""
     prefix: str
     """Of its modules' names, with the dot."""
     pair: LayerPair
@@ -260,14 +256,12 @@ class LayerFit:
         if not names:
             return None
         inside = list(dict.fromkeys(self._inside(name) for name in names))
-        predictions = self.context.predictions
         outputs = refine_layer(
             self.context.model,
             self.pair,
             inside,
             spec,
             dense=dense,
-            predicted=None if predictions is None else partial(predictions.loss, self.index),
             seed=self.context.seed_of(self.prefix),
         )
         for name in inside:

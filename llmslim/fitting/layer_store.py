@@ -11,9 +11,24 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from llmslim.errors import and_more
+
+
+@dataclass(frozen=True)
+class DenseStates:
+    """What the dense model makes of the calibration windows, before its last norm."""
+
+    ids: list[Tensor]
+    """Token ids of each batch, (N, L)."""
+    hidden: list[Tensor]
+    """The dense stream after the last decoder layer, (N, L, D)."""
+    fitting: int
+    """How many of the batches are to fit on; the others are held out."""
+    autocast: torch.dtype | None
+    """Type of products; None for the model's own."""
 
 
 @dataclass
@@ -27,6 +42,8 @@ class Fitted:
     notes: list[str] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
     """Names of the sites that the calibration text never reached."""
+    states: DenseStates | None = None
+    """Of a fit of all layers, what a training end to end goes on from."""
 
     @property
     def all_notes(self) -> list[str]:

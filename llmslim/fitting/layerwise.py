@@ -23,8 +23,7 @@ from llmslim.editing.plans import Plan
 from llmslim.fitting.calibration import early_layers, windows_per_batch, with_random_tokens
 from llmslim.fitting.layer_fit import FitContext, LayerFit
 from llmslim.fitting.layer_pair import LayerPair
-from llmslim.fitting.layer_store import Fitted, LayerStore, Streams
-from llmslim.fitting.predictions import Predictions
+from llmslim.fitting.layer_store import DenseStates, Fitted, LayerStore, Streams
 from llmslim.init import method_named
 from llmslim.modeling.modeling_llmslim import other_names, set_module
 
@@ -85,8 +84,9 @@ class _LayerwiseFit:
         """Batches to fit on; the others are held out."""
         self.extras: list[list[Extra]] = []
         """Arguments of each layer beside the hidden states, for each batch."""
+        self.ids: list[Tensor] = []
+        """Token ids of each batch."""
         self.autocast: torch.dtype | None = None
-        self.predictions: Predictions | None = None
 
     def run(self, windows: Tensor, held_out: Tensor) -> Fitted:
         """Fit every layer that something is planned for."""
@@ -94,19 +94,21 @@ class _LayerwiseFit:
         first, streams = self.store.resume(streams)
         if first >= self.early:
             self._drop_random()
+        spec = self.plan.recipe.refine
         context = FitContext(
             self.model,
             self.sites,
             find_mlps(self.model, self.layers),
             self.narrow,
-            self.plan.recipe.refine,
-            self.predictions,
+            spec if spec is not None and spec.steps else None,
             self.seed_of,
             self.progress,
         )
         to_fit = [self._has_plans(index) for index in range(len(self.stack))]
         changed = [to_fit[index] or self._dropped(index) for index in range(len(self.stack))]
         last = max((index for index, planned in enumerate(to_fit) if planned), default=-1)
+        if spec is not None and spec.end_to_end is not None:
+            last = len(to_fit) - 1  # all that the dense model makes of the text is needed
         whole = Fitted()
         for index in range(first, last + 1):
             with self.store.layer(index):
@@ -120,6 +122,8 @@ class _LayerwiseFit:
                     self._drop_random()
                 streams = self.store.finished(index, result, after)
             whole.add(result)
+        if last == len(to_fit) - 1:
+            whole.states = DenseStates(self.ids, streams.dense, self.fitting, self.autocast)
         return whole
 
     def _prepare(self, windows: Tensor, held_out: Tensor) -> Streams:
@@ -131,19 +135,13 @@ class _LayerwiseFit:
         with self.store.beginning():
             size = windows_per_batch((copies, windows, held_out), self.model.device)
             ids = torch.cat((copies, windows, held_out)).to(self.model.device)
-            batches = list(ids.split(size))
+            self.ids = list(ids.split(size))
             self.random = len(copies) // size
             self.fitting = self.random + len(windows) // size
             layers = list(self.stack)
-            calls = record_calls(self.model, layers, batches)
+            calls = record_calls(self.model, layers, self.ids)
             fast = fast_type(self.model.device, self.model.dtype)
             self.autocast = type_taken(layers[0], calls, fast)
-            spec = self.plan.recipe.refine
-            if spec is not None and spec.logits_steps:
-                dropped = [index for index in range(len(layers)) if self._dropped(index)]
-                self.predictions = Predictions(
-                    self.model, layers, calls, batches, dropped, self.autocast
-                )
         self.extras = calls.extras
         return Streams(calls.hidden, calls.hidden)
 
@@ -163,9 +161,8 @@ class _LayerwiseFit:
     def _drop_random(self) -> None:
         """Forget the windows with random tokens, which only the early layers are fitted to."""
         self.extras = [known[self.random :] for known in self.extras]
+        self.ids = self.ids[self.random :]
         self.fitting -= self.random
-        if self.predictions is not None:
-            self.predictions.drop_first(self.random)
         self.random = 0
 
     def _pair(self, index: int, dense: nn.Module, streams: Streams) -> LayerPair:
@@ -182,7 +179,7 @@ class _LayerwiseFit:
             pair = self._pair(index, layer, streams)
             return Fitted(), Streams(pair.outputs(layer), streams.slim)
         pair = self._pair(index, self._dense_copy(layer, prefix), streams)
-        fit = LayerFit(context, index, prefix, pair)
+        fit = LayerFit(context, prefix, pair)
         after = fit.run()
         self._fill_unseen(prefix, fit.result)
         return fit.result, after

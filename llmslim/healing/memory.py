@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmslim.anatomy.predictions import CHUNK_NUMBERS
 from llmslim.anatomy.sites import find_layers
 from llmslim.compat import CAST, FakeTensorMode, TorchDispatchMode, attention_of
-from llmslim.healing.objectives._chunks import CHUNK_NUMBERS
 from llmslim.healing.packing_check import takes_position_ids
 from llmslim.recipe import Heal
 from llmslim.report import wording

@@ -31,9 +31,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llmslim.anatomy.predictions import CHUNK_NUMBERS
 from llmslim.errors import HealingError
 from llmslim.healing.objectives import TeacherTopK, next_tokens
-from llmslim.healing.objectives._chunks import CHUNK_NUMBERS
 from llmslim.healing.rows import Collate
 from llmslim.progress import Progress
 from llmslim.report import wording

@@ -9,6 +9,7 @@ from .match import rules_by_name as rules_by_name
 from .roles import ROLES as ROLES
 from .rule import Rule as Rule
 from .schema import Calibration as Calibration
+from .schema import EndToEnd as EndToEnd
 from .schema import Heal as Heal
 from .schema import HealSource as HealSource
 from .schema import Recipe as Recipe

@@ -35,15 +35,26 @@ class Width(Section):
     """Neurons of every MLP. More than before: neurons are duplicated, the function stays the same. Fewer: the least important go."""
 
 
-class Refine(Section):
-    """A short gradient fit after the closed forms: each layer's output to the dense layer's."""
+class EndToEnd(Section):
+    """Training of all that surgery changed together, on the dense model's predictions."""
 
-    steps: Count = 64
-    """Steps of the optimiser for each decoder layer."""
+    steps: Count = 128
+    """Steps of the optimiser."""
+    lr: Annotated[float, Field(gt=0)] = 1e-2
+    """Peak step, in units of each parameter's root mean square: one value serves every model."""
+    tokens: Count = 1024
+    """Tokens of one step, in whole windows."""
+
+
+class Refine(Section):
+    """Gradient fits after the closed forms: each layer's output to the dense layer's, then the model's."""
+
+    steps: Annotated[int, Field(ge=0)] = 64
+    """Steps of the optimiser for each decoder layer; 0 leaves the layers as the closed forms made them."""
     lr: Annotated[float, Field(gt=0)] = 3e-2
     """Peak step, in units of each parameter's root mean square: one value serves every model."""
-    logits_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps after those on the model's predictions in place of the layer's output; for a GPU."""
+    end_to_end: EndToEnd | None = None
+    """After the layers, all of the model together; left out, there is no such training."""
 
 
 class Calibration(Section):

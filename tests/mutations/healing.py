@@ -175,14 +175,14 @@ MUTATIONS = (
         "tests/test_healing_objectives.py::test_top_k_compares_the_rest_as_one",
     ),
     change(
-        "llmslim/healing/objectives/_chunks.py",
+        "llmslim/anatomy/predictions.py",
         "return grad_TV.mul_(outputs[0]), None",
         "return grad_TV, None",
         "gradients are not scaled with the loss",
         "tests/test_healing_objectives.py::test_a_share_of_a_loss_has_that_share_of_its_gradient",
     ),
     change(
-        "llmslim/healing/objectives/_chunks.py",
+        "llmslim/anatomy/predictions.py",
         "total += loss.detach()",
         "total = loss.detach()",
         "the loss of the last chunk",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
-from ._chunks import sum_over_tokens
+from llmslim.anatomy.predictions import sum_over_tokens
+
 from ._step import Step
 
 NEEDS_TEACHER = False

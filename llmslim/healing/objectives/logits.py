@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from llmslim.anatomy import predictions
+from llmslim.anatomy.predictions import Part, sum_over_tokens
 from llmslim.errors import HealingError
 
-from ._chunks import Part, sum_over_tokens
 from ._step import Step, TeacherTopK
 
 NEEDS_TEACHER = True
@@ -103,21 +104,16 @@ def divergence(
     if top_k is not None and top_k < log_p_CV.shape[-1]:
         log_p_CK, kept_CK = log_p_CV.topk(top_k, dim=-1)
         return _of_the_top(log_p_CK, kept_CK, log_q_CV, temperature)
-    return _kl(log_p_CV, log_q_CV, temperature)
+    return predictions.divergence(log_p_CV, log_q_CV) * temperature**2
 
 
 def _of_the_top(log_p_CK: Tensor, kept_CK: Tensor, log_q_CV: Tensor, temperature: float) -> Tensor:
     """Return T² KL of every token, (C,): the K likeliest one by one, all others as one class."""
     log_q_CK = log_q_CV.gather(-1, kept_CK)
-    return _kl(
-        torch.cat([log_p_CK, _log_of_the_rest(log_p_CK)], dim=-1),
-        torch.cat([log_q_CK, _log_of_the_rest(log_q_CK)], dim=-1),
-        temperature,
+    with_rest = (
+        torch.cat([some_CK, _log_of_the_rest(some_CK)], dim=-1) for some_CK in (log_p_CK, log_q_CK)
     )
-
-
-def _kl(log_p_CV: Tensor, log_q_CV: Tensor, temperature: float) -> Tensor:
-    return (log_p_CV.exp() * (log_p_CV - log_q_CV)).sum(-1) * temperature**2
+    return predictions.divergence(*with_rest) * temperature**2
 
 
 def _log_of_the_rest(log_p_CK: Tensor) -> Tensor:

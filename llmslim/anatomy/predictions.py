@@ -1,4 +1,4 @@
-"""Sum a function of logits over tokens, a few tokens at a time.
+"""Losses on predictions: the divergence from other predictions, and sums over tokens in chunks.
 
 A loss on all logits at once keeps several float32 copies of them; for 4096 tokens and a vocabulary
 of 49,152 each takes 805 MB. Here the gradient is computed together with the loss, chunk by chunk:
@@ -59,3 +59,18 @@ class _ChunkedSum(torch.autograd.Function):
         # In place: the gradient is as large as the logits, and is not read again.
         grad_TV, ctx.grad_TV = ctx.grad_TV, None
         return grad_TV.mul_(outputs[0]), None
+
+
+def divergence(log_p_CV: Tensor, log_q_CV: Tensor) -> Tensor:
+    """Return KL(p || q) of every token in nats, (C,).
+
+    Args:
+        log_p_CV: logarithms of probabilities, of the dense model.
+        log_q_CV: of the model that is compared with it.
+
+    Example:
+        >>> even, other = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
+        >>> round(float(divergence(even, other)), 4)
+        0.1438
+    """
+    return (log_p_CV.exp() * (log_p_CV - log_q_CV)).sum(-1)
