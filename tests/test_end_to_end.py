@@ -118,7 +118,7 @@ def test_what_was_planned_and_norms_move_and_nothing_else(
 
 def test_recomputing_saves_memory_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     first = tiny_model("llama")
-    plan, states, head = before_training(first, recipe(), monkeypatch)
+    plan, states, _ = before_training(first, recipe(), monkeypatch)
     second = copy.deepcopy(first)
     spec = EndToEnd(steps=3, tokens=2 * LENGTH)
     kept: list[int] = []

@@ -8,10 +8,10 @@ from helpers_healing import Rows, slimmed
 from tiny import tiny_model
 from torch.nn import functional
 
+from llmslim.anatomy import predictions
 from llmslim.data import collate
 from llmslim.errors import HealingError
 from llmslim.healing import objective_named
-from llmslim.anatomy import predictions
 from llmslim.healing.objectives._step import Step
 from llmslim.healing.objectives.cross_entropy import summed_cross_entropy
 from llmslim.plugins import OBJECTIVES

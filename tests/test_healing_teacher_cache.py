@@ -18,11 +18,11 @@ from safetensors import SafetensorError, safe_open
 from tiny import tiny_model
 
 import llmslim
+from llmslim.anatomy import predictions
 from llmslim.data import collate, collate_flat
 from llmslim.errors import HealingError, UnfinishedError
 from llmslim.healing import HealingDir, HealInputs, heal_model, objective_named, teacher_cache
 from llmslim.healing.distributed import processes
-from llmslim.anatomy import predictions
 from llmslim.healing.objectives import Step, logits
 from llmslim.healing.teacher_cache import TeacherCache
 from llmslim.progress import quietly

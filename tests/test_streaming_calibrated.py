@@ -15,17 +15,19 @@ import pytest
 import torch
 from every_architecture import NOT_FITTED, config_classes
 from every_architecture import tiny_model as tiny
-from helpers_checkpoint import hashes, names, tiny_tokenizer
+from helpers_checkpoint import hashes, names, stored, tiny_tokenizer
 from helpers_streaming import CANNOT, contents, in_memory, stored_model
 from safetensors.torch import load_file, save_file
 
 from llmslim import api
 from llmslim.anatomy.sites import find_layers
-from llmslim.conversion import conversion_dir
+from llmslim.conversion import conversion_dir, whole_model
 from llmslim.conversion.conversion_dir import ConversionDir
 from llmslim.conversion.finished import FinishedPieces
 from llmslim.conversion.layer_store import LayersOnDisk, check_layers
 from llmslim.errors import CheckpointError
+from llmslim.fitting import cost
+from llmslim.recipe import Recipe
 from llmslim.storage import NotInPiecesError, Pieces, load_model, open_source
 
 MLP = ["*.mlp.*", "*.experts.*"]
@@ -41,6 +43,16 @@ RECIPES: dict[str, dict[str, Any]] = {
     "width": {"replace": [{"match": "*.mlp.*", "structure": "width", "keep_ratio": 0.5}]},
     "depth": {"depth": {"keep_layers": [0, 3, 2]}, "replace": [LOW_RANK]},
     "refine": {"refine": {"steps": 4}, "replace": [LOW_RANK]},
+    "trained": {
+        "refine": {"steps": 0, "end_to_end": {"steps": 8, "tokens": 64}},
+        "depth": {"keep_layers": [0, 3, 2]},
+        "replace": [LOW_RANK],
+    },
+    "auto": {"budget": 0.6, "replace": [{"match": "*.mlp.*", "structure": "auto"}]},
+    "own text": {
+        "calibration": {**CALIBRATION, "data": ["text.txt", "self"]},
+        "replace": [LOW_RANK],
+    },
     "wider": {
         "width": {"intermediate_size": 192},
         "replace": [{"match": "*.1.*.q_proj", "structure": "low_rank", "rank": 3}],
@@ -90,6 +102,9 @@ def model_folder(architecture: str = "llama", dtype: str = "float32", **changes:
         ("gpt2", "width", {}),
         ("mixtral", "low_rank", {}),
         ("mistral", "refine", {"dtype": "bfloat16"}),
+        ("phi3", "trained", {"dtype": "bfloat16"}),
+        ("llama", "auto", {}),
+        ("llama", "own text", {}),
         ("gemma", "learned", {"tie_word_embeddings": True}),
         *(
             pytest.param(*more, marks=pytest.mark.slow)
@@ -249,29 +264,90 @@ def test_layers_after_the_last_block_are_copied(monkeypatch: pytest.MonkeyPatch)
     assert lent == [0, 1, 2]
 
 
-@pytest.mark.parametrize(
-    ("changes", "told"),
-    [
-        ({"calibration": {**CALIBRATION, "data": "self"}}, "calibration text is sampled from"),
-        (
-            {"calibration": {**CALIBRATION, "data": [CALIBRATION["data"], "self"]}},
-            "calibration text is sampled from",
-        ),
-        (
-            {"budget": 0.6, "replace": [{"match": MLP, "structure": "auto"}]},
-            "a budget measures the whole model",
-        ),
-        ({"refine": {"steps": 1, "logits_steps": 1}}, "what is predicted runs the whole model"),
-    ],
-)
-def test_what_needs_the_whole_model_says_so(changes: dict[str, Any], told: str) -> None:
+def test_a_training_that_was_cut_is_continued(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_folder()
-    asked = (model, {**recipe("low_rank"), **changes})
-    with pytest.raises(CheckpointError, match=f"nothing to resume; .*{told}"):
-        api.convert(*asked, "out", resume=True)
-    done = api.convert(*asked, "out")
-    (note,) = [note for note in done.report.problems if "in memory" in note]
-    assert told in note
+    undisturbed = hashes(api.convert(model, recipe("trained"), "a").path)
+
+    def cut(done: int, total: int, what: str) -> None:
+        if "step 6 of 8" in what:
+            raise Cut
+
+    with pytest.raises(Cut):
+        api.convert(model, recipe("trained"), "out", progress=cut)
+    work = ConversionDir(Path("out")).path
+    assert (work / "training").is_dir()
+    (work / ".trained.partial-0123abcd").mkdir()  # as a kill while it is written leaves it
+    told: list[tuple[int, str]] = []
+    api.convert(
+        model,
+        recipe("trained"),
+        "out",
+        resume=True,
+        progress=lambda done, _, what: told.append((done, what)),
+    )
+    assert hashes(Path("out")) == undisturbed
+    assert names(Path()) == ["a", "m", "out", "text.txt"]
+    steps = [step for step in told if "end to end" in step[1]]
+    assert steps[0][1].endswith("step 6 of 8")
+    assert steps == sorted(steps)
+    assert not [what for _, what in told if "layers" in what]
+
+
+@pytest.mark.parametrize("moment", ["trained", "published"])
+def test_a_kill_after_the_training(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the trained checkpoint written, and renamed to its place but nothing cleared up."""
+    model = model_folder()
+    undisturbed = hashes(api.convert(model, recipe("trained"), "a").path)
+    real = ConversionDir.publish
+
+    def publish(self: ConversionDir, *args: Any) -> None:
+        if moment == "published":
+            real(self, *args)
+        raise Cut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ConversionDir, "publish", publish)
+        with pytest.raises(Cut):
+            api.convert(model, recipe("trained"), "out")
+    api.convert(model, recipe("trained"), "out", resume=True)
+    assert hashes(Path("out")) == undisturbed
+    assert names(Path()) == ["a", "m", "out", "text.txt"]
+
+
+def test_a_budget_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_folder()
+    undisturbed = hashes(api.convert(model, recipe("auto"), "a").path)
+    work = begun(monkeypatch, model, "auto", 2)
+    assert Recipe.load(work / "recipe.yaml").budget is None
+
+    def again(*_: Any, **__: Any) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(whole_model.fitting, "allocate", again)
+    resumed(model, "auto")
+    assert hashes(Path("out")) == undisturbed
+
+
+def test_too_little_memory_leaves_the_training_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_folder()
+    plain = recipe("trained") | {"refine": {"steps": 0}}
+    wanted = stored(api.convert(model, plain, "a").path)
+    few = SimpleNamespace(available=10_000)
+    monkeypatch.setattr(cost.psutil, "virtual_memory", lambda: few)
+    done = api.convert(model, recipe("trained"), "out")
+    found = stored(done.path)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert [note for note in done.report.problems if "end to end" in note and "GiB" in note]
+
+
+def test_a_head_that_is_replaced_is_trained_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_folder(tie_word_embeddings=False)
+    head = {"match": "lm_head", "structure": "low_rank", "rank": 4, "init": "project"}
+    asked = recipe("trained") | {"replace": [LOW_RANK, head]}
+    done = api.convert(model, asked, "out")
+    assert [note for note in done.report.problems if "in memory" in note]
+    assert [note for note in done.report.problems if "nats" in note]
 
 
 def test_weights_that_are_not_finite_are_found_before_any_fit(

@@ -12,39 +12,27 @@ from transformers import PreTrainedModel
 from llmslim.data import Windows, calibration_windows, longest_input
 from llmslim.errors import DataError
 from llmslim.recipe import Calibration, Recipe
-from llmslim.storage import NotInPiecesError, empty_model, load_tokenizer, open_source
+from llmslim.storage import empty_model, load_tokenizer, open_source
 
 from .request import Request
+from .whole_model import WholeModel
 
 
-def check_text(request: Request, model: PreTrainedModel) -> None:
-    """Refuse, for loading in pieces, calibration that runs the whole dense model.
-
-    Args:
-        request: a conversion that fits to text.
-        model: on any device.
-
-    Raises:
-        NotInPiecesError: if it does.
-    """
-    recipe = request.recipe
-    if recipe.has_auto:
-        raise NotInPiecesError("sharing out a budget measures the whole model")
-    if recipe.refine is not None and recipe.refine.end_to_end is not None:
-        raise NotInPiecesError("training end to end takes the whole model")
-    if "self" in _spec(request, model).texts:
-        raise NotInPiecesError("the calibration text is sampled from the whole model")
-
-
-def read_text(request: Request, tokenizer: Any, model: PreTrainedModel) -> Windows:
+def read_text(
+    request: Request, tokenizer: Any, model: PreTrainedModel, whole: WholeModel | None = None
+) -> Windows:
     """Return the windows of text that a conversion fits to.
 
     Args:
         request: the conversion.
         tokenizer: the model's.
-        model: in memory, if the text is to be sampled from it.
+        model: in memory, or without weights.
+        whole: brings it into memory, if it is not there and the text is to be sampled from it.
     """
-    return calibration_windows(_spec(request, model), tokenizer, model, progress=request.progress)
+    spec = _spec(request, model)
+    if whole is not None and "self" in spec.texts:
+        model = whole.model
+    return calibration_windows(spec, tokenizer, model, progress=request.progress)
 
 
 def _spec(request: Request, model: PreTrainedModel) -> Calibration:

@@ -3,9 +3,12 @@
     .OUT.partial/
         lock          held by the process that works here
         run.json      what the result depends on
+        recipe.yaml   with the sizes that a budget comes to
         checkpoint/   the files as they will be
         records/      what else is to be known of each finished piece
         streams/      hidden states between decoder layers, for fits to calibration text
+        training/     the state of a training end to end
+        trained/      the checkpoint after it, once that is whole
         config/       what transformers writes beside weights, for the moment of writing it
         old/          what OUT was, for the moment of replacing it
 
@@ -27,10 +30,14 @@ from pathlib import Path
 import safetensors
 import torch
 import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from llmslim.atomic import replacing, write_whole
 from llmslim.data import Windows
 from llmslim.errors import CheckpointError, SlimError, UnfinishedError
-from llmslim.recipe import recipe_yaml
+from llmslim.recipe import Recipe, recipe_yaml
 from llmslim.report.read import read_report
 from llmslim.report.report import Report
 from llmslim.storage import (
@@ -45,9 +52,13 @@ from llmslim.storage import (
 
 from .request import Request
 
+_STATE = "state.safetensors"
 _HEAD = 1 << 20
 _SAMPLES, _SAMPLE = 64, 1 << 16
-_KNOWN = re.compile(r"(checkpoint|records|streams|config|old)$")
+_KNOWN = re.compile(
+    r"(checkpoint|records|streams|training|trained|config|old|\.?recipe\.yaml(\.new)?)$"
+    r"|\.trained\.partial-\w+$"
+)
 
 
 class ConversionDir(RunDir):
@@ -64,6 +75,8 @@ class ConversionDir(RunDir):
         super().__init__(path, "conversion", "converting", _KNOWN, CheckpointError)
         self.checkpoint, self.records = path / "checkpoint", path / "records"
         self.streams, self._old = path / "streams", path / "old"
+        self.trained, self._training = path / "trained", path / "training"
+        self._solved = path / "recipe.yaml"
 
     def check_space(self, weights: int, streams: int, *, resume: bool) -> None:
         """Refuse to begin what the disk has no space for.
@@ -96,10 +109,14 @@ class ConversionDir(RunDir):
         Args:
             key: what the result depends on now, in parts at least.
         """
-        if not self.path.is_dir() or self.checkpoint.exists() or self.path.is_symlink():
+        if not self.path.is_dir() or self.path.is_symlink():
             return None
         data = self.load() or {}
-        if not data.get("finished") or not key.items() <= data["key"].items():
+        names = {folder.name for folder in (self.checkpoint, self.trained)}
+        finished = data.get("finished")
+        if finished not in names or (self.path / finished).exists():
+            return None
+        if not key.items() <= data["key"].items():
             return None
         try:
             found = read_report(self.target).report
@@ -129,6 +146,8 @@ class ConversionDir(RunDir):
                     self.begin(key)
                 try:
                     yield
+                except UnfinishedError:
+                    raise
                 except SlimError:
                     shutil.rmtree(self.path, ignore_errors=True)
                     raise
@@ -142,10 +161,39 @@ class ConversionDir(RunDir):
                 raise
             raise self._unfinished(problem, kept=self.exists) from error
 
-    def publish(self, key: Mapping[str, str]) -> None:
-        """Put the finished checkpoint in its place."""
-        self.save(key, finished=True)
-        publish(self.checkpoint, self.target, self._old)
+    def publish(self, key: Mapping[str, str], finished: Path) -> None:
+        """Put the finished checkpoint, one of the folders here, in its place."""
+        self.save(key, finished=finished.name)
+        publish(finished, self.target, self._old)
+
+    def solved(self) -> Recipe | None:
+        """Return the recipe that `keep_solved` wrote, if it did."""
+        try:
+            return Recipe.load(self._solved) if self._solved.is_file() else None
+        except SlimError:
+            return None
+
+    def keep_solved(self, recipe: Recipe) -> None:
+        """Keep a recipe with the sizes that a budget comes to."""
+        write_whole(self._solved, recipe_yaml(recipe))
+
+    def snapshot(self) -> dict[str, Tensor] | None:
+        """Return the last state of a training end to end, None where there is none."""
+        try:
+            return load_file(self._training / _STATE)
+        except (OSError, SafetensorError):  # not there, or not what was written
+            return None
+
+    def keep_snapshot(self, state: Mapping[str, Tensor]) -> None:
+        """Keep a state of a training end to end in place of the one before."""
+        self._training.mkdir(exist_ok=True)
+        with replacing(self._training / _STATE) as path:
+            save_file({name: value.contiguous() for name, value in state.items()}, path)
+
+    def clear_trained(self) -> None:
+        """Remove what a kill left of writing the trained checkpoint."""
+        for path in (self.trained, *self.path.glob(f".{self.trained.name}.partial-*")):
+            remove(path)
 
     def discard(self) -> None:
         """Throw away what is unfinished here, if anything is.

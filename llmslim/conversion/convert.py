@@ -37,7 +37,7 @@ from llmslim.storage import (
     write_checkpoint,
 )
 
-from .calibrate import check_text, overflow_notes, read_text, with_overrides
+from .calibrate import overflow_notes, read_text, with_overrides
 from .conversion_dir import ConversionDir, key_of
 from .device import device_named, memory_of
 from .layer_store import check_layers
@@ -51,9 +51,9 @@ def convert(model: str | Path, options: ConvertOptions) -> Conversion:
 
     A folder of safetensors is converted piece by piece: the largest decoder layer has to fit into
     the memory, not the model. What is done is kept in `.<name of out>.partial` until all is, so
-    that an interrupted conversion can be continued. GGUF files, models whose code comes with them,
-    fits to text that the model itself writes or to what it predicts (`logits_steps`), and
-    `structure: auto` are converted in memory.
+    that an interrupted conversion can be continued. The whole model is in memory only to write
+    calibration text, to be measured for `structure: auto`, and to be trained end to end. GGUF files
+    and models whose code comes with them are converted in memory.
 
     Args:
         model: a hub id, a folder, a GGUF file, or a folder with a published kphi-3 checkpoint.
@@ -83,7 +83,7 @@ def convert(model: str | Path, options: ConvertOptions) -> Conversion:
         plan = planning.plan(empty, recipe, model_name=source.name, init=request.options.init)
         try:
             if source.gguf_file is None and not any(site.also for site in plan.sites):
-                pieces = _pieces(request, empty, fitted=plan.needs_calibration)
+                pieces = _pieces(request, plan)
                 unused = unused_notes(source, pieces.model, pieces.unused)
                 with memory_of(request.device, work):
                     return convert_streamed(request, pieces, work, unused)
@@ -131,14 +131,19 @@ def _request(model: str | Path, options: ConvertOptions) -> Request:
     )
 
 
-def _pieces(request: Request, empty: PreTrainedModel, *, fitted: bool) -> Pieces:
-    """Return the pieces that a model can be loaded in; `empty` is the model without weights.
+def _pieces(request: Request, plan: editing.Plan) -> Pieces:
+    """Return the pieces that a model can be loaded in.
 
     Raises:
         NotInPiecesError: if it cannot be converted that way.
     """
-    if fitted:
-        check_text(request, empty)
+    fitted = plan.needs_calibration
+    if fitting.steps_of(plan) and any(
+        row.kind == "head" and row.action == "replaced" for row in plan.rows
+    ):
+        raise NotInPiecesError(
+            "its head is replaced, and the training end to end needs the dense one"
+        )
     pieces = Pieces(
         request.source,
         dtype=request.options.dtype,

@@ -10,7 +10,9 @@ folder renamed.
 What it costs: two pieces are in memory, the one that is made and the one that is written; and files
 of weights follow the layers.
 
-Where blocks are fitted to calibration text, decoder layers come first, see `layer_store`.
+Where blocks are fitted to calibration text, decoder layers come first, see `layer_store`. What
+takes the model as a whole has a step of its own: text of its own and measuring a budget before
+that, see `whole_model`, training end to end after it. All results are kept for `resume`.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -43,12 +45,15 @@ from llmslim.storage import (
     flush_all,
     hashing,
     input_files,
+    load_model,
     load_tokenizer,
     nonfinite_notes,
     nonfinite_tensors,
+    open_source,
     parse_size,
     quiet,
     type_notes,
+    write_checkpoint,
     write_companions,
     write_manifest,
     write_whole,
@@ -61,6 +66,7 @@ from .layer_store import LayersOnDisk
 from .proof import PieceRunner, check_computes
 from .request import Conversion, Request
 from .target_model import TargetModel, is_dropped
+from .whole_model import WholeModel, share_out
 
 
 def convert_streamed(
@@ -79,28 +85,53 @@ def convert_streamed(
     """
     source, options = request.source, request.options
     plan = planning.plan(pieces.model, request.recipe, model_name=source.name, init=options.init)
-    target = TargetModel(pieces, plan, parse_size(options.max_shard_size))
     tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
-    text = read_text(request, tokenizer, pieces.model) if plan.needs_calibration else None
-    key, streams = key_of(request, text), 0
+    with ExitStack() as stack:
+        with WholeModel(request) as whole:
+            text = None
+            if plan.needs_calibration:
+                text = read_text(request, tokenizer, pieces.model, whole)
+            key = key_of(request, text)
+            stack.enter_context(work.begun(key, resume=options.resume))
+            if text is not None and plan.recipe.has_auto:
+                recipe = share_out(request, plan, text, work, whole)
+                plan = planning.plan(
+                    pieces.model, recipe, model_name=source.name, init=options.init
+                )
+        plan, recompute = fitting.fit_for_training(plan, request.device, loaded=False)
+        target = TargetModel(pieces, plan, parse_size(options.max_shard_size))
+        trains = text is not None and fitting.steps_of(plan) > 0
+        _check_space(work, target, text, trains=trains, resume=options.resume)
+        if text is None:
+            stack.enter_context(_one_core_left())
+        hash_of = stack.enter_context(hashing())
+        conversion = _Streamed(request, pieces, plan, target, work, hash_of)
+        states = conversion.write_weights(text)
+        written = (*type_notes(source, pieces.model.dtype, options.dtype), *notes)
+        if states is None:
+            report = conversion.finish(tokenizer, text, written)
+            work.publish(key, work.checkpoint)
+        else:
+            report = conversion.train(tokenizer, text, states, written, recompute=recompute)
+            work.publish(key, work.trained)
+    request.progress(conversion.total + 1, conversion.total + 1, "done")
+    return Conversion(request.target, report, auto_class_name(source.config))
+
+
+def _check_space(
+    work: ConversionDir, target: TargetModel, text: Windows | None, *, trains: bool, resume: bool
+) -> None:
+    """Refuse to begin what the disk has no space for; errors as of `ConversionDir.check_space`."""
+    weights, streams = target.weight_bytes, 0
     if text is not None:
         fitted_to = text.ids.numel()
         tokens = fitted_to + fitting.random_token_count(fitted_to) + text.held_out.numel()
         # Both streams, in float32, after three layers at most.
         streams = 3 * 2 * 4 * tokens * target.model.config.get_text_config().hidden_size
-    work.check_space(target.weight_bytes, streams, resume=options.resume)
-    with (
-        _one_core_left() if text is None else nullcontext(),
-        work.begun(key, resume=options.resume),
-        hashing() as hash_of,
-    ):
-        conversion = _Streamed(request, pieces, plan, target, work, hash_of)
-        conversion.write_weights(text)
-        written = type_notes(source, pieces.model.dtype, options.dtype)
-        report = conversion.finish(tokenizer, text, (*written, *notes))
-        work.publish(key)
-    request.progress(conversion.total + 1, conversion.total + 1, "done")
-    return Conversion(request.target, report, auto_class_name(source.config))
+    if trains:
+        # The trained checkpoint, and four float32 copies of what is trained.
+        weights += weights + 4 * 4 * target.model.num_parameters()
+    work.check_space(weights, streams, resume=resume)
 
 
 class _Streamed:
@@ -120,14 +151,19 @@ class _Streamed:
         self.finished = FinishedPieces(work.checkpoint, work.records, target, names)
         narrowed = [mlp.mlp.down for mlp in plan.mlps if mlp.fitted]
         self.planned = [*(site.name for site in plan.sites), *narrowed]
-        self.steps, self.total = 0, len(self.planned)
+        self.steps, self.total = 0, len(self.planned) + fitting.steps_of(plan)
         self.seed_of = partial(editing.seed_of, seed=request.options.seed)
 
-    def write_weights(self, text: Windows | None) -> None:
-        """Write every piece that is not done yet, fitted to text where there is some."""
+    def write_weights(self, text: Windows | None) -> fitting.DenseStates | None:
+        """Write every piece that is not done yet, fitted to text where there is some.
+
+        Returns:
+            What a training end to end goes on from, where there is one.
+        """
+        states = None
         with self.finished:
             if text is not None:
-                self._fit(text)
+                states = self._fit(text)
                 self.finished.wait()
             self._count_done()
             for piece in self.pieces.all:
@@ -145,6 +181,51 @@ class _Streamed:
                 self._put(piece, PieceRecord(piece.name, errors, nonfinite))
                 self.pieces.release(piece)
             self.finished.wait()
+        return states if fitting.steps_of(self.plan) else None
+
+    def train(
+        self,
+        tokenizer: Any,
+        text: Windows | None,
+        states: fitting.DenseStates,
+        notes: Iterable[str],
+        *,
+        recompute: bool,
+    ) -> Report:
+        """Train the finished pieces together, and write the result; return the report."""
+        refine, work, request = self.plan.recipe.refine, self.work, self.request
+        assert text is not None
+        assert refine is not None
+        assert refine.end_to_end is not None
+        self._write_config()
+        model: Any = load_model(open_source(self.folder))
+        model.generation_config = self.target.model.generation_config
+        saved = work.snapshot()
+        self._count_done()
+        self.steps += 0 if saved is None else fitting.steps_done(saved)
+        trained = fitting.train_end_to_end(
+            model.to(request.device),
+            self.plan,
+            refine.end_to_end,
+            states,
+            seed=request.options.seed,
+            recompute=recompute,
+            saved=saved,
+            save=work.keep_snapshot,
+            progress=self._progress,
+        )
+        model.to("cpu")
+        request.progress(self.total, self.total + 1, "writing and reading back")
+        report = self._report((trained.note, *text.notes, *notes))
+        report = replace(report, fitted_to=text.description)
+        work.clear_trained()
+        write_checkpoint(
+            model,
+            work.trained,
+            **request.companions(model, tokenizer, report, self.plan.recipe),
+            max_shard_size=parse_size(request.options.max_shard_size),
+        )
+        return report
 
     def finish(self, tokenizer: Any, text: Windows | None, notes: Iterable[str]) -> Report:
         """Write what belongs beside the weights, read everything back, and return the report."""
@@ -155,7 +236,7 @@ class _Streamed:
             report = replace(report, fitted_to=text.description)
         known = self.finished.hashes()
         self._write_config()
-        recipe = self.request.recipe
+        recipe = self.plan.recipe
         write_companions(folder, **self.request.companions(target.model, tokenizer, report, recipe))
         known |= {path: self.hash_of(path).result() for path in input_files(source)}
         write_manifest(folder, source=source, known=known)
@@ -179,12 +260,13 @@ class _Streamed:
             tensors = {self.plan.new_name(name): tensor.cpu() for name, tensor in made}
         self.finished.put(record, tensors)
 
-    def _fit(self, text: Windows) -> None:
+    def _fit(self, text: Windows) -> fitting.DenseStates | None:
         """Fit the decoder layers that are not done to text, in their order."""
         done, layers = self.finished.done, find_layers(self.pieces.model)
         inside = [name for name in self.planned if layers.index_of(name) is not None]
-        if all(self.pieces.piece_of(name).name in done for name in inside):
-            return
+        trains = fitting.steps_of(self.plan) > 0
+        if not trains and all(self.pieces.piece_of(name).name in done for name in inside):
+            return None
 
         def finished(piece: Piece, fitted: Fitted, streams: str) -> None:
             about = (fitted.errors, nonfinite[piece.name], fitted.notes, fitted.unseen, streams)
@@ -197,7 +279,7 @@ class _Streamed:
         nonfinite |= {name: entry.nonfinite for name, entry in done.items()}
         self._count_done()
         with explain_nonfinite(self._nonfinite(nonfinite, allowed=True)):
-            fitting.fit_sequentially(
+            return fitting.fit_sequentially(
                 self.pieces.model,
                 self.plan,
                 text.ids,
@@ -205,7 +287,7 @@ class _Streamed:
                 seed_of=self.seed_of,
                 progress=self._progress,
                 store=store,
-            )
+            ).states
 
     def _look_through(self, pieces: Iterable[Piece]) -> dict[str, list[str]]:
         """Return the tensors of each piece that hold NaN or infinities."""

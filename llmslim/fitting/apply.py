@@ -13,10 +13,12 @@ from llmslim.editing.plans import Plan
 from llmslim.editing.resize import resize_mlp
 from llmslim.errors import DataError
 from llmslim.fitting.calibration import TokenWindows
+from llmslim.fitting.cost import fit_for_training
 from llmslim.fitting.end_to_end import train_end_to_end
 from llmslim.fitting.layer_store import DenseStates
 from llmslim.fitting.layerwise import fit_sequentially
 from llmslim.progress import Progress, quietly
+from llmslim.recipe import EndToEnd
 from llmslim.report.report import Report
 
 
@@ -54,6 +56,7 @@ def rewrite(
             "text. Pass --calibration (`calibration=` in Python), or use init: project."
         )
     report_step = progress or quietly
+    plan, recompute = fit_for_training(plan, model.device, loaded=True)
     total, done = len(plan.sites) + sum(mlp.fitted for mlp in plan.mlps) + steps_of(plan), 0
     states: DenseStates | None = None
     errors: dict[str, float | None] = {}
@@ -88,14 +91,9 @@ def rewrite(
         errors[site.name] = fill_site(model, site, seed_with)
         finished(site.name)
     finalise(model, plan)
-    refine = plan.recipe.refine
-    if states is not None and refine is not None and (spec := refine.end_to_end) is not None:
-
-        def stepped(step: int) -> None:
-            report_step(done + step, total, f"training end to end, step {step} of {spec.steps}")
-
+    if states is not None and (spec := _end_to_end(plan)) is not None:
         trained = train_end_to_end(
-            model, plan, spec, states, head=head, seed=seed, progress=stepped
+            model, plan, spec, states, head=head, seed=seed, recompute=recompute, progress=finished
         )
         notes.append(trained.note)
     return filled_in(plan, errors, notes)
@@ -103,10 +101,13 @@ def rewrite(
 
 def steps_of(plan: Plan) -> int:
     """Return how many steps the training end to end of a plan takes, 0 where there is none."""
+    spec = _end_to_end(plan)
+    return 0 if spec is None else spec.steps
+
+
+def _end_to_end(plan: Plan) -> EndToEnd | None:
     refine = plan.recipe.refine
-    if refine is None or refine.end_to_end is None or not plan.needs_calibration:
-        return 0
-    return refine.end_to_end.steps
+    return refine.end_to_end if refine is not None and plan.needs_calibration else None
 
 
 def filled_in(plan: Plan, errors: Mapping[str, float | None], notes: Iterable[str]) -> Report:

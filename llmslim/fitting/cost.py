@@ -9,15 +9,15 @@ Shapes: T = calibration tokens, D = hidden size, I = in_features, O = out_featur
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import psutil
 import torch
 
 from llmslim.editing.plans import Plan
 from llmslim.fitting.allocation import FIT_TOKENS, JUDGED_TOKENS, PROBE_TOKENS
 from llmslim.fitting.calibration import EARLY_LAYERS, random_token_count
-from llmslim.fitting.end_to_end import CHECKS as DESCENT_CHECKS
-from llmslim.fitting.end_to_end import TRAINED_BYTES
+from llmslim.fitting.end_to_end import CHECKS, TRAINED_BYTES
 from llmslim.fitting.refine import STEP_TOKENS
 from llmslim.planning.rules import WIDTH
 from llmslim.recipe import Calibration
@@ -80,20 +80,65 @@ def fitting_cost(plan: Plan) -> Cost | None:
 
 def _end_to_end(plan: Plan, rows: list[Row], head_flops: int) -> Cost:
     """Return what training end to end takes: the whole slim model, forward and backward."""
-    refine, config = plan.recipe.refine, plan.config.get_text_config()
+    refine = plan.recipe.refine
     if refine is None or refine.end_to_end is None:
         return Cost(0, 0, 0)
     spec, text = refine.end_to_end, plan.recipe.calibration or Calibration()
-    window = text.sequence_length
-    step = max(1, spec.tokens // window) * window
+    step = max(1, spec.tokens // text.sequence_length) * text.sequence_length
     slim = head_flops + sum(r.flops_per_token_after for r in rows if not r.counts_as_embedding)
-    checks = (DESCENT_CHECKS + 1) * text.tokens // 16
+    checks = (CHECKS + 1) * text.tokens // 16
     flops = spec.steps * step * (3 * slim + head_flops) + checks * (slim + head_flops)
-    trained = sum(row.params_after for row in rows if row.action == "replaced")
-    # What linear maps read and give, and the logits, the dense ones and a gradient.
-    kept = sum((r.in_features or 0) + (r.out_features or 0) for r in rows if r.kind == "projection")
-    memory = TRAINED_BYTES * trained + 4 * window * (kept + 3 * config.vocab_size)
-    return Cost(text.tokens, memory, flops)
+    return Cost(text.tokens, _training_memory(plan, recompute=False), flops)
+
+
+def _training_memory(plan: Plan, *, recompute: bool) -> int:
+    """Return the bytes that training end to end takes beside the slim model's weights."""
+    config = plan.config.get_text_config()
+    window = (plan.recipe.calibration or Calibration()).sequence_length
+    trained = sum(row.params_after for row in plan.rows if row.action == "replaced")
+    # What linear maps read and give; with recomputing, of one layer, and every layer's input.
+    passed = [
+        (row.in_features or 0) + (row.out_features or 0)
+        for row in plan.rows
+        if row.kind == "projection" and row.action != "dropped"
+    ]
+    layers = max(1, config.num_hidden_layers)
+    kept = sum(passed) // layers + layers * config.hidden_size if recompute else sum(passed)
+    # Logits, their gradient and the dense model's.
+    return TRAINED_BYTES * trained + 4 * window * int(kept + 3 * config.vocab_size)
+
+
+def fit_for_training(plan: Plan, device: torch.device, *, loaded: bool) -> tuple[Plan, bool]:
+    """Leave the training end to end out of a plan where the memory is too small for it.
+
+    Args:
+        plan: what is to be done.
+        device: where it is done.
+        loaded: whether the model is there already.
+
+    Returns:
+        The plan, with a note where something was left out, and whether activations are to be
+        computed twice to save memory.
+    """
+    refine = plan.recipe.refine
+    if not plan.needs_calibration or refine is None or refine.end_to_end is None:
+        return plan, False
+    if device.type == "cuda":
+        free = int(torch.cuda.mem_get_info(device)[0])
+    else:
+        free = int(psutil.virtual_memory().available)
+    weights = 0 if loaded else sum(row.bytes_after for row in plan.rows)
+    for recompute in (False, True):
+        needed = weights + _training_memory(plan, recompute=recompute)
+        if needed <= free:
+            return plan, recompute
+    note = (
+        f"Not trained end to end: that takes {needed / 2**30:.1f} GiB of memory, and "
+        f"{free / 2**30:.1f} GiB are free on {device}. Train the result with `llmslim heal`."
+    )
+    spec = refine.model_copy(update={"end_to_end": None})
+    recipe = plan.recipe.model_copy(update={"refine": spec})
+    return replace(plan, recipe=recipe, notes=(*plan.notes, note)), False
 
 
 def speed(device: torch.device) -> float:

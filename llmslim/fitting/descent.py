@@ -27,6 +27,11 @@ Snapshot = dict[str, Tensor]
 """All that a descent needs to be continued."""
 
 
+def steps_done(snapshot: Snapshot) -> int:
+    """Return how many steps were done when a snapshot was made."""
+    return int(snapshot["numbers"][0])
+
+
 class Descent:
     """A descent, step by step.
 
@@ -110,8 +115,8 @@ class Descent:
     @torch.no_grad()
     def restore(self, snapshot: Snapshot) -> None:
         """Continue from a snapshot of the same descent."""
-        numbers = snapshot["numbers"].tolist()
-        self.done, self.before, self.best = int(numbers[0]), numbers[1], numbers[2]
+        self.done = steps_done(snapshot)
+        _, self.before, self.best = snapshot["numbers"].tolist()
         self._units, self._kept = snapshot["units"].tolist(), []
         self._optimizer = self._new_optimizer()
         for n, parameter in enumerate(self._parameters):

@@ -74,7 +74,7 @@ def train_end_to_end(
     recompute: bool = False,
     saved: Snapshot | None = None,
     save: Callable[[Snapshot], None] | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> Trained:
     """Train what a plan changed, in place.
 
@@ -88,7 +88,7 @@ def train_end_to_end(
         recompute: keep the input of each layer alone and compute the rest twice, for memory.
         saved: a snapshot to continue from.
         save: called with a snapshot now and then.
-        progress: called with the number of steps done.
+        progress: called after each step, with its name.
 
     Raises:
         TargetError: if the model has no head that gives logits.
@@ -114,7 +114,12 @@ def train_end_to_end(
         )
         if saved is not None:
             descent.restore(saved)
-        before, after = descent.run(progress, save)
+
+        def stepped(step: int) -> None:
+            if progress is not None:
+                progress(f"training end to end, step {step} of {spec.steps}")
+
+        before, after = descent.run(stepped, save)
     model.train(was_training)
     tokens = sum(ids.numel() for ids in states.ids[states.fitting :])
     return Trained(before / tokens, after / tokens, spec.steps)

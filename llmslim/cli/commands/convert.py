@@ -51,9 +51,9 @@ def command(model: str, heal: bool, dry_run: bool, **keywords: Any) -> None:
     complete.
 
     Safetensors are read, fitted and written one decoder layer at a time, so memory need not hold
-    more than that. A run that was killed or stopped by a full disk (exit status 75) continues with
-    --resume. GGUF files, fits to text that the model writes (`self`) or to its predictions
-    (`logits_steps`), and `structure: auto` are converted in memory and cannot be resumed.
+    more than that; only text that the model writes itself, `structure: auto` and training end to
+    end take the whole model for a while. A run that was killed or stopped by a full disk (exit
+    status 75) continues with --resume. GGUF files are converted in memory and start over.
     """
     from llmslim.recipe import Recipe, shipped_recipes
 
