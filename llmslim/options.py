@@ -47,6 +47,8 @@ class ConvertOptions:
         calibration: Text to fit the blocks to, in place of the recipe's: self (sampled from MODEL),
             a .txt, .jsonl, .json, .csv or .parquet file (each also .gz), or a data set. Given
             several times, equal parts of each. Implies --init least_squares.
+        own_text: Add text that MODEL writes itself to --calibration, as much as of each text given:
+            the result then keeps more of what that text does not show, such as conversation.
         calibration_tokens: Tokens of calibration text in total; 65536 unless the recipe sets it.
         device: Where to fit blocks to text: cpu, cuda, cuda:1 ...; by default a GPU, if any.
         dtype: Type of the weights; by default as MODEL has them.
@@ -72,6 +74,9 @@ class ConvertOptions:
     init: str | None = field(default=None, metadata={"metavar": "NAME", **_IN_KEY})
     calibration: str | Sequence[str] | None = field(
         default=None, metadata={"metavar": "NAME|FILE", "multiple": True, **_IN_KEY}
+    )
+    own_text: bool = field(
+        default=True, metadata={"flags": ("--own-text/--no-own-text",), **_IN_KEY}
     )
     calibration_tokens: int | None = field(default=None, metadata={"metavar": "N", **_IN_KEY})
     device: str | None = field(default=None, metadata={"metavar": "NAME"})

@@ -12,7 +12,7 @@ from llmslim import planning
 from llmslim.errors import SlimError
 from llmslim.recipe import Recipe
 
-GENERAL = ("grouped-half", "grouped-third", "mlp-half", "mlp-third")
+GENERAL = ("grouped-half", "grouped-third", "mlp-light", "mlp-half", "mlp-third")
 """Shipped recipes for any architecture."""
 _NO_MLP = "it has no MLP; name its projections by `role: ssm`"
 _APART = "a fit to text needs one list of decoder layers, with the MLPs in it"

@@ -361,12 +361,23 @@ def test_demo_finds_the_file_without_importing_the_package(tmp_path, monkeypatch
 # What the terminal shows
 
 
-def test_progress_shows_the_step_on_a_terminal_only(monkeypatch, capsys):
-    from rich.console import Console
-
+def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch, capsys):
+    now = 100.0
+    monkeypatch.setattr(output.time, "monotonic", lambda: now)
     with output.progress() as move:
-        move(1, 4, "fitting layer 1")
-    assert capsys.readouterr() == ("", "")
+        for seconds in (1, 4, 6, 7, 13):
+            now = 100.0 + seconds
+            move(seconds, 0 if seconds == 6 else 1000, f"step {seconds}")
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert [line.split() for line in shown.err.splitlines()] == [
+        ["6", "s:", "step", "6"],
+        ["13", "s:", "13", "of", "1,000,", "step", "13"],
+    ]
+
+
+def test_progress_is_a_bar_on_a_terminal(monkeypatch, capsys):
+    from rich.console import Console
 
     def terminal(*, err=False):
         return Console(file=sys.stderr, force_terminal=True, width=80)

@@ -19,7 +19,10 @@ from llmslim.recipe import Recipe, first_rule, rules_by_name, shipped_recipes
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 NAMES = sorted(path.stem for path in FOLDER.rglob("*.yaml"))
-ANY_MODEL = ["grouped-half", "grouped-third", "mlp-half", "mlp-third"]
+ANY_MODEL = [
+    *("grouped-half", "grouped-third", "mlp-light", "mlp-half", "mlp-third"),
+    *("plain-light", "plain-half"),
+]
 
 # Phi-3-mini, from its published config: hidden size, layers.
 HIDDEN, LAYERS = 3072, 32
@@ -46,6 +49,9 @@ def test_every_rule_names_a_structure_that_takes_its_options(name):
     for rule in Recipe.load(name).replace:
         if rule.structure == "auto":
             assert not rule.options()
+            continue
+        if rule.structure == "width":  # neurons of whole MLPs, no block
+            assert rule.options().keys() == {"keep_ratio"}
             continue
         cls = structure_class(rule.structure)
         assert cls.resolve(3072, 9216, cls.read_options(rule.options()))

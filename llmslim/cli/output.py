@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
+LINE_SECONDS = 5
+"""Time between two lines of progress where there is no terminal."""
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,21 +66,42 @@ def write_out(text: str, target: str) -> None:
 
 @contextmanager
 def progress() -> Iterator[Callable[[int, int, str], None]]:
-    """Show a progress bar on stderr, if that is a terminal; yield the function that updates it."""
+    """Show progress on stderr, as a bar or, where that is no terminal, as a line now and then.
+
+    Yields:
+        The function that updates it.
+    """
     from rich import progress as rich_bar
 
     err = console(err=True)
+    if not err.is_terminal:
+        yield _lines()
+        return
     columns = (
         rich_bar.TextColumn("{task.description}", markup=False),
         rich_bar.BarColumn(),
         rich_bar.MofNCompleteColumn(),
         rich_bar.TimeRemainingColumn(),
     )
-    hidden = not err.is_terminal
-    with rich_bar.Progress(*columns, console=err, transient=True, disable=hidden) as bar:
+    with rich_bar.Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task("reading the model", total=None)
 
         def move(done: int, total: int, what: str) -> None:
             bar.update(task, completed=done, total=total, description=what)
 
         yield move
+
+
+def _lines() -> Callable[[int, int, str], None]:
+    """Return a function that prints progress as a line every few seconds."""
+    start = printed = time.monotonic()
+
+    def move(done: int, total: int, what: str) -> None:
+        nonlocal printed
+        now = time.monotonic()
+        if now - printed >= LINE_SECONDS:
+            printed = now
+            count = f"{done:,} of {total:,}, " if total else ""
+            click.echo(f"  {now - start:.0f} s: {count}{what}", err=True)
+
+    return move

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from llmslim.data import Windows, calibration_windows, longest_input
 from llmslim.errors import DataError
+from llmslim.options import ConvertOptions
 from llmslim.recipe import Calibration, Recipe
 from llmslim.storage import empty_model, load_tokenizer, open_source
 
@@ -30,9 +32,16 @@ def read_text(
         whole: brings it into memory, if it is not there and the text is to be sampled from it.
     """
     spec = _spec(request, model)
+    notes: tuple[str, ...] = ()
     if whole is not None and "self" in spec.texts:
-        model = whole.model
-    return calibration_windows(spec, tokenizer, model, progress=request.progress)
+        given = tuple(text for text in spec.texts if text != "self")
+        if given and request.options.own_text and not whole.fits:
+            spec = spec.model_copy(update={"data": given})
+            notes = (f"{request.source.given}: too large for the memory to write text itself.",)
+        else:
+            model = whole.model
+    windows = calibration_windows(spec, tokenizer, model, progress=request.progress)
+    return replace(windows, notes=(*windows.notes, *notes))
 
 
 def _spec(request: Request, model: PreTrainedModel) -> Calibration:
@@ -129,6 +138,13 @@ def calibration_spec(
         length = min(usual, longest_input(model) or usual)
         given = given.model_copy(update={"sequence_length": length})
     return given
+
+
+def texts_of(options: ConvertOptions) -> tuple[str, ...]:
+    """Return the texts that take the place of the recipe's: those given, and the model's own."""
+    given: Sequence[str] | str = options.calibration or ()
+    texts = (given,) if isinstance(given, str) else tuple(given)
+    return (*texts, "self") if texts and options.own_text and "self" not in texts else texts
 
 
 def with_overrides(

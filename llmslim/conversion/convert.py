@@ -6,7 +6,6 @@ whole, rewrite it, write it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,7 +36,7 @@ from llmslim.storage import (
     write_checkpoint,
 )
 
-from .calibrate import overflow_notes, read_text, with_overrides
+from .calibrate import overflow_notes, read_text, texts_of, with_overrides
 from .conversion_dir import ConversionDir, key_of
 from .device import device_named, memory_of
 from .layer_store import check_layers
@@ -118,8 +117,7 @@ def _request(model: str | Path, options: ConvertOptions) -> Request:
                 "Name a recipe."
             )
         recipe = Recipe(name="kphi3", description="A published kphi-3 checkpoint, as it is.")
-    given: Sequence[str] | str = options.calibration or ()
-    texts = (given,) if isinstance(given, str) else tuple(given)
+    texts = texts_of(options)
     _, init = with_overrides(recipe, options.init, texts, options.calibration_tokens)
     return Request(
         source,

@@ -16,7 +16,7 @@ from llmslim import fitting
 from llmslim.data import Windows
 from llmslim.editing.plans import Plan
 from llmslim.recipe import Recipe
-from llmslim.storage import check_finite, load_model
+from llmslim.storage import check_finite, input_files, load_model
 
 from .conversion_dir import ConversionDir
 from .request import Request
@@ -32,6 +32,13 @@ class WholeModel:
     def __init__(self, request: Request) -> None:
         self._request = request
         self._model: PreTrainedModel | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is memory for it."""
+        files = input_files(self._request.source)
+        size = sum(path.stat().st_size for path in files if path.suffix == ".safetensors")
+        return size <= fitting.free_memory(self._request.device)
 
     @property
     def model(self) -> PreTrainedModel:

@@ -9,6 +9,7 @@ from .calibration import random_token_count as random_token_count
 from .cost import Cost as Cost
 from .cost import fit_for_training as fit_for_training
 from .cost import fitting_cost as fitting_cost
+from .cost import free_memory as free_memory
 from .cost import speed as speed
 from .descent import steps_done as steps_done
 from .end_to_end import train_end_to_end as train_end_to_end

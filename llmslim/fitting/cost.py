@@ -123,10 +123,7 @@ def fit_for_training(plan: Plan, device: torch.device, *, loaded: bool) -> tuple
     refine = plan.recipe.refine
     if not plan.needs_calibration or refine is None or refine.end_to_end is None:
         return plan, False
-    if device.type == "cuda":
-        free = int(torch.cuda.mem_get_info(device)[0])
-    else:
-        free = int(psutil.virtual_memory().available)
+    free = free_memory(device)
     weights = 0 if loaded else sum(row.bytes_after for row in plan.rows)
     for recompute in (False, True):
         needed = weights + _training_memory(plan, recompute=recompute)
@@ -139,6 +136,13 @@ def fit_for_training(plan: Plan, device: torch.device, *, loaded: bool) -> tuple
     spec = refine.model_copy(update={"end_to_end": None})
     recipe = plan.recipe.model_copy(update={"refine": spec})
     return replace(plan, recipe=recipe, notes=(*plan.notes, note)), False
+
+
+def free_memory(device: torch.device) -> int:
+    """Return how many bytes are free on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
 
 
 def speed(device: torch.device) -> float:

@@ -99,9 +99,9 @@ def command(model: str, heal: bool, dry_run: bool, **keywords: Any) -> None:
 
 def _show_plan(model: str, recipe: Recipe, options: ConvertOptions) -> None:
     api = backend()
-    from llmslim.conversion.calibrate import try_text, with_overrides
+    from llmslim.conversion.calibrate import texts_of, try_text, with_overrides
 
-    texts, tokens = tuple(options.calibration or ()), options.calibration_tokens
+    texts, tokens = texts_of(options), options.calibration_tokens
     recipe, init = with_overrides(recipe, options.init, texts, tokens)
     trusted = options.trust_remote_code
     made = api.plan(model, recipe, init=init, trust_remote_code=trusted)
