@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -18,7 +20,7 @@ from helpers_cli import dense as dense
 from helpers_cli import recipe as recipe
 from helpers_cli import slim as slim
 from tiny import logits, tiny_config, tokens
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmslim import api, errors
 from llmslim.cli import output
@@ -336,8 +338,17 @@ def test_demo_goes_all_the_way(dense, tmp_path, monkeypatch):
         assert result.exit_code == 0, result.output
         for words in ("width", "░", "dense: ", "slim: ", "healing", "what next"):
             assert words in result.stdout
+    compared = re.findall(r"^(parameters|perplexity) +([\d.,]+) +([\d.,]+)", result.stdout, re.M)
+    shown = {name: [float(v.replace(",", "")) for v in values] for name, *values in compared}
+    models = [api.load(path) for path in (dense, demo.DEFAULT_OUT)]
+    assert shown["parameters"] == [model.num_parameters() for model in models]
+    ids = AutoTokenizer.from_pretrained(dense)(demo.topics["formatstrings"])["input_ids"]
+    ids = torch.tensor(ids[: demo.WINDOWS * demo.LENGTH]).view(demo.WINDOWS, -1)
+    for model, found in zip(models, shown["perplexity"], strict=True):
+        losses = [float(model(row[None], labels=row[None]).loss) for row in ids]
+        assert found == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-2)
     assert ok("verify", demo.DEFAULT_OUT)
-    assert [path.name for path in (tmp_path / "slim").iterdir()] == ["smollm2-mlp-half"]
+    assert [path.name for path in (tmp_path / "slim").iterdir()] == [demo.DEFAULT_OUT.name]
     (tmp_path / "mine").mkdir()
     assert run("demo", "--out", "mine").exit_code == 1
 

@@ -6,7 +6,7 @@ beside the logits there are only their gradient, in the same type, and the float
 chunk. Recomputing the chunks in the backward pass would keep no gradient, but take twice the work
 and, because of autograd's slices, as much memory.
 
-Shapes: T = tokens, C = tokens of a chunk, V = size of the vocabulary.
+Shapes: N windows of L tokens, T = tokens, C = tokens of a chunk, V = size of the vocabulary.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 Part = Callable[[Tensor, slice], Tensor]
 """Takes float32 logits (C, V) and the slice of their tokens; returns the sum of their losses."""
@@ -74,3 +75,18 @@ def divergence(log_p_CV: Tensor, log_q_CV: Tensor) -> Tensor:
         0.1438
     """
     return (log_p_CV.exp() * (log_p_CV - log_q_CV)).sum(-1)
+
+
+@torch.no_grad()
+def mean_loss(model: Any, ids_NL: Tensor) -> float:
+    """Return the mean of -log p(next token) of some text, in nats; its exponential is perplexity.
+
+    Args:
+        model: a causal language model, in evaluation mode.
+        ids_NL: windows of token ids; the first token of each is not predicted.
+    """
+    total = 0.0
+    for ids_L in ids_NL.to(model.device):
+        logits_TV = model(ids_L[None], use_cache=False).logits[0, :-1].float()
+        total += float(cross_entropy(logits_TV, ids_L[1:], reduction="sum"))
+    return total / ids_NL[:, 1:].numel()
