@@ -58,7 +58,7 @@ def cut(
     for one in talks.sampled_conversations(tiny_model(), tokenizer, tokens, 0)[1]:
         turns = [{key: turn[key] for key in ("role", "content")} for turn in one]
         text = tokenizer.apply_chat_template(turns, tokenize=False)
-        if one[-1].get("unfinished"):
+        if one[-1].get("unfinished") and turns[-1]["content"] in text:
             text = text.removesuffix("~")
         stream += [*ids_of(text), 1]  # the end token
     inner = length - start
