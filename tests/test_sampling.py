@@ -15,9 +15,11 @@ from helpers_data import (
     spec,
     with_start,
 )
+from helpers_healing_data import CHATML
 from tiny import ARCHITECTURES, logits, tiny_model
 
-from llmslim.data import calibration_windows, sampling
+from llmslim.data import Windows, calibration_windows, sampling
+from llmslim.data import conversations as talks
 from llmslim.data.windows import OWN_TEXT
 from llmslim.errors import DataError
 
@@ -26,6 +28,42 @@ from llmslim.errors import DataError
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sample in the model's own type, whatever the machine."""
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "DEFAULT")
+
+
+@pytest.fixture
+def talking(exact: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few and short conversations: every window of 64 tokens has the beginning of one."""
+    monkeypatch.setattr(talks, "_ROWS", 8)
+    monkeypatch.setattr(talks, "_LONGEST", 40)
+    monkeypatch.setattr(talks, "_LONGEST_QUESTION", 9)
+
+
+def chat_tokenizer() -> Any:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def own(tokenizer: Any = None, model: Any = None, **changes: Any) -> Windows:
+    """Return what a model writes: 16 windows of 64 tokens."""
+    wanted = spec("self", **{"tokens": 1024, "sequence_length": 64, **changes})
+    return calibration_windows(wanted, tokenizer or chat_tokenizer(), model or tiny_model())
+
+
+def cut(
+    tokenizer: Any, tokens: int, *, length: int = 64, start: bool = False
+) -> list[tuple[int, ...]]:
+    """Return the windows of sampled conversations, written by transformers and cut by hand."""
+    stream: list[int] = []
+    for one in talks.sampled_conversations(tiny_model(), tokenizer, tokens, 0)[1]:
+        turns = [{key: turn[key] for key in ("role", "content")} for turn in one]
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        if one[-1].get("unfinished") and turns[-1]["content"] in text:
+            text = text.removesuffix("~")
+        stream += [*ids_of(text), 1]  # the end token
+    inner = length - start
+    rows = [stream[i : i + inner] for i in range(0, len(stream) - inner, inner)]
+    return [(0,) * start + tuple(row) for row in rows]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -48,20 +86,94 @@ def test_what_is_drawn_has_the_softmax_distribution():
     assert share[2] == 0
 
 
-def test_self_comes_from_the_seed_and_half_is_conversation(exact, monkeypatch):
+def test_self_comes_from_the_seed(talking, monkeypatch):
     monkeypatch.setattr(sampling, "keep", lambda *_: None)
-    model, tokenizer = tiny_model(), tiny_tokenizer()
-    tokenizer.chat_template = "~{{ messages[0]['content'][:2] }}~"
-    one, again, other = (
-        calibration_windows(spec("self", tokens=160, seed=seed), tokenizer, model)
-        for seed in (1, 1, 2)
-    )
+    monkeypatch.setattr(talks, "keep", lambda *_: None)
+    one, again, other = (own(seed=seed) for seed in (1, 1, 2))
     assert torch.equal(one.ids, again.ids)
-    assert rows_of(one.ids) != rows_of(other.ids)
-    starts = {tuple(ids_of(f"~{opener[:2]}~")) for opener in sampling.OPENERS}
-    chats = [row for row in rows_of(one.ids, one.held_out) if row[:4] in starts]
-    assert len(chats) == 10
-    assert one.source == OWN_TEXT
+    assert torch.equal(one.held_out, again.held_out)
+    mine, others = (set(rows_of(found.ids, found.held_out)) for found in (one, other))
+    assert not mine & others
+
+
+@pytest.mark.parametrize("start", [False, True])
+def test_half_of_self_is_conversations_in_the_template(talking, start):
+    model, tokenizer = tiny_model(), chat_tokenizer()
+    tokenizer = with_start(tokenizer) if start else tokenizer
+    found = own(tokenizer, tokens=2048, sequence_length=128)
+    texts = [tokenizer.decode(row) for row in rows_of(found.ids, found.held_out)]
+    assert len(texts) == 16
+    assert sum("[user]" in text for text in texts) == 8
+    questions = [one for text in texts for one in text.split("[user]")[1:-1]]
+    assert len(questions) > 8
+    assert len(set(questions)) == len(questions)
+    # One window of each half is held out.
+    assert sorted("[user]" in tokenizer.decode(row) for row in found.held_out) == [False, True]
+
+    talked = cut(tokenizer, 1152, length=128, start=start)[:8]
+    free = sampling.sampled_windows(model, tokenizer, 8, 128, 0)
+    assert rows_of(found.ids, found.held_out) == sorted([*talked, *rows_of(free)])
+    assert (found.source, found.notes) == (OWN_TEXT, ())
+
+
+def test_more_is_sampled_where_the_template_writes_less_than_that(talking, monkeypatch):
+    monkeypatch.setattr(talks, "_LONGEST", 70)
+    tokenizer = chat_tokenizer()
+    assert "m['content']" in CHATML
+    tokenizer.chat_template = CHATML.replace("m['content']", "m['content'][:3]")
+    found = own(tokenizer)
+    assert len(cut(tokenizer, 576)) < 8  # what is sampled first is too little
+    free = sampling.sampled_windows(tiny_model(), tokenizer, 8, 64, 0)
+    expected = sorted([*cut(tokenizer, 1024)[:8], *rows_of(free)])
+    assert rows_of(found.ids, found.held_out) == expected
+
+
+def test_sampling_ends_where_the_template_writes_almost_nothing(talking, monkeypatch):
+    monkeypatch.setattr(talks, "_LONGEST", 70)
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'][0] }}{{ m['content'] if m['content']|length < 4 }}~"
+        "{% endfor %}{% if add_generation_prompt %}a{% endif %}"
+    )
+    found = own(tokenizer)
+    count = len(found.ids) + len(found.held_out)
+    assert 8 + 2 <= count < 16
+    short = f"only {(count - 8) * 64} tokens ({count - 8} windows of 64); 512 were wanted"
+    assert any(short in note for note in found.notes)
+
+
+@pytest.mark.parametrize("reason", ["silent", "refused", "unknown tag"])
+def test_a_model_that_writes_no_conversations_writes_free_text(talking, reason):
+    model, tokenizer = tiny_model(), chat_tokenizer()
+    if reason == "silent":
+        model.generation_config.eos_token_id = list(range(96))
+    elif reason == "refused":
+        tokenizer.chat_template = "{{ raise_exception('no') }}"
+    else:
+        tokenizer.add_tokens(["<new>"])  # the first one that the model has no embedding for
+        tokenizer.chat_template += "{% if not add_generation_prompt %}<new>{% endif %}"
+    found = own(tokenizer, model)
+    free = sampling.sampled_windows(model, tokenizer, 16, 64, 0)
+    assert rows_of(found.ids, found.held_out) == rows_of(free)
+    (note,) = found.notes
+    assert note.startswith(f"{OWN_TEXT}: free text alone")
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 48])
+def test_little_text_is_free_text(talking, tokens):
+    """Half of three windows would leave nothing to fit to beside what is held out."""
+    found = own(tokens=tokens, sequence_length=16)
+    free = sampling.sampled_windows(tiny_model(), chat_tokenizer(), 2 if tokens == 1 else 3, 16, 0)
+    assert rows_of(found.ids, found.held_out) == rows_of(free)
+    assert found.notes == ()
+
+
+def test_without_a_template_all_is_free_text(exact):
+    tokenizer = plain_tokenizer()
+    found = own(tokenizer)
+    free = sampling.sampled_windows(tiny_model(), tokenizer, 16, 64, 0)
+    assert rows_of(found.ids, found.held_out) == rows_of(free)
+    assert (found.source, found.notes) == (OWN_TEXT, ())
 
 
 def test_long_windows_are_several_samples(exact, monkeypatch):
@@ -100,7 +212,7 @@ def test_samples_are_kept_for_this_model_and_these_numbers(tmp_path, monkeypatch
     calibration_windows(spec("self", seed=1), None, model)
     calibration_windows(spec("self", tokens=80), None, model)
     calibration_windows(spec("self"), None, tiny_model(seed=1))
-    calibration_windows(spec("self"), tiny_tokenizer(), model)
+    calibration_windows(spec("self"), plain_tokenizer(), model)
     assert len(list(folder.iterdir())) == 5
 
     whole = file.read_bytes()
@@ -108,6 +220,24 @@ def test_samples_are_kept_for_this_model_and_these_numbers(tmp_path, monkeypatch
         file.write_bytes(damage)
         assert torch.equal(calibration_windows(spec("self"), None, model).ids, one.ids)
         assert file.read_bytes() == whole
+
+
+def test_conversations_are_kept_for_this_template(talking, tmp_path, monkeypatch):
+    one = own()
+    folder = tmp_path / "cache" / "llmslim" / "self"
+    talked = set(folder.glob("*.jsonl"))
+    other = chat_tokenizer()
+    other.chat_template = CHATML.replace("[{{", "<{{")
+    assert rows_of(own(other).ids) != rows_of(one.ids)
+    assert set(folder.glob("*.jsonl")) > talked
+    assert len(list(folder.glob("*.safetensors"))) == 1  # free text has no template
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("sampled again")
+
+    monkeypatch.setattr(sampling, "sample_rows", refuse)
+    monkeypatch.setattr(talks, "sample_rows", refuse)
+    assert torch.equal(own().ids, one.ids)
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):

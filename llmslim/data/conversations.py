@@ -1,4 +1,4 @@
-"""Conversations sampled from a dense model itself: data to heal with, without a download.
+"""Conversations sampled from a dense model itself: text to fit to and to heal with, no download.
 
 A model trained on a chat template has learned to write both sides of it. Given the template up to
 where the user's turn begins, it makes up a question; given what the template puts between question
@@ -28,7 +28,6 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
-from llmslim.errors import DataError
 from llmslim.progress import Progress
 
 from .messages import Message, replace_surrogates
@@ -48,7 +47,7 @@ from .vocabulary import check_ids, embedding_rows, longest_input, stop_tokens
 
 _LONGEST = 256  # tokens of one conversation; the cost of a token grows with those before it
 _LONGEST_QUESTION = 96
-_ROWS = 128
+ROWS = 128
 _VERSION = 1  # raise it with every change of what is sampled: it is part of the cache's key
 
 _MARKS = "\ue000\ue001\ue000", "\ue001\ue000\ue001"  # private use: no template has them
@@ -60,8 +59,14 @@ class _Frame:
 
     before: tuple[int, ...]
     between: tuple[int, ...]
+    after: tuple[int, ...]
     stops: frozenset[int]
     """Tokens that end a turn."""
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """All that the template writes itself."""
+        return (*self.before, *self.between, *self.after)
 
 
 def _converse(frame: _Frame, question: list[int], answer: list[int]) -> Steps:
@@ -85,6 +90,7 @@ def sampled_conversations(
     seed: int,
     *,
     cache: Path | None = None,
+    at_once: int = ROWS,
     progress: Progress | None = None,
 ) -> tuple[str, list[list[Message]]]:
     """Sample conversations from a model through its own chat template, or read them from the cache.
@@ -92,20 +98,30 @@ def sampled_conversations(
     Args:
         model: the dense model, in any float type, on any device; it is left as it is.
         tokenizer: its tokenizer.
-        tokens: how many to sample at least, templates counted.
+        tokens: how many to sample, templates counted, up to the end of a batch.
         seed: the same seed gives the same conversations, on the same kind of machine.
         cache: folder to keep them in; in the user's cache if not given.
+        at_once: how many are sampled together, at most, and kept together.
         progress: called with tokens done, tokens in all, and `sampling`.
 
     Returns:
-        A key of these conversations, and the conversations.
+        A key of these conversations, and the conversations: fewer where the model ends all of a
+        batch at once, none where that is the first batch.
 
     Raises:
-        DataError: if the model's logits are not finite, or all it writes is empty.
+        DataError: if the model's logits are not finite, or it has no embedding for a token of the
+            template.
     """
+    stops = _stops(model, tokenizer)
+    frame = _frame(tokenizer, stops)
+    framed: list[Any] = [sorted(stops)]
+    if frame is not None:
+        check_ids(frame.ids, tokenizer, embedding_rows(model), "data: self: the chat template")
+        framed = [sorted(frame.stops), frame.before, frame.between]
     longest = min(_LONGEST, longest_input(model) or _LONGEST)
-    rows = min(_ROWS, max(1, CACHE_BYTES // (longest * _key_value_bytes(model))))
-    key = fingerprint(model, tokenizer, _VERSION, longest, _LONGEST_QUESTION, rows, seed)
+    rows = min(at_once, max(1, CACHE_BYTES // (longest * _key_value_bytes(model))))
+    sizes = longest, _LONGEST_QUESTION, rows
+    key = fingerprint(model, tokenizer, _VERSION, sizes, seed, framed)
     found: list[list[Message]] = []
     done = number = 0
     while done < tokens:
@@ -117,31 +133,43 @@ def sampled_conversations(
                 if progress is not None:
                     progress(min(so_far + more, tokens), tokens, "sampling")
 
-            batch = _sample_batch(model, tokenizer, rows, longest, seed + 10_007 * number, report)
+            draws = seed + 10_007 * number
+            batch = _sample_batch(model, tokenizer, frame, rows, longest, draws, report)
             keep(path, "".join(f"{json.dumps(row)}\n" for row in batch).encode() or b"\n")
         if not batch:
-            raise DataError(
-                "data: self, but the model ends every conversation at once. "
-                "Name a file or a data set."
-            )
+            break
         found += [row["messages"] for row in batch]
         done, number = done + sum(row["tokens"] for row in batch), number + 1
     return f"{key} {number}", found
 
 
+def can_converse(model: Any, tokenizer: Any) -> bool:
+    """Return whether a chat template frames a question and an answer in tokens of the model.
+
+    Args:
+        model: the dense model.
+        tokenizer: its tokenizer, or None.
+    """
+    frame, known = _frame(tokenizer, frozenset()), embedding_rows(model)
+    return frame is not None and (known is None or max(frame.ids) < known)
+
+
 def _sample_batch(
-    model: Any, tokenizer: Any, rows: int, longest: int, seed: int, report: Callable[[int], None]
+    model: Any,
+    tokenizer: Any,
+    frame: _Frame | None,
+    rows: int,
+    longest: int,
+    seed: int,
+    report: Callable[[int], None],
 ) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(seed)
-    stops = stop_tokens(model).union(tokenizer.all_special_ids)
-    frame = _frame(tokenizer, stops)
     if frame is not None:
-        around = (*frame.before, *frame.between)
-        check_ids(around, tokenizer, embedding_rows(model), "data: self: the chat template")
         sides: list[tuple[list[int], list[int]]] = [([], []) for _ in range(rows)]
         samples = [SampledRow(_converse(frame, question, answer)) for question, answer in sides]
     else:
         prompts = opening_prompts(model, tokenizer, rows, generator)
+        stops = _stops(model, tokenizer)
         samples = [SampledRow(write_from(opening, stops), greedy) for opening, greedy in prompts]
     with for_sampling(model) as sampler:
         sample_rows(sampler, samples, longest, generator, report)
@@ -161,6 +189,11 @@ def _sample_batch(
     return made
 
 
+def _stops(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Return the tokens that end a turn whatever the template."""
+    return stop_tokens(model).union(tokenizer.all_special_ids)
+
+
 def _frame(tokenizer: Any, stops: frozenset[int]) -> _Frame | None:
     """Return what the chat template puts around the turns, None without a usable template."""
     if not getattr(tokenizer, "chat_template", None):
@@ -178,13 +211,14 @@ def _frame(tokenizer: Any, stops: frozenset[int]) -> _Frame | None:
         return None
     before, _, between = prompt.partition(_MARKS[0])
     after = whole.partition(_MARKS[1])[2]
-    ids = [
+    first, middle, last = (
         tokenizer(replace_surrogates(text), add_special_tokens=False)["input_ids"] if text else []
         for text in (before, between, after)
-    ]
-    if not ids[0] or _MARKS[0] not in prompt:
+    )
+    if not first or _MARKS[0] not in prompt:
         return None
-    return _Frame(tuple(ids[0]), tuple(ids[1]), stops.union(ids[1][:1], ids[2][:1]))
+    ends = stops.union(middle[:1], last[:1])
+    return _Frame(tuple(first), tuple(middle), tuple(last), ends)
 
 
 def _key_value_bytes(model: Any) -> int:

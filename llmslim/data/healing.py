@@ -280,6 +280,11 @@ class _Opener:
             cache=self.cache,
             progress=self.progress,
         )
+        if not conversations:
+            raise DataError(
+                "heal.data: self, but the model ends every conversation at once. "
+                "Name a file or a data set."
+            )
         return Source(
             name="self",
             licence="the model's own, since the model wrote it",

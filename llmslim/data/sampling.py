@@ -1,10 +1,9 @@
-"""Text sampled from the dense model itself: calibration data without a download.
+"""Free text sampled from the dense model itself: calibration data without a download.
 
-Half of the sequences begin with a token drawn from the whole vocabulary; the next four are the
-likeliest ones, which leads the model from anything to something sensible, and the rest is sampled
-at temperature 1, so that the text is distributed as the model expects it (LLM-QAT, Liu et al.
-2023, https://arxiv.org/abs/2305.17888, section 3.1). Where the tokenizer has a chat template, the
-other half begin as a conversation that the user has opened with one of a few sentences.
+Each sequence begins with a token drawn from the whole vocabulary; the next four are the likeliest
+ones, which leads the model from anything to something sensible, and the rest is sampled at
+temperature 1, so that the text is distributed as the model expects it (LLM-QAT, Liu et al. 2023,
+https://arxiv.org/abs/2305.17888, section 3.1). Conversations are sampled in conversations.py.
 
 All rows advance together from their first token; while a row is in its prompt, the prompt's
 token is taken instead of the drawn one. So prompts may differ in length without padding, and a
@@ -30,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
@@ -39,30 +37,15 @@ from llmslim.compat import CONFIG_ORIGIN
 from llmslim.errors import DataError
 from llmslim.progress import Progress
 
-from .messages import replace_surrogates
 from .vocabulary import check_ids, embedding_rows, leading_token
 
-OPENERS = (
-    "Hello!",
-    "Tell me something interesting.",
-    "Explain how something works.",
-    "Write a short story.",
-    "Give me some advice.",
-    "What happened in history on this day?",
-    "Write a small program and explain it.",
-    "Solve a simple maths problem step by step.",
-    "Summarise a well-known book.",
-    "Make a list of ideas.",
-    "Compare two things.",
-    "Describe a place.",
-)
 _LONGEST = 128  # the cost of a token grows with the tokens before it
 _MOST_ROWS = 256
 CACHE_BYTES = 2**31
 """How much memory the key-value cache may take."""
 _GREEDY = 4
 _SHRINK_AT = 0.75  # ended rows leave the batch when at most this share has not ended
-_ALGORITHM = 1  # raise it with every change of what is sampled: it is part of the cache's key
+_ALGORITHM = 2  # raise it with every change of what is sampled: it is part of the cache's key
 
 Steps = Generator[int, int, None]
 """Yields a row's next token, and is sent the one that the model drew to follow it."""
@@ -149,11 +132,11 @@ def sampled_windows(
     *,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Sample windows from a model, or read them from the cache.
+    """Sample windows of free text from a model, or read them from the cache.
 
     Args:
         model: the dense model, in any float type, on any device; it is left as it is.
-        tokenizer: its tokenizer, or None: then no row is a conversation.
+        tokenizer: its tokenizer, or None: then any token may be the first of a text.
         count: number of windows, N.
         length: tokens of one window, L; above 128, several samples make up one.
         seed: the same seed gives the same windows, on the same kind of machine.
@@ -200,7 +183,7 @@ def opening_prompts(
 
     Args:
         model: gives the size of the vocabulary.
-        tokenizer: its tokenizer, or None: then no row is a conversation.
+        tokenizer: its tokenizer, or None: then any token may be the first.
         rows: how many to draw.
         generator: draws them.
 
@@ -210,37 +193,18 @@ def opening_prompts(
     vocabulary = embedding_rows(model) or len(tokenizer)
     special: set[int] = set()
     first: list[int] = []
-    chats: list[list[int]] = []
     if tokenizer is not None:
         vocabulary = min(vocabulary, len(tokenizer))  # embeddings are often padded
         special = set(tokenizer.all_special_ids)
         leading = leading_token(tokenizer)
         check_ids([leading or 0], tokenizer, vocabulary, "data: self: every text")
         first = [] if leading is None else [leading]
-        chats = list(_chats(tokenizer, vocabulary))
     allowed = [[*first, token] for token in range(vocabulary) if token not in special]
     prompts = []
-    for row in range(rows):
-        chat = bool(chats) and row % 2 == 1
-        choices = chats if chat else allowed
-        opening = choices[int(torch.randint(len(choices), (), generator=generator))]
-        greedy = range(len(opening), len(opening) + (0 if chat else _GREEDY))
-        prompts.append((opening, greedy))
+    for _ in range(rows):
+        opening = allowed[int(torch.randint(len(allowed), (), generator=generator))]
+        prompts.append((opening, range(len(opening), len(opening) + _GREEDY)))
     return prompts
-
-
-def _chats(tokenizer: Any, vocabulary: int) -> Iterator[list[int]]:
-    """Yield the ids of each opener in the tokenizer's chat template."""
-    if not getattr(tokenizer, "chat_template", None):
-        return
-    for opener in OPENERS:
-        with suppress(TemplateError):  # a template for anything but conversation
-            text = tokenizer.apply_chat_template(
-                [{"role": "user", "content": opener}], tokenize=False, add_generation_prompt=True
-            )
-            ids = tokenizer(replace_surrogates(text), add_special_tokens=False)["input_ids"]
-            if ids and max(ids) < vocabulary:
-                yield ids
 
 
 def draw(logits_BV: Tensor, greedy_B: Tensor, generator: torch.Generator) -> Tensor:
@@ -312,22 +276,21 @@ def keep(path: Path, data: bytes) -> None:
             file.write(data)
 
 
-def fingerprint(model: Any, tokenizer: Any, *numbers: int) -> str:
+def fingerprint(model: Any, tokenizer: Any, *more: Any) -> str:
     """Return a key of all that sampled text depends on; of each weight, of at most 4,096 values.
 
     Args:
         model: the dense model.
         tokenizer: its tokenizer, if it has one.
-        *numbers: how much is sampled, the seed, and the like.
+        *more: how much is sampled, the seed, and the like, as JSON has it.
     """
     config = model.config.to_dict()
     for origin in CONFIG_ORIGIN:
         config.pop(origin, None)
     words = None
     if tokenizer is not None:
-        chats = list(_chats(tokenizer, len(tokenizer)))
-        words = [len(tokenizer), leading_token(tokenizer), tokenizer.all_special_ids, chats]
-    about = [_ALGORITHM, numbers, model.device.type, config, words]
+        words = [len(tokenizer), leading_token(tokenizer), tokenizer.all_special_ids]
+    about = [_ALGORITHM, more, model.device.type, config, words]
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
     for name, weight in model.state_dict().items():
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())

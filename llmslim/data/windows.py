@@ -5,8 +5,12 @@ into windows of equal length; so nothing is padded, and every position counts th
 tokenizer begins a text with a special token, every window begins with it, as every text that the
 model will see does.
 
-At most four times the needed tokens are read; the windows are drawn from those. Several texts are
-each cut alone, and their windows shuffled together.
+Of a file or data set at most four times the needed tokens are read; the windows are drawn from
+those. Several texts are each cut alone, and their windows shuffled together.
+
+The dense model's own text is two such texts where its tokenizer has a chat template: half of it
+are conversations in that template (conversations.py), since an instruct model that is fitted
+without them forgets how to chat; the other half is free text (sampling.py).
 
 Shapes: N and M windows of L tokens.
 """
@@ -16,6 +20,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +33,7 @@ from llmslim.progress import Progress
 from llmslim.recipe.schema import Calibration
 
 from .columns import RowReader, check_left_out
+from .conversations import ROWS, can_converse, sampled_conversations
 from .prompts import Encoder
 from .sampling import sampled_windows
 from .sources import read_texts
@@ -36,8 +42,11 @@ from .vocabulary import check_ids, embedding_rows, leading_token, longest_input
 OWN_TEXT = "the dense model's own text"
 """The name of `self` in reports."""
 _POOL = 4
+_SAMPLED = (9 / 8, 2, 4)
+"""How much to sample of conversations, in needed tokens; the next where the last was too little."""
 _CHARACTERS_PER_TOKEN = 8  # more than text has, so that a stretch of a text is long enough
 _BATCH = 64
+_SHORT, _FEWEST_ROWS = 128, 8  # tokens of a conversation; conversations sampled together
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,8 @@ def calibration_windows(
     Returns:
         ceil(tokens / L) windows, at least two, of which one in 16 is held out, in one stretch: at
         least one and at most 16. Fewer, with a note, where there is less text. The same of each of
-        several texts, with its share of the tokens.
+        several texts, with its share of the tokens, and of each half of `self`; that is all free
+        text where a half would be less than two windows.
 
     Raises:
         DataError: if the data cannot be read, is too short for two windows, is named twice, or the
@@ -99,11 +109,15 @@ def calibration_windows(
         if spec.texts.count(data) > 1:
             raise DataError(f"calibration.data: {data} is named twice. Name each text once.")
     share = math.ceil(spec.tokens / len(spec.texts))
+    each = spec.model_copy(update={"tokens": share})
     parts = [
-        _windows_of(data, spec.model_copy(update={"tokens": share}), tokenizer, model, progress)
-        # Text that cannot be read is found before a model writes for minutes.
-        for data in sorted(spec.texts, key=lambda data: data == "self")
+        _read_windows(data, each, tokenizer, model, progress)
+        for data in spec.texts
+        if data != "self"
     ]
+    # Last: text that cannot be read is found before a model writes for minutes.
+    if "self" in spec.texts:
+        parts += _own_windows(each, tokenizer, model, progress)
     if len(parts) == 1:
         return parts[0]
     # Shuffled, so that the first few windows alone are of every text.
@@ -115,29 +129,19 @@ def calibration_windows(
             torch.cat([part.held_out for part in parts]),
         )
     )
-    source = ", ".join(part.source for part in parts)
+    source = ", ".join(dict.fromkeys(part.source for part in parts))
     notes = tuple(note for part in parts for note in part.notes)
     return Windows(ids_NL, source, held_out, notes)
 
 
-def _windows_of(
+def _read_windows(
     data: str, spec: Calibration, tokenizer: Any, model: Any, progress: Progress | None
 ) -> Windows:
-    """Return the windows of one text.
+    """Return the windows of a file or a data set.
 
     Raises:
         DataError: as `calibration_windows`.
     """
-    length = spec.sequence_length
-    wanted = max(2, math.ceil(spec.tokens / length))
-    if data == "self":
-        if model is None:
-            raise DataError(
-                "calibration.data: self, which is sampled from the dense model; there is none "
-                "here. Name a file or a data set."
-            )
-        ids_NL = sampled_windows(model, tokenizer, wanted, length, spec.seed, progress=progress)
-        return _split(OWN_TEXT, ids_NL, wanted, spec.seed, [])
     if tokenizer is None:
         raise DataError(
             f"calibration.data: {data}, but the model has no tokenizer to read text with. "
@@ -145,12 +149,100 @@ def _windows_of(
         )
     local = Path(data).expanduser()
     source = local.name if local.is_file() else data
-    notes: list[str] = []
-    ids_NL = _read_windows(data, source, spec, tokenizer, wanted, notes, progress)
-    if model is not None:
-        rows = embedding_rows(model)
-        check_ids(ids_NL.flatten().numpy(), tokenizer, rows, f"calibration.data: {source}")
+    length, wanted = spec.sequence_length, _wanted(spec)
+    inner = length - (leading_token(tokenizer) is not None)
+    pool = wanted * inner * _POOL
+    # Not the seed alone, which draws the windows' order.
+    order = random.Random(f"stretch {spec.seed}")
+    reader, encoder = RowReader(), Encoder(tokenizer)
+    documents = read_texts(data, seed=spec.seed, reader=reader)
+    batches = iter(lambda: list(itertools.islice(documents, _BATCH)), [])
+    texts = (
+        [_stretch(encoder.text(one), pool * _CHARACTERS_PER_TOKEN, order) for one in batch]
+        for batch in batches
+    )
+    stream = _tokenise(texts, pool, tokenizer, progress)
+    notes = [*reader.notes(source), *encoder.notes(source)]
+    check_left_out(source, reader.left_out, reader.rows, notes)
+    if len(stream) < 2 * inner:
+        raise DataError(
+            f"{data}: {len(stream)} tokens; two windows of {length} need {2 * inner}. "
+            "Give more text, or a smaller calibration.sequence_length."
+        )
+    ids_NL = _cut(stream, length, tokenizer, model, source)
     return _split(source, ids_NL, wanted, spec.seed, notes)
+
+
+def _own_windows(
+    spec: Calibration, tokenizer: Any, model: Any, progress: Progress | None
+) -> list[Windows]:
+    """Return the windows of what the dense model writes: conversations, if any, and free text.
+
+    Raises:
+        DataError: as `calibration_windows`.
+    """
+    if model is None:
+        raise DataError(
+            "calibration.data: self, which is sampled from the dense model; there is none "
+            "here. Name a file or a data set."
+        )
+    length, wanted = spec.sequence_length, _wanted(spec)
+    parts: list[Windows] = []
+    notes: list[str] = []
+    half = wanted // 2
+    # Each part needs a window to fit to and one to hold out.
+    if half >= 2 and getattr(tokenizer, "chat_template", None):
+        ids_NL = _conversations(half, spec, tokenizer, model, notes, progress)
+        if len(ids_NL) < 2:
+            notes.append(
+                f"{OWN_TEXT}: free text alone, since the model writes no conversations, or too "
+                "few, in its chat template."
+            )
+        else:
+            parts.append(_split(OWN_TEXT, ids_NL, half, spec.seed, notes))
+            notes, wanted = [], wanted - half
+    ids_NL = sampled_windows(model, tokenizer, wanted, length, spec.seed, progress=progress)
+    return [*parts, _split(OWN_TEXT, ids_NL, wanted, spec.seed, notes)]
+
+
+def _conversations(
+    wanted: int,
+    spec: Calibration,
+    tokenizer: Any,
+    model: Any,
+    notes: list[str],
+    progress: Progress | None,
+) -> Tensor:
+    """Return windows of conversations that the dense model writes: as many as wanted, or fewer."""
+    encoder = Encoder(tokenizer)
+    pool = wanted * (spec.sequence_length - (leading_token(tokenizer) is not None))
+
+    # No more than are needed: a conversation is rarely shorter than that.
+    at_once = min(ROWS, max(_FEWEST_ROWS, math.ceil(pool / _SHORT)))
+
+    def texts() -> Iterator[list[str]]:
+        if not can_converse(model, tokenizer):
+            return
+        given = 0
+        # A template may write fewer tokens than were sampled: it may leave thoughts out.
+        for share in _SAMPLED:
+            tokens = math.ceil(share * pool)
+            _, found = sampled_conversations(
+                model, tokenizer, tokens, spec.seed, at_once=at_once, progress=progress
+            )
+            if len(found) == given:
+                return
+            yield [encoder.text(conversation) for conversation in found[given:]]
+            given = len(found)
+
+    stream = _tokenise(texts(), pool, tokenizer, progress)
+    notes += encoder.notes(OWN_TEXT)
+    return _cut(stream, spec.sequence_length, tokenizer, model, OWN_TEXT)
+
+
+def _wanted(spec: Calibration) -> int:
+    """Return how many windows a text is to give."""
+    return max(2, math.ceil(spec.tokens / spec.sequence_length))
 
 
 def _split(source: str, ids_NL: Tensor, wanted: int, seed: int, notes: list[str]) -> Windows:
@@ -173,54 +265,44 @@ def _split(source: str, ids_NL: Tensor, wanted: int, seed: int, notes: list[str]
     return Windows(ids_NL[rest[: wanted - aside]], source, held_out, tuple(notes))
 
 
-def _read_windows(
-    data: str,
-    source: str,
-    spec: Calibration,
-    tokenizer: Any,
-    wanted: int,
-    notes: list[str],
-    progress: Progress | None,
-) -> Tensor:
-    """Tokenise documents until there are enough, and cut them.
+def _tokenise(
+    batches: Iterable[list[str]], pool: int, tokenizer: Any, progress: Progress | None
+) -> list[int]:
+    """Tokenise batches of texts until there are enough tokens, and join them.
 
-    Raises:
-        DataError: if there is not enough for two windows.
+    Returns:
+        At most `pool` tokens, without those that begin a text.
     """
     first = leading_token(tokenizer)
-    inner = spec.sequence_length - (first is not None)
-    pool = wanted * inner * _POOL
     stream: list[int] = []
-    # Not the seed alone, which draws the windows' order.
-    order = random.Random(f"stretch {spec.seed}")
-    reader, encoder = RowReader(), Encoder(tokenizer)
-    documents = read_texts(data, seed=spec.seed, reader=reader)
-    while len(stream) < pool:
-        texts = [
-            _stretch(encoder.text(document), pool * _CHARACTERS_PER_TOKEN, order)
-            for document in itertools.islice(documents, _BATCH)
-        ]
-        if not texts:
-            break
+    for texts in batches:
         encoded = tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False)
         for ids in encoded["input_ids"]:
             begins = first is not None and ids[:1] == [first]
             _append(stream, ids[1:] if begins else ids, tokenizer.eos_token_id)
         if progress is not None:
             progress(min(len(stream), pool), pool, "tokenising")
-    left_out = [*reader.notes(source), *encoder.notes(source)]
-    check_left_out(source, reader.left_out, reader.rows, left_out)
-    notes += left_out
-    count = min(len(stream), pool) // inner
-    if count < 2:
-        raise DataError(
-            f"{data}: {len(stream)} tokens; two windows of {spec.sequence_length} need "
-            f"{2 * inner}. Give more text, or a smaller calibration.sequence_length."
-        )
+        if len(stream) >= pool:
+            break
+    return stream[:pool]
+
+
+def _cut(stream: list[int], length: int, tokenizer: Any, model: Any, source: str) -> Tensor:
+    """Cut tokens into windows, each of which begins as the tokenizer begins a text.
+
+    Raises:
+        DataError: if the model has no embedding for a token.
+    """
+    first = leading_token(tokenizer)
+    inner = length - (first is not None)
+    count = len(stream) // inner
     ids_NL = torch.tensor(stream[: count * inner], dtype=torch.int64).view(count, inner)
-    if first is None:
-        return ids_NL
-    return torch.cat([torch.full((count, 1), first), ids_NL], dim=1)
+    if first is not None:
+        ids_NL = torch.cat([torch.full((count, 1), first), ids_NL], dim=1)
+    if model is not None:
+        rows = embedding_rows(model)
+        check_ids(ids_NL.flatten().numpy(), tokenizer, rows, f"calibration.data: {source}")
+    return ids_NL
 
 
 def _stretch(text: str, characters: int, order: random.Random) -> str:
