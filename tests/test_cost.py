@@ -81,18 +81,21 @@ def test_choosing_measures_every_unit() -> None:
     assert chosen.flops == plain.flops + walk + trials
 
 
-def test_predictions_run_what_follows_and_the_head() -> None:
+def test_training_end_to_end_runs_the_slim_model_and_the_dense_head() -> None:
     model = tiny_model("llama")
-    refined, predicted = (
-        fitting_cost(llmslim.plan(model, recipe(16_000, refine={"steps": 10, "logits_steps": n})))
-        for n in (0, 5)
+    calibration = {"data": "text.txt", "tokens": 16_000, "sequence_length": 512}
+    more = {"steps": 10, "end_to_end": {"steps": 5, "tokens": 1_100}}
+    plain, trained = (
+        llmslim.plan(model, recipe(16_000, calibration=calibration, refine=refine))
+        for refine in ({"steps": 10}, more)
     )
-    assert refined is not None
-    assert predicted is not None
+    slim = 2 * sum(row.params_after for row in trained.rows if row.kind == "projection")
     head = 2 * HIDDEN * VOCABULARY
-    # Forward and backward through half the layers and the head, and the dense model's head.
-    step = LAYERS * 1_024 * (3 * (PER_TOKEN // 2 + head) + head)
-    assert predicted.flops == refined.flops + 5 * step + 17_000 * PER_TOKEN
+    # Forward and backward through the slim model, and the dense head; nine times on held-out text.
+    steps = 5 * 1_024 * (3 * (slim + head) + head)
+    checks = 9 * 1_000 * (slim + head + head)
+    difference = fitting_cost(trained).flops - fitting_cost(plain).flops
+    assert difference == pytest.approx(steps + checks, rel=1e-6)
 
 
 def test_without_text_there_is_no_such_cost() -> None:

@@ -98,6 +98,15 @@ def test_fewer_layers_and_another_head_are_held_against_the_dense_model(
     assert trained.after < trained.before
 
 
+def test_layers_after_the_last_block_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, model = tiny_model("llama"), tiny_model("llama")
+    spec = recipe(WIDTH | {"match": "*.1.mlp.*"})
+    plan, states, head = before_training(model, spec, monkeypatch)
+    before = divergence(model, dense, HELD_OUT)
+    trained = train_end_to_end(model, plan, spec.refine.end_to_end, states, head=head)
+    assert trained.before == pytest.approx(before, rel=1e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rule", [WIDTH, LOW_RANK], ids=["width", "low_rank"])
 def test_what_was_planned_and_norms_move_and_nothing_else(

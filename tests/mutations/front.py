@@ -415,10 +415,10 @@ MUTATIONS = (
     ),
     change(
         "llmslim/cli/output.py",
-        "hidden = not err.is_terminal",
-        "hidden = False",
+        "if not err.is_terminal:",
+        "if False:",
         "a log is full of bars",
-        "tests/test_cli.py::test_progress_shows_the_step_on_a_terminal_only",
+        "tests/test_cli.py::test_without_a_terminal_progress_is_a_line_now_and_then",
     ),
     change(
         "llmslim/recipe/schema.py",

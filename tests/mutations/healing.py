@@ -141,13 +141,13 @@ MUTATIONS = (
     ),
     change(
         "llmslim/healing/objectives/logits.py",
-        "sum(-1) * temperature**2",
-        "sum(-1)",
+        "divergence(log_p_CV, log_q_CV) * temperature**2",
+        "divergence(log_p_CV, log_q_CV)",
         "gradients shrink with the temperature",
         "tests/test_healing_objectives.py::test_distillation_is_torchs_kl_div",
     ),
     change(
-        "llmslim/healing/objectives/logits.py",
+        "llmslim/anatomy/predictions.py",
         "return (log_p_CV.exp() * (log_p_CV - log_q_CV))",
         "return (log_q_CV.exp() * (log_q_CV - log_p_CV))",
         "the divergence is the other way round",
@@ -169,8 +169,8 @@ MUTATIONS = (
     ),
     change(
         "llmslim/healing/objectives/logits.py",
-        "torch.cat([log_q_CK, _log_of_the_rest(log_q_CK)], dim=-1)",
-        "torch.cat([log_q_CK, _log_of_the_rest(log_p_CK)], dim=-1)",
+        "torch.cat([some_CK, _log_of_the_rest(some_CK)], dim=-1)",
+        "torch.cat([some_CK, _log_of_the_rest(log_p_CK)], dim=-1)",
         "probability is made up",
         "tests/test_healing_objectives.py::test_top_k_compares_the_rest_as_one",
     ),

@@ -77,10 +77,10 @@ MUTATIONS = (
     ),
     change(
         "llmslim/fitting/cost.py",
-        "head = model_flops - layer_flops",
-        "head = model_flops",
-        "predictions cost a pass too many",
-        "tests/test_cost.py::test_predictions_run_what_follows_and_the_head",
+        "step * (3 * slim + head_flops)",
+        "step * (slim + head_flops)",
+        "a backward pass costs nothing",
+        "tests/test_cost.py::test_training_end_to_end_runs_the_slim_model_and_the_dense_head",
     ),
     change(
         "llmslim/fitting/cost.py",
