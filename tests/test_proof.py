@@ -126,3 +126,14 @@ def test_layers_of_experts_are_run(tmp_path: Path) -> None:
         assert runner.fingerprint(piece), piece.name
     llmslim.slim(model, recipe)
     assert torch.equal(logits(llmslim.load(out), tokens()), logits(model, tokens()))
+
+
+def test_layers_of_blocks_alone_are_run(tmp_path: Path) -> None:
+    """Its encoder of sound has as many layers, and dense maps that read as many features."""
+    model = Subject("phi4_multimodal", "causal").model()
+    model.save_pretrained(tmp_path / "dense")
+    inside = [f"model.layers.*.{part}" for part in ("self_attn.*", "mlp.*")]
+    recipe = {"replace": [{"match": inside, "structure": "low_rank", "keep_ratio": 0.5}]}
+    out = llmslim.convert(tmp_path / "dense", recipe, tmp_path / "out").path
+    llmslim.slim(model, recipe)
+    assert torch.equal(logits(llmslim.load(out), tokens()), logits(model, tokens()))

@@ -7,6 +7,13 @@ from ._mutation import change
 MUTATIONS = (
     change(
         "llmslim/anatomy/sites.py",
+        "if isinstance(module, StructuredLinear):",
+        "if False:",
+        "a model of blocks alone has its decoder layers in the wrong place",
+        "tests/test_anatomy.py::test_blocks_leave_the_decoder_layers_where_they_are",
+    ),
+    change(
+        "llmslim/anatomy/sites.py",
         "return [group for group in groups if group.down.in_features == most]",
         "return groups[:1]",
         "the first MLP in place of the widest",
