@@ -185,14 +185,14 @@ MUTATIONS = (
         "topk(count, largest=False)",
         "topk(count, largest=True)",
         "the most important neurons go",
-        "tests/test_sequential.py::test_elimination_beats_keeping_the_largest",
+        "tests/test_sequential_width.py::test_elimination_beats_keeping_the_largest",
     ),
     change(
         "llmslim/fitting/neurons.py",
         "score_A = weight_OA.square().sum(0) / inverse_AA",
         "score_A = weight_OA.square().sum(0) * inverse_AA",
         "a neuron's activity counts the wrong way",
-        "tests/test_sequential.py::test_elimination_beats_keeping_the_largest",
+        "tests/test_sequential_width.py::test_elimination_beats_keeping_the_largest",
     ),
     change(
         "llmslim/planning/rules.py",
