@@ -131,7 +131,7 @@ def test_what_was_changed_since_is_found(
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    with pytest.raises(CheckpointError, match="reads back differently"):
+    with pytest.raises(CheckpointError, match=rf"^{weights.name}: "):
         convert(model, out, resume=True)
     assert names(tmp_path) == ["m"]
 
@@ -155,7 +155,7 @@ def test_a_working_folder_that_is_none_is_left_alone(
         (work / "run.json").unlink()
         (work / "run.json").symlink_to(mine / "thesis.txt")
     for options in ({"overwrite": True}, {"resume": True}, {}):
-        with pytest.raises(CheckpointError, match="Move it away"):
+        with pytest.raises(CheckpointError, match=rf"^{work}: "):
             convert(model, out, **options)
         assert (mine / "thesis.txt").read_text() == "mine"
         assert not out.exists()
@@ -198,7 +198,7 @@ def test_two_processes(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert other.stdout is not None
         assert other.stdout.readline() == b"in\n"
         for options in ({}, {"resume": True}, {"overwrite": True}):
-            with pytest.raises(CheckpointError, match="another process is converting"):
+            with pytest.raises(CheckpointError, match=rf"^{ConversionDir(out).path}: .* process "):
                 convert(model, out, **options)
         other.communicate(b"")
     convert(model, out, resume=True)
