@@ -164,9 +164,10 @@ def test_going_on_needs_the_same_settings(tmp_path):
 def test_a_folder_with_other_things_is_left_alone(tmp_path):
     (tmp_path / "w").mkdir()
     (tmp_path / "w" / "thesis.tex").write_text("words")
-    with pytest.raises(HealingError, match=rf"^{tmp_path / 'w'}: "):
-        heal(tmp_path / "w")
-    assert (tmp_path / "w" / "thesis.tex").read_text() == "words"
+    for options in ({}, {"resume": True}):
+        with pytest.raises(HealingError, match=rf"^{tmp_path / 'w'}: "):
+            heal(tmp_path / "w", **options)
+        assert (tmp_path / "w" / "thesis.tex").read_text() == "words"
 
 
 def test_checkpoints_hold_what_is_trained_and_two_are_kept(tmp_path):
