@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub.constants
 import pyarrow as pa
 import pytest
 import torch
@@ -21,7 +22,7 @@ from llmslim.recipe.schema import Calibration
 def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No network, and a cache folder of the test's own."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -205,14 +205,20 @@ def test_without_data_auto_is_spread_evenly() -> None:
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ({"replace": [AUTO_MLP]}, "needs a `budget`"),
+        ({"replace": [AUTO_MLP]}, "`structure: auto` .*`budget`"),
         (
             {"budget": 0.5, "replace": [{"match": "*", "structure": "low_rank", "rank": 4}]},
-            "there is none",
+            "`budget` .*`structure: auto`",
         ),
-        ({"budget": 0.5, "replace": [{**AUTO_MLP, "rank": 4}]}, "rank: unknown key"),
-        ({"budget": 0.5, "replace": [{**AUTO_MLP, "neurons": 0.5}]}, "sets the neurons itself"),
-        ({"budget": 0.5, "replace": [{**AUTO_MLP, "match": "*.mpl.*"}]}, "matches no projection"),
+        ({"budget": 0.5, "replace": [{**AUTO_MLP, "rank": 4}]}, r"\.rank: "),
+        (
+            {"budget": 0.5, "replace": [{**AUTO_MLP, "neurons": 0.5}]},
+            r"\.neurons: .* auto",
+        ),
+        (
+            {"budget": 0.5, "replace": [{**AUTO_MLP, "match": "*.mpl.*"}]},
+            r"\.match: \*\.mpl\.\* ",
+        ),
         (
             {
                 "replace": [
@@ -224,7 +230,7 @@ def test_without_data_auto_is_spread_evenly() -> None:
                     }
                 ]
             },
-            "at most what neurons leaves",
+            r"\.keep_ratio: .* and 11 ",
         ),
         (
             {
@@ -232,7 +238,7 @@ def test_without_data_auto_is_spread_evenly() -> None:
                     {"match": "*.o_proj", "structure": "low_rank", "neurons": 0.5, "rank": 2}
                 ]
             },
-            "neurons is for the projections of an MLP",
+            r"\.neurons: .*o_proj and 3 ",
         ),
     ],
 )

@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from six_layers import Subject
 from torch import Tensor, nn
 
 from llmslim.anatomy import bf16_is_fast, first_difference, layer_operations
+from llmslim.anatomy.sites import find_layers, find_sites
+from llmslim.modeling.modeling_llmslim import replace_sites
 
 
 def test_types_and_shapes_of_what_is_stored_count() -> None:
@@ -102,3 +105,35 @@ def test_bfloat16_is_fast_where_the_hardware_multiplies_it(
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *, including_emulation: on_gpu)
     assert bf16_is_fast(torch.device("cpu")) is (amx or avx512)
     assert bf16_is_fast(torch.device("cuda")) is on_gpu
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "path"),
+    [
+        ("phi4_multimodal", "causal", "model.layers"),
+        ("xlm", "causal", "transformer.attentions"),
+        ("florence2", "image", "model.language_model.decoder.layers"),
+        ("idefics", "image", "model.layers"),
+        ("udop", "image", "decoder.block"),
+    ],
+)
+def test_blocks_leave_the_decoder_layers_where_they_are(name: str, kind: str, path: str) -> None:
+    """Each model has another list as long, and that one keeps its dense maps."""
+    subject = Subject(name, kind)
+    with torch.device("meta"):
+        model = subject.auto.from_config(subject.config())
+    assert find_layers(model).path == path
+    blocks = {
+        site.name: {
+            "structure": "low_rank",
+            "rank": 1,
+            "in_features": site.in_features,
+            "out_features": site.out_features,
+            "bias": site.bias,
+        }
+        for site in find_sites(model).values()
+        if site.name.startswith(f"{path}.")
+    }
+    replace_sites(model, blocks)
+    assert not blocks.keys() & find_sites(model).keys()
+    assert find_layers(model).path == path

@@ -165,9 +165,9 @@ def test_every_window_begins_as_the_tokenizer_begins_a_text(tmp_path):
 
 
 def test_too_little_text_is_an_error_with_the_count(tmp_path):
-    with pytest.raises(DataError, match=r"15 tokens; two windows of 8 need 16\. Give more text"):
+    with pytest.raises(DataError, match=r"a\.txt: 15 .* 8 .* 16\."):
         calibration_windows(spec(put(tmp_path / "a.txt", b"a" * 15)), plain_tokenizer())
-    with pytest.raises(DataError, match="0 tokens"):
+    with pytest.raises(DataError, match=r"a\.txt: 0 .* 8 .* 16\."):
         calibration_windows(spec(put(tmp_path / "a.txt", b" \n")), plain_tokenizer())
 
 
@@ -185,7 +185,7 @@ def test_a_long_text_is_not_tokenised_as_a_whole(tmp_path, monkeypatch):
 def test_windows_longer_than_the_model_reads_are_an_error(tmp_path, architecture):
     model = tiny_model(architecture)
     longest = model.config.max_position_embeddings
-    error = rf"sequence_length: {longest + 1}; the model reads at most {longest} tokens"
+    error = rf"^calibration\.sequence_length: {longest + 1}; .* {longest} "
     with pytest.raises(DataError, match=error):
         calibration_windows(spec("self", sequence_length=longest + 1), None, model)
 
@@ -199,16 +199,16 @@ def test_a_model_may_set_no_limit():
 
 
 def test_requests_that_make_no_sense_are_errors(tmp_path):
-    with pytest.raises(DataError, match="needs 2 tokens or more"):
+    with pytest.raises(DataError, match=r"^calibration\.sequence_length: 1; .* 2 "):
         calibration_windows(spec("self", sequence_length=1), None)
-    with pytest.raises(DataError, match="there is none here"):
+    with pytest.raises(DataError, match=r"^calibration\.data: self"):
         calibration_windows(spec("self"), None)
-    with pytest.raises(DataError, match="no tokenizer"):
+    with pytest.raises(DataError, match=r"^calibration\.data: .*a\.txt"):
         calibration_windows(spec(put(tmp_path / "a.txt", b"a" * 99)), None)
-    with pytest.raises(DataError, match=r"^gone\.txt: no such file"):  # before anything is sampled
+    with pytest.raises(DataError, match=r"^gone\.txt: "):  # before anything is sampled
         calibration_windows(spec(["self", "gone.txt"]), plain_tokenizer())
-    with pytest.raises(DataError, match="self is named twice"):
-        calibration_windows(spec(["self", "a.txt", "self"]), None)
+    with pytest.raises(DataError, match=r"^calibration\.data: self "):
+        calibration_windows(spec(["self", "a.txt", "self"]), plain_tokenizer(), tiny_model())
 
 
 @pytest.mark.parametrize("data", ["text", "self"])

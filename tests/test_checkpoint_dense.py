@@ -123,9 +123,9 @@ def test_layers_of_one_other_width_export_through_the_config(tmp_path: Path) -> 
 
 
 def test_what_has_no_ordinary_form() -> None:
-    with pytest.raises(CheckpointError, match="LlamaForCausalLM: not a slim model"):
+    with pytest.raises(CheckpointError, match=r"^LlamaForCausalLM: "):
         dense_copy(tiny_model("llama"))
-    with pytest.raises(CheckpointError, match=r"mlp\..*_proj\.weight.* one width for all layers"):
+    with pytest.raises(CheckpointError, match=r"mlp\..*_proj\.weight: \[48, 40\], and 11 "):
         dense_copy(narrow(tiny_model("llama"), [40, 40, 40, 32]))
     active = {**GROUPED, "variant": "residual", "activation": "relu"}
     with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.up_proj: .*'relu'"):

@@ -203,7 +203,7 @@ def test_what_the_gguf_package_writes_passes(tmp_path: Path, order: str) -> None
     whole = (tmp_path / "m.gguf").read_bytes()
     for end in range(0, len(whole) - 64, 997):
         (tmp_path / "m.gguf").write_bytes(whole[:end])
-        with pytest.raises(CheckpointError, match="not a whole GGUF file"):
+        with pytest.raises(CheckpointError, match=r"m\.gguf: "):
             check_gguf(tmp_path / "m.gguf")
 
 

@@ -35,22 +35,22 @@ def test_an_existing_target_is_refused_before_any_work(tmp_path: Path) -> None:
         lambda: check_target(out),
         lambda: write_checkpoint(None, out),  # type: ignore[arg-type]
     ):
-        with pytest.raises(CheckpointError, match="slim: exists already"):
+        with pytest.raises(CheckpointError, match=rf"^{out}: .*--overwrite"):
             call()
     out.rmdir()
     out.symlink_to(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match="slim: exists already"):
+    with pytest.raises(CheckpointError, match=rf"^{out}: .*--overwrite"):
         check_target(out)
 
 
 def test_what_may_be_overwritten(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("mine")
-    with pytest.raises(CheckpointError, match="file: not a folder"):
+    with pytest.raises(CheckpointError, match=rf"^{file}: "):
         check_target(file, overwrite=True)
-    with pytest.raises(CheckpointError, match="holds files but no config"):
+    with pytest.raises(CheckpointError, match=rf"^{tmp_path}: .*config\.json"):
         check_target(tmp_path, overwrite=True)
-    with pytest.raises(CheckpointError, match="is not a folder that you can write to"):
+    with pytest.raises(CheckpointError, match=rf"^{file / 'slim'}: {file} "):
         check_target(file / "slim")
     (tmp_path / "empty").mkdir()
     check_target(tmp_path / "empty", overwrite=True)
@@ -72,9 +72,9 @@ def test_overwriting_replaces_the_whole_folder(tmp_path: Path) -> None:
 
 
 FAILURES = {
-    "full disk": (OSError(errno.ENOSPC, "No space left on device"), "no space left"),
-    "quota": (OSError(errno.EDQUOT, "Disk quota exceeded"), "no space left"),
-    "disk error": (OSError(errno.EIO, "Input/output error"), "cannot be written"),
+    "full disk": (OSError(errno.ENOSPC, "No space left on device"), "space"),
+    "quota": (OSError(errno.EDQUOT, "Disk quota exceeded"), "space"),
+    "disk error": (OSError(errno.EIO, "Input/output error"), "Input/output error"),
     "Ctrl-C": (KeyboardInterrupt(), None),
     "a mistake of ours": (ZeroDivisionError(), None),
 }
@@ -156,7 +156,7 @@ def test_a_write_that_does_not_load_back_is_not_kept(
         path.write_bytes(data)
 
     monkeypatch.setattr(type(model), "save_pretrained", spoil)
-    with pytest.raises(CheckpointError, match="1 tensors load back differently"):
+    with pytest.raises(CheckpointError, match=r": 1 .*model\.norm\.weight"):
         write_checkpoint(model, tmp_path / "slim")
     assert names(tmp_path) == []
 

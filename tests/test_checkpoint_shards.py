@@ -155,7 +155,7 @@ def test_a_truncated_shard_is_named(tmp_path: Path) -> None:
     sharded(tmp_path)
     path = tmp_path / "two.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match=r"two\.safetensors: not a whole"):
+    with pytest.raises(CheckpointError, match=r"two\.safetensors: "):
         read_weights(tmp_path)
 
 
@@ -170,7 +170,7 @@ def test_a_link_out_of_the_folder_is_refused_but_not_the_hubs_own(tmp_path: Path
     other = tmp_path / "other"
     other.mkdir()
     (other / "model.safetensors").symlink_to(blobs / "f00d")
-    with pytest.raises(CheckpointError, match="which is outside"):
+    with pytest.raises(CheckpointError, match=rf"^{other / 'model.safetensors'}: "):
         read_weights(other)
 
 

@@ -78,7 +78,7 @@ def test_a_type_can_be_asked_for(folder: Path) -> None:
     model = load(folder, dtype="bfloat16")
     name = "model.layers.0.mlp.up_proj.weight"
     assert same_bytes(model.state_dict()[name], stored(folder)[name].bfloat16())
-    with pytest.raises(CheckpointError, match="'int8'; allowed float32, bfloat16, float16"):
+    with pytest.raises(CheckpointError, match=r"^dtype: 'int8'; .* float32, bfloat16, float16"):
         load(folder, dtype="int8")
 
 
@@ -215,7 +215,7 @@ def test_config_alone_is_enough_to_plan_but_not_to_load(folder: Path, tmp_path: 
     source = open_source(only, weights=False)
     assert source.config.to_json_string() == open_source(folder).config.to_json_string()
     assert "holds no weights" in refused(only)
-    with pytest.raises(CheckpointError, match="holds no weights"):
+    with pytest.raises(CheckpointError, match=r"only: .*model\.safetensors\.index\.json"):
         load_model(source)
 
 
@@ -302,9 +302,9 @@ def test_the_tokenizer_and_its_chat_template(folder: Path, tmp_path: Path) -> No
         assert tokenizer.chat_template == TEMPLATE
         assert tokenizer("a b")["input_ids"] == tiny_tokenizer()("a b")["input_ids"]
     (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(CheckpointError, match="its tokenizer cannot be loaded"):
+    with pytest.raises(CheckpointError, match=r"llama: .*JSONDecodeError"):
         load_tokenizer(folder)
-    with pytest.raises(CheckpointError, match="no such folder"):
+    with pytest.raises(CheckpointError, match="nowhere: "):
         load_tokenizer(tmp_path / "nowhere")
 
 

@@ -258,7 +258,7 @@ def test_a_tokenizer_that_does_not_come_back_is_refused(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained = lambda folder: tiny_tokenizer().save_pretrained(folder)
     tokenizer.chat_template = "another"
-    with pytest.raises(CheckpointError, match="the tokenizer loads back as another one"):
+    with pytest.raises(CheckpointError, match=type(tokenizer).__name__):
         write_checkpoint(slim_llama(), tmp_path / "slim", tokenizer=tokenizer)
     assert names(tmp_path) == []
 
@@ -323,12 +323,12 @@ def test_a_model_is_not_overwritten_by_what_is_made_of_it(tmp_path: Path) -> Non
     (tmp_path / "link").symlink_to(model)
     before = hashes(tmp_path)
     for out in (model, tmp_path / "models", tmp_path / "link", model / ".." / "m"):
-        with pytest.raises(CheckpointError, match="is in it, which would be removed"):
+        with pytest.raises(CheckpointError, match=f": {model} "):
             api.convert(model, recipe, out, overwrite=True)
     assert hashes(tmp_path) == before
     slim = api.convert(model, recipe, model / "inside").path  # harms nothing
-    with pytest.raises(CheckpointError, match="is in it, which would be removed"):
+    with pytest.raises(CheckpointError, match=f": {slim} "):
         api.export_dense(slim, slim, overwrite=True)
-    with pytest.raises(CheckpointError, match="is in it, which would be removed"):
+    with pytest.raises(CheckpointError, match=rf"^{model}: {slim} "):
         api.heal(slim, model, overwrite=True)
     assert api.verify(slim).ok

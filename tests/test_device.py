@@ -52,7 +52,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("name", ["cuda:99", "meta", "gpu", ""])
 def test_a_device_that_is_not_there_is_refused(model: Path, name: str) -> None:
-    with pytest.raises(SlimError, match=r"^device: '.*'; blocks can be fitted here on cpu"):
+    with pytest.raises(SlimError, match=rf"^device: '{name}'; .* cpu\."):
         api.convert(model, recipe(), "out", device=name)
     assert names(Path()) == ["m", "text.txt"]
 
@@ -75,10 +75,12 @@ def test_a_conversion_that_runs_out_of_memory_can_go_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(LayersOnDisk, "finished", full)
-        with pytest.raises(UnfinishedError, match="free memory is too little for this fit"):
+        with pytest.raises(
+            UnfinishedError, match=r"^device: cpu; .*--calibration-tokens.*--resume"
+        ):
             api.convert(model, recipe(), "out", device="cpu")
     assert names(Path()) == [".out.partial", "a", "m", "text.txt"]
-    with pytest.raises(CheckpointError, match="--device was cpu and is cpu:0"):
+    with pytest.raises(CheckpointError, match=r"--device .*cpu .*cpu:0"):
         api.convert(model, recipe(), "out", device="cpu:0", resume=True)
     api.convert(model, recipe(), "out", resume=True, device="cpu")
     assert hashes(Path("out")) == hashes(Path("a"))

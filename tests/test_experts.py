@@ -133,7 +133,7 @@ def test_another_operation_is_refused() -> None:
         torch.nn.functional.linear(torch.randn(3, I), experts[0].T)  # nor (I, O) for F.linear
     with pytest.raises(TypeError, match="einsum"):
         torch.einsum("eoi,ni->eno", experts, x)
-    with pytest.raises(TypeError, match="last two dimensions"):
+    with pytest.raises(TypeError):
         experts.transpose(0, 1)
     with pytest.raises(ValueError, match="bias"):
         Experts(2, of={**experts.block_spec, "bias": True})
@@ -346,7 +346,7 @@ def test_what_layers_share_is_replaced_once_and_seen_by_all() -> None:
 
 def test_layers_that_share_are_dropped_together_only() -> None:
     data = {"depth": {"keep_layers": [0, 2, 3]}, "replace": []}
-    with pytest.raises(TargetError, match="1 and 3"):
+    with pytest.raises(TargetError, match=r"^model\.layers: .* 1 and 3 .*depth\.keep_layers"):
         planning.plan(tiny_model(CLASSES["zamba"]), Recipe.of(data))
 
 

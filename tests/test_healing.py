@@ -86,7 +86,7 @@ def test_blocks_means_narrowed_mlps_too(tmp_path):
 
 
 def test_blocks_needs_blocks(tmp_path):
-    with pytest.raises(HealingError, match=r"blocks, but this model has none.* allowed are `all`"):
+    with pytest.raises(HealingError, match=r"^heal\.train: blocks, .*`all` .*`lora`"):
         healed(tiny_model(), tmp_path / "w", train="blocks")
 
 
@@ -197,19 +197,17 @@ def poisoned(monkeypatch, value, at):
 
 @pytest.mark.parametrize(
     ("value", "said"),
-    [(math.nan, "loss is nan"), (math.inf, "loss is inf"), ("gradient", "gradient is nan")],
+    [(math.nan, "loss .*nan"), (math.inf, "loss .*inf"), ("gradient", "gradient .*nan")],
 )
 def test_a_loss_that_is_no_number_ends_it_and_keeps_the_last_good_state(
     tmp_path, monkeypatch, value, said
 ):
     poisoned(monkeypatch, value, at=6)
     model = slimmed()
-    with pytest.raises(
-        HealingError, match=f"step 6: the {said}; it must be finite. The last good"
-    ) as e:
+    good = tmp_path / "w" / "checkpoint-4"
+    with pytest.raises(HealingError, match=rf"^step 6: .*{said};.* {good}\."):
         healed(model, tmp_path / "w", epochs=2, evaluate_every=2)
-    assert str(tmp_path / "w" / "checkpoint-4") in str(e.value)
-    assert (tmp_path / "w" / "checkpoint-4" / "trainer_state.json").is_file()
+    assert (good / "trainer_state.json").is_file()
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     lines = [*map(json.loads, (tmp_path / "w" / "history.jsonl").read_text().splitlines())]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5]
@@ -272,10 +270,10 @@ def test_tokens_count_steps_rounded_up(tmp_path):
 def test_what_cannot_be_healed_is_told(tmp_path):
     model = slimmed()
     cases = [
-        ({"rows": text(train=0)}, "no text to train on"),
-        ({"objective": "logits"}, "logits without a teacher"),
-        ({"objective": "hopes"}, "'hopes'; allowed cross_entropy, logits"),
-        ({"teacher": tiny_model(vocab_size=64)}, "vocabulary of 64 tokens, but the model's has 96"),
+        ({"rows": text(train=0)}, r"^heal\.data: "),
+        ({"objective": "logits"}, r"^heal\.objective: logits .*--teacher"),
+        ({"objective": "hopes"}, r"^heal\.objective: 'hopes'; .* cross_entropy, logits"),
+        ({"teacher": tiny_model(vocab_size=64)}, r"^heal\.teacher: .* 64 .* 96;"),
     ]
     before = state(model)
     for options, said in cases:
@@ -305,7 +303,7 @@ def test_layers_that_pass_no_gradient_on_are_told(tmp_path):
     )  # fmt: skip
     model = ReformerModelWithLMHead(config)
     before = state(model)
-    with pytest.raises(HealingError, match="Train `all`"):
+    with pytest.raises(HealingError, match=r"^heal\.train: lora, .*ReformerModelWithLMHead"):
         healed(model, tmp_path / "w", train="lora")
     assert {name: float((t - before[name]).abs().max()) for name, t in state(model).items()} == (
         dict.fromkeys(before, 0.0)
@@ -316,5 +314,5 @@ def test_layers_that_pass_no_gradient_on_are_told(tmp_path):
 
 def test_lora_needs_decoder_layers(tmp_path):
     model = every_architecture.tiny_model(every_architecture.config_classes()["hrm_text"])
-    with pytest.raises(HealingError, match="no list of decoder layers"):
+    with pytest.raises(HealingError, match=r"^heal\.train: lora, .*HrmTextForCausalLM"):
         healed(model, tmp_path / "w", train="lora")

@@ -154,7 +154,7 @@ def test_the_picture_shows_where_it_began_and_where_the_dense_model_is(monkeypat
     for name in ("plot", "axhline"):
         monkeypatch.setattr(axes, name, lambda _self, *what, **_: drawn.append(what))
     history = [{"step": 1, "loss": 4.0}, {"step": 1, "held_out_loss": 3.0}]
-    with pytest.warns(UserWarning, match="No artists with labels"):
+    with pytest.warns(UserWarning, match="labels"):
         picture(history, before=5.0, teacher=2.0)
     assert drawn == [((1,), (4.0,)), ((0, 1), (5.0, 3.0)), (2.0,)]
 
@@ -257,38 +257,43 @@ def test_what_is_wrong_is_told_before_anything_is_trained(folders, tmp_path):
     llmslim.save(tiny_model(), tmp_path / "other", tokenizer=other)
     llmslim.save(tiny_model(), tmp_path / "mute")
     cases = [
-        ((folders / "slim", tmp_path / "there"), {"data": rows}, CheckpointError, "exists already"),
-        ((tmp_path / "no", tmp_path / "o"), {"data": rows}, CheckpointError, "no"),
+        (
+            (folders / "slim", tmp_path / "there"),
+            {"data": rows},
+            CheckpointError,
+            "there: .*--overwrite",
+        ),
+        ((tmp_path / "no", tmp_path / "o"), {"data": rows}, CheckpointError, "/no': "),
         (
             (folders / "slim", tmp_path / "o"),
             {"data": tmp_path / "empty.jsonl"},
             DataError,
-            "empty",
+            r"^empty\.jsonl: ",
         ),
         (
             (folders / "slim", tmp_path / "o"),
             {"data": rows, "teacher": tmp_path / "other"},
             HealingError,
-            r"1 entries of its vocabulary differ, such as 'zzz'",
+            r"^heal\.teacher: .*other: 1 .*'zzz'",
         ),
-        ((tmp_path / "mute", tmp_path / "o"), {"data": rows}, HealingError, "has no tokenizer"),
+        ((tmp_path / "mute", tmp_path / "o"), {"data": rows}, HealingError, "mute: "),
         (
             (folders / "slim", tmp_path / "o"),
             {"data": rows, "train": "some"},
             RecipeError,
-            "heal.train: 'some'; input should be 'blocks', 'all' or 'lora'",
+            r"heal\.train: 'some'; .*'blocks', 'all' or 'lora'",
         ),
         (
             (folders / "slim", tmp_path / "o"),
             {"data": rows, "settings": {"tempreature": 2}},
             RecipeError,
-            "Did you mean temperature",
+            r"heal\.tempreature: .* temperature\?",
         ),
         (
             (folders / "dense", tmp_path / "o"),
             {"data": rows, "train": "blocks"},
             HealingError,
-            "none",
+            r"^heal\.train: blocks, .*`all` .*`lora`",
         ),
     ]
     for given, options, error, said in cases:

@@ -149,26 +149,25 @@ def test_lora_goes_on_too(tmp_path):
 
 def test_an_unfinished_one_is_not_thrown_away_unasked(tmp_path):
     heal(tmp_path / "w")
-    with pytest.raises(HealingError, match=r"unfinished healing is here\. Continue it \(--resume"):
+    with pytest.raises(HealingError, match=rf"^{tmp_path / 'w'}: .*--resume.*--overwrite"):
         heal(tmp_path / "w")
 
 
 def test_going_on_needs_the_same_settings(tmp_path):
     heal(tmp_path / "w")
-    with pytest.raises(
-        HealingError, match=r"learning_rate was 0\.01 and is 0\.02; seed was 42 and"
-    ):
+    with pytest.raises(HealingError, match=r"learning_rate .*0\.01 .*0\.02; seed .*42 .*1\."):
         heal(tmp_path / "w", resume=True, learning_rate=2e-2, seed=1)
-    with pytest.raises(HealingError, match=r"rows was \[16, 4\] and is \[12, 4\]"):
+    with pytest.raises(HealingError, match=r"rows .*\[16, 4\] .*\[12, 4\]"):
         heal(tmp_path / "w", resume=True, rows=text(train=12))
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path):
     (tmp_path / "w").mkdir()
     (tmp_path / "w" / "thesis.tex").write_text("words")
-    with pytest.raises(HealingError, match="not an unfinished healing"):
-        heal(tmp_path / "w")
-    assert (tmp_path / "w" / "thesis.tex").read_text() == "words"
+    for options in ({}, {"resume": True}):
+        with pytest.raises(HealingError, match=rf"^{tmp_path / 'w'}: "):
+            heal(tmp_path / "w", **options)
+        assert (tmp_path / "w" / "thesis.tex").read_text() == "words"
 
 
 def test_checkpoints_hold_what_is_trained_and_two_are_kept(tmp_path):
@@ -212,7 +211,7 @@ def test_a_full_disk_is_a_healing_error(tmp_path, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(trainer, "save_file", full)
-    with pytest.raises(HealingError, match=r"w: no space left for the state .*; none was saved"):
+    with pytest.raises(HealingError, match=rf"^{tmp_path / 'w'}: "):
         heal(tmp_path / "w")
     assert not (tmp_path / "w").exists()  # nothing was saved that one could go on with
 

@@ -28,7 +28,7 @@ from llmslim.recipe.schema import HealSource
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few and short conversations, in the model's own type."""
-    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "DEFAULT")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     monkeypatch.setattr(talks, "_ROWS", 24)
     monkeypatch.setattr(talks, "_LONGEST", 40)
     monkeypatch.setattr(talks, "_LONGEST_QUESTION", 9)

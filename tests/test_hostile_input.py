@@ -212,14 +212,14 @@ def test_code_beside_the_weights_runs_only_when_it_is_trusted(folder: Path, tmp_
     assert not ran.exists()
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "evil" not in json.dumps(written["auto_map"])
-    with pytest.raises(RecipeError, match="trust_remote_code: unknown key"):
+    with pytest.raises(RecipeError, match=r"^recipe trust_remote_code: "):
         Recipe.of({**RECIPE, "trust_remote_code": True})
 
 
 @pytest.mark.parametrize("given", ["a" * 5000, "\0", "~nobody-of-that-name/x", "a/" + "b" * 300])
 def test_a_name_that_no_file_can_have(given: str) -> None:
     assert "not a local folder or file" in refused(open_source, given)
-    with pytest.raises(RecipeError, match="no such recipe file"):
+    with pytest.raises(RecipeError):
         Recipe.load(given)
 
 
@@ -259,7 +259,7 @@ def test_a_recipe_of_ten_megabytes_or_without_end_is_not_read(tmp_path: Path) ->
     for size in (10 << 20, 1 << 40):
         with path.open("wb") as file:
             file.truncate(size)
-        with pytest.raises(RecipeError, match=f"{size:,} bytes; a recipe has at most"):
+        with pytest.raises(RecipeError, match=rf"^{path}: {size:,} .* 1,048,576"):
             Recipe.load(path)
 
 

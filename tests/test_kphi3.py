@@ -278,7 +278,7 @@ QKV = "model.layers.0.self_attn.qkv_proj.second_pointwise_conv.weight"
 def test_a_missing_tensor(tmp_path, name):
     reference = Reference()
     del reference.tensors[name]
-    with pytest.raises(CheckpointError, match=rf"{tmp_path}: missing weights {name}\.$"):
+    with pytest.raises(CheckpointError, match=rf"^{tmp_path}: .* {name}\.$"):
         load_kphi3(reference.save(tmp_path))
 
 
@@ -286,14 +286,14 @@ def test_a_missing_second_tensor_of_a_residual_block(tmp_path):
     reference = Reference("residual")
     name = "model.layers.1.mlp.down_proj.second_pointwise_conv.weight"
     del reference.tensors[name]
-    with pytest.raises(CheckpointError, match=rf"missing weights {name}\.$"):
+    with pytest.raises(CheckpointError, match=rf"^{tmp_path}: .* {name}\.$"):
         load_kphi3(reference.save(tmp_path))
 
 
 def test_an_unexpected_tensor(tmp_path):
     reference = Reference()
     reference.tensors["model.layers.0.self_attn.qkv_proj.bias"] = torch.zeros(144)
-    with pytest.raises(CheckpointError, match=r"left-over weights \S+qkv_proj\.bias\."):
+    with pytest.raises(CheckpointError, match=r" model\.layers\.0\.self_attn\.qkv_proj\.bias\.$"):
         load_kphi3(reference.save(tmp_path))
 
 
@@ -331,19 +331,19 @@ def test_long_lists_are_cut(tmp_path):
     Reference(num_hidden_layers=4).save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
-    with pytest.raises(
-        CheckpointError, match=r"left-over weights model\.layers\.2.*and 10 more\.$"
-    ):
+    with pytest.raises(CheckpointError, match=r" model\.layers\.2\..* 10 more\.$"):
         load_kphi3(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10}))
-    with pytest.raises(CheckpointError, match=r"missing weights model\.layers\.4.*and 50 more\.$"):
+    with pytest.raises(CheckpointError, match=r" model\.layers\.4\..* 50 more\.$"):
         load_kphi3(tmp_path)
 
 
 def test_weights_that_are_not_plain_floats(tmp_path):
     reference = Reference()
     reference.tensors["model.norm.weight"] = torch.zeros(48, dtype=torch.int8)
-    with pytest.raises(CheckpointError, match=r"model\.norm\.weight \(I8\); allowed types F16"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.norm\.weight \(I8\); .* F16, BF16, F32, F64\."
+    ):
         load_kphi3(reference.save(tmp_path))
 
 
@@ -365,7 +365,7 @@ def test_a_truncated_file(tmp_path):
 
 def test_no_weights_at_all(tmp_path):
     (Reference().save(tmp_path) / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="no weights"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json"):
         load_kphi3(tmp_path)
 
 
@@ -445,5 +445,5 @@ def test_an_index_that_leads_outside_is_refused(tmp_path):
     index = folder / "model.safetensors.index.json"
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     index.write_text(json.dumps({"weight_map": {"x": "../x.safetensors"}}))
-    with pytest.raises(CheckpointError, match="outside"):
+    with pytest.raises(CheckpointError, match=r"index\.json: .*'\.\./x\.safetensors'"):
         load_kphi3(folder)

@@ -109,9 +109,9 @@ def test_missing_left_over_and_misshapen_weights_are_refused(
 ) -> None:
     block = "model.layers.0.mlp.up_proj.down"
     messages = {
-        "missing": "missing weights",
-        "left-over": "left-over weights",
-        "shape": "shape|size",
+        "missing": block,
+        "left-over": "model.layers.0.mlp.up_proj.weight",
+        "shape": "ignore_mismatched_sizes",
     }
     for change, message in messages.items():
         folder = tmp_path / change
@@ -202,7 +202,7 @@ def test_exports_are_what_can_be_imported() -> None:
     assert list(llmslim.__all__) == sorted(llmslim.__all__)
     for name in llmslim.__all__:
         assert getattr(llmslim, name).__module__.startswith("llmslim")
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+    with pytest.raises(AttributeError, match="'nothing'"):
         llmslim.nothing  # noqa: B018
 
 

@@ -57,7 +57,7 @@ def test_a_config_that_says_something_else_of_long_text_only(
 
     tiny_model("mistral", num_hidden_layers=1).save_pretrained(tmp_path / "m")
     monkeypatch.setattr(tf.PreTrainedModel, "save_pretrained", save)
-    with pytest.raises(CheckpointError, match="computes something else"):
+    with pytest.raises(CheckpointError, match="SlimMistralForCausalLM: config "):
         api.convert(tmp_path / "m", {"replace": [RANK_FOUR]}, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m"]
 
@@ -124,5 +124,16 @@ def test_layers_of_experts_are_run(tmp_path: Path) -> None:
     for piece in pieces.all:
         pieces.load(piece)
         assert runner.fingerprint(piece), piece.name
+    llmslim.slim(model, recipe)
+    assert torch.equal(logits(llmslim.load(out), tokens()), logits(model, tokens()))
+
+
+def test_layers_of_blocks_alone_are_run(tmp_path: Path) -> None:
+    """Its encoder of sound has as many layers, and dense maps that read as many features."""
+    model = Subject("phi4_multimodal", "causal").model()
+    model.save_pretrained(tmp_path / "dense")
+    inside = [f"model.layers.*.{part}" for part in ("self_attn.*", "mlp.*")]
+    recipe = {"replace": [{"match": inside, "structure": "low_rank", "keep_ratio": 0.5}]}
+    out = llmslim.convert(tmp_path / "dense", recipe, tmp_path / "out").path
     llmslim.slim(model, recipe)
     assert torch.equal(logits(llmslim.load(out), tokens()), logits(model, tokens()))

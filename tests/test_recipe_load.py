@@ -96,8 +96,9 @@ def test_the_name_is_the_files_own_where_none_is_given(write):
 
 def test_a_recipe_is_frozen(write):
     recipe = Recipe.load(write(GOOD))
-    with pytest.raises(pydantic.ValidationError, match="frozen"):
+    with pytest.raises(pydantic.ValidationError) as caught:
         recipe.init = "project"
+    assert [error["type"] for error in caught.value.errors()] == ["frozen_instance"]
 
 
 def test_a_recipe_comes_from_a_dictionary_a_path_a_name_or_itself(write):
@@ -106,7 +107,7 @@ def test_a_recipe_comes_from_a_dictionary_a_path_a_name_or_itself(write):
     from_dict = Recipe.of(json.loads(from_file.model_dump_json(exclude_none=True)))
     assert from_dict.model_dump() == from_file.model_dump()
     assert Recipe.of("kphi3").model_dump() == Recipe.load("recipes/kphi3.yaml").model_dump()
-    with pytest.raises(RecipeError, match=r"^recipe replace\[0\]\.structur: unknown key"):
+    with pytest.raises(RecipeError, match=r"^recipe replace\[0\]\.structur: .* structure\?$"):
         Recipe.of({"replace": [{"match": "*", "structur": "low_rank"}]})
 
 

@@ -326,7 +326,7 @@ def test_an_empty_report_has_views_too():
 
 
 def test_unknown_format_is_named():
-    with pytest.raises(ValueError, match="report format 'html'; allowed text, json, md, csv, svg"):
+    with pytest.raises(ValueError, match=r"'html'; .* text, json, md, csv, svg$"):
         render(sample(), "html")
 
 
@@ -389,23 +389,23 @@ def test_read_report_from_folder_and_file(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "no llmslim_report.json in it"),
-        ("{", "cannot be read as JSON"),
-        ("[" * 100_000, "cannot be read as JSON"),
-        ("[]", "report format 'list'; this version reads 1"),
-        ('{"format": 2}', "report format 2; this version reads 1"),
-        ('{"format": 1}', "not a llmslim report"),
+        (None, r": .*llmslim_report\.json"),
+        ("{", r"llmslim_report\.json: .* JSON"),
+        ("[" * 100_000, r"llmslim_report\.json: .* JSON"),
+        ("[]", r"llmslim_report\.json: .* 'list'; .* 1\."),
+        ('{"format": 2}', r"llmslim_report\.json: .* 2; .* 1\."),
+        ('{"format": 1}', r"llmslim_report\.json: .*\bmodel\b"),
     ],
 )
 def test_read_report_refuses(tmp_path, text, message):
     if text is not None:
         (tmp_path / "llmslim_report.json").write_text(text, encoding="utf-8")
-    with pytest.raises(CheckpointError, match=re.escape(message)):
+    with pytest.raises(CheckpointError, match=message):
         read_report(tmp_path)
 
 
 def test_read_report_of_nothing(tmp_path):
-    with pytest.raises(CheckpointError, match="no such folder or file"):
+    with pytest.raises(CheckpointError, match="gone: "):
         read_report(tmp_path / "gone")
 
 

@@ -112,7 +112,7 @@ def test_keep_ratio_picks_the_largest_rank_within_the_budget(inputs, outputs, ra
         resolved = resolved_of(LowRank, inputs, outputs, keep_ratio=float(ratio))
         assert resolved == {"rank": max(fitting)}
     else:
-        with pytest.raises(StaysDense, match="not even rank 1"):
+        with pytest.raises(StaysDense, match=rf"rank 1 .* {int(ratio * inputs * outputs)} "):
             resolved_of(LowRank, inputs, outputs, keep_ratio=float(ratio))
 
 
@@ -130,7 +130,8 @@ def test_keep_ratio_picks_the_largest_rank_of_pivots_within_the_budget(inputs, o
         resolved = resolved_of(PivotedLowRank, inputs, outputs, keep_ratio=float(ratio))
         assert resolved == {"rank": max(fitting)}
     else:
-        with pytest.raises(StaysDense, match="full rank" if fitting else "not even rank 1"):
+        least = f"rank 1 .* {int(ratio * inputs * outputs)} "
+        with pytest.raises(StaysDense, match="full rank" if fitting else least):
             resolved_of(PivotedLowRank, inputs, outputs, keep_ratio=float(ratio))
 
 
@@ -260,20 +261,20 @@ def test_wrong_options(structure, options, key, values):
 @pytest.mark.parametrize(
     ("structure", "options", "reason"),
     [
-        (GroupedPointwise, {"groups": 1}, "one group is the dense projection"),
-        (GroupedPointwise, {"keep_ratio": 1.0}, "one group is the dense projection"),
+        (GroupedPointwise, {"groups": 1}, "one group"),
+        (GroupedPointwise, {"keep_ratio": 1.0}, "one group"),
         (
             GroupedPointwise,
             {"keep_ratio": 0.01},
-            "no number of groups keeps it within 0 parameters",
+            "groups .* 0 parameters",
         ),
-        (GroupedPointwise, {}, "at least 256 input channels per group"),
-        (LowRank, {"keep_ratio": 0.1}, "not even rank 1 keeps it within 9 parameters"),
-        (PivotedLowRank, {"keep_ratio": 0.1}, "not even rank 1 keeps it within 9 parameters"),
-        (PivotedLowRank, {"rank": 8}, "full rank has the dense projection's parameters"),
-        (GroupedLowRank, {"groups": 1, "rank": 2}, "one group is the dense projection"),
-        (GroupedLowRank, {"groups": 4, "keep_ratio": 0.5}, "no rank beside 4 groups keeps it"),
-        (BlockShuffle, {"keep_ratio": 0.1}, "no inner width keeps it within 9 parameters"),
+        (GroupedPointwise, {}, " 256 "),
+        (LowRank, {"keep_ratio": 0.1}, "rank 1 .* 9 parameters"),
+        (PivotedLowRank, {"keep_ratio": 0.1}, "rank 1 .* 9 parameters"),
+        (PivotedLowRank, {"rank": 8}, "full rank"),
+        (GroupedLowRank, {"groups": 1, "rank": 2}, "one group"),
+        (GroupedLowRank, {"groups": 4, "keep_ratio": 0.5}, " 4 groups "),
+        (BlockShuffle, {"keep_ratio": 0.1}, "width .* 9 parameters"),
     ],
 )
 def test_what_stays_dense_says_why(structure, options, reason):
@@ -283,8 +284,8 @@ def test_what_stays_dense_says_why(structure, options, reason):
 
 def test_coprime_sizes_stay_dense():
     for cls, reason in (
-        (BlockShuffle, "no common divisor of 9 and 8"),
-        (GroupedLowRank, "one group is the dense projection"),
+        (BlockShuffle, "9 and 8"),
+        (GroupedLowRank, "one group"),
     ):
         with pytest.raises(StaysDense, match=reason):
             resolved_of(cls, 9, 8, keep_ratio=0.5)

@@ -15,6 +15,7 @@ from helpers_checkpoint import tiny_tokenizer
 from helpers_cli import run
 from safetensors.torch import save_file
 from tiny import tiny_model
+from transformers import dynamic_module_utils
 
 import llmslim
 from llmslim.errors import CheckpointError
@@ -136,7 +137,7 @@ def test_snapshots_elsewhere_are_no_cache(tmp_path: Path) -> None:
     folder = in_the_hub_cache(tmp_path, "sub")
     root = tmp_path / "hub" / "models--owner--name"
     root.rename(tmp_path / "hub" / "mine")
-    with pytest.raises(CheckpointError, match="a link to a place outside"):
+    with pytest.raises(CheckpointError, match=rf"^{tmp_path}\S+: "):
         open_source(tmp_path / "hub" / "mine" / folder.relative_to(root))
 
 
@@ -191,7 +192,7 @@ class M(LlamaForCausalLM):
 
 
 def test_code_that_was_trusted_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "c"))
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "c"))
     dense = saved(tiny_model("llama"), tmp_path / "dense")
     (dense / "modeling_x.py").write_text(MODELING)
     with_code(dense, "config.json", {"AutoModelForCausalLM": "modeling_x.M"})

@@ -172,7 +172,9 @@ def test_a_missing_weight_is_an_error_and_nothing_is_left(tmp_path: Path) -> Non
     tensors.pop("model.layers.2.mlp.up_proj.weight")
     tensors["model.norm.weight"] = torch.ones(47)
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="2 weights of the model are missing or of another"):
+    with pytest.raises(
+        CheckpointError, match=rf"^{model}: 2 .*model\.(norm|layers\.2\.mlp\.up_proj)\.weight"
+    ):
         api.convert(model, RECIPES["random"], tmp_path / "out")
     assert names(tmp_path) == ["m"]
 
@@ -183,14 +185,14 @@ def test_tied_and_stored_twice_is_loaded_as_a_whole(tmp_path: Path) -> None:
     tensors = load_file(weights)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, weights, metadata={"format": "pt"})
-    with pytest.raises(NotInPiecesError, match="tied and stored all the same"):
+    with pytest.raises(NotInPiecesError, match=r"^lm_head\.weight "):
         Pieces(open_source(model))
     made = api.convert(model, RECIPES["random"], tmp_path / "out")
     (note,) = made.report.problems
     assert (
         note == "Converted in memory, as a whole: lm_head.weight is tied and stored all the same."
     )
-    with pytest.raises(CheckpointError, match="nothing to resume"):
+    with pytest.raises(CheckpointError, match=rf"^{tmp_path / 'new'}: .*--resume"):
         api.convert(model, RECIPES["random"], tmp_path / "new", resume=True)
 
 
@@ -222,7 +224,7 @@ def test_a_piece_that_reads_back_differently_is_found(
             file.write(bytes([data[-1] ^ 1]))
 
     monkeypatch.setattr(safetensors_io, "_write", spoil)
-    with pytest.raises(CheckpointError, match=r"layers.0 reads back differently"):
+    with pytest.raises(CheckpointError, match=r"^model-\S+\.safetensors: model\.layers\.0 "):
         api.convert(model, RECIPES["random"], tmp_path / "out")
     assert names(tmp_path) == ["m"]
 

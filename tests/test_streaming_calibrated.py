@@ -222,10 +222,10 @@ def test_another_text_is_not_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> No
     before = hashes(work)
     text = Path("text.txt").read_text()
     Path("text.txt").write_text(text[::-1])
-    with pytest.raises(CheckpointError, match="the calibration text has changed"):
+    with pytest.raises(CheckpointError, match=r"calibration text .*--overwrite"):
         resumed(model, "low_rank")
     Path("text.txt").write_text(text)
-    with pytest.raises(CheckpointError, match="--calibration-tokens was None and is 128"):
+    with pytest.raises(CheckpointError, match=r"--calibration-tokens .*None .*128"):
         resumed(model, "low_rank", calibration_tokens=128)
     assert hashes(work) == before
 
@@ -360,7 +360,7 @@ def test_weights_that_are_not_finite_are_found_before_any_fit(
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     told: list[str] = []
     asked: Any = (model, recipe("some"))
-    with pytest.raises(CheckpointError, match="2 tensors hold NaN"):
+    with pytest.raises(CheckpointError, match=r"m: 2 .* NaN "):
         api.convert(*asked, "out", progress=lambda done, total, what: told.append(what))
     assert not any("layers" in what for what in told)
     assert names(Path()) == ["m", "text.txt"]
@@ -377,7 +377,7 @@ def test_a_disk_without_space_for_hidden_states(monkeypatch: pytest.MonkeyPatch)
         conversion_dir.shutil, "disk_usage", lambda path: SimpleNamespace(free=400_000)
     )
     api.convert(model, {"name": "p", "replace": RECIPES["low_rank"]["replace"]}, "out")
-    with pytest.raises(CheckpointError, match=r"hidden states beside them 552,960, and 400,000"):
+    with pytest.raises(CheckpointError, match=r"552,960, .* 400,000 "):
         api.convert(model, recipe("low_rank"), "new")
 
 
@@ -410,7 +410,7 @@ def test_layers_that_share_weights_are_fitted_in_memory() -> None:
     model = Pieces(open_source(model_folder()))
     joined = model.all[1]._replace(modules=("model.layers.0", "model.layers.1"))
     model._pieces |= dict.fromkeys(joined.modules, joined)
-    with pytest.raises(NotInPiecesError, match=r"layers\.0 cannot be loaded by itself"):
+    with pytest.raises(NotInPiecesError, match=r"^model\.layers\.0 "):
         check_layers(model)
 
 

@@ -22,6 +22,7 @@ from llmslim.anatomy.elementwise import has_independent_neurons
 from llmslim.anatomy.module_kinds import is_dense_map, obstacle, serves_router_or_norm, token_mixer
 from llmslim.errors import TargetError
 from llmslim.modeling.experts import Experts
+from llmslim.modeling.structured import StructuredLinear
 
 
 @dataclass(frozen=True)
@@ -208,10 +209,9 @@ def find_layers(model: Any) -> Layers:
 
     def rank(found: tuple[str, nn.ModuleList]) -> tuple[bool, bool, bool, int, bool]:
         name, stack = found
-        maps = (as_site(inner, module) for inner, module in stack.named_modules())
         return (
             name.startswith(towers),
-            hidden not in {site.in_features for site in maps if site},
+            hidden not in {_in_features_of(module) for module in stack.modules()},
             "encoder" in name.split("."),  # where there is a decoder as well
             counts.index(len(stack)),
             id(stack) not in inside,
@@ -223,6 +223,14 @@ def find_layers(model: Any) -> Layers:
         f"{type(model).__name__}: no module list of {counts[0]} decoder layers; depth and width "
         "need one."
     )
+
+
+def _in_features_of(module: nn.Module) -> int | None:
+    """Return how many features a dense map or a block takes, None for other modules."""
+    if isinstance(module, StructuredLinear):
+        return module.in_features
+    site = as_site("", module)
+    return None if site is None else site.in_features
 
 
 def find_mlps(model: Any, layers: Layers) -> list[Mlp]:

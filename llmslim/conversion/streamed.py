@@ -216,8 +216,7 @@ class _Streamed:
         )
         model.to("cpu")
         request.progress(self.total, self.total + 1, "writing and reading back")
-        report = self._report((trained.note, *text.notes, *notes))
-        report = replace(report, fitted_to=text.description)
+        report = self._report(text, (trained.note, *text.notes, *notes))
         work.clear_trained()
         write_checkpoint(
             model,
@@ -231,9 +230,7 @@ class _Streamed:
         """Write what belongs beside the weights, read everything back, and return the report."""
         source, target, folder = self.request.source, self.target, self.folder
         self.request.progress(self.total, self.total + 1, "writing and reading back")
-        report = self._report((*(() if text is None else text.notes), *notes))
-        if text is not None:
-            report = replace(report, fitted_to=text.description)
+        report = self._report(text, (*(() if text is None else text.notes), *notes))
         known = self.finished.hashes()
         self._write_config()
         recipe = self.plan.recipe
@@ -334,16 +331,17 @@ class _Streamed:
     def _is_in(self, name: str, piece: Piece) -> bool:
         return self.pieces.piece_of(name) is piece
 
-    def _report(self, notes: Iterable[str]) -> Report:
+    def _report(self, text: Windows | None, notes: Iterable[str]) -> Report:
         fitted, nonfinite = Fitted(), {}
         for piece in self.pieces.all:
             done = self.finished.done[piece.name]
             fitted.add(Fitted(done.errors, notes=done.notes, unseen=done.unseen))
             nonfinite[piece.name] = done.nonfinite
         found = self._nonfinite(nonfinite, allowed=True)
-        return fitting.filled_in(
+        report = fitting.filled_in(
             self.plan, fitted.errors, (*self.plan.notes, *fitted.all_notes, *found, *notes)
         )
+        return report if text is None else replace(report, fitted_to=text.description)
 
     def _write_config(self) -> None:
         """Let transformers write config, generation config and code; the weights are there."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from . import files, fitting, front, healing, models, planning, text
+from . import conversion, fitting, front, healing, models, planning, storage, text
 from ._mutation import Mutation as Mutation
 from ._mutation import stale as stale
 
 MUTATIONS = tuple(
     mutation
-    for part in (models, planning, fitting, files, text, healing, front)
+    for part in (models, planning, fitting, storage, conversion, text, healing, front)
     for mutation in part.MUTATIONS
 )

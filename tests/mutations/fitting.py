@@ -444,7 +444,7 @@ MUTATIONS = (
         "narrowed(x[..., kept])",
         "narrowed(x[..., : len(kept)])",
         "the slim stream is that of other neurons",
-        "tests/test_sequential.py::test_neurons_that_do_nothing_go_first_and_nothing_is_lost",
+        "tests/test_sequential_width.py::test_neurons_that_do_nothing_go_first_and_nothing_is_lost",
         "tests/test_sequential.py::test_each_layer_repairs_what_the_ones_before_broke",
     ),
     change(

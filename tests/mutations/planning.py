@@ -7,6 +7,13 @@ from ._mutation import change
 MUTATIONS = (
     change(
         "llmslim/anatomy/sites.py",
+        "if isinstance(module, StructuredLinear):",
+        "if False:",
+        "a model of blocks alone has its decoder layers in the wrong place",
+        "tests/test_anatomy.py::test_blocks_leave_the_decoder_layers_where_they_are",
+    ),
+    change(
+        "llmslim/anatomy/sites.py",
         "return [group for group in groups if group.down.in_features == most]",
         "return groups[:1]",
         "the first MLP in place of the widest",
@@ -178,14 +185,14 @@ MUTATIONS = (
         "topk(count, largest=False)",
         "topk(count, largest=True)",
         "the most important neurons go",
-        "tests/test_sequential.py::test_elimination_beats_keeping_the_largest",
+        "tests/test_sequential_width.py::test_elimination_beats_keeping_the_largest",
     ),
     change(
         "llmslim/fitting/neurons.py",
         "score_A = weight_OA.square().sum(0) / inverse_AA",
         "score_A = weight_OA.square().sum(0) * inverse_AA",
         "a neuron's activity counts the wrong way",
-        "tests/test_sequential.py::test_elimination_beats_keeping_the_largest",
+        "tests/test_sequential_width.py::test_elimination_beats_keeping_the_largest",
     ),
     change(
         "llmslim/planning/rules.py",
