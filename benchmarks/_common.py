@@ -94,6 +94,20 @@ def windows(
     return ids_NL[held_out:], ids_NL[:held_out]
 
 
+def windows_apart(
+    pool: ProcessPoolExecutor, data: tuple[str, ...], tokens: int, length: int, source: Source
+) -> tuple[Tensor, Tensor]:
+    """Return `windows`, one in 16 held out, made in another process: `self` needs the model."""
+    held_out = max(1, tokens // length // 16)
+    fit, judge = pool.submit(_arrays, data, tokens, length, held_out, source).result()
+    return torch.from_numpy(fit), torch.from_numpy(judge)
+
+
+def _arrays(*options: Any) -> tuple[Any, ...]:
+    """Return `windows` as arrays: tensors would be lost with the process that shares them."""
+    return tuple(ids_NL.numpy() for ids_NL in windows(*options))
+
+
 def first_windows(data: str, count: int, length: int, tokenizer: Any) -> Tensor:
     """Return the first windows of a text, (N, L); a table's rows are joined by the end token.
 

@@ -184,7 +184,7 @@ def modegpt(model: Any, ids_NL: Tensor, keep: float) -> None:
 
     MoDeGPT (Lin et al. 2024, arXiv:2408.09632, algorithm 1): scores diag(C (C + λ)⁻¹), and
     W C_:K C_KK⁺ for the down projection. The same share in every layer, without the paper's
-    allocation over layers.
+    allocation over layers; λ is this file's choice.
     """
 
     def prune(mlp: Mlp, gram_MM: Tensor) -> None:

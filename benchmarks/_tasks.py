@@ -1,15 +1,17 @@
 """Zero-shot accuracy on local Parquet files, by EleutherAI's lm-evaluation-harness (`lm_eval`).
 
 The questions are put as the harness's own tasks `piqa` and `blimp` put them; only the rows come
-from a file, and nothing is downloaded. BLiMP's 67 phenomena are one task here: they have as many
-rows each, so the mean over rows is the mean over phenomena.
+from a file, and nothing is downloaded. BLiMP's 67 paradigms are one task here: each has as many
+rows, so the mean over rows is the mean over paradigms.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import io
 import logging
 from collections.abc import Mapping
+from contextlib import redirect_stderr
 from typing import Any
 
 import click
@@ -90,13 +92,14 @@ def accuracies(
         )
         rows = pyarrow.parquet.ParquetFile(path).metadata.num_rows
         samples[f"{name}_local"] = spread(rows, limit)
-    found = simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8),
-        tasks=configs,
-        samples=samples,
-        bootstrap_iters=0,
-        log_samples=False,
-        task_manager=TaskManager(include_defaults=False),
-    )
+    with redirect_stderr(io.StringIO()):  # progress bars, between the rows of the table
+        found = simple_evaluate(
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8),
+            tasks=configs,
+            samples=samples,
+            bootstrap_iters=0,
+            log_samples=False,
+            task_manager=TaskManager(include_defaults=False),
+        )
     assert found is not None  # only processes other than the first get None
     return {name: found["results"][f"{name}_local"]["acc,none"] for name in files}

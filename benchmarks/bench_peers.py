@@ -44,7 +44,7 @@ from _common import (
     read_tokenizer,
     set_up,
     shared_options,
-    windows,
+    windows_apart,
 )
 from _peers import PEERS
 from _tasks import TASKS, accuracies, check_tasks
@@ -167,7 +167,11 @@ def heal(model: Any, settings: dict[str, Any]) -> None:
         learning_rate=settings["heal_rate"],
         context_length=settings["length"],
         batch_size=2,
-        settings={"held_out": 0, "patience": None},
+        settings={
+            "held_out": 0,
+            "patience": None,
+            "evaluate_every": settings["heal_tokens"],  # more than there are steps: saves none
+        },
     )
 
 
@@ -238,7 +242,13 @@ def header(dense: Row, settings: dict[str, Any]) -> list[str]:
 @click.option("--test", required=True, help="Text to score: .txt, .gz, .parquet …")
 @click.option("--other", multiple=True, help="Another text to score; repeatable.")
 @click.option("--windows", "count", default=32, show_default=True, help="Windows of each text.")
-@click.option("--keep", default=0.5, show_default=True, help="Share of the MLP weights to keep.")
+@click.option(
+    "--keep",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.5,
+    show_default=True,
+    help="Share of the MLP weights to keep.",
+)
 @click.option("--peers", multiple=True, type=click.Choice(METHODS), help="Repeatable; all if none.")
 @click.option("--heal-tokens", default=0, show_default=True, help="Tokens to heal every result on.")
 @click.option("--heal-data", multiple=True, help="Text to heal on; the calibration text if none.")
@@ -268,16 +278,15 @@ def main(
     rows = read_rows(path, settings) if resume else {}
     # The dense model comes first whatever was asked for: it is what the others are compared with.
     chosen = [name for name in METHODS if name == DENSE or not peers or name in peers]
-    source, tokens, length = find(settings["model"]), settings["tokens"], settings["length"]
+    source, count, length = find(settings["model"]), settings["count"], settings["length"]
     tokenizer, texts = read_tokenizer(source), (settings["test"], *settings["other"])
-    tests = {text: first_windows(text, settings["count"], length, tokenizer) for text in texts}
+    tests = {text: first_windows(text, count, length, tokenizer) for text in texts}
+    data, tokens = settings["calibration"], settings["tokens"]
     with one_task_each(threads) as pool:
-        held_out = max(1, tokens // length // 16)
-        found = pool.submit(windows, settings["calibration"], tokens, length, held_out, source)
-        fitted_to = found.result()
+        fitted_to = windows_apart(pool, data, tokens, length, source)
         click.echo(
             f"{machine(settings['device'])}; {fitted_to[0].numel()} tokens to fit to, "
-            f"{settings['count']} windows of {length} to score\n"
+            f"{count} windows of {length} to score\n"
         )
         for name in chosen:
             if name not in rows:

@@ -36,7 +36,7 @@ from _common import (
     read_tokenizer,
     set_up,
     shared_options,
-    windows,
+    windows_apart,
 )
 from _peers import whitened_svd
 from torch import Tensor
@@ -158,9 +158,7 @@ def main(
     refine = {"steps": refine_steps, "logits_steps": logits_steps}
     rows, dense = [], {}
     with one_task_each(threads) as pool:
-        held_out = max(1, tokens // length // 16)
-        read = pool.submit(windows, calibration, tokens, length, held_out, find(model))
-        fit_NL, held_out_NL = read.result()
+        fit_NL, held_out_NL = windows_apart(pool, calibration, tokens, length, find(model))
         click.echo(
             f"{machine(device)}; {fit_NL.numel()} tokens to fit to, {count} windows of {length} "
             "to score\n"
