@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.util
 import math
 import platform
+import sys
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
+from llmslim import fitting, planning
 from llmslim.data import calibration_windows, read_texts
+from llmslim.recipe import Recipe
 from llmslim.recipe.schema import Calibration
 from llmslim.storage.load import load_model, load_tokenizer
 from llmslim.storage.source import Source, open_source
@@ -89,6 +94,20 @@ def windows(
     return ids_NL[held_out:], ids_NL[:held_out]
 
 
+def windows_apart(
+    pool: ProcessPoolExecutor, data: tuple[str, ...], tokens: int, length: int, source: Source
+) -> tuple[Tensor, Tensor]:
+    """Return `windows`, one in 16 held out, made in another process: `self` needs the model."""
+    held_out = max(1, tokens // length // 16)
+    fit, judge = pool.submit(_arrays, data, tokens, length, held_out, source).result()
+    return torch.from_numpy(fit), torch.from_numpy(judge)
+
+
+def _arrays(*options: Any) -> tuple[Any, ...]:
+    """Return `windows` as arrays: tensors would be lost with the process that shares them."""
+    return tuple(ids_NL.numpy() for ids_NL in windows(*options))
+
+
 def first_windows(data: str, count: int, length: int, tokenizer: Any) -> Tensor:
     """Return the first windows of a text, (N, L); a table's rows are joined by the end token.
 
@@ -119,6 +138,36 @@ def perplexity(model: Any, ids_NL: Tensor) -> float:
         logits = model(ids_L[None], use_cache=False).logits[0, :-1].float()
         loss += float(cross_entropy(logits, ids_L[1:], reduction="sum"))
     return math.exp(min(loss / ids_NL[:, 1:].numel(), 700.0))
+
+
+def fit_recipe(model: Any, recipe: Recipe, calibration: fitting.TokenWindows) -> None:
+    """Carry out a recipe on a model in memory, as `llmslim.slim` does, with windows at hand."""
+    if recipe.has_auto:
+        recipe = fitting.allocate(model, recipe, calibration)
+    fitting.rewrite(model, planning.plan(model, recipe), calibration=calibration)
+
+
+def mlp_parameters(model: Any) -> int:
+    """Return how many parameters the MLPs have."""
+    return sum(p.numel() for name, p in model.named_parameters() if ".mlp." in name)
+
+
+def one_task_each(threads: int | None) -> ProcessPoolExecutor:
+    """Return a pool that runs one task after the other, each in a process of its own.
+
+    Peak memory is a process's own, and it never goes down.
+    """
+    return ProcessPoolExecutor(1, get_context("spawn"), set_up, (threads,), max_tasks_per_child=1)
+
+
+def peak_gib(device: torch.device) -> float:
+    """Return the most memory that this process has held on a device, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource  # here, since Windows has none of it
+
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def machine(device: str = "cpu") -> str:

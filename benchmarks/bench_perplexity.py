@@ -18,31 +18,30 @@ Shapes: N windows of L tokens.
 
 from __future__ import annotations
 
-import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 import click
-import torch
 from _common import (
     find,
     first_windows,
+    fit_recipe,
     machine,
     markdown,
+    mlp_parameters,
     number,
+    one_task_each,
+    peak_gib,
     perplexity,
     read_tokenizer,
     set_up,
     shared_options,
-    windows,
+    windows_apart,
 )
+from _peers import whitened_svd
 from torch import Tensor
 
-from llmslim import fitting, planning
-from llmslim.init import GramAccumulator, low_rank_factors
-from llmslim.modeling.low_rank import LowRank
+from llmslim import fitting
 from llmslim.recipe import Recipe
 from llmslim.storage.load import load_model
 
@@ -102,20 +101,15 @@ def run(job: Job) -> Result:
     before = mlp_parameters(model)
     rule = METHODS[job.method]
     start = time.perf_counter()
-    kept = None
     if job.method == WHITENED:
-        kept = whitened_svd(model, job.keep, job.fit_NL)
+        whitened_svd(model, job.fit_NL, job.keep)
     elif rule is not None:
-        recipe = recipe_of(job, rule)
         calibration = fitting.TokenWindows(job.fit_NL, job.held_out_NL)
-        if recipe.has_auto:
-            recipe = fitting.allocate(model, recipe, calibration)
-        fitting.rewrite(model, planning.plan(model, recipe), calibration=calibration)
+        fit_recipe(model, recipe_of(job, rule), calibration)
     seconds = time.perf_counter() - start
     peak = peak_gib(model.device)
     found = {name: perplexity(model, ids_NL) for name, ids_NL in job.tests.items()}
-    left = mlp_parameters(model) if kept is None else kept
-    return Result(left / before, found, seconds, peak)
+    return Result(mlp_parameters(model) / before, found, seconds, peak)
 
 
 def recipe_of(job: Job, rule: dict[str, Any]) -> Recipe:
@@ -128,46 +122,6 @@ def recipe_of(job: Job, rule: dict[str, Any]) -> Recipe:
     if "refined" in job.method:
         made["refine"] = job.refine
     return Recipe.of(made)
-
-
-@torch.no_grad()
-def whitened_svd(model: Any, keep: float, ids_NL: Tensor) -> int:
-    """Give every MLP projection its best rank on the dense inputs; return what it would hold."""
-    sites = {n: m for n, m in model.named_modules() if ".mlp." in n and hasattr(m, "weight")}
-    moments = {
-        name: GramAccumulator(site.in_features, device=model.device) for name, site in sites.items()
-    }
-    hooks = [
-        site.register_forward_pre_hook(lambda _m, args, name=name: moments[name].update(args[0]))
-        for name, site in sites.items()
-    ]
-    for window_L in ids_NL:
-        model.model(window_L[None].to(model.device), use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    held = 0
-    for name, site in sites.items():
-        sizes = (site.in_features, site.out_features)
-        block = LowRank(*sizes, keep_ratio=keep, device="meta")
-        u_OR, v_RI = low_rank_factors(site.weight.double(), moments[name].gram_II, block.rank)
-        site.weight.copy_(u_OR @ v_RI)
-        held += sum(parameter.numel() for parameter in block.parameters())
-    return held
-
-
-def mlp_parameters(model: Any) -> int:
-    """Return how many parameters the MLPs have."""
-    return sum(p.numel() for name, p in model.named_parameters() if ".mlp." in name)
-
-
-def peak_gib(device: torch.device) -> float:
-    """Return the most memory that this process has held on a device, in GiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource  # here, since Windows has none of it
-
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 @click.command()
@@ -203,13 +157,8 @@ def main(
     tests = {path: first_windows(path, count, length, tokenizer) for path in (test, *other)}
     refine = {"steps": refine_steps, "logits_steps": logits_steps}
     rows, dense = [], {}
-    # One task a process: peak memory is a process's own, and it never goes down.
-    with ProcessPoolExecutor(
-        1, get_context("spawn"), set_up, (threads,), max_tasks_per_child=1
-    ) as pool:
-        held_out = max(1, tokens // length // 16)
-        read = pool.submit(windows, calibration, tokens, length, held_out, find(model))
-        fit_NL, held_out_NL = read.result()
+    with one_task_each(threads) as pool:
+        fit_NL, held_out_NL = windows_apart(pool, calibration, tokens, length, find(model))
         click.echo(
             f"{machine(device)}; {fit_NL.numel()} tokens to fit to, {count} windows of {length} "
             "to score\n"
