@@ -16,10 +16,10 @@ import click
 import torch
 import transformers
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from llmslim import fitting, planning
+from llmslim.anatomy.predictions import mean_loss
 from llmslim.data import calibration_windows, read_texts
 from llmslim.recipe import Recipe
 from llmslim.recipe.schema import Calibration
@@ -129,15 +129,9 @@ def first_windows(data: str, count: int, length: int, tokenizer: Any) -> Tensor:
     return torch.tensor(ids[: count * length]).view(count, length)
 
 
-@torch.no_grad()
 def perplexity(model: Any, ids_NL: Tensor) -> float:
     """Return exp of the mean loss per predicted token."""
-    loss = 0.0
-    for window_L in ids_NL:
-        ids_L = window_L.to(model.device)
-        logits = model(ids_L[None], use_cache=False).logits[0, :-1].float()
-        loss += float(cross_entropy(logits, ids_L[1:], reduction="sum"))
-    return math.exp(min(loss / ids_NL[:, 1:].numel(), 700.0))
+    return math.exp(min(mean_loss(model, ids_NL), 700.0))
 
 
 def fit_recipe(model: Any, recipe: Recipe, calibration: fitting.TokenWindows) -> None:

@@ -3,15 +3,15 @@
     python benchmarks/bench_perplexity.py --calibration wiki.valid.tokens.gz --test wiki.test.raw.gz
         [--calibration self ...] [--other OTHER_TEXT ...] [--model FOLDER_OR_GGUF] [--keep 0.5]
         [--tokens 65536] [--windows 32] [--methods low_rank --methods width] [--refine-steps 64]
-        [--logits-steps 0] [--threads 1] [--device cuda]
+        [--training-steps 128] [--threads 1] [--device cuda]
 
 Next to the dense model stand three fits that look at no data; the whitened SVD as the field does it
 (SVD-LLM, Wang et al. 2024, arXiv:2403.07378: every projection alone, on the dense model's inputs);
 the least-squares ones, fitted layer by layer to the inputs that the slim model itself produces; and
-`auto`, where every layer's share is measured first. What is called refined has a gradient fit after
-the closed forms. Every method runs in a process of its own, so peak memory is its own too; it is
-taken after the fit, before the texts are scored. Seconds are those of the fit. Texts are scored in
-float32.
+`auto`, where every layer's share is measured first. What is called refined has a gradient fit of
+each layer after the closed forms, and what is called trained that and a training of the whole
+model. Every method runs in a process of its own, so peak memory is its own too; it is taken after
+the fit, before the texts are scored. Seconds are those of the fit. Texts are scored in float32.
 
 Shapes: N windows of L tokens.
 """
@@ -68,6 +68,13 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "width": {"structure": "width", "init": "least_squares"},
     "auto": {"structure": "auto"},
     "auto, refined": {"structure": "auto"},
+    "io, learned order, trained": {
+        "structure": "grouped_pointwise",
+        "channel_order": "learned",
+        "init": "least_squares",
+    },
+    "width, trained": {"structure": "width", "init": "least_squares"},
+    "auto, trained": {"structure": "auto"},
 }
 
 
@@ -77,7 +84,8 @@ class Job(NamedTuple):
     method: str
     model: str | None
     keep: float
-    refine: dict[str, int]
+    refine_steps: int
+    training_steps: int
     device: str
     fit_NL: Tensor
     held_out_NL: Tensor
@@ -119,8 +127,10 @@ def recipe_of(job: Job, rule: dict[str, Any]) -> Recipe:
         made["budget"] = job.keep
     else:
         made["replace"][0]["keep_ratio"] = job.keep
-    if "refined" in job.method:
-        made["refine"] = job.refine
+    if "refined" in job.method or "trained" in job.method:
+        made["refine"] = {"steps": job.refine_steps}
+    if "trained" in job.method:
+        made["refine"]["end_to_end"] = {"steps": job.training_steps}
     return Recipe.of(made)
 
 
@@ -131,7 +141,7 @@ def recipe_of(job: Job, rule: dict[str, Any]) -> Recipe:
 @click.option("--windows", "count", default=32, show_default=True, help="Windows of each text.")
 @click.option("--keep", default=0.5, show_default=True, help="Share of the MLP weights to keep.")
 @click.option("--refine-steps", default=64, show_default=True, help="Of the methods refined.")
-@click.option("--logits-steps", default=0, show_default=True, help="The same, on predictions.")
+@click.option("--training-steps", default=128, show_default=True, help="Of the methods trained.")
 @click.option("--device", default="cpu", show_default=True, help="Where everything is done.")
 @click.option("--methods", multiple=True, type=click.Choice(list(METHODS)), help="Repeatable.")
 def main(
@@ -145,7 +155,7 @@ def main(
     count: int,
     keep: float,
     refine_steps: int,
-    logits_steps: int,
+    training_steps: int,
     device: str,
     methods: tuple[str, ...],
 ) -> None:
@@ -155,7 +165,6 @@ def main(
     chosen = ["dense", *(name for name in methods or METHODS if name != "dense")]
     tokenizer = read_tokenizer(find(model))
     tests = {path: first_windows(path, count, length, tokenizer) for path in (test, *other)}
-    refine = {"steps": refine_steps, "logits_steps": logits_steps}
     rows, dense = [], {}
     with one_task_each(threads) as pool:
         fit_NL, held_out_NL = windows_apart(pool, calibration, tokens, length, find(model))
@@ -165,7 +174,7 @@ def main(
         )
         for name in chosen:
             texts = (fit_NL, held_out_NL, tests)
-            job = Job(name, model, keep, refine, device, *texts)
+            job = Job(name, model, keep, refine_steps, training_steps, device, *texts)
             result = pool.submit(run, job).result()
             dense = dense or result.perplexity
             scores = [

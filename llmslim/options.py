@@ -89,6 +89,17 @@ class ConvertOptions:
     overwrite: bool = False
     progress: Progress | None = field(default=None, metadata=_PYTHON_ONLY)
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The names in `calibration`, also where it is one."""
+        given = self.calibration or ()
+        return (given,) if isinstance(given, str) else tuple(given)
+
+    @property
+    def adds_own_text(self) -> bool:
+        """Whether text that the model writes is added to the texts given."""
+        return self.own_text and bool(self.texts) and "self" not in self.texts
+
 
 @dataclass(frozen=True)
 class HealOptions:

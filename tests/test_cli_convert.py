@@ -79,7 +79,7 @@ def test_convert_hands_every_option_on(monkeypatch, tmp_path):
     calls = stub(monkeypatch, "convert", made)
     options = ["--init", "random", "--dtype", "bfloat16", "--seed", "7", "--trust-remote-code"]
     options += ["--calibration", "text.txt", "--calibration-tokens", "99", "--allow-nonfinite"]
-    options += ["--calibration", "self", "--device", "cuda:1"]
+    options += ["--calibration", "self", "--device", "cuda:1", "--no-own-text"]
     options += ["--max-shard-size", "2GB", "--resume"]
     ok("convert", "model", "--recipe", "mlp-half", "-o", tmp_path / "o", "--overwrite", *options)
     [(args, kwargs)] = calls
@@ -94,6 +94,7 @@ def test_convert_hands_every_option_on(monkeypatch, tmp_path):
         "dtype": "bfloat16",
         "seed": 7,
         "calibration": ("text.txt", "self"),
+        "own_text": False,
         "calibration_tokens": 99,
         "device": "cuda:1",
         "trust_remote_code": True,

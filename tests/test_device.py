@@ -117,7 +117,7 @@ def test_windows_fitted_together_are_fitted_as_one_by_one(
     for size in (1, 4):
         monkeypatch.setattr(layerwise, "windows_per_batch", lambda *_, n=size: n)
         model = tiny_model(architecture)
-        refine = {"steps": 4, "logits_steps": 2}
+        refine = {"steps": 4, "end_to_end": {"steps": 2}}
         report = llmslim.slim(model, recipe() | {"refine": refine}, calibration=WINDOWS)
         errors.append([row.init_error for row in report.rows if row.init_error is not None])
     assert len(errors[0]) >= 8

@@ -29,7 +29,7 @@ from llmslim.recipe.schema import HealSource
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few and short conversations, in the model's own type."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    monkeypatch.setattr(talks, "_ROWS", 24)
+    monkeypatch.setattr(talks, "ROWS", 24)
     monkeypatch.setattr(talks, "_LONGEST", 40)
     monkeypatch.setattr(talks, "_LONGEST_QUESTION", 9)
 
@@ -81,7 +81,7 @@ def test_conversations_go_through_the_models_own_template(short, monkeypatch):
 
 def test_sampled_text_has_the_model_s_distribution(short, monkeypatch):
     """The first token of the question, over many conversations."""
-    monkeypatch.setattr(talks, "_ROWS", 3000)
+    monkeypatch.setattr(talks, "ROWS", 3000)
     monkeypatch.setattr(talks, "_LONGEST", 9)
     model, tokenizer = tiny_model(), chat_tokenizer()
     before = tokenizer("[user]", add_special_tokens=False)["input_ids"]

@@ -33,7 +33,7 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def talking(exact: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few and short conversations: every window of 64 tokens has the beginning of one."""
-    monkeypatch.setattr(talks, "_ROWS", 8)
+    monkeypatch.setattr(talks, "ROWS", 8)
     monkeypatch.setattr(talks, "_LONGEST", 40)
     monkeypatch.setattr(talks, "_LONGEST_QUESTION", 9)
 

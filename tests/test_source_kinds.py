@@ -205,8 +205,8 @@ def test_code_that_was_trusted_travels(tmp_path: Path, monkeypatch: pytest.Monke
     assert type(again).__name__ == "M"
 
 
-@pytest.mark.parametrize("logits_steps", [0, 1])
-def test_a_model_that_overflows_by_itself_is_reported(logits_steps: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("training", [None, {"steps": 1}])
+def test_a_model_that_overflows_by_itself_is_reported(training: Any, tmp_path: Path) -> None:
     model = tiny_model("llama", max_position_embeddings=64)
     with torch.no_grad():
         model.model.layers[2].mlp.down_proj.weight.mul_(2e4)
@@ -220,7 +220,7 @@ def test_a_model_that_overflows_by_itself_is_reported(logits_steps: int, tmp_pat
     recipe = {
         **RECIPE,
         "init": "least_squares",
-        "refine": {"steps": 2, "logits_steps": logits_steps},
+        "refine": {"steps": 2, "end_to_end": training},
     }
     text = {"calibration": str(tmp_path / "t.txt"), "calibration_tokens": 512}
     for dtype, told in ((None, 1), ("float32", 0)):

@@ -25,7 +25,9 @@ from llmslim.conversion import conversion_dir, whole_model
 from llmslim.conversion.conversion_dir import ConversionDir
 from llmslim.conversion.finished import FinishedPieces
 from llmslim.conversion.layer_store import LayersOnDisk, check_layers
-from llmslim.errors import CheckpointError
+from llmslim.data import windows
+from llmslim.data.windows import OWN_TEXT
+from llmslim.errors import CheckpointError, DataError
 from llmslim.fitting import cost
 from llmslim.recipe import Recipe
 from llmslim.storage import NotInPiecesError, Pieces, load_model, open_source
@@ -339,6 +341,45 @@ def test_too_little_memory_leaves_the_training_out(monkeypatch: pytest.MonkeyPat
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert [note for note in done.report.problems if "end to end" in note and "GiB" in note]
+
+
+GIVEN: dict[str, Any] = {"calibration": "text.txt", "calibration_tokens": 256}
+
+
+def test_a_text_comes_with_text_of_the_models_own() -> None:
+    model, rules = model_folder(), {"name": "r", "replace": RECIPES["low_rank"]["replace"]}
+    alone = api.convert(model, rules, "alone", own_text=False, **GIVEN)
+    both = api.convert(model, rules, "both", **GIVEN)
+    named = api.convert(
+        model, rules, "named", calibration=["text.txt", "self"], calibration_tokens=256
+    )
+    assert hashes(both.path) == hashes(named.path)
+    assert "text.txt" in alone.report.fitted_to
+    assert OWN_TEXT not in alone.report.fitted_to
+    assert f"text.txt, {OWN_TEXT}" in both.report.fitted_to
+
+
+@pytest.mark.parametrize("why", ["memory", "not finite"])
+def test_text_of_its_own_that_a_model_cannot_write_is_left_out(
+    why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, rules = model_folder(), {"name": "r", "replace": RECIPES["low_rank"]["replace"]}
+    wanted = stored(api.convert(model, rules, "a", own_text=False, **GIVEN).path)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise DataError("its logits are not finite.")
+
+    if why == "memory":
+        monkeypatch.setattr(cost.psutil, "virtual_memory", lambda: SimpleNamespace(available=10))
+    else:
+        monkeypatch.setattr(windows, "sampled_windows", refuse)
+    done = api.convert(model, rules, "out", **GIVEN)
+    found = stored(done.path)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert [note for note in done.report.problems if why in note]
+    if why == "not finite":
+        with pytest.raises(DataError):
+            api.convert(model, rules, "asked", calibration=["text.txt", "self"])
 
 
 def test_a_head_that_is_replaced_is_trained_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,16 +32,23 @@ def read_text(
         whole: brings it into memory, if it is not there and the text is to be sampled from it.
     """
     spec = _spec(request, model)
-    notes: tuple[str, ...] = ()
-    if whole is not None and "self" in spec.texts:
-        given = tuple(text for text in spec.texts if text != "self")
-        if given and request.options.own_text and not whole.fits:
-            spec = spec.model_copy(update={"data": given})
-            notes = (f"{request.source.given}: too large for the memory to write text itself.",)
-        else:
-            model = whole.model
-    windows = calibration_windows(spec, tokenizer, model, progress=request.progress)
-    return replace(windows, notes=(*windows.notes, *notes))
+    given = tuple(text for text in spec.texts if text != "self")
+
+    def read(spec: Calibration) -> Windows:
+        writer = model if whole is None or "self" not in spec.texts else whole.model
+        return calibration_windows(spec, tokenizer, writer, progress=request.progress)
+
+    if not given or not request.adds_own_text:
+        return read(spec)
+    # Nobody asked for the model's own text: it is no reason to stop.
+    why = "the model is too large for the memory"
+    if whole is None or whole.fits:
+        try:
+            return read(spec)
+        except DataError as error:
+            why = str(error)
+    windows = read(spec.model_copy(update={"data": given}))
+    return replace(windows, notes=(*windows.notes, f"No text of the model's own was added: {why}"))
 
 
 def _spec(request: Request, model: PreTrainedModel) -> Calibration:
@@ -142,9 +149,8 @@ def calibration_spec(
 
 def texts_of(options: ConvertOptions) -> tuple[str, ...]:
     """Return the texts that take the place of the recipe's: those given, and the model's own."""
-    given: Sequence[str] | str = options.calibration or ()
-    texts = (given,) if isinstance(given, str) else tuple(given)
-    return (*texts, "self") if texts and options.own_text and "self" not in texts else texts
+    texts = options.texts
+    return (*texts, "self") if options.adds_own_text else texts
 
 
 def with_overrides(

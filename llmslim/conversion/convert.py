@@ -126,6 +126,7 @@ def _request(model: str | Path, options: ConvertOptions) -> Request:
         device_named(options.device),
         replace(options, init=init, calibration=texts, max_shard_size=shard_size),
         options.progress or quietly,
+        options.adds_own_text,
     )
 
 

@@ -30,6 +30,8 @@ class Request:
     options: ConvertOptions
     """With the method, the texts and the bytes of a file that the caller's come to."""
     progress: Progress
+    adds_own_text: bool
+    """Whether `self` among the texts was added to those that the caller gave."""
 
     def companions(
         self, model: PreTrainedModel, tokenizer: Any, report: Report, recipe: Recipe

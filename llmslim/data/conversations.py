@@ -90,7 +90,7 @@ def sampled_conversations(
     seed: int,
     *,
     cache: Path | None = None,
-    at_once: int = ROWS,
+    at_once: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[str, list[list[Message]]]:
     """Sample conversations from a model through its own chat template, or read them from the cache.
@@ -101,7 +101,7 @@ def sampled_conversations(
         tokens: how many to sample, templates counted, up to the end of a batch.
         seed: the same seed gives the same conversations, on the same kind of machine.
         cache: folder to keep them in; in the user's cache if not given.
-        at_once: how many are sampled together, at most, and kept together.
+        at_once: how many are sampled together, at most, and kept together; `ROWS` by default.
         progress: called with tokens done, tokens in all, and `sampling`.
 
     Returns:
@@ -119,7 +119,7 @@ def sampled_conversations(
         check_ids(frame.ids, tokenizer, embedding_rows(model), "data: self: the chat template")
         framed = [sorted(frame.stops), frame.before, frame.between]
     longest = min(_LONGEST, longest_input(model) or _LONGEST)
-    rows = min(at_once, max(1, CACHE_BYTES // (longest * _key_value_bytes(model))))
+    rows = min(at_once or ROWS, max(1, CACHE_BYTES // (longest * _key_value_bytes(model))))
     sizes = longest, _LONGEST_QUESTION, rows
     key = fingerprint(model, tokenizer, _VERSION, sizes, seed, framed)
     found: list[list[Message]] = []
