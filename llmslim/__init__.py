@@ -17,6 +17,7 @@ from llmslim._version import __version__ as __version__
 if TYPE_CHECKING:
     from llmslim.api import Conversion as Conversion
     from llmslim.api import convert as convert
+    from llmslim.api import evaluate as evaluate
     from llmslim.api import export_dense as export_dense
     from llmslim.api import heal as heal
     from llmslim.api import load as load
@@ -36,12 +37,17 @@ if TYPE_CHECKING:
     from llmslim.errors import SlimError as SlimError
     from llmslim.errors import TargetError as TargetError
     from llmslim.errors import UnfinishedError as UnfinishedError
+    from llmslim.evaluation import Estimate as Estimate
+    from llmslim.evaluation import Evaluation as Evaluation
+    from llmslim.evaluation import TaskScore as TaskScore
+    from llmslim.evaluation import TextScores as TextScores
     from llmslim.healing.plan import HealingPlan as HealingPlan
     from llmslim.healing.report import HealReport as HealReport
     from llmslim.modeling.grouped_pointwise import GroupedPointwise as GroupedPointwise
     from llmslim.modeling.low_rank import LowRank as LowRank
     from llmslim.modeling.structured import StructuredLinear as StructuredLinear
     from llmslim.options import ConvertOptions as ConvertOptions
+    from llmslim.options import EvalOptions as EvalOptions
     from llmslim.options import HealOptions as HealOptions
     from llmslim.plugins import register_init as register_init
     from llmslim.plugins import register_objective as register_objective
@@ -54,17 +60,19 @@ if TYPE_CHECKING:
     from llmslim.storage import Verification as Verification
 
 _EXPORTS = {
-    "llmslim.api": "Conversion convert export_dense heal load plan plan_heal save slim verify",
+    "llmslim.api": "Conversion convert evaluate export_dense heal load plan plan_heal save slim "
+    "verify",
     "llmslim.data": "Windows",
     "llmslim.editing.plans": "Plan",
     "llmslim.errors": "CheckpointError DataError HealingError PluginError RecipeError SizeError "
     "SlimError TargetError UnfinishedError",
+    "llmslim.evaluation": "Estimate Evaluation TaskScore TextScores",
     "llmslim.healing.plan": "HealingPlan",
     "llmslim.healing.report": "HealReport",
     "llmslim.modeling.grouped_pointwise": "GroupedPointwise",
     "llmslim.modeling.low_rank": "LowRank",
     "llmslim.modeling.structured": "StructuredLinear",
-    "llmslim.options": "ConvertOptions HealOptions",
+    "llmslim.options": "ConvertOptions EvalOptions HealOptions",
     "llmslim.plugins": "register_init register_objective register_structure",
     "llmslim.recipe": "Heal Recipe",
     "llmslim.report.report": "Report Row Totals",

@@ -1,4 +1,4 @@
-"""The public verbs: plan, slim, convert, plan_heal, heal, load, save, export_dense, verify.
+"""The public verbs: plan, slim, convert, heal, evaluate, load, save, export_dense and verify.
 
 Each is a few calls into the layers below and prints nothing. `convert` is defined with the rest of
 `llmslim.conversion`.
@@ -21,7 +21,7 @@ from llmslim.conversion.request import Conversion
 from llmslim.data import Windows, calibration_windows, check_ids, embedding_rows
 from llmslim.editing.plans import Plan
 from llmslim.errors import CheckpointError, DataError, UnfinishedError
-from llmslim.options import HealOptions, RecipeLike, takes
+from llmslim.options import EvalOptions, HealOptions, RecipeLike, takes
 from llmslim.progress import Progress, quietly
 from llmslim.recipe import Recipe
 from llmslim.report.report import Report
@@ -40,7 +40,8 @@ from llmslim.storage import (
     write_checkpoint,
 )
 
-if TYPE_CHECKING:  # imports the Trainer, which only `heal` needs
+if TYPE_CHECKING:  # import the Trainer or scipy's distributions, which few verbs need
+    from llmslim.evaluation import Evaluation
     from llmslim.healing import HealReport
     from llmslim.healing.plan import HealingPlan
 
@@ -281,6 +282,30 @@ def _healing_target(model: PreTrainedModel | str | Path, options: HealOptions) -
     return target
 
 
+@takes(EvalOptions)
+def evaluate(model: PreTrainedModel | str | Path, options: EvalOptions) -> Evaluation:
+    """Score a model on text and on tasks, beside the dense model if that is given.
+
+    Args:
+        model: slim or dense: a hub id, a folder, a GGUF file, or a model in memory, of which only
+            the device changes.
+        options: the fields of `EvalOptions`, given as keywords.
+
+    Returns:
+        The scores; of a checkpoint that llmslim wrote, also those of earlier evaluations.
+
+    Raises:
+        DataError: if there is nothing to score on, a text cannot be used, or there is no such task.
+        SlimError: if a model cannot be loaded.
+
+    Example:
+        >>> evaluate("slim", "dense", text="test.txt").texts[0].perplexity  # doctest: +SKIP
+    """
+    from llmslim.evaluation.run import evaluate_model
+
+    return evaluate_model(model, options)
+
+
 def export_dense(
     path: str | Path, out: str | Path, *, overwrite: bool = False, allow_nonfinite: bool = False
 ) -> Path:
@@ -320,6 +345,7 @@ def verify(path: str | Path) -> Verification:
 __all__ = [
     "Conversion",
     "convert",
+    "evaluate",
     "export_dense",
     "heal",
     "load",

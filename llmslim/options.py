@@ -102,6 +102,47 @@ class ConvertOptions:
 
 
 @dataclass(frozen=True)
+class EvalOptions:
+    """Options of `evaluate`.
+
+    Attributes:
+        against: Dense model to compare with.
+        text: Text to score: a .txt, .jsonl, .json, .csv or .parquet file (each also .gz), or a data
+            set on the hub. May be given several times.
+        windows: Number of windows of each text.
+        length: Tokens in a window.
+        tasks: Task of lm-evaluation-harness, or a YAML file with one. May be given several times.
+        limit: Rows of each task, the first ones; all by default.
+        device: Where to run: cpu, cuda, cuda:1 ...; by default a GPU, if any.
+        dtype: Type of the weights; by default as MODEL has them.
+        store: Keep the scores in MODEL's folder, if it is a checkpoint that llmslim wrote.
+        resume: Leave out what is kept there already.
+        trust_remote_code: Run the modeling code that comes with MODEL.
+        progress: Called with windows done, windows in all, and the name of the text or task.
+    """
+
+    against: PreTrainedModel | str | Path | None = field(
+        default=None, metadata={"metavar": "MODEL"}
+    )
+    _: KW_ONLY
+    text: str | Sequence[str] | None = field(
+        default=None, metadata={"metavar": "NAME|FILE", "multiple": True}
+    )
+    windows: int = field(default=32, metadata={"metavar": "N"})
+    length: int = field(default=512, metadata={"metavar": "N"})
+    tasks: str | Sequence[str] | None = field(
+        default=None, metadata={"metavar": "NAME|FILE", "multiple": True}
+    )
+    limit: int | None = field(default=None, metadata={"metavar": "ROWS"})
+    device: str | None = field(default=None, metadata={"metavar": "NAME"})
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    store: bool = field(default=True, metadata={"flags": ("--store/--no-store",)})
+    resume: bool = False
+    trust_remote_code: bool = False
+    progress: Progress | None = field(default=None, metadata=_PYTHON_ONLY)
+
+
+@dataclass(frozen=True)
 class HealOptions:
     """Options of `heal` and `plan_heal`.
 

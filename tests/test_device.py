@@ -15,7 +15,7 @@ from tiny import few, logits, tiny_model, tokens
 
 import llmslim
 from llmslim import api, fitting
-from llmslim.conversion.device import device_named
+from llmslim.anatomy.device import device_named
 from llmslim.conversion.layer_store import LayersOnDisk
 from llmslim.data import Windows
 from llmslim.errors import CheckpointError, SlimError, UnfinishedError

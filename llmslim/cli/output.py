@@ -36,7 +36,7 @@ def show_report(report: Report, *, full: bool = False, bars: bool | None = None)
 
 def show_cost(plan: Plan, device: str | None = None) -> None:
     """Print the time and memory of a fit to calibration text, if the plan has one."""
-    from llmslim.conversion.device import device_named
+    from llmslim.anatomy.device import device_named
     from llmslim.fitting.cost import fitting_cost, speed
     from llmslim.report import wording
 

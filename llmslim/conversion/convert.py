@@ -12,6 +12,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from llmslim import editing, fitting, planning
+from llmslim.anatomy.device import device_named
 from llmslim.data import Windows
 from llmslim.errors import CheckpointError, RecipeError
 from llmslim.modeling.base_class import auto_class_name
@@ -38,7 +39,7 @@ from llmslim.storage import (
 
 from .calibrate import overflow_notes, read_text, texts_of, with_overrides
 from .conversion_dir import ConversionDir, key_of
-from .device import device_named, memory_of
+from .device import memory_of
 from .layer_store import check_layers
 from .request import Conversion, Request
 from .streamed import convert_streamed

@@ -16,3 +16,4 @@ from .vocabulary import embedding_rows as embedding_rows
 from .vocabulary import longest_input as longest_input
 from .windows import Windows as Windows
 from .windows import calibration_windows as calibration_windows
+from .windows import first_windows as first_windows

@@ -134,6 +134,43 @@ def calibration_windows(
     return Windows(ids_NL, source, held_out, notes)
 
 
+def first_windows(
+    data: str, count: int, length: int, tokenizer: Any, model: Any = None
+) -> tuple[str, Tensor]:
+    """Return the first windows of a text, to score models on.
+
+    Args:
+        data: a file or a data set, as for calibration; rows come in one fixed random order.
+        count: number of windows, N; fewer where there is less text.
+        length: tokens of a window, L.
+        tokenizer: the model's.
+        model: no window may have tokens that it has no embedding for, nor be longer than it reads.
+
+    Returns:
+        The name of the text, and ids, (N, L), int64.
+
+    Raises:
+        DataError: if it cannot be read, or has no window.
+    """
+    longest = None if model is None else longest_input(model)
+    if length < 2 or (longest is not None and length > longest):
+        most = "" if longest is None else f" and at most {longest}, which is what the model reads"
+        raise DataError(f"length: {length}; a window needs at least 2 tokens{most}.")
+    local = Path(data).expanduser()
+    source = local.name if local.is_file() else data
+    pool = count * (length - (leading_token(tokenizer) is not None))
+    reader, encoder = RowReader(), Encoder(tokenizer)
+    documents = read_texts(data, reader=reader)
+    batches = iter(lambda: list(itertools.islice(documents, _BATCH)), [])
+    texts = ([encoder.text(one) for one in batch] for batch in batches)
+    stream = _tokenise(texts, pool, tokenizer, None)
+    check_left_out(source, reader.left_out, reader.rows, reader.notes(source))
+    ids_NL = _cut(stream, length, tokenizer, model, source)
+    if not len(ids_NL):
+        raise DataError(f"{data}: {len(stream)} tokens; a window takes {length}. Give more text.")
+    return source, ids_NL
+
+
 def _read_windows(
     data: str, spec: Calibration, tokenizer: Any, model: Any, progress: Progress | None
 ) -> Windows:

@@ -19,6 +19,8 @@ from .load import load_model as load_model
 from .load import load_tokenizer as load_tokenizer
 from .load import type_notes as type_notes
 from .load import unused_notes as unused_notes
+from .manifest import EVALUATION as EVALUATION
+from .manifest import MANIFEST as MANIFEST
 from .manifest import Verification as Verification
 from .manifest import file_sha256 as file_sha256
 from .manifest import hashing as hashing

@@ -31,6 +31,8 @@ from .source import Source, empty_model, open_source
 
 FORMAT = 1
 MANIFEST = "llmslim_manifest.json"
+EVALUATION = "llmslim_evaluation.json"
+"""Scores of the checkpoint, which come after it and are no part of it."""
 _CHUNK = 1 << 23
 
 _INPUTS = (
@@ -71,7 +73,7 @@ def write_manifest(
     data = {
         "format": FORMAT,
         "llmslim": __version__,
-        "files": _describe(folder, all_files(folder, MANIFEST), known or {}),
+        "files": _describe(folder, all_files(folder, MANIFEST, EVALUATION), known or {}),
         "source": None
         if source is None or source.path is None
         else {
@@ -108,7 +110,8 @@ def verify_folder(path: Path) -> Verification:
             f"{path / MANIFEST}: format {manifest.get('format')!r}; this version reads {FORMAT}, "
             "with an object of files."
         )
-    found = {file.relative_to(path).as_posix(): file for file in all_files(path, MANIFEST)}
+    files = all_files(path, MANIFEST, EVALUATION)
+    found = {file.relative_to(path).as_posix(): file for file in files}
     problems = [f"{name}: not in the manifest; it was added." for name in found.keys() - listed]
     for name, entry in listed.items():
         if name not in found:

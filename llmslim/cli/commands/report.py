@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
+from llmslim.cli.evaluation import show_evaluation
 from llmslim.cli.healing import show_healing
 from llmslim.cli.output import show_report, write_out
 from llmslim.report import FORMATS
@@ -29,9 +32,10 @@ from llmslim.report import FORMATS
 def command(slim: str, format_name: str, out: str | None, full: bool) -> None:
     """Show what was saved in SLIM, module by module.
 
-    A healed model's losses and answers follow. SLIM is a folder that `llmslim convert` wrote, or a
-    report file of `llmslim plan --json`.
+    A healed model's losses and answers follow, and the scores of `llmslim eval`. SLIM is a folder
+    that `llmslim convert` wrote, or a report file of `llmslim plan --json`.
     """
+    from llmslim.evaluation.scores import read_evaluation
     from llmslim.report import healed, render
     from llmslim.report.read import read_report
 
@@ -41,6 +45,10 @@ def command(slim: str, format_name: str, out: str | None, full: bool) -> None:
         show_report(report, full=full)
         if healing:
             show_healing(healing)
+        scores = read_evaluation(Path(slim)) if Path(slim).is_dir() else None
+        if scores is not None:
+            click.echo()
+            show_evaluation(scores)
         return
     text = render(report, format_name, full=full)
     if healing and format_name == "md":

@@ -1,0 +1,38 @@
+"""Show scores, for `llmslim eval` and `llmslim report`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from llmslim.errors import printable
+
+if TYPE_CHECKING:
+    from llmslim.evaluation import Estimate, Evaluation
+
+
+def show_evaluation(found: Evaluation) -> None:
+    """Print the scores of a model: a few lines for each text, and one for each metric of a task."""
+    for one in found.texts:
+        click.echo(printable(f"{one.text}, {one.windows} windows of {one.length} tokens"))
+        _line("perplexity", one.perplexity, 2)
+        _line("dense model's", one.dense_perplexity, 2)
+        _line("KL from it, nats", one.divergence, 4)
+        _line("same top token, %", one.agreement, 1, 100)
+    if found.texts:
+        click.echo("In brackets: where the mean over such windows lies, with 95 % confidence.")
+    for score in found.tasks:
+        error = "" if score.stderr is None else f" ± {score.stderr:.4f}"
+        rows = "" if score.rows is None else f", {score.rows} rows"
+        click.echo(printable(f"{score.task}, {score.metric}: {score.value:.4f}{error}{rows}"))
+
+
+def _line(name: str, estimate: Estimate | None, digits: int, factor: int = 1) -> None:
+    if estimate is None:
+        return
+    text = f"  {name:<18} {factor * estimate.mean:>10.{digits}f}"
+    if estimate.low is not None and estimate.high is not None:
+        low, high = factor * estimate.low, factor * estimate.high
+        text += f" [{low:.{digits}f}, {high:.{digits}f}]"
+    click.echo(text)
