@@ -17,7 +17,7 @@ from llmslim.errors import CheckpointError
 RECIPE = "mlp-light"
 DEFAULT_OUT = Path("slim/smollm2-mlp-light")
 CALIBRATION_TOKENS = 8_192
-TRAINING_STEPS = 24
+TRAINING_STEPS, STEP_TOKENS = 16, 512
 """Fewer than the recipe has: a demonstration should not take a quarter of an hour."""
 WINDOWS, LENGTH = 4, 512
 """Of the text that both models are compared on."""
@@ -45,7 +45,7 @@ def command(out: Path, overwrite: bool) -> None:
     source = smollm2_file()
     api = backend()
     recipe = Recipe.load(RECIPE)
-    training = Refine(steps=0, end_to_end=EndToEnd(steps=TRAINING_STEPS))
+    training = Refine(steps=0, end_to_end=EndToEnd(steps=TRAINING_STEPS, tokens=STEP_TOKENS))
     recipe = recipe.model_copy(update={"refine": training})
     click.echo(f"{source.name} with recipe {RECIPE} -> {out}", err=True)
     with progress() as moved:
@@ -72,7 +72,7 @@ def command(out: Path, overwrite: bool) -> None:
 
 _NEXT = """
 {kept:.0%} of the parameters outside the embeddings are left. What the model has lost by it shows
-in its perplexity. The recipe itself takes four times the text and trains five times as long;
+in its perplexity. The recipe itself takes four times the text and trains for 16 times as long;
 healing goes on from there.
 
 what next
