@@ -70,6 +70,8 @@ class Job(NamedTuple):
     fit_NL: Tensor
     held_out_NL: Tensor
     tests: dict[str, Tensor]
+    tokenizer: Any
+    """Read once: reading it from a GGUF file takes as long as the weights."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def run(job: Job) -> Row:
     if not settings["heal_tokens"] or job.method == DENSE:
         return row
     start = time.perf_counter()
-    heal(model, settings)
+    heal(model, job)
     seconds = time.perf_counter() - start
     return replace(row, healed=score(model, job), heal_seconds=seconds)
 
@@ -146,22 +148,20 @@ def non_embedding(model: Any) -> int:
 def score(model: Any, job: Job) -> Score:
     """Measure a model on every text and task."""
     model.eval()
-    settings = job.settings
     perplexities = {name: perplexity(model, ids_NL) for name, ids_NL in job.tests.items()}
-    tokenizer = read_tokenizer(find(settings["model"]))
-    limit, files = settings["limit"], settings["files"]
-    return Score(perplexities, accuracies(model, tokenizer, files, limit))
+    limit, files = job.settings["limit"], job.settings["files"]
+    return Score(perplexities, accuracies(model, job.tokenizer, files, limit))
 
 
-def heal(model: Any, settings: dict[str, Any]) -> None:
+def heal(model: Any, job: Job) -> None:
     """Train all parameters towards the dense model's predictions, in place."""
-    source = find(settings["model"])
-    teacher: Any = load_model(source, dtype="float32")
+    settings = job.settings
+    teacher: Any = load_model(find(settings["model"]), dtype="float32")
     llmslim.heal(
         model,
         data=settings["heal_data"],
         teacher=teacher.to(settings["device"]),
-        tokenizer=read_tokenizer(source),
+        tokenizer=job.tokenizer,
         train="all",
         tokens=settings["heal_tokens"],
         learning_rate=settings["heal_rate"],
@@ -290,7 +290,8 @@ def main(
         )
         for name in chosen:
             if name not in rows:
-                rows[name] = pool.submit(run, Job(name, settings, *fitted_to, tests)).result()
+                job = Job(name, settings, *fitted_to, tests, tokenizer)
+                rows[name] = pool.submit(run, job).result()
                 if path is not None:
                     write_rows(path, settings, rows.values())
             click.echo(" | ".join(cells(rows[name], rows[DENSE], settings)), err=True)

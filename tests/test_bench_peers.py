@@ -43,7 +43,7 @@ def pruned(method: str, keep: float = 0.5) -> tuple[Any, Any]:
     """Return the dense model and the pruned one."""
     dense = tiny_model("llama", num_hidden_layers=LAYERS)
     model = copy.deepcopy(dense)
-    bench_peers.shrink(model, Job(method, {"keep": keep}, IDS[:10], IDS[10:], {}))
+    bench_peers.shrink(model, Job(method, {"keep": keep}, IDS[:10], IDS[10:], {}, None))
     return dense, model
 
 
