@@ -168,10 +168,10 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
 def test_the_type_is_the_callers_or_the_configs(
     bare: Path, tmp_path: Path, dtype: str | None
 ) -> None:
-    config = Phi3Config(**SIZES, dtype="float16")
-    config.save_pretrained(bare)
-    path = api.convert(bare, KPHI3, tmp_path / "out", init="random", dtype=dtype).path
-    model = AutoModelForCausalLM.from_pretrained(path)
+    Phi3Config(**SIZES, dtype="float16").save_pretrained(bare)
+    result = api.convert(bare, KPHI3, tmp_path / "out", init="random", dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(result.path)
+    assert result.report.totals.bytes_after == sum(p.nbytes for p in model.parameters())
     assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype or "float16")}
     with pytest.raises(CheckpointError, match=r"int8.*allowed"):
         api.convert(bare, KPHI3, tmp_path / "no", init="random", dtype="int8")

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -28,7 +27,6 @@ from llmslim.storage import (
     WEIGHTS,
     check_dtype,
     config_in,
-    empty_model,
     generation_config,
     load_tokenizer,
     model_without_weights,
@@ -79,11 +77,11 @@ def convert_drawn(request: Request) -> Conversion:
     config = copy.deepcopy(source.config)
     if hasattr(config, "quantization_config"):  # how weights were stored that are not here
         del config.quantization_config
-    empty = empty_model(config, source.given, trust_remote_code=trusted)
+    dtype = options.dtype or getattr(config, "dtype", None) or torch.float32
+    empty = model_without_weights(config, dtype, source.given, trusted)
     plan = planning.plan(empty, request.recipe, model_name=source.name, init=options.init)
     request.progress(0, 2, "drawing weights")
-    dtype = options.dtype or getattr(config, "dtype", None) or torch.float32
-    model = _drawn(request, plan, config, dtype)
+    model = _drawn(request, plan, empty)
     note = (
         f"{source.given}: holds no weights; all weights are random, drawn from seed "
         f"{options.seed}. The model knows nothing until it is trained."
@@ -103,17 +101,22 @@ def convert_drawn(request: Request) -> Conversion:
     return Conversion(request.target, report, auto_class_name(source.config))
 
 
-def _drawn(request: Request, plan: Plan, config: Any, dtype: str | torch.dtype) -> PreTrainedModel:
-    """Return the model that a plan makes of a config, in evaluation mode on the CPU."""
+def _drawn(request: Request, plan: Plan, empty: PreTrainedModel) -> PreTrainedModel:
+    """Return the model that a plan makes of an empty one, in evaluation mode on the CPU.
+
+    Args:
+        request: has the seed and the method.
+        plan: what to make.
+        empty: on the meta device, in the type that is wanted; it gets the config of the result.
+    """
     source, options = request.source, request.options
-    trusted = options.trust_remote_code
-    changed: Any = model_without_weights(config, dtype, source.given, trusted)
-    editing.finalise(changed, plan)
-    wanted = config_in(changed.config, dtype)
+    trusted, dtype = options.trust_remote_code, empty.dtype
+    editing.finalise(empty, plan)
+    config = config_in(empty.config, dtype)
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(options.seed)
-        auto = auto_class_of(wanted, trust_remote_code=trusted)
-        model: PreTrainedModel = auto.from_config(wanted, trust_remote_code=trusted).eval()
+        auto = auto_class_of(config, trust_remote_code=trusted)
+        model: PreTrainedModel = auto.from_config(config, trust_remote_code=trusted).eval()
     assert options.init is not None
     editing.draw_blocks(model, plan, method_named(options.init), options.seed)
     if model.can_generate() and source.path is not None and not source.is_kphi3:
