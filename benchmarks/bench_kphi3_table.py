@@ -36,6 +36,7 @@ from transformers import PreTrainedTokenizerFast
 import llmslim
 from llmslim.data import HealingText, healing_text, read_texts
 from llmslim.healing import folder_beside
+from llmslim.healing.rows import text_digest
 from llmslim.recipe import Heal, Recipe
 from llmslim.storage.load import load_tokenizer
 
@@ -245,16 +246,14 @@ def _chosen(names: str, rows: Mapping[str, Row]) -> list[Row]:
     return [rows[name] for name in wanted]
 
 
-def _kept(path: Path, settings: Mapping[str, Any], *, resume: bool) -> list[dict[str, Any]]:
+def _kept(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the runs that a file holds already.
 
     Raises:
-        UsageError: if there is a file and it is not to be resumed, or is of other settings.
+        UsageError: if it is of other settings.
     """
     if not path.exists():
         return []
-    if not resume:
-        raise click.UsageError(f"{path} exists. Continue it with --resume, or name another file.")
     data = json.loads(path.read_text(encoding="utf-8"))
     changed = [key for key, value in settings.items() if data["settings"].get(key) != value]
     if changed:
@@ -267,6 +266,14 @@ def _write(path: Path, text: str) -> None:
     half = path.with_name(f"{path.name}.partial")
     half.write_text(text, encoding="utf-8")
     half.replace(path)
+
+
+def _show(path: Path, runs: list[dict[str, Any]], rows: Mapping[str, Row], about: str) -> None:
+    """Print the table, and write it and the picture beside the file of runs."""
+    made = f"{about}\n\n{table(runs, rows)}\n"
+    click.echo(made, nl=False)
+    _write(path.with_suffix(".md"), made)
+    draw(runs, path.with_suffix(".svg"))
 
 
 def _rates(_: Any, __: Any, given: str | None) -> tuple[float, ...] | None:
@@ -322,16 +329,18 @@ def main(
     chosen = _chosen(names, rows)
     if scale_name == "full" and folder is None:
         raise click.UsageError("Give --tokenizer, a folder with Phi-3's: the report used that.")
-    tokens = tokens or scale.tokens
     path = path or Path(f"kphi3-{scale_name}.json")
-    settings = {"scale": scale_name, "text": text, "tokens": tokens, "passes": passes}
-    settings |= {"tokenizer": folder}
-    runs = _kept(path, settings, resume=resume)
+    if path.exists() and not resume:
+        raise click.UsageError(f"{path} exists. Continue it with --resume, or name another file.")
+    tokens = tokens or scale.tokens
     tokenizer = load_tokenizer(folder) if folder else trained_tokenizer(text, scale.vocabulary)
     heal = section(scale, text, tokens, passes)
     packed = healing_text(heal, tokenizer, context_length=heal.context_length)
     for note in packed.notes:
         click.echo(note, err=True)
+    settings = {"scale": scale_name, "tokens": tokens, "passes": passes}
+    settings["text"] = {"name": text, "digest": text_digest(packed)}
+    runs = _kept(path, settings)
     done = {(run["row"], run["seed"], run["rate"]) for run in runs}
     for seed in range(seeds or scale.seeds):
         for row in chosen:
@@ -347,10 +356,7 @@ def main(
                     err=True,
                 )
     about = f"{scale_name}, {text}, {runs[0]['tokens']:,} tokens in {passes} passes; {machine()}"
-    made = f"{about}\n\n{table(runs, rows)}\n"
-    click.echo(made, nl=False)
-    _write(path.with_suffix(".md"), made)
-    draw(runs, path.with_suffix(".svg"))
+    _show(path, runs, rows, about)
 
 
 if __name__ == "__main__":

@@ -171,6 +171,10 @@ def test_a_run_trains_saves_and_continues(
 
     assert run(text, path, "--rows", "kphi3-2").exit_code == 2
     assert run(text, path, "--rows", "kphi3-2", "--passes", "3", "--resume").exit_code == 2
+    before = Path(text).read_text()
+    Path(text).write_text(before.replace("three", "four"))
+    assert run(text, path, "--rows", "kphi3-2", *rates, "--resume").exit_code == 2
+    Path(text).write_text(before)
     trained = []
 
     def counted(row: Row, seed: int, rate: float, *rest: Any) -> dict[str, Any]:
