@@ -339,7 +339,7 @@ def main(
     for note in packed.notes:
         click.echo(note, err=True)
     settings = {"scale": scale_name, "tokens": tokens, "passes": passes}
-    settings["text"] = {"name": text, "digest": text_digest(packed)}
+    settings["text"] = {"name": packed.source, "digest": text_digest(packed)}
     runs = _kept(path, settings)
     done = {(run["row"], run["seed"], run["rate"]) for run in runs}
     for seed in range(seeds or scale.seeds):
@@ -355,7 +355,8 @@ def main(
                     f"validation {run['validation_loss']:.3f}, {run['seconds']:.0f} s",
                     err=True,
                 )
-    about = f"{scale_name}, {text}, {runs[0]['tokens']:,} tokens in {passes} passes; {machine()}"
+    seen = f"{runs[0]['tokens']:,} tokens in {passes} passes"
+    about = f"{scale_name}, {packed.source}, {seen}; {machine()}"
     _show(path, runs, rows, about)
 
 

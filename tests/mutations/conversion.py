@@ -265,9 +265,9 @@ MUTATIONS = (
         "tests/test_drawn.py::test_without_the_option_a_folder_without_weights_is_an_error_that_names_it",
     ),
     change(
-        "llmslim/storage/source.py",
-        "if weights and (there or not or_none):",
-        "if weights and not or_none:",
+        "llmslim/storage/safetensors_io.py",
+        'kinds = ("*.safetensors", "*.index.json", "*.gguf", *_PICKLES)',
+        'kinds = ("*.safetensors", "*.gguf")',
         "weights that are broken are taken for none",
         "tests/test_drawn.py::test_weights_that_are_broken_are_never_replaced_by_random_ones",
     ),
