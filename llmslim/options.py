@@ -43,7 +43,9 @@ class ConvertOptions:
     Attributes:
         recipe: Name of a shipped recipe, or a recipe file; a kphi-3 checkpoint needs none.
         out: Folder to write; ./MODEL-RECIPE by default.
-        init: How blocks get their weights, in place of the recipe's.
+        init: How blocks get their weights, in place of the recipe's. Where MODEL is a folder with a
+            config and no weights, random (or random_published) also draws all others, as for a
+            training from scratch.
         calibration: Text to fit the blocks to, in place of the recipe's: self (sampled from MODEL),
             a .txt, .jsonl, .json, .csv or .parquet file (each also .gz), or a data set. Given
             several times, equal parts of each. Implies --init least_squares.

@@ -106,6 +106,14 @@ def test_the_reports_recipes_train_as_the_report_did(name):
     heal = Recipe.load(name).heal
     assert (heal.data, heal.train, heal.epochs) == ("lamini", "all", 3)
     assert (heal.context_length, heal.learning_rate, heal.seed) == (4096, 1e-4, 42)
+    assert (heal.template, heal.loss_on, heal.objective) == ("report", "all", "cross_entropy")
+    assert (heal.schedule, heal.warmup, heal.weight_decay, heal.patience) == (
+        "constant",
+        0,
+        0,
+        None,
+    )
+    assert (heal.batch_size, heal.tokens, heal.teacher) == (1, None, None)
 
 
 @pytest.mark.parametrize("name", ["kphi3", "kphi3-2layer", "kphi3-3layer"])

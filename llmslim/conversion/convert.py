@@ -40,6 +40,7 @@ from llmslim.storage import (
 from .calibrate import overflow_notes, read_text, texts_of, with_overrides
 from .conversion_dir import ConversionDir, key_of
 from .device import memory_of
+from .drawn import check_drawn, convert_drawn
 from .layer_store import check_layers
 from .request import Conversion, Request
 from .streamed import convert_streamed
@@ -54,6 +55,9 @@ def convert(model: str | Path, options: ConvertOptions) -> Conversion:
     that an interrupted conversion can be continued. The whole model is in memory only to write
     calibration text, to be measured for `structure: auto`, and to be trained end to end. GGUF files
     and models whose code comes with them are converted in memory.
+
+    A folder with a config and no weights is converted where `init` is `random` or another method
+    that reads none: all weights of the result are then drawn, see `drawn`.
 
     Args:
         model: a hub id, a folder, a GGUF file, or a folder with a published kphi-3 checkpoint.
@@ -75,7 +79,9 @@ def convert(model: str | Path, options: ConvertOptions) -> Conversion:
     work.check(resume=options.resume, overwrite=options.overwrite)
     trusted = options.trust_remote_code
     notes: tuple[str, ...] = ()
-    if source.is_kphi3:
+    if not source.has_weights:
+        reason = "a folder without weights"
+    elif source.is_kphi3:
         reason = "a published kphi-3 checkpoint"
     else:
         # Everything that can be wrong with the recipe is found before gigabytes are read.
@@ -99,7 +105,7 @@ def convert(model: str | Path, options: ConvertOptions) -> Conversion:
         )
     work.discard()  # checked above: there is nothing, or it may go
     with memory_of(request.device, work):
-        return _convert_in_memory(request, notes)
+        return _convert_in_memory(request, notes) if source.has_weights else convert_drawn(request)
 
 
 def _request(model: str | Path, options: ConvertOptions) -> Request:
@@ -107,10 +113,13 @@ def _request(model: str | Path, options: ConvertOptions) -> Request:
 
     Raises:
         RecipeError: if no recipe is given and the model is not slim already.
+        CheckpointError: if the model has no weights, and none are to be drawn.
     """
     recipe = None if options.recipe is None else Recipe.of(options.recipe)
     shard_size = parse_size(options.max_shard_size)
-    source = open_source(model, trust_remote_code=options.trust_remote_code)
+    source = open_source(model, trust_remote_code=options.trust_remote_code, or_none=True)
+    if not source.has_weights:
+        check_drawn(source.given, options.init)
     if recipe is None:
         if not source.is_kphi3:
             raise RecipeError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmslim.anatomy.sites import dense_weight
-from llmslim.editing.plans import SitePlan
+from llmslim.editing.plans import Plan, SitePlan
 from llmslim.errors import SlimError
 from llmslim.init import Method, Target, initialise, method_named, wide
 from llmslim.modeling.experts import Experts
@@ -141,6 +141,33 @@ def fill_expert(experts: Experts, expert: int, target: Target, method: Method) -
     error = initialise(block, target, method)
     experts.store(expert, block)
     return error
+
+
+def draw_blocks(model: nn.Module, plan: Plan, method: Method, seed: int) -> None:
+    """Fill every block of a model by a method that reads no dense weight, in place.
+
+    Args:
+        model: with the blocks of the plan in place, and perhaps others that its config describes.
+        plan: names the dense map whose place each block has; the block draws what it would draw if
+            it replaced that map.
+        method: how.
+        seed: of all of them.
+    """
+    replaced = {site.new_name: site.name for site in plan.sites}
+    for name, block in list(model.named_modules()):
+        origin = replaced.get(name, name)
+        if isinstance(block, StructuredLinear):
+            initialise(block, _nothing(block.spec(), seed_of(origin, seed)), method)
+        elif isinstance(block, Experts):
+            for expert in range(block.experts):
+                target = _nothing(block.block_spec, seed_of(f"{origin}.{expert}", seed))
+                fill_expert(block, expert, target, method)
+
+
+def _nothing(spec: dict[str, Any], seed: int) -> Target:
+    """Return a target that has sizes and a seed, and no weight to read."""
+    shape = spec["out_features"], spec["in_features"]
+    return Target(torch.empty(shape, device="meta"), None, seed)
 
 
 def _dense_at(model: nn.Module, name: str) -> Any:

@@ -67,11 +67,16 @@ def slim_config_class(base: type[PreTrainedConfig]) -> Any:
     # Only a model class needs the rest, and importing it first would import it in a circle.
     from transformers import AutoModelForCausalLM
 
-    from .base_class import auto_classes
+    from .base_class import auto_classes, listed_classes
     from .modeling_llmslim import SlimForCausalLM
 
-    for auto in auto_classes(base).values() or (AutoModelForCausalLM,):
-        auto.register(cls, SlimForCausalLM, exist_ok=True)
+    known = auto_classes(base)
+    for auto in known.values() or (AutoModelForCausalLM,):
+        factory: Any = SlimForCausalLM
+        if known:  # pipelines look for the model's own name among those that are registered
+            name = f"Slim{next(listed_classes(auto, base)).__name__}"
+            factory = type(name, (SlimForCausalLM,), {"__module__": __name__})
+        auto.register(cls, factory, exist_ok=True)
     _classes[base] = cls
     return cls
 

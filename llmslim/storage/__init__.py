@@ -15,6 +15,7 @@ from .finite import check_finite as check_finite
 from .finite import explain_nonfinite as explain_nonfinite
 from .finite import nonfinite_notes as nonfinite_notes
 from .finite import nonfinite_tensors as nonfinite_tensors
+from .load import check_dtype as check_dtype
 from .load import load_model as load_model
 from .load import load_tokenizer as load_tokenizer
 from .load import type_notes as type_notes
@@ -30,6 +31,8 @@ from .manifest import write_manifest as write_manifest
 from .pieces import NotInPiecesError as NotInPiecesError
 from .pieces import Piece as Piece
 from .pieces import Pieces as Pieces
+from .pieces import config_in as config_in
+from .pieces import generation_config as generation_config
 from .pieces import model_without_weights as model_without_weights
 from .rundir import RUN as RUN
 from .rundir import RunDir as RunDir

@@ -57,8 +57,7 @@ def load_model(
     Raises:
         CheckpointError: if the files cannot be loaded, or do not hold every weight of the model.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise CheckpointError(f"dtype: {dtype!r}; allowed {', '.join(DTYPES)}.")
+    check_dtype(dtype)
     if source.path is None:
         raise CheckpointError(f"{source.given}: has no folder to load weights from.")
     if source.is_kphi3:
@@ -91,6 +90,19 @@ def load_model(
     if chosen is None and (exact := loses_values(model, entries)):
         return _from_pretrained(source, {**options, "dtype": exact})
     return model
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Refuse a type that no model may be loaded or made in.
+
+    Args:
+        dtype: its name, None for whatever the model has.
+
+    Raises:
+        CheckpointError: if it is none of `DTYPES`.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise CheckpointError(f"dtype: {dtype!r}; allowed {', '.join(DTYPES)}.")
 
 
 def load_tokenizer(

@@ -157,7 +157,7 @@ def input_files(source: Source) -> list[Path]:
     if source.gguf_file is not None:
         return [source.path / source.gguf_file]
     small = {path for pattern in _INPUTS for path in source.path.glob(pattern) if path.is_file()}
-    return sorted({*small, *weight_files(source.path)})
+    return sorted({*small, *(weight_files(source.path) if source.has_weights else ())})
 
 
 def _describe(folder: Path, files: Iterable[Path], known: Mapping[Path, str]) -> dict[str, Any]:

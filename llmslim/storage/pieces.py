@@ -231,7 +231,7 @@ class Pieces:
         model.config.name_or_path = str(self.source.path)
         if model.can_generate():
             with quiet():
-                model.generation_config = _generation_config(self.source.path)
+                model.generation_config = generation_config(self.source.path)
         model.eval()
         return model
 
@@ -318,6 +318,16 @@ def model_without_weights(
         where: whose config it is, for messages.
         trust_remote_code: as for `open_source`.
     """
+    return empty_model(config_in(config, dtype), where, trust_remote_code=trust_remote_code)
+
+
+def config_in(config: PreTrainedConfig, dtype: str | torch.dtype) -> PreTrainedConfig:
+    """Return a copy of a config, of the class that Auto classes know, for weights of a type.
+
+    Args:
+        config: of a causal language model; not changed.
+        dtype: of its weights.
+    """
     config = copy.deepcopy(config)
     config.__class__ = plain_class(config)  # the one that Auto classes know
     chosen = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -325,11 +335,14 @@ def model_without_weights(
     for part in (config, *parts):
         if part is not None:
             part.dtype = chosen
-    return empty_model(config, where, trust_remote_code=trust_remote_code)
+    return config
 
 
-def _generation_config(folder: Path) -> GenerationConfig:
+def generation_config(folder: Path) -> GenerationConfig:
     """Read what `from_pretrained` reads.
+
+    Args:
+        folder: of a model.
 
     Raises:
         CheckpointError: if it has values that no generation config can have.

@@ -156,6 +156,12 @@ def check_types(tensors: Mapping[str, Tensor]) -> None:
         )
 
 
+def has_weights(folder: Path) -> bool:
+    """Return whether a folder holds weights, whole or not, in any format, or an index of some."""
+    kinds = ("*.safetensors", "*.index.json", "*.gguf", *_PICKLES)
+    return any(any(folder.glob(kind)) for kind in kinds)
+
+
 def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files that make up a model, each inside the folder.
 

@@ -35,7 +35,7 @@ from .config import adapter_note, check_config, check_folder, check_head, check_
 from .gguf_header import check_gguf
 from .kphi3 import kphi3_config
 from .kphi3_layout import is_kphi3_config
-from .safetensors_io import hub_snapshot, read_json, read_weights
+from .safetensors_io import has_weights, hub_snapshot, read_json, read_weights
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _MAX_HUB_ID = 200
@@ -54,6 +54,8 @@ class Source:
     config: PreTrainedConfig
     is_kphi3: bool
     """Whether it is a published kphi-3 checkpoint, which `kphi3` reads."""
+    has_weights: bool = True
+    """Whether its files hold weights; without them it can be planned, and weights drawn for it."""
 
     @property
     def name(self) -> str:
@@ -71,7 +73,11 @@ class Source:
 
 
 def open_source(
-    model: str | Path, *, trust_remote_code: bool = False, weights: bool = True
+    model: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    weights: bool = True,
+    or_none: bool = False,
 ) -> Source:
     """Find a model and check its files.
 
@@ -79,6 +85,8 @@ def open_source(
         model: a folder, a .gguf file, or a model's name on the hub, which is downloaded.
         trust_remote_code: run the Python files that come with the model, where it needs them.
         weights: whether weights are needed; without, a folder with only config.json will do.
+        or_none: with `weights`, accept a folder that has none at all; those that are there are
+            needed as ever.
 
     Raises:
         CheckpointError: if there is no such model, or its files are not whole.
@@ -115,14 +123,15 @@ def open_source(
     check_folder(folder)
     config_dict = read_json(folder / "config.json")
     check_config(config_dict, folder / "config.json")
-    if weights:
+    there = has_weights(folder)
+    if weights and (there or not or_none):
         check_quantisation(config_dict, given)
         read_weights(folder)
     if is_kphi3_config(config_dict):
-        return Source(given, folder, None, kphi3_config(folder), is_kphi3=True)
+        return Source(given, folder, None, kphi3_config(folder), is_kphi3=True, has_weights=there)
     config = _read_config(given, folder, config_dict, trust_remote_code)
     check_head(config, folder, given)
-    return Source(given, folder, None, config, is_kphi3=False)
+    return Source(given, folder, None, config, is_kphi3=False, has_weights=there)
 
 
 def empty_model(

@@ -243,4 +243,32 @@ MUTATIONS = (
         "paths of this machine are published",
         "tests/test_healing_checkpoint.py::test_report_recipe_history_and_picture_are_in_the_folder",
     ),
+    change(
+        "llmslim/conversion/drawn.py",
+        "torch.manual_seed(options.seed)",
+        "torch.manual_seed(0)",
+        "another seed gives the same embeddings",
+        "tests/test_drawn.py::test_a_dense_model_is_what_transformers_draws",
+    ),
+    change(
+        "llmslim/conversion/drawn.py",
+        "    editing.draw_blocks(model, plan, method_named(options.init), options.seed)\n",
+        "",
+        "blocks are drawn at another scale than the one asked for",
+        "tests/test_drawn.py::test_blocks_are_those_that_would_replace_trained_maps",
+    ),
+    change(
+        "llmslim/conversion/drawn.py",
+        "if method is None or method.fits:",
+        "if method is None:",
+        "blocks that are to be fitted are filled with anything",
+        "tests/test_drawn.py::test_without_the_option_a_folder_without_weights_is_an_error_that_names_it",
+    ),
+    change(
+        "llmslim/storage/safetensors_io.py",
+        'kinds = ("*.safetensors", "*.index.json", "*.gguf", *_PICKLES)',
+        'kinds = ("*.safetensors", "*.gguf")',
+        "weights that are broken are taken for none",
+        "tests/test_drawn.py::test_weights_that_are_broken_are_never_replaced_by_random_ones",
+    ),
 )

@@ -39,8 +39,9 @@ healed (`llmslim heal`)."""
 @click.option(
     "--heal",
     is_flag=True,
-    help="Also train the result, with the recipe's `heal` section and MODEL as the teacher, and "
-    "write that to FOLDER-healed. With --resume, a finished FOLDER is only healed.",
+    help="Also train the result, with the recipe's `heal` section and MODEL as the teacher, if it "
+    "has weights, and write that to FOLDER-healed. With --resume, a finished FOLDER is only "
+    "healed.",
 )
 @click.option("--dry-run", is_flag=True, help="Only show the plan, as `llmslim plan` does.")
 def command(model: str, heal: bool, dry_run: bool, **keywords: Any) -> None:
@@ -54,6 +55,9 @@ def command(model: str, heal: bool, dry_run: bool, **keywords: Any) -> None:
     more than that; only text that the model writes itself, `structure: auto` and training end to
     end take the whole model for a while. A run that was killed or stopped by a full disk (exit
     status 75) continues with --resume. GGUF files are converted in memory and start over.
+
+    A folder with config.json and a tokenizer but no weights becomes a model with random ones, to be
+    trained from scratch, with --init random.
     """
     from llmslim.recipe import Recipe, shipped_recipes
 
@@ -68,19 +72,21 @@ def command(model: str, heal: bool, dry_run: bool, **keywords: Any) -> None:
         _show_plan(model, recipe or Recipe(name="kphi3"), options)
         return
     api = backend()
-    healed = None
+    healed, teacher = None, None
     if heal:
         from llmslim.storage import check_target, open_source
 
         name = recipe.name if recipe else "kphi3"
-        source = open_source(model, trust_remote_code=options.trust_remote_code)
+        source = open_source(model, trust_remote_code=options.trust_remote_code, or_none=True)
+        # Random weights have no dense model to learn from.
+        teacher = model if source.has_weights else None
         out = Path(options.out or f"{source.name}-{name}")
         options = replace(options, out=out)
         healed = out.with_name(f"{out.name}-healed")
         check_target(healed, options.overwrite)  # before hours of work
         if options.resume and (out / "config.json").is_file():  # it is complete
             click.echo(f"{out} is already converted; healing it", err=True)
-            heal_and_show(out, out=healed, teacher=model, resume=True)
+            heal_and_show(out, out=healed, teacher=teacher, resume=True)
             return
     with progress() as moved:
         result = api.convert(model, **vars(replace(options, progress=moved)))
@@ -92,7 +98,7 @@ def command(model: str, heal: bool, dry_run: bool, **keywords: Any) -> None:
     totals = result.report.totals
     if healed is not None:
         again = {"resume": options.resume, "overwrite": options.overwrite}
-        heal_and_show(result.path, out=healed, teacher=model, **again)
+        heal_and_show(result.path, out=healed, teacher=teacher, **again)
     elif totals.params_before != totals.params_after:
         click.echo(_HONEST)
 
