@@ -255,12 +255,30 @@ def _with_widths(
     # llama.cpp's deci takes a layer of no neurons for one without attention.
     widths = {mlp: -(-max(width, 1) // multiple) * multiple for mlp, width in found.items()}
     if len({*widths.values()}) > 1:
-        plain_rope = _rotations(config)[0]["rope_type"] in ("default", "linear", *_FACTORS["deci"])
-        if architecture.like_llama and _rotated(config) == _head_dim(config) and plain_rope:
+        if architecture.like_llama and _fits_deci(config):
             architecture = replace(architecture, name="deci", rotates_pairs=True)
         else:
             widths = dict.fromkeys(widths, max(widths.values()))
     return architecture, plain.padded(widths), list(widths.values())
+
+
+def _fits_deci(config: Any) -> bool:
+    """Return whether llama.cpp's `deci` computes a Llama's attention as this config has it."""
+    head = _head_dim(config)
+    known = _rotations(config)[0]["rope_type"] in ("default", "linear", *_FACTORS["deci"])
+    whole = head * config.num_attention_heads == config.hidden_size
+    return known and whole and _rotated(config) == head
+
+
+def _context(config: Any, architecture: _Architecture) -> int:
+    """Return for how many tokens llama.cpp computes what the model does.
+
+    Where its architecture knows no window, that is the window.
+    """
+    longest, window = config.max_position_embeddings, getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    ignored = window and not architecture.period and "sliding_attention" in kinds
+    return min(longest, window) if ignored else longest
 
 
 def _keys(plain: PlainModel, architecture: _Architecture, widths: list[int]) -> dict[str, Any]:
@@ -270,7 +288,7 @@ def _keys(plain: PlainModel, architecture: _Architecture, widths: list[int]) -> 
     full, sliding = _rotations(config)
     keys: dict[str, Any] = {
         "block_count": config.num_hidden_layers,
-        "context_length": config.max_position_embeddings,
+        "context_length": _context(config, architecture),
         "embedding_length": config.hidden_size,
         "feed_forward_length": widths if architecture.name == "deci" else widths[0],
         "vocab_size": plain.weights["model.embed_tokens.weight"].shape[0],

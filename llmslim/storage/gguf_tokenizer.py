@@ -63,8 +63,8 @@ def add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase | None, rows: 
         _refuse(type(tokenizer).__name__)
     data = json.loads(backend.to_str())
     model = data["model"]
-    if model["type"] != "BPE":
-        _refuse(f"{model['type']} (BPE is known)")
+    if model["type"] != "BPE" or not model["merges"]:
+        _refuse(f"{model['type']}, or without merges")
     tokens, kinds = _tokens(data, rows)
     if model.get("byte_fallback"):
         writer.add_tokenizer_model("llama")
