@@ -169,17 +169,12 @@ def test_fused_projections_are_split_where_layers_keep_their_widths(tmp_path: Pa
         assert torch.equal(found[f"blk.0.{name}.weight"], rows)
 
 
-@pytest.mark.parametrize("changes", [{}, {"head_dim": 16}])
-def test_where_one_width_is_needed_it_is_the_widest(tmp_path: Path, changes: Any) -> None:
+@pytest.mark.parametrize(("name", "changes"), [("qwen3", {}), ("llama", {"head_dim": 16})])
+def test_where_one_width_is_needed_it_is_the_widest(
+    tmp_path: Path, name: str, changes: Any
+) -> None:
     """llama.cpp has no Qwen3 of several widths; its deci has no heads of a size of their own."""
-    if changes:
-        config = tf.LlamaConfig(**{**tiny_model("llama").config.to_dict(), **changes})
-        model = tf.LlamaForCausalLM(config).eval()
-        rule = {"match": "*.layers.[012].mlp.*", "structure": "width", "keep_ratio": 0.5}
-        api.slim(model, {"name": "narrow", "init": "project", "replace": [rule]})
-    else:
-        model = narrowed("qwen3")
-    name = "llama" if changes else "qwen3"
+    model = narrowed(name, **changes)
     out = write(model, tmp_path / "m.gguf", quantize="f32")
     keys, found = keys_of(out), tensors_of(out)
     assert keys["general.architecture"] == name
@@ -467,6 +462,11 @@ def test_the_verb_and_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         api.export_gguf(folder, out, overwrite=True)
 
 
+def partial_phi3() -> Any:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    return narrowed("phi3", rope_parameters=rope)
+
+
 def long_phi3() -> Any:
     factors = {"short_factor": [1.0, 1.1, 1.3, 1.5, 1.9, 2.1], "long_factor": [2.0] * 6}
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
@@ -477,6 +477,7 @@ def long_phi3() -> Any:
 MODELS = {
     "llama": lambda: tiny_model("llama"),
     "llama, widths": lambda: narrowed("llama"),
+    "llama, heads of another size": lambda: narrowed("llama", head_dim=16),
     "llama, rope": lambda: with_rope("llama3"),
     "llama, rope and widths": lambda: with_rope("llama3", narrow=True),
     "llama, linear rope": lambda: with_rope("linear", narrow=True),
@@ -486,6 +487,7 @@ MODELS = {
     "qwen3": lambda: narrowed("qwen3"),
     "phi3": lambda: tiny_model("phi3"),
     "phi3, widths": lambda: narrowed("phi3"),
+    "phi3, partial rotation": partial_phi3,
     "phi3, longrope": long_phi3,
     "gemma": lambda: narrowed("gemma"),
     "gemma2": lambda: gemma("gemma2"),

@@ -116,9 +116,8 @@ def plain_model(model: PreTrainedModel) -> PlainModel:
     base, config = base_of(model)
     skeleton = _skeleton(base, config)
     weights = {name: stored(tensor) for name, tensor in model.state_dict().items()}
-    slim = isinstance(model, SlimModelMixin)
-    sites = set(model.config.llmslim["sites"]) if slim else set()
-    shared = other_names(model, sites)
+    sites = list(model.config.llmslim["sites"]) if isinstance(model, SlimModelMixin) else []
+    shared = other_names(model, {*sites})
     for name in (each for site in sites for each in (site, *shared.get(site, ()))):
         for key in [key for key in weights if key.startswith(f"{name}.")]:
             del weights[key]
@@ -127,6 +126,8 @@ def plain_model(model: PreTrainedModel) -> PlainModel:
         both = one in weights and other in weights
         if both and not torch.equal(weights[one].tensor(), weights[other].tensor()):
             config.tie_word_embeddings = False
+    order = [*skeleton.state_dict(), *weights]
+    weights = {name: weights[name] for name in order if name in weights}
     return PlainModel(base, config, weights, skeleton)
 
 

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llmslim.atomic import check_file_target, disk_problem, replacing
+from llmslim.compat import scaled_rotation
 from llmslim.errors import CheckpointError
 from llmslim.options import QUANTIZATIONS
 
@@ -305,7 +305,7 @@ def _keys(plain: PlainModel, architecture: _Architecture, widths: list[int]) -> 
     if architecture.name == "phi3":
         keys["rope.scaling.original_context_length"] = config.original_max_position_embeddings
         if full["rope_type"] == "longrope":
-            keys["rope.scaling.attn_factor"] = float(ROPE_INIT_FUNCTIONS["longrope"](config)[1])
+            keys["rope.scaling.attn_factor"] = scaled_rotation(config)[1]
     if architecture.name in ("phi3", "gemma2", "gemma3") and config.sliding_window:
         keys["attention.sliding_window"] = config.sliding_window
     if architecture.name == "gemma2":
@@ -394,7 +394,7 @@ def _rotation_factors(config: Any) -> dict[str, Tensor]:
         return {}
     size = _rotated(config)
     plain = full["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
-    return {"rope_freqs.weight": plain / ROPE_INIT_FUNCTIONS["llama3"](config)[0]}
+    return {"rope_freqs.weight": plain / scaled_rotation(config)[0]}
 
 
 def _write_tensors(writer: Any, tensors: Mapping[str, Weight], quantize: str) -> None:
