@@ -1,4 +1,4 @@
-"""The public verbs: plan, slim, convert, heal, evaluate, load, save, export_dense and verify.
+"""The public verbs, from `plan` to `verify`.
 
 Each is a few calls into the layers below and prints nothing. `convert` is defined with the rest of
 `llmslim.conversion`.
@@ -29,6 +29,7 @@ from llmslim.storage import (
     Source,
     Verification,
     check_finite,
+    check_gguf_export,
     check_keeps_source,
     check_target,
     dense_copy,
@@ -38,6 +39,7 @@ from llmslim.storage import (
     open_source,
     verify_folder,
     write_checkpoint,
+    write_gguf,
 )
 
 if TYPE_CHECKING:  # import the Trainer or scipy's distributions, which few verbs need
@@ -330,6 +332,38 @@ def export_dense(
     return write_checkpoint(dense, target, source=source, tokenizer=tokenizer, overwrite=overwrite)
 
 
+def export_gguf(
+    path: str | Path,
+    out: str | Path,
+    *,
+    quantize: str = "f16",
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
+) -> Path:
+    """Write a model as a GGUF file for llama.cpp, with its tokenizer and chat template.
+
+    Blocks are multiplied out. Layers of different widths keep them where llama.cpp can read that
+    (its architecture `deci`: Llama, Mistral, Qwen2, Phi-3), and are padded with zeros elsewhere.
+
+    Args:
+        path: a slim checkpoint or any other causal language model that llama.cpp knows.
+        out: file to write; must not exist, unless `overwrite`.
+        quantize: `f32`, `f16`, `q8_0` or `q4_0`: the type of its matrices.
+        overwrite: replace an existing file once the new one is complete.
+        allow_nonfinite: accept weights that are NaN or infinite.
+
+    Raises:
+        CheckpointError: if llama.cpp has no form for the model or its tokenizer, the model has
+            such weights, or the package `gguf` is missing.
+    """
+    target = Path(out)
+    check_gguf_export(target, quantize, overwrite=overwrite)
+    source = open_source(path)
+    model = _load(source, allow_nonfinite=allow_nonfinite)
+    tokenizer = load_tokenizer(source)
+    return write_gguf(model, target, name=source.name, tokenizer=tokenizer, quantize=quantize)
+
+
 def verify(path: str | Path) -> Verification:
     """Compare a checkpoint with its manifest: missing, added and changed files.
 
@@ -347,6 +381,7 @@ __all__ = [
     "convert",
     "evaluate",
     "export_dense",
+    "export_gguf",
     "heal",
     "load",
     "plan",

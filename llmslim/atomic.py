@@ -90,9 +90,42 @@ def check_target(out: Path, overwrite: bool = False) -> None:
                 f"{out}: holds files but no config.json; only a checkpoint or an empty folder can "
                 "be overwritten. Choose another name."
             )
-    parent = next(folder for folder in target.parents if os.path.exists(folder))  # noqa: PTH110  (long names)
+    _check_parent(out)
+
+
+def _check_parent(out: Path) -> None:
+    """Refuse a target that nothing can be written beside.
+
+    Raises:
+        CheckpointError: if its folder is none, or closed.
+    """
+    parents = resolved(out).parents
+    parent = next(folder for folder in parents if os.path.exists(folder))  # noqa: PTH110  (long names)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise CheckpointError(f"{out}: {parent} is not a folder that you can write to.")
+
+
+def check_file_target(out: Path, overwrite: bool = False) -> None:
+    """Refuse a file that cannot be written, before any work is done for it.
+
+    Args:
+        out: the file to write.
+        overwrite: whether a file that is there already may be replaced.
+
+    Raises:
+        CheckpointError: if a folder is there, a file that may not be replaced, or nothing can be
+            written beside it.
+    """
+    resolved(out)
+    if os.path.lexists(out):
+        if out.is_dir():
+            raise CheckpointError(f"{out}: a folder; a file is written. Add a name for it.")
+        if not overwrite:
+            raise CheckpointError(
+                f"{out}: exists already. Choose another name, or pass overwrite (--overwrite) to "
+                "replace it."
+            )
+    _check_parent(out)
 
 
 @contextmanager
@@ -135,12 +168,19 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a path to write a file to, which takes the place of `path` once it is on the disk."""
+    """Yield a path to write a file to, which takes the place of `path` once it is on the disk.
+
+    After an error it is removed, and `path` as it was.
+    """
     partial = path.with_name(f".{path.name}.new")
     partial.unlink(missing_ok=True)
-    yield partial
-    flush(partial)
-    partial.replace(path)
+    try:
+        yield partial
+        flush(partial)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     flush(path.parent)
 
 

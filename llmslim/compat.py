@@ -29,6 +29,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.initialization import no_init_weights
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import LoadStateDictConfig, remove_tied_weights_from_state_dict
 
 from llmslim.modeling.compat import INITIALIZED
@@ -197,6 +198,17 @@ def generation_settings(folder: Path) -> GenerationConfig:
     return GenerationConfig.from_pretrained(
         folder, config_file_name="config.json", _from_model_config=True
     )
+
+
+def scaled_rotation(config: Any) -> tuple[Tensor, float]:
+    """Return the frequencies of a scaled rotation, (channels / 2), and the factor on its output.
+
+    Args:
+        config: of a text model whose `rope_parameters` are one set, and not of type `default`.
+    """
+    kind = config.rope_parameters["rope_type"]
+    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    return frequencies, float(factor)
 
 
 def render_with_answers(

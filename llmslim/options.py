@@ -32,6 +32,9 @@ Keywords = ParamSpec("Keywords")
 Options = TypeVar("Options")
 Result = TypeVar("Result")
 
+QUANTIZATIONS = ("f32", "f16", "q8_0", "q4_0")
+"""Types that a GGUF file may have its matrices in."""
+
 _PYTHON_ONLY: Mapping[str, Any] = {"flags": ()}
 _IN_KEY: Mapping[str, Any] = {"in_key": True}
 

@@ -122,11 +122,86 @@ def test_layers_of_one_other_width_export_through_the_config(tmp_path: Path) -> 
     assert torch.equal(logits(dense, tokens()), logits(slim, tokens()))
 
 
+WIDTHS = {"structure": "width", "keep_ratio": 0.5}, {"structure": "width", "keep_ratio": 0.75}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "layers", "rows", "columns"),
+    [
+        ("llama", {"mlp_bias": True}, "model.layers", ("gate_proj", "up_proj"), "down_proj"),
+        ("qwen2", {}, "model.layers", ("gate_proj", "up_proj"), "down_proj"),
+        ("gemma", {}, "model.layers", ("gate_proj", "up_proj"), "down_proj"),
+        ("phi3", {}, "model.layers", ("gate_up_proj",), "down_proj"),
+        ("gpt2", {}, "transformer.h", ("c_fc",), "c_proj"),
+        ("bloom", {}, "transformer.h", ("dense_h_to_4h",), "dense_4h_to_h"),
+    ],
+)
+def test_narrow_mlps_are_filled_up_with_zeros_to_the_widest(
+    architecture: str, changes: Any, layers: str, rows: tuple[str, ...], columns: str
+) -> None:
+    slim = tiny_model(architecture, **changes)
+    full = slim.get_submodule(f"{layers}.0.mlp.{columns}").weight.shape
+    neurons = max(full)
+    rules = [
+        {"match": f"{layers}.0.mlp.*", **WIDTHS[0]},
+        {"match": f"{layers}.[123].mlp.*", **WIDTHS[1]},
+    ]
+    api.slim(slim, {"name": "narrow", "init": "project", "replace": rules})
+    dense = dense_copy(slim)
+    assert type(dense) is type(tiny_model(architecture))
+    assert torch.equal(logits(dense, tokens()), logits(slim, tokens()))
+
+    widest = neurons * 3 // 4
+    # Nothing in BLOOM's config sizes its MLPs: they get back all of their neurons.
+    wanted = neurons if architecture == "bloom" else widest
+    for i, kept in enumerate([neurons // 2, widest, widest, widest]):
+        mlp, was = (each.get_submodule(f"{layers}.{i}.mlp") for each in (dense, slim))
+        weight, old = mlp.get_submodule(columns).weight, was.get_submodule(columns).weight
+        if architecture == "gpt2":
+            weight, old = weight.t(), old.t()
+        assert weight.shape == (48, wanted)
+        assert torch.equal(weight[:, :kept], old)
+        assert not weight[:, kept:].any()
+        for name in rows:
+            new, old = mlp.get_submodule(name), was.get_submodule(name)
+            parts = 2 if name == "gate_up_proj" else 1
+            for key, tensor in old.state_dict().items():
+                transposed = architecture == "gpt2" and key == "weight"
+                now, before = new.state_dict()[key], tensor
+                now, before = (now.t(), before.t()) if transposed else (now, before)
+                for part, half in zip(now.chunk(parts), before.chunk(parts), strict=True):
+                    assert len(part) == wanted
+                    assert torch.equal(part[:kept], half)
+                    assert not part[kept:].any()
+
+
+def test_a_narrow_mlp_with_blocks_is_multiplied_out_and_filled_up(tmp_path: Path) -> None:
+    slim = tiny_model("llama")
+    block = {"structure": "low_rank", "rank": 6, "neurons": 0.75}
+    rules = [
+        {"match": "model.layers.0.mlp.*", **block},
+        {"match": "model.layers.[12].mlp.*", **WIDTHS[0]},
+        {"match": "model.layers.3.mlp.*", "structure": "width", "keep_ratio": 0.25},
+    ]
+    api.slim(slim, {"name": "both", "init": "project", "replace": rules})
+    out = write_checkpoint(dense_copy(slim), tmp_path / "dense")
+    with quiet():
+        dense = AutoModelForCausalLM.from_pretrained(out)
+    assert type(dense) is LlamaForCausalLM
+    assert dense.config.intermediate_size == 72
+    torch.testing.assert_close(
+        logits(dense, tokens()), logits(slim, tokens()), atol=1e-4, rtol=1e-4
+    )
+
+
 def test_what_has_no_ordinary_form() -> None:
     with pytest.raises(CheckpointError, match=r"^LlamaForCausalLM: "):
         dense_copy(tiny_model("llama"))
-    with pytest.raises(CheckpointError, match=r"mlp\..*_proj\.weight: \[48, 40\], and 11 "):
-        dense_copy(narrow(tiny_model("llama"), [40, 40, 40, 32]))
+    slim = narrow(tiny_model("llama"), [])
+    site = "model.layers.0.self_attn.v_proj"  # a size that no field and no zeros make up for
+    set_module(slim, site, nn.Linear(48, 20, bias=False))
+    with pytest.raises(CheckpointError, match=rf"{site}\.weight: \[20, 48\], and 0 "):
+        dense_copy(slim)
     active = {**GROUPED, "variant": "residual", "activation": "relu"}
     with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.up_proj: .*'relu'"):
         dense_copy(make_slim(tiny_model("llama"), {"up_proj": active}))

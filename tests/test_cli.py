@@ -116,6 +116,10 @@ def test_module_and_version():
         ["generate", "model", "prompt", "--temperature", "-1"],
         ["export", "slim", "--dense"],
         ["export", "slim", "--out", "out"],
+        ["export", "slim", "--dense", "--out", "out", "--gguf", "m.gguf"],
+        ["export", "slim", "--gguf", "m.gguf", "--out", "out"],
+        ["export", "slim", "--gguf", "m.gguf", "--quantize", "q2"],
+        ["export", "slim", "--dense", "--out", "out", "--quantize", "f16"],
         ["recipes", "mlp-half", "--schema"],
     ],
 )

@@ -284,6 +284,15 @@ def test_the_bar_over_gguf_is_hidden_and_comes_back():
 # -- Chat templates and the Trainer.
 
 
+def test_the_frequencies_of_a_scaled_rotation():
+    rope = {"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0}
+    config = LlamaConfig(hidden_size=16, num_attention_heads=2, rope_parameters=rope)
+    frequencies, factor = compat.scaled_rotation(config)
+    plain = torch.tensor([1.0, 100**-0.25, 100**-0.5, 100**-0.75])
+    torch.testing.assert_close(frequencies, plain / 4)
+    assert factor == 1.0
+
+
 def test_answers_are_found_in_rendered_text():
     template = (
         "{% for turn in messages %}[{% generation %}{{ turn.content }}{% endgeneration %}]"

@@ -36,11 +36,14 @@ _MOST = (
 """What integers may be at most; the first pattern that fits a key holds."""
 
 
-def check_gguf(path: Path) -> None:
+def check_gguf(path: Path) -> str:
     """Refuse a GGUF file whose metadata cannot be true.
 
     Args:
         path: the file.
+
+    Returns:
+        Its architecture, as llama.cpp names it; empty where the file has none.
 
     Raises:
         CheckpointError: if it is no GGUF file, is cut short, or asks for a model beyond all that
@@ -48,7 +51,7 @@ def check_gguf(path: Path) -> None:
     """
     try:
         with path.open("rb") as file:
-            _Header(path, file).check()
+            return _Header(path, file).check()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
 
@@ -61,7 +64,7 @@ class _Header:
         self.size = path.stat().st_size
         self.order = "<"
 
-    def check(self) -> None:
+    def check(self) -> str:
         if self.file.read(4) != _MAGIC:
             self.refuse("does not begin as one")
         version = self.number("I")
@@ -72,9 +75,13 @@ class _Header:
         tensors, keys = self.number("Q"), self.number("Q")
         if tensors > _MAX_TENSORS or keys > _MAX_KEYS:
             self.refuse(f"claims to hold {tensors:,} tensors and {keys:,} keys")
+        architecture = ""
         for _ in range(keys):
-            name = self.name()
-            self.value(name, self.number("I"), 0)
+            name, kind = self.name(), self.number("I")
+            if name == "general.architecture" and kind == _STRING:
+                architecture = self.name()
+            else:
+                self.value(name, kind, 0)
         for _ in range(tensors):
             name, count = self.name(), self.number("I")
             if count > _MAX_DIMENSIONS:
@@ -85,6 +92,7 @@ class _Header:
             self.number("I")
             if self.number("Q") > self.size:
                 self.refuse(f"puts {name} behind its own end")
+        return architecture
 
     def value(self, key: str, kind: int, depth: int) -> None:
         """Pass over a value, and look at it where it is an integer.

@@ -206,7 +206,11 @@ def _download(given: str, trust_remote_code: bool, weights: bool) -> Path:
 
 
 def _open_gguf(given: str, path: Path) -> Source:
-    check_gguf(path)
+    if check_gguf(path) == "deci":
+        raise CheckpointError(
+            f"{path}: layers of different widths (GGUF architecture deci), which llama.cpp reads "
+            "and transformers does not. Use the checkpoint that it was made from."
+        )
     try:
         with quiet():
             # Reads the whole table of tensors, so that a file cut short fails here.

@@ -7,24 +7,55 @@ from pathlib import Path
 import click
 
 from llmslim.cli.settings import backend, settings
+from llmslim.options import QUANTIZATIONS
 
 
 @click.command()
 @click.argument("slim")
-@click.option("--dense", is_flag=True, help="Multiply every block out; the only form so far.")
+@click.option("--dense", is_flag=True, help="Write an ordinary checkpoint to the folder --out.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to write, for --dense.")
 @click.option(
-    "-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write."
+    "--gguf",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write this file for llama.cpp; needs the extra `gguf`.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace the folder if it exists.")
+@click.option(
+    "--quantize",
+    type=click.Choice(QUANTIZATIONS),
+    help="Type of the matrices in a GGUF file.  [default: f16]",
+)
+@click.option("--overwrite", is_flag=True, help="Replace the folder or file if it exists.")
 @click.option("--allow-nonfinite", is_flag=True, help="Accept weights that are NaN or infinite.")
-def command(slim: str, dense: bool, out: Path, overwrite: bool, allow_nonfinite: bool) -> None:
-    """Write SLIM as an ordinary dense model.
+def command(
+    slim: str,
+    dense: bool,
+    out: Path | None,
+    gguf: Path | None,
+    quantize: str | None,
+    overwrite: bool,
+    allow_nonfinite: bool,
+) -> None:
+    """Write SLIM for programs that know no llmslim, with every block multiplied out.
 
-    Programs without llmslim's layers can load the result. It computes the same as SLIM, and is as
-    large as the model that SLIM was made from.
+    --dense writes an ordinary model of the base class, for transformers, vLLM and others. It
+    computes the same as SLIM; MLPs of different widths are filled up with zeros to the widest.
+
+    --gguf writes one file for llama.cpp and what is built on it, with the tokenizer and chat
+    template. Layers keep their widths where llama.cpp can read them.
     """
-    if not dense:
-        raise click.UsageError("Missing option '--dense', the only form so far.")
-    path = backend().export_dense(slim, out, overwrite=overwrite, allow_nonfinite=allow_nonfinite)
+    if dense == (gguf is not None):
+        raise click.UsageError("One of '--dense' and '--gguf FILE' is needed.")
+    options = {"overwrite": overwrite, "allow_nonfinite": allow_nonfinite}
+    if gguf is not None:
+        if out is not None:
+            raise click.UsageError("'--gguf' names the file itself; leave '--out' away.")
+        path = backend().export_gguf(slim, gguf, quantize=quantize or "f16", **options)
+    else:
+        if out is None:
+            raise click.UsageError("Missing option '--out', the folder to write.")
+        if quantize is not None:
+            raise click.UsageError("'--quantize' is for '--gguf' only.")
+        path = backend().export_dense(slim, out, **options)
     settings().written = path
     click.echo(f"wrote {path}")
