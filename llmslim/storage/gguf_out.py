@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -275,10 +276,12 @@ def _context(config: Any, architecture: _Architecture) -> int:
 
     Where its architecture knows no window, that is the window.
     """
-    longest, window = config.max_position_embeddings, getattr(config, "sliding_window", None)
+    longest: int = config.max_position_embeddings
+    window: int | None = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
-    ignored = window and not architecture.period and "sliding_attention" in kinds
-    return min(longest, window) if ignored else longest
+    if window and not architecture.period and "sliding_attention" in kinds:
+        return min(longest, window)
+    return longest
 
 
 def _keys(plain: PlainModel, architecture: _Architecture, widths: list[int]) -> dict[str, Any]:
@@ -350,6 +353,10 @@ def _tensors(
         yield name, stored(factors)
 
 
+def _rows(where: slice, tensor: Tensor) -> Tensor:
+    return tensor[where]
+
+
 def _split(key: str, weight: Weight, config: Any) -> dict[str, Weight]:
     """Return the projections that are fused in Phi-3's, under Llama's names."""
     head = _head_dim(config)
@@ -361,9 +368,8 @@ def _split(key: str, weight: Weight, config: Any) -> dict[str, Weight]:
     leaf = key.split(".")[-2]
     parts, start = {}, 0
     for name, rows in fused.get(leaf, {leaf: weight.shape[0]}).items():
-        parts[key.replace(f"{leaf}.", f"{name}.")] = weight.then(
-            (rows, *weight.shape[1:]), lambda t, start=start, rows=rows: t[start : start + rows]
-        )
+        take = partial(_rows, slice(start, start + rows))
+        parts[key.replace(f"{leaf}.", f"{name}.")] = weight.then((rows, *weight.shape[1:]), take)
         start += rows
     return parts
 
