@@ -266,8 +266,7 @@ def _fits_deci(config: Any) -> bool:
     """Return whether llama.cpp's `deci` computes a Llama's attention as this config has it."""
     head = _head_dim(config)
     known = _rotations(config)[0]["rope_type"] in ("default", "linear", *_FACTORS["deci"])
-    whole = head * config.num_attention_heads == config.hidden_size
-    return known and whole and _rotated(config) == head
+    return known and _rotated(config) == head
 
 
 def _context(config: Any, architecture: _Architecture) -> int:
