@@ -13,6 +13,7 @@ Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -274,7 +275,8 @@ def _context(config: Any, architecture: _Architecture) -> int:
 
     Where its architecture knows no window, that is the window.
     """
-    longest, window = config.max_position_embeddings, getattr(config, "sliding_window", None)
+    longest = int(config.max_position_embeddings)
+    window = int(getattr(config, "sliding_window", None) or 0)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
     ignored = window and not architecture.period and "sliding_attention" in kinds
     return min(longest, window) if ignored else longest
@@ -360,9 +362,8 @@ def _split(key: str, weight: Weight, config: Any) -> dict[str, Weight]:
     leaf = key.split(".")[-2]
     parts, start = {}, 0
     for name, rows in fused.get(leaf, {leaf: weight.shape[0]}).items():
-        parts[key.replace(f"{leaf}.", f"{name}.")] = weight.then(
-            (rows, *weight.shape[1:]), lambda t, start=start, rows=rows: t[start : start + rows]
-        )
+        some = functools.partial(torch.narrow, dim=0, start=start, length=rows)
+        parts[key.replace(f"{leaf}.", f"{name}.")] = weight.then((rows, *weight.shape[1:]), some)
         start += rows
     return parts
 
