@@ -13,9 +13,9 @@ Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -267,8 +267,7 @@ def _fits_deci(config: Any) -> bool:
     """Return whether llama.cpp's `deci` computes a Llama's attention as this config has it."""
     head = _head_dim(config)
     known = _rotations(config)[0]["rope_type"] in ("default", "linear", *_FACTORS["deci"])
-    whole = head * config.num_attention_heads == config.hidden_size
-    return known and whole and _rotated(config) == head
+    return known and _rotated(config) == head
 
 
 def _context(config: Any, architecture: _Architecture) -> int:
@@ -276,12 +275,11 @@ def _context(config: Any, architecture: _Architecture) -> int:
 
     Where its architecture knows no window, that is the window.
     """
-    longest: int = config.max_position_embeddings
-    window: int | None = getattr(config, "sliding_window", None)
+    longest = int(config.max_position_embeddings)
+    window = int(getattr(config, "sliding_window", None) or 0)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
-    if window and not architecture.period and "sliding_attention" in kinds:
-        return min(longest, window)
-    return longest
+    ignored = window and not architecture.period and "sliding_attention" in kinds
+    return min(longest, window) if ignored else longest
 
 
 def _keys(plain: PlainModel, architecture: _Architecture, widths: list[int]) -> dict[str, Any]:
@@ -353,10 +351,6 @@ def _tensors(
         yield name, stored(factors)
 
 
-def _rows(where: slice, tensor: Tensor) -> Tensor:
-    return tensor[where]
-
-
 def _split(key: str, weight: Weight, config: Any) -> dict[str, Weight]:
     """Return the projections that are fused in Phi-3's, under Llama's names."""
     head = _head_dim(config)
@@ -368,8 +362,8 @@ def _split(key: str, weight: Weight, config: Any) -> dict[str, Weight]:
     leaf = key.split(".")[-2]
     parts, start = {}, 0
     for name, rows in fused.get(leaf, {leaf: weight.shape[0]}).items():
-        take = partial(_rows, slice(start, start + rows))
-        parts[key.replace(f"{leaf}.", f"{name}.")] = weight.then((rows, *weight.shape[1:]), take)
+        some = functools.partial(torch.narrow, dim=0, start=start, length=rows)
+        parts[key.replace(f"{leaf}.", f"{name}.")] = weight.then((rows, *weight.shape[1:]), some)
         start += rows
     return parts
 
