@@ -12,6 +12,7 @@ from tiny import tiny_model
 import llmslim
 from llmslim.cli.main import cli
 from llmslim.fitting.cost import fitting_cost
+from llmslim.recipe import Recipe
 
 HIDDEN, WIDTH, LAYERS, VOCABULARY = 48, 96, 4, 96
 ATTENTION = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * HIDDEN // 2  # half as many keys and values
@@ -109,7 +110,8 @@ def test_the_command_line_says_it(tmp_path: Any, command: list[str]) -> None:
     arguments = [command[0], str(tmp_path / "dense"), *command[1:], "--recipe", "mlp-half"]
     result = CliRunner().invoke(cli, arguments)
     assert result.exit_code == 0, result.output
+    tokens = Recipe.load("mlp-half").calibration.tokens
     assert re.search(
-        r"fitting to 32,768 tokens: about [\d.]+ \w+ of memory beside the model and 1 min",
+        rf"fitting to {tokens:,} tokens: about [\d.]+ \w+ of memory beside the model and 1 min",
         result.output,
     )

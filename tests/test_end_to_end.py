@@ -32,7 +32,7 @@ def in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def recipe(*rules: dict[str, Any], steps: int = 16, **more: Any) -> Recipe:
-    refine = {"steps": 0, "end_to_end": {"steps": steps, "lr": 0.02, "tokens": 4 * LENGTH}}
+    refine: Any = {"steps": 0, "end_to_end": {"steps": steps, "lr": 0.02, "tokens": 4 * LENGTH}}
     made = {"name": "tiny", "init": "least_squares", "replace": rules or (WIDTH,)}
     return Recipe.of(made | {"refine": refine} | more)
 
@@ -96,6 +96,40 @@ def test_fewer_layers_and_another_head_are_held_against_the_dense_model(
     assert trained.before == pytest.approx(before, rel=1e-3)
     assert trained.after == pytest.approx(divergence(model, dense, HELD_OUT), rel=1e-3)
     assert trained.after < trained.before
+
+
+@pytest.mark.parametrize("keep_layers", [None, [0, 1, 3]])
+def test_half_of_the_text_is_kept_from_the_layers(
+    keep_layers: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Truths: a fit to the first half alone, and what the dense model's last layer gives."""
+    dense, model, other = (tiny_model("llama") for _ in range(3))
+    depth = {"depth": {"keep_layers": keep_layers}} if keep_layers else {}
+    seen: dict[str, Any] = {}
+
+    def stop(made: Any, _plan: Any, _spec: Any, states: DenseStates, **_: Any) -> Trained:
+        seen.update(weights=copy.deepcopy(made.state_dict()), states=states)
+        return Trained(0, 0, 0)
+
+    monkeypatch.setattr(apply, "train_end_to_end", stop)
+    plan = planning.plan(model, recipe(**depth))
+    fitting.rewrite(model, plan, calibration=fitting.TokenWindows(IDS, HELD_OUT))
+    plain = planning.plan(other, recipe(refine=None, **depth))
+    half = fitting.TokenWindows(IDS[: len(IDS) // 2], HELD_OUT)
+    fitting.rewrite(other, plain, calibration=half)
+    assert all(torch.equal(seen["weights"][name], v) for name, v in other.state_dict().items())
+
+    states = seen["states"]
+    assert states.fitting == len(IDS)
+    assert torch.equal(torch.cat(states.ids), torch.cat((IDS, HELD_OUT)))
+    outputs: list[torch.Tensor] = []
+    layer = dense.model.layers[-1]
+    layer.register_forward_hook(lambda _m, _a, output: outputs.append(output))
+    with torch.no_grad():
+        for ids in states.ids:
+            dense(ids)
+    for ours, theirs in zip(states.hidden, outputs, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 def test_layers_after_the_last_block_count(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,7 +73,7 @@ class LayersOnDisk(LayerStore):
     def resume(self, streams: Streams) -> tuple[int, Streams]:
         """Return the first layer that is not finished, and the streams before it."""
         if self._first:
-            streams = self._files.read(self._first - 1, streams.dense[0])
+            streams = self._read(self._first - 1, streams)
         return self._first, streams
 
     @contextmanager
@@ -93,7 +93,11 @@ class LayersOnDisk(LayerStore):
         digest = self._files.write(index, streams)
         self._finished(self._piece(index), fitted, digest)
         self._files.remove(index - 2)  # the layer after that one is on the disk
-        return self._files.read(index, streams.dense[0])
+        return self._read(index, streams)
+
+    def _read(self, index: int, like: Streams) -> Streams:
+        """Return the streams after a layer, of windows like those of another's."""
+        return self._files.read(index, like.dense[0], len(like.dense) - len(like.slim))
 
     def _overflow_notes(self, streams: Streams) -> list[str]:
         """Return one note where the dense stream, kept in float32, is too large for float16."""
@@ -159,19 +163,20 @@ class _StreamFiles:
             os.fsync(file.fileno())
         return digest.hexdigest()
 
-    def read(self, index: int, like: Tensor) -> Streams:
+    def read(self, index: int, like: Tensor, more: int) -> Streams:
         """Return streams; on the processor, memory-mapped.
 
         Args:
             index: of the layer they come out of.
             like: a window of the same shape and type.
+            more: how many windows more the dense stream has than the slim one.
         """
         values, size, path = like.numel(), like.element_size(), self._path(index)
         room = values + -values % (_ALIGNED // size)
         flat = torch.from_file(str(path), size=path.stat().st_size // size, dtype=like.dtype)
         windows = [part[:values].view(like.shape).to(self._device) for part in flat.split(room)]
-        half = len(windows) // 2
-        return Streams(windows[:half], windows[half:])
+        dense = (len(windows) + more) // 2
+        return Streams(windows[:dense], windows[dense:])
 
     def holds(self, index: int, digest: str) -> bool:
         """Return whether streams are there as they were written."""

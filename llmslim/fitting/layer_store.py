@@ -68,7 +68,7 @@ class Streams(NamedTuple):
     """
 
     dense: list[Tensor]
-    """Of the dense model."""
+    """Of the dense model; it may have further windows at its end."""
     slim: list[Tensor]
     """Of the model with what has been replaced so far."""
 

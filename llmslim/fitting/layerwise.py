@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmslim.anatomy.layer_calls import Extra, fast_type, record_calls, type_taken
+from llmslim.anatomy.layer_calls import Extra, fast_type, record_calls, run_layer, type_taken
 from llmslim.anatomy.sites import find_layers, find_mlps, find_sites
 from llmslim.editing.blocks import fill_site
 from llmslim.editing.plans import Plan
@@ -81,7 +81,9 @@ class _LayerwiseFit:
         self.random = 0
         """Batches with random tokens, which come first; none after the early layers."""
         self.fitting = 0
-        """Batches to fit on; the others are held out."""
+        """Batches to fit on; those after them are held out."""
+        self.unseen = 0
+        """Batches at the end that the layers are not fitted to, for a training end to end."""
         self.extras: list[list[Extra]] = []
         """Arguments of each layer beside the hidden states, for each batch."""
         self.ids: list[Tensor] = []
@@ -107,7 +109,7 @@ class _LayerwiseFit:
         to_fit = [self._has_plans(index) for index in range(len(self.stack))]
         changed = [to_fit[index] or self._dropped(index) for index in range(len(self.stack))]
         last = max((index for index, planned in enumerate(to_fit) if planned), default=-1)
-        if spec is not None and spec.end_to_end is not None:
+        if self._trains:
             last = len(to_fit) - 1  # all that the dense model makes of the text is needed
         whole = Fitted()
         for index in range(first, last + 1):
@@ -116,34 +118,63 @@ class _LayerwiseFit:
                     result, after = self._fit_layer(context, index, streams)
                 else:  # until something changes, both streams are one
                     both = self._pair(index, self.stack[index], streams).outputs(self.stack[index])
-                    result, after = Fitted(), Streams(both, both)
+                    unseen = self._run_unseen(index, self.stack[index], streams)
+                    result, after = Fitted(), Streams([*both, *unseen], both)
                 if index + 1 == self.early:
                     after = Streams(*(stream[self.random :] for stream in after))
                     self._drop_random()
                 streams = self.store.finished(index, result, after)
             whole.add(result)
         if last == len(to_fit) - 1:
-            whole.states = DenseStates(self.ids, streams.dense, self.fitting, self.autocast)
+            whole.states = self._dense_states(streams)
         return whole
 
     def _prepare(self, windows: Tensor, held_out: Tensor) -> Streams:
         """Record what the layers are called with; return the streams before the first one."""
+        # What the layers were fitted to is nearly right already: text that they have not seen is
+        # what a training of the whole model gains from.
+        kept = len(windows) // 2 if self._trains else 0
+        windows, unseen = windows.split((len(windows) - kept, kept))
         copies = windows[:0]
         if any(self._has_plans(index) for index in range(self.early)):
             # The name keeps what is drawn as it was when the method was measured.
             copies = with_random_tokens(windows, self.model.config, self.seed_of("scrambled"))
         with self.store.beginning():
-            size = windows_per_batch((copies, windows, held_out), self.model.device)
-            ids = torch.cat((copies, windows, held_out)).to(self.model.device)
+            parts = [part for part in (copies, windows, held_out, unseen) if len(part)]
+            size = windows_per_batch(parts, self.model.device)
+            ids = torch.cat(parts).to(self.model.device)
             self.ids = list(ids.split(size))
-            self.random = len(copies) // size
+            self.random, self.unseen = len(copies) // size, kept // size
             self.fitting = self.random + len(windows) // size
             layers = list(self.stack)
             calls = record_calls(self.model, layers, self.ids)
             fast = fast_type(self.model.device, self.model.dtype)
             self.autocast = type_taken(layers[0], calls, fast)
         self.extras = calls.extras
-        return Streams(calls.hidden, calls.hidden)
+        return Streams(calls.hidden, calls.hidden[: len(calls.hidden) - self.unseen])
+
+    @property
+    def _trains(self) -> bool:
+        """Whether a training end to end follows."""
+        spec = self.plan.recipe.refine
+        return spec is not None and spec.end_to_end is not None
+
+    def _dense_states(self, streams: Streams) -> DenseStates:
+        """Return what a training goes on from: the text of the fits and the rest, then held-out."""
+        end = len(self.ids) - self.unseen
+        order = [*range(self.fitting), *range(end, len(self.ids)), *range(self.fitting, end)]
+        ids, hidden = ([each[n] for n in order] for each in (self.ids, streams.dense))
+        return DenseStates(ids, hidden, self.fitting + self.unseen, self.autocast)
+
+    def _run_unseen(self, index: int, dense: nn.Module, streams: Streams) -> list[Tensor]:
+        """Return the dense stream after a layer for what is not fitted to."""
+        found = []
+        for n in range(len(streams.slim), len(streams.dense)):
+            extra = self.extras[index][n]
+            output, _ = run_layer(dense, streams.dense[n], extra, autocast=self.autocast)
+            assert output is not None
+            found.append(output)
+        return found
 
     def _prefix(self, index: int) -> str:
         return f"{self.layers.path}.{index}."
@@ -177,12 +208,14 @@ class _LayerwiseFit:
         layer, prefix = self.stack[index], self._prefix(index)
         if self._dropped(index):
             pair = self._pair(index, layer, streams)
-            return Fitted(), Streams(pair.outputs(layer), streams.slim)
-        pair = self._pair(index, self._dense_copy(layer, prefix), streams)
-        fit = LayerFit(context, prefix, pair)
+            unseen = self._run_unseen(index, layer, streams)
+            return Fitted(), Streams([*pair.outputs(layer), *unseen], streams.slim)
+        dense = self._dense_copy(layer, prefix)
+        unseen = self._run_unseen(index, dense, streams)
+        fit = LayerFit(context, prefix, self._pair(index, dense, streams))
         after = fit.run()
         self._fill_unseen(prefix, fit.result)
-        return fit.result, after
+        return fit.result, Streams([*after.dense, *unseen], after.slim)
 
     def _dense_copy(self, layer: nn.Module, prefix: str) -> nn.Module:
         """Return a copy of a layer that stays dense; maps that it shares may be slim by now.
