@@ -238,7 +238,7 @@ MUTATIONS = (
     ),
     change(
         "llmslim/fitting/layerwise.py",
-        "Streams(pair.outputs(layer), streams.slim)",
+        "Streams([*pair.outputs(layer), *unseen], streams.slim)",
         "Streams(pair.outputs(layer), pair.outputs(layer))",
         "a dropped layer still runs in the slim stream",
         "tests/test_sequential.py::test_with_dropped_layers_the_next_one_repairs",
@@ -305,6 +305,13 @@ MUTATIONS = (
         "pass",
         "the dense predictions lack the layers after the last block",
         "tests/test_end_to_end.py::test_layers_after_the_last_block_count",
+    ),
+    change(
+        "llmslim/fitting/layerwise.py",
+        "kept = len(windows) // 2 if self._trains else 0",
+        "kept = 0",
+        "the training sees nothing that the layers were not fitted to",
+        "tests/test_end_to_end.py::test_half_of_the_text_is_kept_from_the_layers",
     ),
     change(
         "llmslim/fitting/end_to_end.py",
