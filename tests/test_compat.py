@@ -58,7 +58,7 @@ def test_a_mark_of_the_class_stays():
     assert getattr(stack, modeling_compat.INITIALIZED)
 
 
-def test_auto_classes_build_by_a_factory():
+def test_auto_classes_build_by_a_factory(monkeypatch):
     class Config(LlamaConfig):
         model_type = "llmslim-test"
 
@@ -68,6 +68,9 @@ def test_auto_classes_build_by_a_factory():
             return compat.build_from_config(LlamaForCausalLM, config, **kwargs)
 
     auto = type("Auto", (AutoModelForCausalLM,), {})
+    known = AutoModelForCausalLM._model_mapping
+    # A copy takes the place of the original here, which pipelines look at.
+    monkeypatch.setattr(known._model_mapping, "_model_mapping", known)
     auto._model_mapping = copy.copy(AutoModelForCausalLM._model_mapping)
     auto._model_mapping._extra_content = {Config: Factory}
     config = Config(**tiny_model("llama").config.to_dict())

@@ -40,8 +40,8 @@ class Estimate:
             values: of windows, one at least.
 
         Example:
-            >>> Estimate.of([1.0, 2.0, 3.0])
-            Estimate(mean=2.0, low=-0.4841377117195182, high=4.484137711719518)
+            >>> Estimate.of([1.0, 2.0, 3.0]).map(lambda value: round(value, 3))
+            Estimate(mean=2.0, low=-0.484, high=4.484)
         """
         count = len(values)
         mean = math.fsum(values) / count

@@ -6,6 +6,41 @@ from ._mutation import change
 
 MUTATIONS = (
     change(
+        "llmslim/evaluation/scores.py",
+        "math.sqrt(variance / count)",
+        "math.sqrt(variance)",
+        "intervals are those of a window, not of the mean",
+        "tests/test_evaluate.py::test_an_interval_covers_the_mean_as_often_as_it_says",
+    ),
+    change(
+        "llmslim/evaluation/texts.py",
+        "zip(logits_LV[:-1].split(_ROWS), ids_L[1:].split(_ROWS), strict=True)",
+        "zip(logits_LV[:-1].split(_ROWS), ids_L[:-1].split(_ROWS), strict=True)",
+        "a token is predicted from itself",
+        "tests/test_evaluate.py::test_scores_are_those_of_a_plain_loop",
+    ),
+    change(
+        "llmslim/evaluation/texts.py",
+        "divergence(log_p_TV, log_q_TV).sum()",
+        "divergence(log_q_TV, log_p_TV).sum()",
+        "the divergence is the other way round",
+        "tests/test_evaluate.py::test_scores_are_those_of_a_plain_loop",
+    ),
+    change(
+        "llmslim/evaluation/run.py",
+        "and (dense is None or one.divergence is not None)",
+        "and True",
+        "--resume never compares with the dense model",
+        "tests/test_evaluate.py::test_resume_leaves_out_what_is_kept",
+    ),
+    change(
+        "llmslim/storage/manifest.py",
+        "files = all_files(path, MANIFEST, EVALUATION)",
+        "files = all_files(path, MANIFEST)",
+        "an evaluation makes verify fail",
+        "tests/test_evaluate.py::test_scores_are_kept_beside_a_checkpoint_and_shown",
+    ),
+    change(
         "llmslim/recipe/match.py",
         "if rule.is_for(role) and any(",
         "if rule.is_for(role) or any(",
