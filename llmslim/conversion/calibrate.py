@@ -40,7 +40,7 @@ def read_text(
 
     if not given or not request.adds_own_text:
         return read(spec)
-    # Nobody asked for the model's own text: it is no reason to stop.
+    # The model's own text was added by default: that is no reason to stop.
     why = "the model is too large for the memory"
     if whole is None or whole.fits:
         try:

@@ -158,7 +158,7 @@ class _Streamed:
         """Write every piece that is not done yet, fitted to text where there is some.
 
         Returns:
-            What a training end to end goes on from, where there is one.
+            What a training end to end starts from, where there is one.
         """
         states = None
         with self.finished:

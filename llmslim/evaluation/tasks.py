@@ -49,7 +49,7 @@ def score_task(
     from lm_eval.utils import load_yaml_config
 
     is_file = task.endswith((".yaml", ".yml"))
-    asked: Any = load_yaml_config(task) if is_file else task
+    wanted: Any = load_yaml_config(task) if is_file else task
     manager = TaskManager(include_defaults=not is_file)
     if not is_file and task not in manager.all_tasks:
         raise DataError(
@@ -57,7 +57,7 @@ def score_task(
         )
     found = simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-        tasks=[asked],
+        tasks=[wanted],
         limit=limit,
         bootstrap_iters=0,
         log_samples=False,

@@ -55,8 +55,8 @@ def score_text(
                     "it was made from."
                 )
             found["dense_loss"].append(_loss(theirs_LV, ids_L))
-            apart, same = _compared(ours_LV, theirs_LV)
-            found["divergence"].append(apart)
+            distance, same = _compared(ours_LV, theirs_LV)
+            found["divergence"].append(distance)
             found["agreement"].append(same)
         progress(number + 1, len(ids_NL), name)
     scores = {key: Estimate.of(values) for key, values in found.items()}

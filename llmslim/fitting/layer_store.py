@@ -43,7 +43,7 @@ class Fitted:
     unseen: list[str] = field(default_factory=list)
     """Names of the sites that the calibration text never reached."""
     states: DenseStates | None = None
-    """Of a fit of all layers, what a training end to end goes on from."""
+    """Of a fit of all layers, what a training end to end starts from."""
 
     @property
     def all_notes(self) -> list[str]:

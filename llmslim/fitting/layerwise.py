@@ -160,7 +160,7 @@ class _LayerwiseFit:
         return spec is not None and spec.end_to_end is not None
 
     def _dense_states(self, streams: Streams) -> DenseStates:
-        """Return what a training goes on from: the text of the fits and the rest, then held-out."""
+        """Return what a training starts from: the text of the fits and the rest, then held-out."""
         end = len(self.ids) - self.unseen
         order = [*range(self.fitting), *range(end, len(self.ids)), *range(self.fitting, end)]
         ids, hidden = ([each[n] for n in order] for each in (self.ids, streams.dense))

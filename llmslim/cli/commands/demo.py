@@ -70,7 +70,7 @@ def command(out: Path, overwrite: bool) -> None:
 _NEXT = """
 {kept:.0%} of the parameters outside the embeddings are left. What the model has lost by it shows
 in its perplexity. The recipe itself takes four times the text and fits by gradient after that;
-healing goes on from there.
+healing continues from there.
 
 what next
   llmslim heal {out} --data self --teacher {source}
