@@ -175,9 +175,11 @@ def main(
     wanted = [name for name in CHANGES if not change or any(fnmatchcase(name, g) for g in change)]
     cases: dict[tuple[str, str, str], Case] = {}
     if (resume or again) and path is not None and path.exists():
-        for row in json.loads(path.read_text(encoding="utf-8"))["cases"]:
-            case = Case(**row)
-            if not (again and case.outcome == "fault"):
+        known = [Case(**row) for row in json.loads(path.read_text(encoding="utf-8"))["cases"]]
+        # Both ways of a change are tried together.
+        faulty = {(one.architecture, one.change) for one in known if one.outcome == "fault"}
+        for case in known:
+            if not (again and (case.architecture, case.change) in faulty):
                 cases[case.architecture, case.change, case.way] = case
     done = {key[:2] for key in cases}
     todo = []

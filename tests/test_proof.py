@@ -137,3 +137,13 @@ def test_layers_of_blocks_alone_are_run(tmp_path: Path) -> None:
     out = llmslim.convert(tmp_path / "dense", recipe, tmp_path / "out").path
     llmslim.slim(model, recipe)
     assert torch.equal(logits(llmslim.load(out), tokens()), logits(model, tokens()))
+
+
+def test_layers_inside_a_module_with_a_parameter_of_its_own_are_run(tmp_path: Path) -> None:
+    """What separates DeepSeek-OCR's images belongs to the module that holds all layers."""
+    model = Subject("deepseek_ocr2", "image").model()
+    model.save_pretrained(tmp_path / "dense")
+    recipe = {"depth": {"keep_layers": [1, 2, 4]}}  # the first layer has experts now
+    out = llmslim.convert(tmp_path / "dense", recipe, tmp_path / "out").path
+    llmslim.slim(model, recipe)
+    assert torch.equal(logits(llmslim.load(out), tokens()), logits(model, tokens()))

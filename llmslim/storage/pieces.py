@@ -146,7 +146,9 @@ class Pieces:
             in_memory: whether each has a place in memory, as fused kernels for experts need it.
         """
         for holder in piece.modules:
-            for module in self.model.get_submodule(holder).modules():
+            for inside, module in self.model.get_submodule(holder).named_modules(prefix=holder):
+                if self.piece_of(inside) is not piece:
+                    continue  # a module with a parameter of its own may hold all others
                 own = (*module.named_parameters(recurse=False), *module.named_buffers("", False))
                 for name, tensor in own:
                     if tensor.is_meta:
