@@ -161,7 +161,7 @@ def main(
 ) -> None:
     """Print perplexities before healing, their ratio to the dense model's, seconds and memory."""
     set_up(threads)
-    # The dense model comes first whatever was asked for: it is what the others are compared with.
+    # The dense model always comes first: it is what the others are compared with.
     chosen = ["dense", *(name for name in methods or METHODS if name != "dense")]
     tokenizer = read_tokenizer(find(model))
     tests = {path: first_windows(path, count, length, tokenizer) for path in (test, *other)}

@@ -507,6 +507,7 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_llama_cpp_writes_the_same_tokens(tmp_path: Path, name: str) -> None:
     if importlib.util.find_spec("xllamacpp") is None:
+        # Reason to skip: llama.cpp is no dependency, and compares what other tests hold by definition.
         pytest.skip("needs llama.cpp: pip install xllamacpp")
     import xllamacpp as cpp
 

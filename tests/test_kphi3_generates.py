@@ -72,6 +72,7 @@ def test_half_precision_computes_nearly_the_same(kphi3: Path) -> None:
     assert torch.allclose(exact, half.float(), atol=0.02 * float(exact.detach().std()))
 
 
+# Reason to skip: the error under test is that of a machine without the package.
 @pytest.mark.skipif(is_flash_attn_2_available(), reason="flash-attn is installed")
 def test_flash_attention_without_its_package_is_transformers_own_error(kphi3: Path) -> None:
     with pytest.raises(ImportError) as dense:

@@ -95,7 +95,7 @@ def test_a_real_disk_that_fills_up(
         with pytest.raises(UnfinishedError, match=rf"^{disk / 'out'}: "):
             convert(model, disk / "out")
         assert names(disk) == [".out.partial", "ballast"]
-        monkeypatch.undo()  # nor is there space when it goes on, which is told of first
+        monkeypatch.undo()  # nor is there space to continue, which the message names first
         with pytest.raises(UnfinishedError, match=rf"{disk / '.out.partial'}.*--resume"):
             convert(model, disk / "out", resume=True)
         assert names(disk) == [".out.partial", "ballast"]

@@ -279,20 +279,20 @@ def test_a_training_that_was_cut_is_continued(monkeypatch: pytest.MonkeyPatch) -
     work = ConversionDir(Path("out")).path
     assert (work / "training").is_dir()
     (work / ".trained.partial-0123abcd").mkdir()  # as a kill while it is written leaves it
-    told: list[tuple[int, str]] = []
+    steps_seen: list[tuple[int, str]] = []
     api.convert(
         model,
         recipe("trained"),
         "out",
         resume=True,
-        progress=lambda done, _, what: told.append((done, what)),
+        progress=lambda done, _, what: steps_seen.append((done, what)),
     )
     assert hashes(Path("out")) == undisturbed
     assert names(Path()) == ["a", "m", "out", "text.txt"]
-    steps = [step for step in told if "end to end" in step[1]]
+    steps = [step for step in steps_seen if "end to end" in step[1]]
     assert steps[0][1].endswith("step 6 of 8")
     assert steps == sorted(steps)
-    assert not [what for _, what in told if "layers" in what]
+    assert not [what for _, what in steps_seen if "layers" in what]
 
 
 @pytest.mark.parametrize("moment", ["trained", "published"])

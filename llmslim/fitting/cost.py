@@ -112,7 +112,7 @@ def fit_for_training(plan: Plan, device: torch.device, *, loaded: bool) -> tuple
     """Leave the training end to end out of a plan where the memory is too small for it.
 
     Args:
-        plan: what is to be done.
+        plan: of the conversion.
         device: where it is done.
         loaded: whether the model is there already.
 

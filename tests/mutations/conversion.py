@@ -51,7 +51,7 @@ MUTATIONS = (
         "llmslim/conversion/device.py",
         "if not work.exists:",
         "if work.exists:",
-        "work is kept and nobody told",
+        "work is kept in silence",
         "tests/test_device.py::test_a_conversion_that_runs_out_of_memory_can_go_on",
     ),
     change(
@@ -79,7 +79,7 @@ MUTATIONS = (
         "llmslim/conversion/conversion_dir.py",
         'if not key.items() <= data["key"].items():',
         "if False:",
-        "an old checkpoint passes for the one that was asked for",
+        "an old checkpoint passes for a new one",
         "tests/test_resume.py::test_cut_short_around_the_rename[after]",
     ),
     change(
@@ -254,7 +254,7 @@ MUTATIONS = (
         "llmslim/conversion/drawn.py",
         "    editing.draw_blocks(model, plan, method_named(options.init), options.seed)\n",
         "",
-        "blocks are drawn at another scale than the one asked for",
+        "blocks are drawn at another scale than the option names",
         "tests/test_drawn.py::test_blocks_are_those_that_would_replace_trained_maps",
     ),
     change(
