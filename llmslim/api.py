@@ -21,6 +21,7 @@ from llmslim.conversion.request import Conversion
 from llmslim.data import Windows, calibration_windows, check_ids, embedding_rows
 from llmslim.editing.plans import Plan
 from llmslim.errors import CheckpointError, DataError, UnfinishedError
+from llmslim.export import check_gguf_export, dense_copy, write_gguf
 from llmslim.options import EvalOptions, HealOptions, RecipeLike, takes
 from llmslim.progress import Progress, quietly
 from llmslim.recipe import Recipe
@@ -29,17 +30,14 @@ from llmslim.storage import (
     Source,
     Verification,
     check_finite,
-    check_gguf_export,
     check_keeps_source,
     check_target,
-    dense_copy,
     empty_model,
     load_model,
     load_tokenizer,
     open_source,
     verify_folder,
     write_checkpoint,
-    write_gguf,
 )
 
 if TYPE_CHECKING:  # import the Trainer or scipy's distributions, which few verbs need

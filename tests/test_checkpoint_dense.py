@@ -18,8 +18,9 @@ from transformers.pytorch_utils import Conv1D
 
 from llmslim import api
 from llmslim.errors import CheckpointError
+from llmslim.export import dense_copy
 from llmslim.modeling.modeling_llmslim import become_slim, set_module
-from llmslim.storage import dense_copy, load_model, open_source, quiet, write_checkpoint
+from llmslim.storage import load_model, open_source, quiet, write_checkpoint
 
 GROUPED = {"structure": "grouped_pointwise", "groups": 4}
 LOW_RANK = {"structure": "low_rank", "rank": 5}

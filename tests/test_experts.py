@@ -18,12 +18,12 @@ from llmslim import fitting, planning
 from llmslim.anatomy import sites
 from llmslim.anatomy.sites import find_experts, find_sites
 from llmslim.errors import SizeError, TargetError
+from llmslim.export import dense_copy
 from llmslim.fitting.calibration import TokenWindows
 from llmslim.modeling.experts import Experts
 from llmslim.modeling.structured import build
 from llmslim.planning.planner import model_on_meta
 from llmslim.recipe import Recipe
-from llmslim.storage import dense_copy
 
 E, I, O = 5, 8, 6  # noqa: E741
 BLOCKS = [

@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerFast
 
 from llmslim import api
 from llmslim.errors import CheckpointError
-from llmslim.storage import load_model, open_source, write_checkpoint, write_gguf
+from llmslim.export import write_gguf
+from llmslim.storage import load_model, open_source, write_checkpoint
 
 gguf = pytest.importorskip("gguf")
 
@@ -507,7 +508,7 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_llama_cpp_writes_the_same_tokens(tmp_path: Path, name: str) -> None:
     if importlib.util.find_spec("xllamacpp") is None:
-        # Reason to skip: llama.cpp is no dependency, and compares what other tests hold by definition.
+        # Reason to skip: llama.cpp is no dependency; other tests hold the file by definition.
         pytest.skip("needs llama.cpp: pip install xllamacpp")
     import xllamacpp as cpp
 

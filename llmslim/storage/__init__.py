@@ -10,13 +10,10 @@ from llmslim.atomic import replacing as replacing
 from llmslim.atomic import resolved as resolved
 from llmslim.atomic import write_whole as write_whole
 
-from .dense import dense_copy as dense_copy
 from .finite import check_finite as check_finite
 from .finite import explain_nonfinite as explain_nonfinite
 from .finite import nonfinite_notes as nonfinite_notes
 from .finite import nonfinite_tensors as nonfinite_tensors
-from .gguf_out import check_gguf_export as check_gguf_export
-from .gguf_out import write_gguf as write_gguf
 from .load import check_dtype as check_dtype
 from .load import load_model as load_model
 from .load import load_tokenizer as load_tokenizer

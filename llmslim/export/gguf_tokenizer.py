@@ -18,8 +18,7 @@ from typing import Any, NoReturn
 from transformers import PreTrainedTokenizerBase
 
 from llmslim.errors import CheckpointError
-
-from .source import quiet
+from llmslim.storage import quiet
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 """Kinds of tokens, as the format numbers them."""

@@ -29,8 +29,7 @@ from llmslim.modeling.factored import FactoredEmbedding, FactoredHead
 from llmslim.modeling.modeling_llmslim import SlimModelMixin, base_of, other_names
 from llmslim.modeling.sizes import WIDTH_FIELDS
 from llmslim.modeling.structured import StructuredLinear
-
-from .source import quiet
+from llmslim.storage import quiet
 
 
 @dataclass(frozen=True)
