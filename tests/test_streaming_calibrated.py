@@ -16,6 +16,7 @@ import torch
 from every_architecture import NOT_FITTED, config_classes
 from every_architecture import tiny_model as tiny
 from helpers_checkpoint import hashes, names, stored, tiny_tokenizer
+from helpers_resume import Cut, cut_after
 from helpers_streaming import CANNOT, contents, in_memory, stored_model
 from safetensors.torch import load_file, save_file
 
@@ -23,7 +24,6 @@ from llmslim import api
 from llmslim.anatomy.sites import find_layers
 from llmslim.conversion import conversion_dir, whole_model
 from llmslim.conversion.conversion_dir import ConversionDir
-from llmslim.conversion.finished import FinishedPieces
 from llmslim.conversion.layer_store import LayersOnDisk, check_layers
 from llmslim.data import windows
 from llmslim.data.windows import OWN_TEXT
@@ -136,29 +136,10 @@ def test_the_same_bytes_as_in_memory(
     assert names(Path()) == ["a", "b", "m", "text.txt"]
 
 
-class Cut(BaseException):
-    """A kill, as far as one process can do it to itself: nothing may tidy up after it."""
-
-
-def cut_after(patch: pytest.MonkeyPatch, pieces: int) -> None:
-    """Fail while the piece after so many is handed over."""
-    real, seen = FinishedPieces.put, 0
-
-    def put(self: Any, *args: Any) -> None:
-        nonlocal seen
-        seen += 1
-        if seen > pieces:
-            self.wait()
-            raise Cut
-        real(self, *args)
-
-    patch.setattr(FinishedPieces, "put", put)
-
-
 def begun(monkeypatch: pytest.MonkeyPatch, model: Path, name: str, pieces: int) -> Path:
     """Leave an unfinished conversion to `out`; return its folder."""
     with monkeypatch.context() as patch:
-        cut_after(patch, pieces)
+        cut_after(patch, pieces, Cut())
         with pytest.raises(Cut):
             api.convert(model, recipe(name), "out")
     return ConversionDir(Path("out")).path
