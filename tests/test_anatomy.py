@@ -85,6 +85,21 @@ def test_operations_are_told_apart_by_options_and_by_shapes() -> None:
     assert layer_operations(Model(1, 3), "layers").inside == found.inside[:2]
 
 
+class MaskedLayer(Layer):
+    """Looks at some places of its input only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = x[:, x.sum((0, 2)) > 0]
+        return x + chosen.sum() * self.alpha + x[x > 0].sum()
+
+
+def test_places_chosen_by_a_mask_need_no_values() -> None:
+    model = Model()
+    model.layers = nn.ModuleList(map(MaskedLayer, (1, 3, 1)))
+    found = layer_operations(model, "layers")
+    assert found.inside[0] == found.inside[2] != found.inside[1]
+
+
 def test_a_model_is_left_in_its_mode() -> None:
     model = Model(1)
     for training in (True, False):

@@ -28,6 +28,8 @@ from llmslim.compat import (
 )
 
 _TOKENS = 4
+_FOUND = 2
+"""As many elements of a tensor count as not zero."""
 
 
 class CannotRunError(Exception):
@@ -123,10 +125,21 @@ class _Notes(TorchDispatchMode):
             if func is READ_NUMBER:
                 return True if first.dtype == torch.bool else 1
             if func is torch.ops.aten.nonzero.default:
-                return first.new_empty(2, first.dim(), dtype=torch.long)
+                return first.new_empty(_FOUND, first.dim(), dtype=torch.long)
+            if func is torch.ops.aten.index.Tensor:
+                args = first, _places(args[1])
             if func is GROUPED_PRODUCT:  # takes bfloat16 only, there
                 return first.new_empty(*first.shape[:-1], args[1].shape[-1])
         return _run(func, args, kwargs)
+
+
+def _places(indices: list[Tensor | None]) -> list[Tensor | None]:
+    """Return indices in place of masks: one tensor of places for each axis of a mask."""
+    found: list[Tensor | None] = []
+    for index in indices:
+        mask = index is not None and index.dtype == torch.bool
+        found += [index.new_empty(_FOUND, dtype=torch.long)] * index.dim() if mask else [index]
+    return found
 
 
 _KNOWN: dict[Any, tuple[tuple[int, ...], tuple[int, ...], torch.dtype]] = {}
