@@ -21,7 +21,7 @@ from llmslim.conversion.calibrate import calibration_spec, with_overrides
 from llmslim.data import calibration_windows, longest_input
 from llmslim.data.windows import OWN_TEXT
 from llmslim.errors import DataError
-from llmslim.recipe import Recipe
+from llmslim.recipe import Recipe, shipped_recipes
 
 EOS = 1
 
@@ -230,6 +230,8 @@ def test_windows_are_as_long_as_a_small_model_reads_unless_a_length_is_set():
         return calibration_spec(recipe, model, (), None).sequence_length
 
     assert (length(), length(tokens=99), length(sequence_length=80)) == (64, 64, 80)
+    for name in shipped_recipes():
+        assert calibration_spec(Recipe.load(name), model, (), None).sequence_length <= 64, name
 
 
 def test_naming_text_means_fitting_to_it():

@@ -64,8 +64,8 @@ class Calibration(Section):
     """`self` (sampled from the dense model), a data set on the hub, a .txt, .jsonl, .json, .csv or .parquet file, or a list of them."""
     tokens: Count = 65_536
     """Tokens to read; of several texts, as many of each."""
-    sequence_length: Count = 1024
-    """Tokens of one window."""
+    sequence_length: Count = 512
+    """Tokens of one window; left out, the most that the model reads where that is less."""
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     """Seed of sampling and shuffling."""
 
