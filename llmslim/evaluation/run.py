@@ -15,17 +15,17 @@ from llmslim._version import __version__
 from llmslim.anatomy.device import device_named
 from llmslim.data import first_windows
 from llmslim.errors import CheckpointError, DataError
-from llmslim.evaluation.scores import (
+from llmslim.evaluation.tasks import check_tasks, score_task
+from llmslim.evaluation.texts import score_text
+from llmslim.options import EvalOptions
+from llmslim.progress import quietly
+from llmslim.report.scores import (
     Evaluation,
     TaskScore,
     TextScores,
     keep_evaluation,
     read_evaluation,
 )
-from llmslim.evaluation.tasks import check_tasks, score_task
-from llmslim.evaluation.texts import score_text
-from llmslim.options import EvalOptions
-from llmslim.progress import quietly
 from llmslim.storage import MANIFEST, load_model, load_tokenizer, open_source
 
 

@@ -21,6 +21,10 @@ _COUNTS = (
     *("flops_per_token_before", "flops_per_token_after"),
 )
 
+WIDTH = "width"
+"""The structure of a whole MLP: fewer neurons, everything dense. No block, so no file of its own
+in `modeling`; what comes out is an ordinary model."""
+
 Action = Literal["replaced", "kept", "unmatched", "tied", "dropped"]
 Kind = Literal["projection", "embedding", "head", "other"]
 

@@ -49,6 +49,8 @@ from .source import Source as Source
 from .source import empty_model as empty_model
 from .source import open_source as open_source
 from .source import quiet as quiet
+from .write import HISTORY as HISTORY
+from .write import RECIPE as RECIPE
 from .write import REPORT as REPORT
 from .write import Companions as Companions
 from .write import check_loads as check_loads

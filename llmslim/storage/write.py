@@ -36,6 +36,8 @@ MAX_SHARD_SIZE = "50GB"
 """What `save_pretrained` does by itself."""
 REPORT = "llmslim_report.json"
 RECIPE = "recipe.yaml"
+HISTORY = "healing_history.jsonl"
+"""Losses of a healing, step by step."""
 CARD = "README.md"
 
 _TOKENS = 6

@@ -6,7 +6,7 @@ from ._mutation import change
 
 MUTATIONS = (
     change(
-        "llmslim/evaluation/scores.py",
+        "llmslim/report/scores.py",
         "math.sqrt(variance / count)",
         "math.sqrt(variance)",
         "intervals are those of a window, not of the mean",

@@ -35,9 +35,9 @@ def command(slim: str, format_name: str, out: str | None, full: bool) -> None:
     A healed model's losses and answers follow, and the scores of `llmslim eval`. SLIM is a folder
     that `llmslim convert` wrote, or a report file of `llmslim plan --json`.
     """
-    from llmslim.evaluation.scores import read_evaluation
     from llmslim.report import healed, render
     from llmslim.report.read import read_report
+    from llmslim.report.scores import read_evaluation
 
     read = read_report(slim)
     report, healing = read.report, read.healing
@@ -49,6 +49,11 @@ def command(slim: str, format_name: str, out: str | None, full: bool) -> None:
         if scores is not None:
             click.echo()
             show_evaluation(scores)
+        return
+    if format_name == "html":
+        from llmslim.report.html import report_page
+
+        write_out(report_page(read, full=full), out or "-")
         return
     text = render(report, format_name, full=full)
     if healing and format_name == "md":

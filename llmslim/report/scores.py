@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
-from scipy.stats import t as student
 
 from llmslim.atomic import write_whole
 from llmslim.errors import CheckpointError
@@ -47,6 +46,8 @@ class Estimate:
         mean = math.fsum(values) / count
         if count == 1:
             return cls(mean)
+        from scipy.stats import t as student  # takes a second, which readers need not wait
+
         variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
         half = float(student.ppf((1 + _CONFIDENCE) / 2, count - 1)) * math.sqrt(variance / count)
         return cls(mean, mean - half, mean + half)
