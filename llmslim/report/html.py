@@ -58,7 +58,11 @@ def report_page(found: ReportFile, *, full: bool = False) -> str:
         left_out=max(0, len(folded) - _MOST_ROWS),
         full=full,
         untouched=_untouched(report),
-        facts=healed.facts(found.healing) if found.healing else [],
+        facts=[
+            (name, value)
+            for name, value in (healed.facts(found.healing) if found.healing else ())
+            if not name.startswith("held-out loss")  # these are with the quality
+        ],
         losses=_losses(found),
         commands=_commands(found),
         provenance=_provenance(found),

@@ -80,8 +80,12 @@ def _texts(found: ReportFile) -> list[Measure]:
             rows.append(Measure(name, "{:.4f}".format, one.divergence))
         if one.agreement is not None:
             name = f"same top token, {where}"
-            rows.append(Measure(name, "{:.1%}".format, one.agreement, more_is_better=True))
+            rows.append(Measure(name, _percent, one.agreement, more_is_better=True))
     return rows
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 def _tasks(found: ReportFile) -> list[Measure]:

@@ -27,9 +27,10 @@ class ReportFile:
 
     @property
     def name(self) -> str:
-        """What to call it: the folder's name, or model and recipe."""
-        known = f"{self.report.model or 'model'} with {self.report.recipe}"
-        return self.folder.resolve().name if self.folder else known
+        """What to call it: the folder's name, or the model's without its owner."""
+        if self.folder is not None:
+            return self.folder.resolve().name
+        return self.report.model.rpartition("/")[2] or "model"
 
     @property
     def healing(self) -> Mapping[str, Any] | None:

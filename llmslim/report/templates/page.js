@@ -33,6 +33,22 @@ for (const button of parts) {
   });
 }
 
+// The first rows of a long table, until all are asked for.
+const shown = 12;
+for (const button of all("[data-more]")) {
+  const table = button.previousElementSibling;
+  const count = () => all("tbody:not([hidden]) tr", table).length;
+  const show = () => {
+    const short = table.classList.contains("short");
+    button.hidden = count() <= shown;
+    button.textContent = short ? `Show all ${count()} rows` : `Show the first ${shown} rows`;
+  };
+  table.classList.add("short");
+  button.addEventListener("click", () => { table.classList.toggle("short"); show(); });
+  parts.forEach((one) => one.addEventListener("click", show));
+  show();
+}
+
 // Sort by a column; once more for the other direction. Numbers begin with the largest.
 const names = new Intl.Collator("en", { numeric: true });
 for (const table of all("table.sortable")) {
