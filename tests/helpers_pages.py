@@ -87,7 +87,7 @@ def healing(before: float = 4.6, after: float = 3.1, dense: float | None = 2.6) 
         "answers": [
             {
                 "prompt": prompt,
-                "before": "the the the of of",
+                "before": "the the of of",
                 "after": "Paris.\nIt is on the Seine.",
             }
             for prompt in PROMPTS
@@ -113,9 +113,7 @@ def checkpoint(
         text = "".join(f"{json.dumps(line)}\n" for line in lines)
         (folder / "healing_history.jsonl").write_text(text)
     (folder / "llmslim_report.json").write_text(json.dumps(data))
-    (folder / "recipe.yaml").write_text(
-        "name: mlp-half\nreplace:\n  - role: mlp\n    structure: auto\n"
-    )
+    (folder / "recipe.yaml").write_text("replace:\n  - role: mlp\n    structure: auto\n")
     files = {"model.safetensors": {"bytes": 163_000_000, "sha256": "0f" * 32}}
     manifest = {"format": 1, "llmslim": "0.9", "files": files}
     manifest["source"] = {"model": report.model, "files": files}

@@ -124,11 +124,12 @@ def _losses(found: ReportFile) -> Plot | None:
     if len(points) < 2:
         return None
     x = Axis.over([0.0, *(step for step, _ in points)], "step", margin=0.02)
-    y = Axis.over([loss for _, loss in points] + [dense] * (dense is not None), "loss, nats")
+    level = [] if dense is None else [float(dense)]
+    y = Axis.over([*(loss for _, loss in points), *level], "loss, nats")
     lines = [line("training", thinned(trained), x, y)] if trained else []
     if held_out:
         lines.append(line("held out", held_out, x, y, dots=True))
-    levels = () if dense is None else (("dense model, held out", y.at(dense)),)
+    levels = tuple(("dense model, held out", y.at(loss)) for loss in level)
     return Plot(x, y, tuple(lines), levels)
 
 

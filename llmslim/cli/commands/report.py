@@ -32,8 +32,9 @@ from llmslim.report import FORMATS
 def command(slim: str, format_name: str, out: str | None, full: bool) -> None:
     """Show what was saved in SLIM, module by module.
 
-    A healed model's losses and answers follow, and the scores of `llmslim eval`. SLIM is a folder
-    that `llmslim convert` wrote, or a report file of `llmslim plan --json`.
+    A healed model's losses and answers follow, and the scores of `llmslim eval`. With --format html
+    all of it becomes one page that needs no network: llmslim report SLIM -f html -o report.html.
+    SLIM is a folder that `llmslim convert` wrote, or a report file of `llmslim plan --json`.
     """
     from llmslim.report import healed, render
     from llmslim.report.read import read_report
