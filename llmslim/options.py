@@ -148,6 +148,40 @@ class EvalOptions:
 
 
 @dataclass(frozen=True)
+class BenchOptions:
+    """Options of `bench`.
+
+    Attributes:
+        against: Dense model to measure in turn with MODEL.
+        batch: Rows generated together. May be given several times.
+        prompt: Tokens that each row begins with.
+        new_tokens: Tokens to write in each row.
+        rounds: Rounds that the median is taken over.
+        device: Where to run: cpu, cuda, cuda:1 ...; by default a GPU, if any.
+        dtype: Type of the weights; by default as each model has them.
+        store: Keep the speeds in MODEL's folder, if it is a checkpoint that llmslim wrote.
+        trust_remote_code: Run the modeling code that comes with MODEL.
+        progress: Called with rounds done, rounds in all, and what is measured.
+    """
+
+    against: PreTrainedModel | str | Path | None = field(
+        default=None, metadata={"metavar": "MODEL"}
+    )
+    _: KW_ONLY
+    batch: int | Sequence[int] = field(
+        default=(1, 8, 32), metadata={"metavar": "ROWS", "multiple": True}
+    )
+    prompt: int = field(default=128, metadata={"metavar": "TOKENS"})
+    new_tokens: int = field(default=32, metadata={"metavar": "TOKENS"})
+    rounds: int = field(default=3, metadata={"metavar": "N"})
+    device: str | None = field(default=None, metadata={"metavar": "NAME"})
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    store: bool = field(default=True, metadata={"flags": ("--store/--no-store",)})
+    trust_remote_code: bool = False
+    progress: Progress | None = field(default=None, metadata=_PYTHON_ONLY)
+
+
+@dataclass(frozen=True)
 class HealOptions:
     """Options of `heal` and `plan_heal`.
 

@@ -39,9 +39,9 @@ class ComparedRow:
 
     @property
     def best(self) -> int | None:
-        """The place of the best value of a measure of quality; None where there is no choice."""
+        """The place of the best value of a row; None for sizes, and where there is no choice."""
         known = [(one.mean, place) for place, one in enumerate(self.values) if one is not None]
-        if not self.measure.of_quality or len(known) < 2:
+        if self.measure.kind == "size" or len(known) < 2:
             return None
         return (max if self.measure.more_is_better else min)(known)[1]
 

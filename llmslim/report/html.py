@@ -20,6 +20,7 @@ from llmslim.report.lines import fold, unfolded
 from llmslim.report.measures import measures
 from llmslim.report.read import ReportFile
 from llmslim.report.report import Report
+from llmslim.report.speeds import explanation, headline, speed_rows
 
 _MOST_ROWS = 1_500
 """Of the table: beyond that the file would become large, and nobody would read it."""
@@ -50,8 +51,8 @@ def report_page(found: ReportFile, *, full: bool = False) -> str:
         title=found.name,
         found=found,
         report=report,
-        sizes=[one for one in known if not one.of_quality],
-        quality=[one for one in known if one.of_quality],
+        sizes=[one for one in known if one.kind == "size"],
+        quality=[one for one in known if one.kind == "quality"],
         maps=heat_maps(report),
         folded=folded[:_MOST_ROWS],
         every=every if len(folded) < len(every) <= _MOST_ROWS else [],
@@ -64,6 +65,10 @@ def report_page(found: ReportFile, *, full: bool = False) -> str:
             if not name.startswith("held-out loss")  # these are with the quality
         ],
         losses=_losses(found),
+        benchmarks=[
+            (headline(one), speed_rows(one), (*one.notes, explanation(one)))
+            for one in found.benchmarks
+        ],
         commands=_commands(found),
         provenance=_provenance(found),
     )

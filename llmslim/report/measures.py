@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from llmslim.report import wording
 from llmslim.report.read import ReportFile
@@ -29,8 +30,8 @@ class Measure:
     """Of the dense model; None where it was not measured."""
     before: Estimate | None = None
     """Of the slim model before it was healed, where that was measured with the same text."""
-    of_quality: bool = True
-    """Whether it tells how good the model is, in place of how large."""
+    kind: Literal["size", "quality", "speed"] = "quality"
+    """What it tells of the model."""
     more_is_better: bool = False
     loss: bool = False
     """Whether it is a loss in nats, which can be drawn over the size."""
@@ -38,7 +39,7 @@ class Measure:
 
 def measures(found: ReportFile) -> list[Measure]:
     """Return all that is known of a model, sizes first."""
-    return [*_sizes(found), *_healing(found), *_texts(found), *_tasks(found)]
+    return [*_sizes(found), *_healing(found), *_texts(found), *_tasks(found), *_speeds(found)]
 
 
 def _sizes(found: ReportFile) -> list[Measure]:
@@ -48,7 +49,7 @@ def _sizes(found: ReportFile) -> list[Measure]:
             lambda value, write=write: write(round(value)),  # type: ignore[misc]
             Estimate(after),
             Estimate(before),
-            of_quality=False,
+            kind="size",
         )
         for name, write, before, after in wording.totals_rows(found.report.totals)
     ]
@@ -98,3 +99,21 @@ def _tasks(found: ReportFile) -> list[Measure]:
         )
         for one in (found.scores.tasks if found.scores else ())
     ]
+
+
+def _speeds(found: ReportFile) -> list[Measure]:
+    rows = []
+    for one in found.benchmarks:
+        dense = {speed.batch: Estimate(speed.decode) for speed in one.dense}
+        rows += [
+            Measure(
+                f"decode tokens/s, batch {speed.batch} ({one.device}, {one.dtype})",
+                "{:,.1f}".format,
+                Estimate(speed.decode),
+                dense.get(speed.batch),
+                kind="speed",
+                more_is_better=True,
+            )
+            for speed in one.speeds
+        ]
+    return rows

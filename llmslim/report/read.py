@@ -12,6 +12,7 @@ from typing import Any
 from llmslim.errors import CheckpointError
 from llmslim.report.report import Report
 from llmslim.report.scores import Evaluation, read_evaluation
+from llmslim.report.speeds import Benchmark, read_benchmarks
 from llmslim.storage import HISTORY, MANIFEST, RECIPE, REPORT, read_json_if_whole
 
 
@@ -46,6 +47,15 @@ class ReportFile:
             CheckpointError: if the file holds something else.
         """
         return read_evaluation(self.folder) if self.folder else None
+
+    @property
+    def benchmarks(self) -> tuple[Benchmark, ...]:
+        """What `llmslim bench` found, one for each device and type.
+
+        Raises:
+            CheckpointError: if the file holds something else.
+        """
+        return read_benchmarks(self.folder) if self.folder else ()
 
     @property
     def history(self) -> list[dict[str, Any]]:

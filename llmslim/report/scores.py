@@ -14,10 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from llmslim.atomic import write_whole
-from llmslim.errors import CheckpointError
+from llmslim.report.kept import read_kept
 from llmslim.storage import EVALUATION
 
 _CONFIDENCE = 0.95
@@ -135,21 +133,8 @@ def read_evaluation(folder: Path) -> Evaluation | None:
     Raises:
         CheckpointError: if it is something else.
     """
-    path = folder / EVALUATION
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}). Remove it.") from error
-    try:
-        return TypeAdapter(Evaluation).validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise CheckpointError(
-            f"{path}: {where}: {first['msg']}; this is not what llmslim eval writes. Remove it."
-        ) from error
+    found: Evaluation | None = read_kept(folder / EVALUATION, Evaluation, "llmslim eval")
+    return found
 
 
 def keep_evaluation(folder: Path, found: Evaluation) -> Evaluation:

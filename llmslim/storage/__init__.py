@@ -19,6 +19,7 @@ from .load import load_model as load_model
 from .load import load_tokenizer as load_tokenizer
 from .load import type_notes as type_notes
 from .load import unused_notes as unused_notes
+from .manifest import BENCHMARK as BENCHMARK
 from .manifest import EVALUATION as EVALUATION
 from .manifest import MANIFEST as MANIFEST
 from .manifest import Verification as Verification

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
-from llmslim.cli.evaluation import show_evaluation
+from llmslim.cli.evaluation import show_benchmark, show_evaluation
 from llmslim.cli.healing import show_healing
 from llmslim.cli.output import show_report, write_out
 from llmslim.report import FORMATS
@@ -32,13 +30,13 @@ from llmslim.report import FORMATS
 def command(slim: str, format_name: str, out: str | None, full: bool) -> None:
     """Show what was saved in SLIM, module by module.
 
-    A healed model's losses and answers follow, and the scores of `llmslim eval`. With --format html
-    all of it becomes one page that needs no network: llmslim report SLIM -f html -o report.html.
-    SLIM is a folder that `llmslim convert` wrote, or a report file of `llmslim plan --json`.
+    A healed model's losses and answers follow, and what `llmslim eval` and `llmslim bench` found.
+    With --format html all of it becomes one page that needs no network: llmslim report SLIM
+    --format html -o report.html. SLIM is a folder that `llmslim convert` wrote, or a report file of
+    `llmslim plan --json`.
     """
     from llmslim.report import healed, render
     from llmslim.report.read import read_report
-    from llmslim.report.scores import read_evaluation
 
     read = read_report(slim)
     report, healing = read.report, read.healing
@@ -46,10 +44,12 @@ def command(slim: str, format_name: str, out: str | None, full: bool) -> None:
         show_report(report, full=full)
         if healing:
             show_healing(healing)
-        scores = read_evaluation(Path(slim)) if Path(slim).is_dir() else None
-        if scores is not None:
+        if read.scores is not None:
             click.echo()
-            show_evaluation(scores)
+            show_evaluation(read.scores)
+        for speeds in read.benchmarks:
+            click.echo()
+            show_benchmark(speeds)
         return
     if format_name == "html":
         from llmslim.report.html import report_page
