@@ -8,6 +8,8 @@ script sorts and toggles, and without it everything can still be read.
 from __future__ import annotations
 
 import shlex
+import tempfile
+import webbrowser
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,16 @@ def report_page(found: ReportFile, *, full: bool = False) -> str:
         commands=_commands(found),
         provenance=_provenance(found),
     )
+
+
+def open_page(page: str) -> Path:
+    """Show a page in the browser; return the temporary file with it, which stays."""
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", prefix="llmslim-", suffix=".html", delete=False
+    ) as file:
+        file.write(page)
+    webbrowser.open(Path(file.name).as_uri())
+    return Path(file.name)
 
 
 def render_page(template: str, **values: Any) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
@@ -101,7 +102,10 @@ class Totals:
 
 @dataclass(frozen=True)
 class Report:
-    """What a recipe makes of a model, module by module."""
+    """What a recipe makes of a model, module by module.
+
+    In a shell it shows as a headline, in a notebook as a table.
+    """
 
     model: str
     """Name or path of the source model."""
@@ -117,6 +121,22 @@ class Report:
     def totals(self) -> Totals:
         """Sums over the rows, computed each time, so that the two always agree."""
         return Totals.of(self.rows)
+
+    def __repr__(self) -> str:
+        from llmslim.report.brief import headline  # a view, which imports this module
+
+        return headline(self)
+
+    def _repr_html_(self) -> str:
+        from llmslim.report.brief import table
+
+        return table(self)
+
+    def show(self) -> Path:
+        """Open the report as a page in the browser; return the temporary file with it."""
+        from llmslim.report.html import as_html, open_page
+
+        return open_page(as_html(self))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values; `format` changes when their layout does."""
