@@ -22,7 +22,7 @@ from llmslim.data import Windows, calibration_windows, check_ids, embedding_rows
 from llmslim.editing.plans import Plan
 from llmslim.errors import CheckpointError, DataError, UnfinishedError
 from llmslim.export import check_gguf_export, dense_copy, write_gguf
-from llmslim.options import BenchOptions, EvalOptions, HealOptions, RecipeLike, takes
+from llmslim.options import BenchOptions, EvalOptions, HealOptions, RecipeLike, long_dtype, takes
 from llmslim.progress import Progress, quietly
 from llmslim.recipe import Recipe
 from llmslim.report.report import Report
@@ -153,7 +153,7 @@ def load(
 def _load(
     source: Source, *, dtype: str | None = None, allow_nonfinite: bool = False
 ) -> PreTrainedModel:
-    model = load_model(source, dtype=dtype)
+    model = load_model(source, dtype=long_dtype(dtype))
     check_finite(model.state_dict().items(), source.given, allow_nonfinite=allow_nonfinite)
     return model
 

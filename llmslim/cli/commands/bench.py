@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import Any
 
@@ -10,7 +9,7 @@ import click
 
 from llmslim.cli.evaluation import show_benchmark
 from llmslim.cli.options import options_from
-from llmslim.cli.output import progress, write_out
+from llmslim.cli.output import json_option, progress, write_json
 from llmslim.cli.settings import backend
 from llmslim.options import BenchOptions
 
@@ -18,7 +17,7 @@ from llmslim.options import BenchOptions
 @click.command()
 @click.argument("model")
 @options_from(BenchOptions)
-@click.option("--json", "json_target", metavar="FILE", help="Write JSON too; - for JSON on stdout.")
+@json_option
 def command(model: str, json_target: str | None, **keywords: Any) -> None:
     """Measure how fast MODEL generates, with transformers.
 
@@ -30,5 +29,4 @@ def command(model: str, json_target: str | None, **keywords: Any) -> None:
         found = backend().bench(model, **keywords, progress=moved)
     if json_target != "-":
         show_benchmark(found)
-    if json_target is not None:
-        write_out(json.dumps(asdict(found), indent=2) + "\n", json_target)
+    write_json(asdict(found), json_target)

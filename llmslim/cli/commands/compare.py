@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from llmslim.cli.output import write_out
+from llmslim.cli.output import json_option, write_out
 
 
 @click.command()
@@ -19,7 +19,10 @@ from llmslim.cli.output import write_out
     help="Format of the comparison.",
 )
 @click.option("-o", "--out", metavar="FILE", help="Write to this file instead of stdout.")
-def command(models: tuple[str, ...], format_name: str, out: str | None) -> None:
+@json_option
+def command(
+    models: tuple[str, ...], format_name: str, out: str | None, json_target: str | None
+) -> None:
     """Show several slim models side by side, with the dense model as the one to beat.
 
     Sizes come from their reports, quality from healing and from `llmslim eval`: evaluate each on
@@ -29,4 +32,7 @@ def command(models: tuple[str, ...], format_name: str, out: str | None) -> None:
     from llmslim.report.read import read_report
 
     found = compare([read_report(model) for model in models])
-    write_out(render_comparison(found, format_name), out or "-")
+    if json_target is not None:
+        write_out(render_comparison(found, "json"), json_target)
+    if json_target != "-" or out is not None:
+        write_out(render_comparison(found, format_name), out or "-")

@@ -10,14 +10,24 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llmslim.cli.healing import heal_and_show
+from llmslim.cli.healing import as_data, heal_and_show
 from llmslim.cli.options import options_from
-from llmslim.cli.output import progress, show_cost, show_report
+from llmslim.cli.output import (
+    json_option,
+    out_argument,
+    progress,
+    show_cost,
+    show_report,
+    shows,
+    write_json,
+)
 from llmslim.cli.settings import backend, settings
 from llmslim.options import ConvertOptions
 
 if TYPE_CHECKING:
+    from llmslim.healing import HealReport
     from llmslim.recipe import Recipe
+    from llmslim.report.report import Report
 
 _NEXT = """
 wrote {path}
@@ -43,8 +53,12 @@ healed (`llmslim heal`)."""
     "has weights, and write that to FOLDER-healed. With --resume, a finished FOLDER is only "
     "healed.",
 )
+@json_option
 @click.option("--dry-run", is_flag=True, help="Only show the plan, as `llmslim plan` does.")
-def command(model: str, heal: bool, dry_run: bool, **keywords: Any) -> None:
+@out_argument
+def command(
+    model: str, heal: bool, dry_run: bool, json_target: str | None, **keywords: Any
+) -> None:
     """Make MODEL smaller, and write it to a folder.
 
     MODEL is a hub id, a folder, or a .gguf file. A folder with a published kphi-3 model needs no
@@ -69,11 +83,12 @@ def command(model: str, heal: bool, dry_run: bool, **keywords: Any) -> None:
         )
     options = ConvertOptions(**{**keywords, "recipe": recipe})
     if dry_run:
-        _show_plan(model, recipe or Recipe(name="kphi3"), options)
+        _show_plan(model, recipe or Recipe(name="kphi3"), options, json_target)
         return
     api = backend()
     healed, teacher = None, None
     if heal:
+        from llmslim.report.read import read_report
         from llmslim.storage import check_target, open_source
 
         name = recipe.name if recipe else "kphi3"
@@ -86,24 +101,35 @@ def command(model: str, heal: bool, dry_run: bool, **keywords: Any) -> None:
         check_target(healed, options.overwrite)  # before hours of work
         if options.resume and (out / "config.json").is_file():  # it is complete
             click.echo(f"{out} is already converted; healing it", err=True)
-            heal_and_show(out, out=healed, teacher=teacher, resume=True)
+            done = heal_and_show(out, json_target, out=healed, teacher=teacher, resume=True)
+            _write(read_report(out).report, out, done, json_target)
             return
     with progress() as moved:
         result = api.convert(model, **vars(replace(options, progress=moved)))
     settings().written = result.path
-    show_report(result.report)
-    path = str(result.path)
-    shown = _NEXT.format(path=path, quoted=shlex.quote(path), auto=result.auto_class)
-    click.echo(shown, nl=False)
+    if shows(json_target):
+        show_report(result.report)
+        path = str(result.path)
+        text = _NEXT.format(path=path, quoted=shlex.quote(path), auto=result.auto_class)
+        click.echo(text, nl=False)
+    done = None
     totals = result.report.totals
     if healed is not None:
         again = {"resume": options.resume, "overwrite": options.overwrite}
-        heal_and_show(result.path, out=healed, teacher=teacher, **again)
-    elif totals.params_before != totals.params_after:
+        done = heal_and_show(result.path, json_target, out=healed, teacher=teacher, **again)
+    elif totals.params_before != totals.params_after and shows(json_target):
         click.echo(_HONEST)
+    _write(result.report, result.path, done, json_target)
 
 
-def _show_plan(model: str, recipe: Recipe, options: ConvertOptions) -> None:
+def _write(report: Report, path: Path, healed: HealReport | None, json_target: str | None) -> None:
+    data = {"path": str(path), "report": report.to_dict()}
+    write_json(data | ({} if healed is None else {"healed": as_data(healed)}), json_target)
+
+
+def _show_plan(
+    model: str, recipe: Recipe, options: ConvertOptions, json_target: str | None
+) -> None:
     api = backend()
     from llmslim.conversion.calibrate import texts_of, try_text, with_overrides
 
@@ -111,12 +137,16 @@ def _show_plan(model: str, recipe: Recipe, options: ConvertOptions) -> None:
     recipe, init = with_overrides(recipe, options.init, texts, tokens)
     trusted = options.trust_remote_code
     made = api.plan(model, recipe, init=init, trust_remote_code=trusted)
-    show_report(made.report())
-    show_cost(made, options.device)
+    notes: tuple[str, ...] = ()
     if made.needs_calibration:
-        for note in try_text(model, recipe, trust_remote_code=trusted):
+        notes = tuple(try_text(model, recipe, trust_remote_code=trusted))
+    if shows(json_target):
+        show_report(made.report())
+        show_cost(made, options.device)
+        for note in notes:
             click.echo(f"- {note}")
-    click.echo("\ndry run: nothing was written")
+        click.echo("\ndry run: nothing was written")
+    write_json({"report": made.report().to_dict(), "notes": notes}, json_target)
 
 
 def _is_kphi3(model: str) -> bool:

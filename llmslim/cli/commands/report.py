@@ -6,7 +6,7 @@ import click
 
 from llmslim.cli.evaluation import show_benchmark, show_evaluation
 from llmslim.cli.healing import show_healing
-from llmslim.cli.output import show_report, write_out
+from llmslim.cli.output import json_option, out_argument, show_report, write_json, write_out
 from llmslim.report import FORMATS
 
 
@@ -27,7 +27,11 @@ from llmslim.report import FORMATS
     is_flag=True,
     help="Show every module; in text, also a bar for every layer.",
 )
-def command(slim: str, format_name: str, out: str | None, full: bool) -> None:
+@json_option
+@out_argument
+def command(
+    slim: str, format_name: str, out: str | None, full: bool, json_target: str | None
+) -> None:
     """Show what was saved in SLIM, module by module.
 
     A healed model's losses and answers follow, and what `llmslim eval` and `llmslim bench` found.
@@ -40,6 +44,9 @@ def command(slim: str, format_name: str, out: str | None, full: bool) -> None:
 
     read = read_report(slim)
     report, healing = read.report, read.healing
+    write_json(read.data, json_target)
+    if json_target == "-" and out is None:
+        return
     if format_name == "text" and out is None:
         show_report(report, full=full)
         if healing:
