@@ -295,7 +295,7 @@ MUTATIONS = (
     ),
     change(
         "llmslim/cli/commands/plan.py",
-        'if shows(json_target):',
+        "if shows(json_target):",
         "if True:",
         "stdout is not JSON alone",
         "tests/test_cli.py::test_plan_needs_no_weights",

@@ -54,10 +54,20 @@ healed (`llmslim heal`)."""
     "healed.",
 )
 @json_option
+@click.option("--revision", metavar="NAME", help="Branch, tag or commit of MODEL on the hub.")
+@click.option(
+    "--push", metavar="OWNER/NAME", help="Then upload the result, as `llmslim push` does."
+)
 @click.option("--dry-run", is_flag=True, help="Only show the plan, as `llmslim plan` does.")
 @out_argument
 def command(
-    model: str, heal: bool, dry_run: bool, json_target: str | None, **keywords: Any
+    model: str,
+    heal: bool,
+    revision: str | None,
+    push: str | None,
+    dry_run: bool,
+    json_target: str | None,
+    **keywords: Any,
 ) -> None:
     """Make MODEL smaller, and write it to a folder.
 
@@ -75,6 +85,7 @@ def command(
     """
     from llmslim.recipe import Recipe, shipped_recipes
 
+    model = model if revision is None else f"{model}@{revision}"
     # Errors in a recipe appear before the slow import of torch.
     recipe = None if keywords["recipe"] is None else Recipe.load(keywords["recipe"])
     if recipe is None and not _is_kphi3(model):
@@ -86,6 +97,10 @@ def command(
         _show_plan(model, recipe or Recipe(name="kphi3"), options, json_target)
         return
     api = backend()
+    if push is not None:
+        from llmslim.export import check_repo
+
+        check_repo(push)  # before hours of work
     healed, teacher = None, None
     if heal:
         from llmslim.report.read import read_report
@@ -103,6 +118,7 @@ def command(
             click.echo(f"{out} is already converted; healing it", err=True)
             done = heal_and_show(out, json_target, out=healed, teacher=teacher, resume=True)
             _write(read_report(out).report, out, done, json_target)
+            _push(healed, push, json_target)
             return
     with progress() as moved:
         result = api.convert(model, **vars(replace(options, progress=moved)))
@@ -120,6 +136,14 @@ def command(
     elif totals.params_before != totals.params_after and shows(json_target):
         click.echo(_HONEST)
     _write(result.report, result.path, done, json_target)
+    _push(healed or result.path, push, json_target)
+
+
+def _push(folder: Path, repo: str | None, json_target: str | None) -> None:
+    if repo is not None:
+        address = backend().push(folder, repo)
+        if shows(json_target):
+            click.echo(f"pushed to {address}")
 
 
 def _write(report: Report, path: Path, healed: HealReport | None, json_target: str | None) -> None:
