@@ -40,6 +40,7 @@ COMMANDS = [
     "generate",
     "heal",
     "plan",
+    "push",
     "recipes",
     "report",
     "verify",

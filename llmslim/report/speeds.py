@@ -118,9 +118,10 @@ def speed_rows(found: Benchmark) -> list[SpeedRow]:
 
 def headline(found: Benchmark) -> str:
     """Return what was measured, in a sentence."""
+    rounds = "1 round" if found.rounds == 1 else f"{found.rounds} rounds"
     text = (
         f"{found.device}, {found.dtype}: {found.prompt} tokens read and {found.new_tokens} written "
-        f"in each row, median of {found.rounds} rounds"
+        f"in each row, median of {rounds}"
     )
     return text + (f", in turn with {found.against}." if found.against else ".")
 
