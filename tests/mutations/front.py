@@ -238,11 +238,11 @@ MUTATIONS = (
         "tests/test_reporting.py::test_csv_holds_every_field_of_every_row",
     ),
     change(
-        "llmslim/report/card.py",
-        "bool(_HUB_ID.fullmatch(given)) and not Path(given).exists()",
-        "bool(_HUB_ID.fullmatch(given))",
+        "llmslim/storage/origin.py",
+        'name if HUB_ID.fullmatch(name) else ""',
+        "name",
         "a local folder is linked to the hub",
-        "tests/test_reporting.py::test_card_of_a_local_folder_that_looks_like_a_hub_id",
+        "tests/test_origin.py::test_what_is_no_plain_text_counts_as_not_said",
     ),
     change(
         "llmslim/report/card.py",

@@ -96,59 +96,66 @@ def command(
     if dry_run:
         _show_plan(model, recipe or Recipe(name="kphi3"), options, json_target)
         return
-    api = backend()
     if push is not None:
         from llmslim.export import check_repo
 
         check_repo(push)  # before hours of work
-    healed, teacher = None, None
+    healed = None
     if heal:
-        from llmslim.report.read import read_report
-        from llmslim.storage import check_target, open_source
-
-        name = recipe.name if recipe else "kphi3"
-        source = open_source(model, trust_remote_code=options.trust_remote_code, or_none=True)
-        # Random weights have no dense model to learn from.
-        teacher = model if source.has_weights else None
-        out = Path(options.out or f"{source.name}-{name}")
-        options = replace(options, out=out)
-        healed = out.with_name(f"{out.name}-healed")
-        check_target(healed, options.overwrite)  # before hours of work
-        if options.resume and (out / "config.json").is_file():  # it is complete
-            click.echo(f"{out} is already converted; healing it", err=True)
-            done = heal_and_show(out, json_target, out=healed, teacher=teacher, resume=True)
-            _write(read_report(out).report, out, done, json_target)
-            _push(healed, push, json_target)
-            return
-    with progress() as moved:
-        result = api.convert(model, **vars(replace(options, progress=moved)))
-    settings().written = result.path
-    if shows(json_target):
-        show_report(result.report)
-        path = str(result.path)
-        text = _NEXT.format(path=path, quoted=shlex.quote(path), auto=result.auto_class)
-        click.echo(text, nl=False)
-    done = None
-    totals = result.report.totals
-    if healed is not None:
-        again = {"resume": options.resume, "overwrite": options.overwrite}
-        done = heal_and_show(result.path, json_target, out=healed, teacher=teacher, **again)
-    elif totals.params_before != totals.params_after and shows(json_target):
-        click.echo(_HONEST)
-    _write(result.report, result.path, done, json_target)
-    _push(healed or result.path, push, json_target)
-
-
-def _push(folder: Path, repo: str | None, json_target: str | None) -> None:
-    if repo is not None:
-        address = backend().push(folder, repo)
+        report, path, healed = _convert_and_heal(model, options, json_target)
+    else:
+        report, path = _convert(model, options, json_target)
+        totals = report.totals
+        if totals.params_before != totals.params_after and shows(json_target):
+            click.echo(_HONEST)
+    data = {"path": str(path), "report": report.to_dict()}
+    write_json(data | ({} if healed is None else {"healed": as_data(healed)}), json_target)
+    if push is not None:
+        address = backend().push(path if healed is None else healed.path, push)
         if shows(json_target):
             click.echo(f"pushed to {address}")
 
 
-def _write(report: Report, path: Path, healed: HealReport | None, json_target: str | None) -> None:
-    data = {"path": str(path), "report": report.to_dict()}
-    write_json(data | ({} if healed is None else {"healed": as_data(healed)}), json_target)
+def _convert(model: str, options: ConvertOptions, json_target: str | None) -> tuple[Report, Path]:
+    with progress() as moved:
+        made = backend().convert(model, **vars(replace(options, progress=moved)))
+    settings().written = made.path
+    if shows(json_target):
+        show_report(made.report)
+        path = str(made.path)
+        text = _NEXT.format(path=path, quoted=shlex.quote(path), auto=made.auto_class)
+        click.echo(text, nl=False)
+    return made.report, made.path
+
+
+def _convert_and_heal(
+    model: str, options: ConvertOptions, json_target: str | None
+) -> tuple[Report, Path, HealReport | None]:
+    backend()  # imports what the next ones need, with a word on stderr
+    from llmslim.recipe import Recipe
+    from llmslim.report.read import read_report
+    from llmslim.storage import check_target, open_source
+
+    name = Recipe.of(options.recipe).name if options.recipe else "kphi3"
+    source = open_source(model, trust_remote_code=options.trust_remote_code, or_none=True)
+    out = Path(options.out or f"{source.name}-{name}")
+    target = out.with_name(f"{out.name}-healed")
+    check_target(target, options.overwrite)  # before hours of work
+    if options.resume and (out / "config.json").is_file():  # it is complete
+        click.echo(f"{out} is already converted; healing it", err=True)
+        report = read_report(out).report
+    else:
+        report, out = _convert(model, replace(options, out=out), json_target)
+    healed = heal_and_show(
+        out,
+        json_target,
+        out=target,
+        # Random weights have no dense model to learn from.
+        teacher=model if source.has_weights else None,
+        resume=options.resume,
+        overwrite=options.overwrite,
+    )
+    return report, out, healed
 
 
 def _show_plan(
