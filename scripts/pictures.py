@@ -19,7 +19,8 @@ text { fill: #1f2530; font: 13px system-ui, sans-serif } .small { font-size: 11.
 .dot { fill: #10141a } .learn { stroke: #d98324 } .faint { opacity: .3 }
 @media (prefers-color-scheme: dark) {
   .card { fill: #1c2128 } .empty { fill: #2d343d } .box { fill: #262d36 } text { fill: #dfe4ea }
-  .a { fill: #5b9be0 } .b { fill: #eba04e } .both { fill: #b48ae0 } .dot { fill: #ffffff } .learn { stroke: #eba04e }
+  .a { fill: #5b9be0 } .b { fill: #eba04e } .both { fill: #b48ae0 }
+  .dot { fill: #ffffff } .learn { stroke: #eba04e }
 }
 """
 CELL = 15
