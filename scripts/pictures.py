@@ -195,7 +195,12 @@ def end_to_end() -> None:
     _write("end-to-end", 690, 404, "Fits layer by layer, then training all layers together", parts)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Draw all of them."""
     OUT.mkdir(exist_ok=True)
     for draw in (grouped_block, learned_order, width, end_to_end):
         draw()
+
+
+if __name__ == "__main__":
+    main()
