@@ -117,7 +117,7 @@ class GroupedLowRank(StructuredLinear):
         self.grouped.reset_parameters()
         self.grouped.weight.mul_(math.sqrt(0.5))
         self.low_rank.reset_parameters()
-        self.low_rank.up.mul_(math.sqrt(0.5))
+        self.low_rank.up.weight.mul_(math.sqrt(0.5))
 
     def reset_buffers(self) -> None:
         """Put the grouped part's channels in their own order, in place."""

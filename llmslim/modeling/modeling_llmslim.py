@@ -38,7 +38,7 @@ from .base_class import auto_classes, base_class_of
 from .compat import BuiltByAuto, build_from_config, mark_initialized
 from .configuration_llmslim import FORMAT, SlimConfig, slim_config_class
 from .depth import build_kept, plain_class, restore_original
-from .structured import build, structure_class
+from .structured import PLAIN, build, structure_class
 
 ENTRY_FILE = "llmslim_entry.py"
 """Generated beside the weights; imports the structures used, so that transformers copies them."""
@@ -315,11 +315,11 @@ def become_slim(
 
 
 def structure_names(specs: dict[str, Any]) -> Iterator[str]:
-    """Yield the name of every structure in `specs`, those inside other specs too."""
+    """Yield the name of every structure in `specs` that has a class, those inside others too."""
     for key, value in specs.items():
         if isinstance(value, dict):
             yield from structure_names(value)
-        elif key == "structure":
+        elif key == "structure" and value not in PLAIN:
             yield value
 
 

@@ -35,8 +35,8 @@ MUTATIONS = (
     ),
     change(
         "llmslim/modeling/pivoted_low_rank.py",
-        "torch.cat((z, z @ self.rest), dim=-1)",
-        "torch.cat((z @ self.rest, z), dim=-1)",
+        "torch.cat((z, self.rest(z)), dim=-1)",
+        "torch.cat((self.rest(z), z), dim=-1)",
         "outputs are exchanged",
         "tests/test_structures.py::test_output_is_the_formulas",
     ),
