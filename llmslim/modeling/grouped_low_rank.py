@@ -125,5 +125,6 @@ class GroupedLowRank(StructuredLinear):
 
     def product(self, x: Tensor) -> Tensor:
         """Return the sum of both products."""
-        grouped: Tensor = self.grouped.product(x)
-        return grouped + self.low_rank.product(x)
+        # Called as modules: what other libraries add to one takes part.
+        y: Tensor = self.grouped(x) + self.low_rank(x)
+        return y
