@@ -46,6 +46,7 @@ class SlimModelMixin:
     """What a slim model does on top of its base class: build its blocks, refuse half a load."""
 
     all_tied_weights_keys: dict[str, str]
+    base_model_prefix: str
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         check_plugins(config.llmslim.get("plugins", {}))

@@ -255,8 +255,8 @@ def _transposed_linear(
     if not bias:
         raise ValueError("conv1d always has a bias")
     with nullcontext() if device is None else torch.device(device):
-        module = Conv1D(out_features, in_features)  # type: ignore[no-untyped-call]
-    return module.to(dtype)  # type: ignore[no-any-return]
+        module = Conv1D(out_features, in_features)
+    return module.to(dtype)
 
 
 PLAIN: dict[str, Callable[..., nn.Module]] = {"linear": nn.Linear, "conv1d": _transposed_linear}
