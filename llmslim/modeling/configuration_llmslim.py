@@ -61,8 +61,8 @@ _classes: dict[type, Any] = {}
 
 
 def slim_config_class(base: type[PreTrainedConfig]) -> Any:
-    """Return the slim subclass of a config class, known to the Auto classes; a slim one as it is."""
-    if getattr(base, "base_model_type", ""):  # of a config that a slim model shares with another
+    """Return the slim subclass of a config class, known to the Auto classes."""
+    if getattr(base, "base_model_type", ""):  # slim already: two models share a config
         return base
     if base in _classes:
         return _classes[base]
