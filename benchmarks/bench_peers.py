@@ -42,6 +42,7 @@ from _common import (
     peak_gib,
     perplexity,
     read_tokenizer,
+    scoring_options,
     set_up,
     shared_options,
     windows_apart,
@@ -239,16 +240,7 @@ def header(dense: Row, settings: dict[str, Any]) -> list[str]:
 
 @click.command()
 @shared_options
-@click.option("--test", required=True, help="Text to score: .txt, .gz, .parquet …")
-@click.option("--other", multiple=True, help="Another text to score; repeatable.")
-@click.option("--windows", "count", default=32, show_default=True, help="Windows of each text.")
-@click.option(
-    "--keep",
-    type=click.FloatRange(0, 1, min_open=True),
-    default=0.5,
-    show_default=True,
-    help="Share of the MLP weights to keep.",
-)
+@scoring_options
 @click.option("--peers", multiple=True, type=click.Choice(METHODS), help="Repeatable; all if none.")
 @click.option("--heal-tokens", default=0, show_default=True, help="Tokens to heal every result on.")
 @click.option("--heal-data", multiple=True, help="Text to heal on; the calibration text if none.")
@@ -257,7 +249,6 @@ def header(dense: Row, settings: dict[str, Any]) -> list[str]:
 @click.option("--piqa", help="Parquet file with columns goal, sol1, sol2, label.")
 @click.option("--blimp", help="Parquet file with columns sentence_good, sentence_bad.")
 @click.option("--limit", type=int, help="Rows of each task; all if not given.")
-@click.option("--device", default="cpu", show_default=True, help="Where everything is done.")
 @click.option("--json", "path", type=click.Path(path_type=Path), help="File to store the rows in.")
 @click.option("--resume", is_flag=True, help="Keep the rows of the file; measure the others.")
 def main(

@@ -34,6 +34,7 @@ from _common import (
     peak_gib,
     perplexity,
     read_tokenizer,
+    scoring_options,
     set_up,
     shared_options,
     windows_apart,
@@ -136,13 +137,9 @@ def recipe_of(job: Job, rule: dict[str, Any]) -> Recipe:
 
 @click.command()
 @shared_options
-@click.option("--test", required=True, help="Text to score: .txt, .gz, .parquet …")
-@click.option("--other", multiple=True, help="Another text to score; repeatable.")
-@click.option("--windows", "count", default=32, show_default=True, help="Windows of each text.")
-@click.option("--keep", default=0.5, show_default=True, help="Share of the MLP weights to keep.")
+@scoring_options
 @click.option("--refine-steps", default=64, show_default=True, help="Of the methods refined.")
 @click.option("--training-steps", default=128, show_default=True, help="Of the methods trained.")
-@click.option("--device", default="cpu", show_default=True, help="Where everything is done.")
 @click.option("--methods", multiple=True, type=click.Choice(list(METHODS)), help="Repeatable.")
 def main(
     model: str | None,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from llmslim.api import load as load
     from llmslim.api import plan as plan
     from llmslim.api import plan_heal as plan_heal
+    from llmslim.api import push as push
     from llmslim.api import save as save
     from llmslim.api import slim as slim
     from llmslim.api import verify as verify
@@ -63,7 +64,7 @@ if TYPE_CHECKING:
 
 _EXPORTS = {
     "llmslim.api": "Conversion convert evaluate export_dense export_gguf heal load plan plan_heal "
-    "save slim verify",
+    "push save slim verify",
     "llmslim.data": "Windows",
     "llmslim.editing.plans": "Plan",
     "llmslim.errors": "CheckpointError DataError HealingError PluginError RecipeError SizeError "

@@ -21,7 +21,8 @@ from llmslim.conversion.request import Conversion
 from llmslim.data import Windows, calibration_windows, check_ids, embedding_rows
 from llmslim.editing.plans import Plan
 from llmslim.errors import CheckpointError, DataError, UnfinishedError
-from llmslim.export import check_gguf_export, dense_copy, write_gguf
+from llmslim.export import check_gguf_export, dense_copy, plan_upload, write_gguf
+from llmslim.export import push as upload
 from llmslim.options import EvalOptions, HealOptions, RecipeLike, takes
 from llmslim.progress import Progress, quietly
 from llmslim.recipe import Recipe
@@ -362,6 +363,24 @@ def export_gguf(
     return write_gguf(model, target, name=source.name, tokenizer=tokenizer, quantize=quantize)
 
 
+def push(path: str | Path, repo: str, *, private: bool = False, revision: str | None = None) -> str:
+    """Upload a checkpoint to the hub, with its card, report, recipe and manifest, in one commit.
+
+    Args:
+        path: what `convert`, `heal`, `save` or `export_dense` wrote; its scores go into the card.
+        repo: its name on the hub, `owner/name`; made where there is none.
+        private: whether a repository that is made is private.
+        revision: branch; the main one by default.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        CheckpointError: if the checkpoint is not whole, or the hub cannot be reached or refuses.
+    """
+    return upload(plan_upload(Path(path), repo), private=private, revision=revision)
+
+
 def verify(path: str | Path) -> Verification:
     """Compare a checkpoint with its manifest: missing, added and changed files.
 
@@ -384,6 +403,7 @@ __all__ = [
     "load",
     "plan",
     "plan_heal",
+    "push",
     "save",
     "slim",
     "verify",

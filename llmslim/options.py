@@ -58,6 +58,7 @@ class ConvertOptions:
         device: Where to fit blocks to text: cpu, cuda, cuda:1 ...; by default a GPU, if any.
         dtype: Type of the weights; by default as MODEL has them.
         seed: Seed of random weights.
+        base_model: Name of MODEL on the hub, for the model card, where MODEL itself does not tell.
         trust_remote_code: Run the modeling code that comes with MODEL.
         allow_nonfinite: Accept weights of MODEL that are NaN or infinite; the report names them.
         max_shard_size: Maximum size of a file of weights, such as 5GB; a conversion layer by layer
@@ -87,6 +88,7 @@ class ConvertOptions:
     device: str | None = field(default=None, metadata={"metavar": "NAME"})
     dtype: Literal["float32", "bfloat16", "float16"] | None = field(default=None, metadata=_IN_KEY)
     seed: int = field(default=0, metadata=_IN_KEY)
+    base_model: str | None = field(default=None, metadata={"metavar": "OWNER/NAME", **_IN_KEY})
     trust_remote_code: bool = False
     allow_nonfinite: bool = False
     max_shard_size: int | str = field(default="50GB", metadata={"metavar": "SIZE", **_IN_KEY})

@@ -150,7 +150,8 @@ def test_narrow_mlps_are_filled_up_with_zeros_to_the_widest(
     api.slim(slim, {"name": "narrow", "init": "project", "replace": rules})
     dense = dense_copy(slim)
     assert type(dense) is type(tiny_model(architecture))
-    assert torch.equal(logits(dense, tokens()), logits(slim, tokens()))
+    # Sums of more terms, all of them zeros, may be added up in another order.
+    torch.testing.assert_close(logits(dense, tokens()), logits(slim, tokens()), rtol=0, atol=1e-6)
 
     widest = neurons * 3 // 4
     # Nothing in BLOOM's config sizes its MLPs: they get back all of their neurons.

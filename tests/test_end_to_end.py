@@ -84,6 +84,22 @@ def test_what_becomes_less_is_the_divergence_of_whole_models(
     assert trained.after < 0.9 * trained.before
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ["phi3", "gpt2"])
+def test_with_products_of_bfloat16_as_well(
+    architecture: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on processors that are fast at them: most weights then stay as narrow as they are."""
+    monkeypatch.setattr(layerwise, "fast_type", lambda *_: torch.bfloat16)
+    dense, model = (tiny_model(architecture).to(dtype) for _ in range(2))
+    plan, states, head = before_training(model, recipe(), monkeypatch)
+    before = divergence(model, dense, HELD_OUT)
+    trained = train_end_to_end(model, plan, plan.recipe.refine.end_to_end, states, head=head)
+    assert trained.before == pytest.approx(before, rel=0.05)
+    assert divergence(model, dense, HELD_OUT) == pytest.approx(trained.after, rel=0.05)
+    assert trained.after < 0.9 * trained.before
+
+
 def test_fewer_layers_and_another_head_are_held_against_the_dense_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -1,8 +1,7 @@
-"""GGUF files: tensors, names and keys against the model, and llama.cpp itself where it is there."""
+"""GGUF files: tensors, names and keys against the model."""
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,25 @@ import torch
 import transformers as tf
 from helpers_checkpoint import TEMPLATE, make_slim, same_bytes
 from helpers_cli import ok
-from tiny import tiny_model, tokens
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from helpers_gguf import (
+    GEMMA,
+    bpe_tokenizer,
+    gemma,
+    gguf,
+    keys_of,
+    kinds_of,
+    long_phi3,
+    narrowed,
+    partial_phi3,
+    tensors_of,
+    with_rope,
+    write,
+)
+from tiny import tiny_model
 
 from llmslim import api
 from llmslim.errors import CheckpointError
-from llmslim.export import write_gguf
 from llmslim.storage import load_model, open_source, write_checkpoint
-
-gguf = pytest.importorskip("gguf")
 
 LAYER = {
     "attn_norm": "input_layernorm",
@@ -37,53 +45,6 @@ LAYER = {
 }
 """What llama.cpp calls the parts of a Llama's layer."""
 WIDTHS = [48, 72, 24, 96]
-
-
-def narrowed(
-    architecture: str, shares: tuple[float, ...] = (0.5, 0.75, 0.25), **changes: Any
-) -> Any:
-    """Return a tiny model with fewer neurons in its first layers."""
-    model = tiny_model(architecture, **changes)
-    rules = [
-        {"match": f"*.layers.{i}.mlp.*", "structure": "width", "keep_ratio": share}
-        for i, share in enumerate(shares)
-    ]
-    api.slim(model, {"name": "narrow", "init": "project", "replace": rules})
-    return model
-
-
-def bpe_tokenizer(**special: Any) -> PreTrainedTokenizerFast:
-    """Return a byte-level tokenizer of 96 tokens, all of them ASCII, with one merge."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:93]
-    vocab = {token: i for i, token in enumerate(["<pad>", "</s>", *alphabet, "!!"])}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=[("!", "!")]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="</s>", pad_token="<pad>", **special
-    )
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
-
-
-def write(model: Any, out: Path, tokenizer: Any = None, **options: Any) -> Path:
-    return write_gguf(model, out, name="tiny", tokenizer=tokenizer, **options)
-
-
-def keys_of(path: Path) -> dict[str, Any]:
-    return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
-
-
-def tensors_of(path: Path) -> dict[str, torch.Tensor]:
-    """Return what is stored, as float32."""
-    return {
-        tensor.name: torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
-        for tensor in gguf.GGUFReader(path).tensors
-    }
-
-
-def kinds_of(path: Path) -> dict[str, str]:
-    return {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
 
 
 def in_pairs(rows: torch.Tensor, heads: int) -> torch.Tensor:
@@ -249,29 +210,6 @@ def test_blocks_are_multiplied_out(tmp_path: Path) -> None:
     torch.testing.assert_close(found["blk.2.attn_k.weight"], in_pairs(k, 2))
 
 
-GEMMA = {
-    "gemma2": {"query_pre_attn_scalar": 12, "attn_logit_softcapping": 3.0, "sliding_window": 8},
-    "gemma3": {"query_pre_attn_scalar": 12, "sliding_window": 8},
-}
-
-
-def gemma(name: str, **changes: Any) -> Any:
-    settings = {**GEMMA[name], **changes}
-    if name == "gemma2":
-        return narrowed("gemma2", **settings)
-    sizes = {"hidden_size": 48, "intermediate_size": 96, "vocab_size": 96, "head_dim": 12}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 7}
-    config = tf.Gemma3TextConfig(**sizes, **heads, pad_token_id=0, **settings)
-    torch.manual_seed(0)
-    model = tf.Gemma3ForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    rule = {"match": "*.layers.[02].mlp.*", "structure": "width", "keep_ratio": 0.5}
-    api.slim(model, {"name": "narrow", "init": "project", "replace": [rule]})
-    return model
-
-
 def test_what_gemma_has_besides(tmp_path: Path) -> None:
     for name in GEMMA:
         model = gemma(name)
@@ -314,23 +252,6 @@ def test_a_file_of_several_widths_is_refused_by_name(tmp_path: Path) -> None:
         api.plan(out, "mlp-half")
 
 
-ROPE = {
-    "llama3": {
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 32,
-    },
-    "linear": {"factor": 4.0},
-}
-
-
-def with_rope(kind: str, *, narrow: bool = False) -> Any:
-    parameters = {"rope_type": kind, "rope_theta": 10000.0, **ROPE[kind]}
-    changes = {"rope_parameters": parameters, "max_position_embeddings": 256}
-    return narrowed("llama", **changes) if narrow else tiny_model("llama", **changes)
-
-
 def test_scaled_rotations(tmp_path: Path) -> None:
     model = with_rope("llama3")
     found = tensors_of(write(model, tmp_path / "3.gguf", quantize="f16"))["rope_freqs.weight"]
@@ -347,68 +268,6 @@ def test_a_window_that_llama_cpp_does_not_know_bounds_the_context(tmp_path: Path
     assert keys["llama.context_length"] == 8
     free = write(tiny_model("mistral", sliding_window=None), tmp_path / "f.gguf")
     assert keys_of(free)["llama.context_length"] == 131072
-
-
-def test_the_tokenizer_and_its_template_are_in_the_file(tmp_path: Path) -> None:
-    tokenizer = bpe_tokenizer(additional_special_tokens=["<|im_end|>"])
-    model = tiny_model("llama", vocab_size=100)
-    keys = keys_of(write(model, tmp_path / "m.gguf", tokenizer))
-    by_id = {i: token for token, i in tokenizer.get_vocab().items()}
-    assert keys["tokenizer.ggml.tokens"] == [by_id.get(i, f"[PAD{i}]") for i in range(100)]
-    assert keys["tokenizer.ggml.token_type"] == [3, 3, *[1] * 94, 3, 5, 5, 5]
-    assert keys["tokenizer.ggml.merges"] == ["! !"]
-    assert keys["tokenizer.ggml.model"] == "gpt2"
-    assert keys["tokenizer.ggml.pre"] == "gpt-2"
-    assert keys["tokenizer.chat_template"] == TEMPLATE
-    assert keys["tokenizer.ggml.eos_token_id"] == 1
-    assert keys["tokenizer.ggml.padding_token_id"] == 0
-    assert keys["tokenizer.ggml.add_bos_token"] is False
-
-
-def test_the_rule_that_splits_text_is_named_by_what_it_is(tmp_path: Path) -> None:
-    from tokenizers import Regex
-    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
-
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    pieces = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    qwen = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated")
-    rules = {
-        "smollm": pre_tokenizers.Sequence([digits, byte_level]),
-        "qwen2": pre_tokenizers.Sequence([qwen, pieces]),
-    }
-    model = tiny_model("llama", num_hidden_layers=1)
-    tokenizer = bpe_tokenizer()
-    for name, rule in rules.items():
-        tokenizer.backend_tokenizer.pre_tokenizer = rule
-        keys = keys_of(write(model, tmp_path / "m.gguf", tokenizer))
-        assert keys["tokenizer.ggml.pre"] == name
-    other = pre_tokenizers.Split(Regex(r"\w+"), "isolated")
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([other, pieces])
-    with pytest.raises(CheckpointError, match=r"tokenizer: .*Split, ByteLevel"):
-        write(model, tmp_path / "n.gguf", tokenizer)
-    assert not list(tmp_path.glob("*n.gguf*"))
-
-
-def test_pieces_are_scored_by_the_order_of_their_merges(tmp_path: Path) -> None:
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    pieces += ["▁", "a", "b", "ab", "▁ab", "▁a"]
-    merges = [("▁", "a"), ("a", "b"), ("▁", "ab"), ("▁a", "b")]
-    vocab = {piece: i for i, piece in enumerate(pieces)}
-    backend = Tokenizer(
-        models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True)
-    )
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
-    model = tiny_model("llama", vocab_size=len(pieces), num_hidden_layers=1)
-    keys = keys_of(write(model, tmp_path / "m.gguf", tokenizer))
-    assert keys["tokenizer.ggml.model"] == "llama"
-    assert keys["tokenizer.ggml.add_space_prefix"] is True
-    assert keys["tokenizer.ggml.token_type"] == [2, 3, 3, *[6] * 256, *[1] * 6]
-    score = dict(zip(pieces, keys["tokenizer.ggml.scores"], strict=True))
-    assert score["▁a"] > score["ab"] > score["▁ab"] > score["b"]
 
 
 def mixture() -> Any:
@@ -469,73 +328,3 @@ def test_the_verb_and_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(CheckpointError, match=r"llmslim-toolkit\[gguf\]"):
         api.export_gguf(folder, out, overwrite=True)
-
-
-def partial_phi3() -> Any:
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
-    return narrowed("phi3", rope_parameters=rope)
-
-
-def long_phi3() -> Any:
-    factors = {"short_factor": [1.0, 1.1, 1.3, 1.5, 1.9, 2.1], "long_factor": [2.0] * 6}
-    rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
-    lengths = {"original_max_position_embeddings": 256, "max_position_embeddings": 512}
-    return narrowed("phi3", rope_parameters=rope, **lengths)
-
-
-MODELS = {
-    "llama": lambda: tiny_model("llama"),
-    "llama, widths": lambda: narrowed("llama"),
-    "llama, heads of another size": lambda: narrowed("llama", head_dim=16),
-    "llama, rope": lambda: with_rope("llama3"),
-    "llama, rope and widths": lambda: with_rope("llama3", narrow=True),
-    "llama, linear rope": lambda: with_rope("linear", narrow=True),
-    "mistral, widths": lambda: narrowed("mistral", sliding_window=None),
-    "qwen2": lambda: tiny_model("qwen2"),
-    "qwen2, widths": lambda: narrowed("qwen2"),
-    "qwen3": lambda: narrowed("qwen3"),
-    "phi3": lambda: tiny_model("phi3"),
-    "phi3, widths": lambda: narrowed("phi3"),
-    "phi3, partial rotation": partial_phi3,
-    "phi3, longrope": long_phi3,
-    "gemma": lambda: narrowed("gemma"),
-    "gemma2": lambda: gemma("gemma2"),
-    "gemma3": lambda: gemma("gemma3"),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
-def test_llama_cpp_writes_the_same_tokens(tmp_path: Path, name: str) -> None:
-    if importlib.util.find_spec("xllamacpp") is None:
-        # Reason to skip: llama.cpp is no dependency; other tests hold the file by definition.
-        pytest.skip("needs llama.cpp: pip install xllamacpp")
-    import xllamacpp as cpp
-
-    model = MODELS[name]()
-    out = write(model, tmp_path / "m.gguf", bpe_tokenizer(), quantize="f32")
-    ids = tokens(1, 20)[0].clamp(min=2).tolist()
-    settings = cpp.CommonParams()
-    settings.model.path = str(out)
-    settings.n_ctx, settings.n_parallel, settings.warmup, settings.verbosity = 256, 1, False, 1
-    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
-    settings.cache_type_k = settings.cache_type_v = cpp.ggml_type.GGML_TYPE_F32
-    settings.flash_attn_type = cpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    request = {"prompt": ids, "max_tokens": 16, "temperature": 0.0, "ignore_eos": True}
-    answer = cpp.Server(settings).handle_completions({**request, "logprobs": 1})
-    found = answer["choices"][0]["logprobs"]["content"]
-    wanted = model.generate(
-        torch.tensor([ids]),
-        max_new_tokens=16,
-        do_sample=False,
-        eos_token_id=None,
-        suppress_tokens=[1],  # the end, which llama.cpp is asked to ignore
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    new = wanted.sequences[0, 20:].tolist()
-    assert [token["id"] for token in found] == new
-    likely = [row[0].log_softmax(0)[i].item() for row, i in zip(wanted.logits, new, strict=True)]
-    # llama.cpp looks GELU up in a table of float16.
-    close = 2e-3 if name.startswith("gemma") else 1e-5
-    assert [token["logprob"] for token in found] == pytest.approx(likely, abs=close)

@@ -25,6 +25,7 @@ from llmslim.report.lines import fold, unfolded
 from llmslim.report.read import read_report
 from llmslim.report.report import Report, Row
 from llmslim.report.text import TextView
+from llmslim.storage import Origin
 
 FITTED_TO = "61,440 tokens of [b]a.txt[/b], with errors measured on 4,096 others"
 GOLDEN = Path(__file__).parent / "golden"
@@ -335,13 +336,19 @@ def front_matter(card: str) -> dict[str, object]:
 
 
 def test_card_of_a_hub_model():
-    card = model_card(sample(), recipe_text="name: mlp-half\n")
+    origin = Origin("who/dense", "who/older", {"license": "mit"}, ("en", "fr"))
+    card = model_card(sample(), recipe_text="name: mlp-half\n", origin=origin, datasets=["a/b"])
     assert front_matter(card) == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "license": "mit",
+        "language": ["en", "fr"],
+        "base_model": "who/dense",
+        "base_model_relation": "finetune",
+        "datasets": ["a/b"],
         "tags": ["llmslim"],
     }
+    assert "# who/dense, slimmed with mlp-half" in card
     assert "import llmslim\n" in card
     assert "trust_remote_code=True" in card
     assert "healed" in card
@@ -349,17 +356,22 @@ def test_card_of_a_hub_model():
 
 
 def test_card_of_a_local_model_keeps_the_path_to_itself(tmp_path):
-    report = dataclasses.replace(sample(), model="short-name")
-    card = model_card(report, base_model=str(tmp_path / "my-model"))
+    report = dataclasses.replace(sample(), model=str(tmp_path / "my-model"))
+    card = model_card(report)
     assert "base_model" not in front_matter(card)
     assert "# my-model, slimmed with mlp-half" in card
     assert str(tmp_path) not in card
+    named = model_card(report, base_model="who/dense")
+    assert front_matter(named)["base_model"] == "who/dense"
+    assert "# who/dense, slimmed with mlp-half" in named
 
 
-def test_card_of_a_local_folder_that_looks_like_a_hub_id(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "models" / "mine").mkdir(parents=True)
-    assert "base_model" not in front_matter(model_card(sample(), base_model="models/mine"))
+def test_card_of_a_model_made_from_one_on_the_hub():
+    report = dataclasses.replace(sample(), model="mine")
+    card = model_card(report, origin=Origin("", "who/dense"))
+    assert front_matter(card)["base_model"] == "who/dense"
+    assert "# mine, slimmed with mlp-half" in card
+    assert "# who/mine, " in model_card(report, origin=Origin("", "who/mine"))
 
 
 def test_card_of_a_plain_model_needs_no_custom_code():

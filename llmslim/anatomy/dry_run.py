@@ -137,8 +137,10 @@ def _places(indices: list[Tensor | None]) -> list[Tensor | None]:
     """Return indices in place of masks: one tensor of places for each axis of a mask."""
     found: list[Tensor | None] = []
     for index in indices:
-        mask = index is not None and index.dtype == torch.bool
-        found += [index.new_empty(_FOUND, dtype=torch.long)] * index.dim() if mask else [index]
+        if index is None or index.dtype != torch.bool:
+            found.append(index)
+        else:
+            found += [index.new_empty(_FOUND, dtype=torch.long)] * index.dim()
     return found
 
 

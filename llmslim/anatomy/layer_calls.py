@@ -237,6 +237,7 @@ class TailModel:
         layers: its decoder layers, in order.
         ids: token ids of some text, (N, L).
         dropped: layers that are left out, by index.
+        autocast: type for products; None runs the model in its own.
     """
 
     def __init__(
@@ -245,27 +246,28 @@ class TailModel:
         layers: Sequence[nn.Module],
         ids: Tensor,
         dropped: Iterable[int] = (),
+        *,
+        autocast: torch.dtype | None = None,
     ) -> None:
         self._model, self._layers, self._dropped = model, layers, frozenset(dropped)
-        with torch.no_grad():
+        self._narrow = autocast is not None
+        self._autocast = torch.autocast(ids.device.type, autocast, enabled=self._narrow)
+        with torch.no_grad(), self._autocast:
             self._form = _form(model, layers, ids)
 
-    def logits(
-        self, start: int, hidden: Tensor, ids: Tensor, *, autocast: torch.dtype | None = None
-    ) -> Tensor:
+    def logits(self, start: int, hidden: Tensor, ids: Tensor) -> Tensor:
         """Run a model from one decoder layer on.
 
         Args:
             start: the first layer that runs; as many as there are for the head alone.
             hidden: that layer's input, (N, L, D).
             ids: the token ids it comes from, (N, L).
-            autocast: type for products; None runs the model in its own.
 
         Returns:
             Logits, (N, L, V).
         """
         own = next(self._model.parameters()).dtype
-        answer = self._form.holding(hidden if autocast is not None else hidden.to(own))
+        answer = self._form.holding(hidden if self._narrow else hidden.to(own))
         with ExitStack() as stack:
             for index, layer in enumerate(self._layers):
                 if index < start:
@@ -275,9 +277,7 @@ class TailModel:
                 else:
                     continue
                 stack.enter_context(replaced_forward(layer, forward))
-            stack.enter_context(
-                torch.autocast(hidden.device.type, autocast, enabled=autocast is not None)
-            )
+            stack.enter_context(self._autocast)
             logits: Tensor = self._model(input_ids=ids, use_cache=False).logits
         return logits
 

@@ -6,13 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from llmslim import planning
+from llmslim.data import hub_name
 from llmslim.healing.inputs import HealInputs, without_paths
 from llmslim.healing.report import HealReport, history_text
 from llmslim.modeling.base_class import auto_class_name
 from llmslim.recipe import Recipe, recipe_yaml
 from llmslim.report.card import model_card
 from llmslim.report.healed import picture
-from llmslim.storage import write_checkpoint
+from llmslim.storage import origin_of, write_checkpoint
 
 _PICTURE = "healing_losses.png"
 
@@ -54,7 +55,8 @@ def write_healed(inputs: HealInputs, report: HealReport, target: Path, *, overwr
         model_card=model_card(
             ledger,
             recipe_text=recipe_text,
-            base_model=folder.base_model or "",
+            origin=origin_of(inputs.source),
+            datasets=list(filter(None, map(hub_name, inputs.data_names))),
             slim=model.config.model_type == "llmslim",
             auto_class=auto_class_name(model.config),
             healing=done,

@@ -16,7 +16,7 @@ from llmslim.progress import Progress
 from llmslim.recipe import Recipe, recipe_yaml
 from llmslim.report.card import model_card
 from llmslim.report.report import Report
-from llmslim.storage import Companions, Source
+from llmslim.storage import Companions, Source, origin_of
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ class Request:
             "model_card": model_card(
                 report,
                 recipe_text=text,
-                base_model=self.source.given,
+                base_model=self.options.base_model or "",
+                origin=origin_of(self.source),
                 slim=isinstance(model, SlimModelMixin),
                 auto_class=auto_class_name(model.config),
             ),

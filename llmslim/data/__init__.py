@@ -2,6 +2,7 @@
 
 from .healing import HealingText as HealingText
 from .healing import healing_text as healing_text
+from .hub import hub_name as hub_name
 from .messages import Conversation as Conversation
 from .messages import Document as Document
 from .messages import Message as Message

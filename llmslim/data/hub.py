@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmslim.errors import DataError
@@ -29,6 +30,12 @@ class HubInfo(NamedTuple):
     """Of the download, None if unknown."""
     licence: str
     """As its card names it, or where to look it up."""
+
+
+def hub_name(given: str) -> str:
+    """Return a data set's name on the hub; empty where it has no owner, as files and `self`."""
+    match = HUB_NAME.fullmatch(SHORT_NAMES.get(given, given))
+    return match["name"] if match and "/" in match["name"] and not Path(given).exists() else ""
 
 
 def stream_rows(given: str, seed: int) -> Iterator[Mapping[str, Any]]:

@@ -1,5 +1,8 @@
-"""A slim model in other forms: an ordinary dense one, a GGUF file."""
+"""A slim model elsewhere: as an ordinary dense one, as a GGUF file, on the hub."""
 
 from .dense import dense_copy as dense_copy
 from .gguf import check_gguf_export as check_gguf_export
 from .gguf import write_gguf as write_gguf
+from .hub import check_repo as check_repo
+from .hub import plan_upload as plan_upload
+from .hub import push as push

@@ -242,7 +242,7 @@ class _Measurement:
         fast = fast_type(self.model.device, self.model.dtype)
         self.autocast = type_taken(self.stack[0], calls, fast)
         self.stream, self.extras = calls.hidden, calls.extras
-        self.rest = TailModel(self.model, list(self.stack), ids[0])
+        self.rest = TailModel(self.model, list(self.stack), ids[0], autocast=self.autocast)
         self.probe_ids = ids[self.fitting :][: max(1, PROBE_TOKENS // length)]
         self.dense_logits = [self._logits(0, n).cpu() for n in range(len(self.probe_ids))]
 
@@ -386,7 +386,7 @@ class _Measurement:
 
     def _logits(self, layer: int, n: int) -> Tensor:
         hidden = self.stream[self.fitting + n]
-        return self.rest.logits(layer, hidden, self.probe_ids[n], autocast=self.autocast)
+        return self.rest.logits(layer, hidden, self.probe_ids[n])
 
 
 def _divergence(ours_TV: Tensor, dense_TV: Tensor) -> Tensor:

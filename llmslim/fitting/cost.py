@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import psutil
 import torch
 
+from llmslim.anatomy import bf16_is_fast
 from llmslim.editing.plans import Plan
 from llmslim.fitting.allocation import FIT_TOKENS, JUDGED_TOKENS, PROBE_TOKENS
 from llmslim.fitting.calibration import EARLY_LAYERS, random_token_count
@@ -148,7 +149,8 @@ def free_memory(device: torch.device) -> int:
 def speed(device: torch.device) -> float:
     """Return how many operations a second a device multiplies with, measured in a moment."""
     side = 1024
-    a, b = torch.rand(2, side, side, device=device)
+    dtype = torch.bfloat16 if bf16_is_fast(device) else torch.float32
+    a, b = torch.rand(2, side, side, device=device, dtype=dtype)
     float((a @ b).sum())
     start, times = time.perf_counter(), 4
     for _ in range(times):

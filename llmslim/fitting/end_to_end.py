@@ -156,8 +156,8 @@ class _DensePredictions:
     def __init__(self, model: Any, own: nn.Module, head: nn.Module, states: DenseStates) -> None:
         self._own, self._head = own, head.forward  # `own` may be the same module
         layers = list(model.get_submodule(find_layers(model).path))
-        self._tail = TailModel(model, layers, states.ids[0])
-        self._end, self._ids, self._autocast = len(layers), states.ids, states.autocast
+        self._tail = TailModel(model, layers, states.ids[0], autocast=states.autocast)
+        self._end, self._ids = len(layers), states.ids
         self._given: list[Tensor] = []
 
         def keep(x: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ class _DensePredictions:
 
         with replaced_forward(own, keep):
             for ids, hidden in zip(states.ids, states.hidden, strict=True):
-                self._tail.logits(self._end, hidden, ids, autocast=states.autocast)
+                self._tail.logits(self._end, hidden, ids)
         self._stand_in = torch.zeros_like(states.hidden[0])
 
     @torch.no_grad()
@@ -174,8 +174,7 @@ class _DensePredictions:
         """Return the logits of a window, (N, L, V)."""
         given = self._given[window]
         with replaced_forward(self._own, lambda _x: self._head(given)):
-            hidden = self._stand_in
-            return self._tail.logits(self._end, hidden, self._ids[window], autocast=self._autocast)
+            return self._tail.logits(self._end, self._stand_in, self._ids[window])
 
 
 def _divergence_from(model: Any, dense: _DensePredictions, states: DenseStates) -> Loss:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import PreTrainedModel
 
 from llmslim.anatomy.sites import find_layers
@@ -44,12 +43,10 @@ class SlimFolder:
 
     recipe: Recipe | None = None
     report: ReportFile | None = None
-    base_model: str | None = None
-    """Name of the source model in the model card."""
 
     @classmethod
     def read(cls, folder: Path) -> SlimFolder:
-        """Read recipe, report and base model of a checkpoint; missing ones are None.
+        """Read recipe and report of a checkpoint; missing ones are None.
 
         Args:
             folder: the checkpoint.
@@ -62,7 +59,6 @@ class SlimFolder:
         return cls(
             Recipe.load(recipe) if recipe.is_file() else None,
             read_report(folder) if (folder / REPORT).is_file() else None,
-            _base_model(folder),
         )
 
     def kept_layers(self) -> tuple[int, ...]:
@@ -97,16 +93,6 @@ class SlimFolder:
         return tuple(names)
 
 
-def _base_model(folder: Path) -> str | None:
-    """Return `base_model` of the model card's front matter, which anyone may have edited."""
-    try:
-        text = (folder / "README.md").read_text(encoding="utf-8")
-        name = yaml.safe_load(text.split("---\n")[1]).get("base_model")
-    except (OSError, ValueError, IndexError, AttributeError, yaml.YAMLError):
-        return None
-    return name if isinstance(name, str) else None
-
-
 @dataclass(frozen=True)
 class HealInputs:
     """A model to heal, and what healing uses."""
@@ -126,6 +112,13 @@ class HealInputs:
     source: Source | None = None
     """The checkpoint; None for a model in memory."""
     folder: SlimFolder = field(default_factory=SlimFolder)
+
+    @property
+    def data_names(self) -> tuple[str, ...]:
+        """What was given to train on, by name."""
+        data = self.spec.data
+        each = data if isinstance(data, tuple) else (data,)
+        return tuple(one.data if isinstance(one, HealSource) else one for one in each)
 
     def objective(self) -> Objective:
         """Return the objective, after checking it with the teacher and the text.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,9 @@ import yaml
 
 from llmslim.errors import printable
 from llmslim.report.report import Report
+from llmslim.storage import Origin
 
 from . import healed, markdown, wording
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 _PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
@@ -64,6 +63,8 @@ def model_card(
     *,
     recipe_text: str = "",
     base_model: str = "",
+    origin: Origin | None = None,
+    datasets: Sequence[str] = (),
     slim: bool | None = None,
     healing: Mapping[str, Any] | None = None,
     losses: str | None = None,
@@ -74,17 +75,22 @@ def model_card(
     Args:
         report: what was done.
         recipe_text: the recipe's YAML as it was used.
-        base_model: hub id or path of the source model; the report's name for it by default.
+        base_model: name on the hub of the model that this one was made from; by default as the
+            origin tells.
+        origin: what the source's publisher says of it.
+        datasets: names on the hub of what it was healed on.
         slim: whether loading needs llmslim's classes; by default, whether the report has blocks.
         healing: `HealReport.to_dict` of a healed model.
         losses: file name of the picture of its losses beside the card, if any.
         auto_class: name of the Auto class that loads it; any but the usual one means a model that
             reads more than text.
     """
-    given = base_model or report.model
+    origin = origin or Origin()
+    named = base_model or origin.name or origin.base_model
     # Readers need not know the folders on the maker's disk.
-    is_hub_id = bool(_HUB_ID.fullmatch(given)) and not Path(given).exists()
-    base = given if is_hub_id else Path(given).name or "a causal language model"
+    folder = Path(report.model).name
+    known = base_model or origin.name or not folder or named.endswith(f"/{folder}")
+    base = (named if known else folder) or "a causal language model"
     if slim is None:
         slim = any(row.action == "replaced" for row in report.rows)
     of_text = auto_class == "AutoModelForCausalLM"
@@ -92,8 +98,11 @@ def model_card(
     reader, what = ("AutoTokenizer", "tokenizer") if of_text else ("AutoProcessor", "processor")
     load = (_LOAD_SLIM if slim else _LOAD_PLAIN).format(auto=auto_class, reader=reader, what=what)
     front: dict[str, object] = {"library_name": "transformers", "pipeline_tag": pipeline}
-    if is_hub_id:
-        front["base_model"] = base
+    front |= origin.front_matter()
+    if named:
+        front |= {"base_model": named, "base_model_relation": "finetune"}
+    if datasets:
+        front["datasets"] = [*datasets]
     front["tags"] = ["llmslim"]
     totals = report.totals
     kept = wording.percent(totals.non_embedding_after, totals.non_embedding_before, 2)

@@ -25,8 +25,12 @@ from .manifest import Verification as Verification
 from .manifest import file_sha256 as file_sha256
 from .manifest import hashing as hashing
 from .manifest import input_files as input_files
+from .manifest import relisted as relisted
 from .manifest import verify_folder as verify_folder
 from .manifest import write_manifest as write_manifest
+from .origin import HUB_ID as HUB_ID
+from .origin import Origin as Origin
+from .origin import origin_of as origin_of
 from .pieces import NotInPiecesError as NotInPiecesError
 from .pieces import Piece as Piece
 from .pieces import Pieces as Pieces
@@ -45,8 +49,10 @@ from .safetensors_io import WEIGHTS as WEIGHTS
 from .safetensors_io import check_types as check_types
 from .safetensors_io import read_json_if_whole as read_json_if_whole
 from .safetensors_io import write_tensors as write_tensors
+from .source import CARD as CARD
 from .source import Source as Source
 from .source import empty_model as empty_model
+from .source import first_line as first_line
 from .source import open_source as open_source
 from .source import quiet as quiet
 from .write import REPORT as REPORT

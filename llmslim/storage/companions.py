@@ -1,4 +1,4 @@
-"""What a model comes with beside weights, config and tokenizer: its processors and templates.
+"""What a model comes with beside weights, config and tokenizer: processors, templates, licences.
 
 They travel as they are, byte for byte: what reads images or sound is the same for the slim model,
 and making a processor of them could take libraries that are not here. Names of Python files
@@ -19,7 +19,7 @@ from typing import Any
 from llmslim.modeling.configuration_llmslim import MODEL_TYPE
 
 from .safetensors_io import objects_in, read_json_if_whole
-from .source import Source
+from .source import LICENCES, Source
 
 PROCESSORS = ("*processor_config.json", "audio_tokenizer_config.json")
 LEGACY_TEMPLATE = "chat_template.json"
@@ -39,7 +39,7 @@ def copy_companions(folder: Path, source: Source | None, *, trusted: bool = Fals
     """
     home = source.path if source is not None and source.gguf_file is None else None
     if home is not None:
-        for path in _found(home, (*PROCESSORS, *TEMPLATES)):
+        for path in _found(home, (*PROCESSORS, *TEMPLATES, *LICENCES)):
             _copy(path, folder / path.relative_to(home))
     if trusted:
         _copy_code(home, folder)

@@ -82,8 +82,19 @@ def write_manifest(
         },
     }
     path = folder / MANIFEST
-    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(_text(data), encoding="utf-8")
     return path
+
+
+def _text(manifest: dict[str, Any]) -> str:
+    return json.dumps(manifest, indent=2, sort_keys=True) + "\n"
+
+
+def relisted(folder: Path, name: str, content: bytes) -> bytes:
+    """Return a checkpoint's manifest as it is once a file has another content."""
+    data = read_json(folder / MANIFEST)
+    data["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    return _text(data).encode()
 
 
 def verify_folder(path: Path) -> Verification:

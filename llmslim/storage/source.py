@@ -37,7 +37,11 @@ from .kphi3 import kphi3_config
 from .kphi3_layout import is_kphi3_config
 from .safetensors_io import has_weights, hub_snapshot, read_json, read_weights
 
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+CARD = "README.md"
+"""A model's card."""
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+"""Files with a model's terms, which stay with everything made of it."""
+_HUB_ID = re.compile(r"(?P<name>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision>\w[\w./-]*))?")
 _MAX_HUB_ID = 200
 
 
@@ -82,7 +86,8 @@ def open_source(
     """Find a model and check its files.
 
     Args:
-        model: a folder, a .gguf file, or a model's name on the hub, which is downloaded.
+        model: a folder, a .gguf file, or a model's name on the hub, which is downloaded;
+            `owner/name@revision` is a branch, a tag or a commit of it.
         trust_remote_code: run the Python files that come with the model, where it needs them.
         weights: whether weights are needed; without, a folder with only config.json will do.
         or_none: with `weights`, accept a folder that has none at all; those that are there are
@@ -102,7 +107,11 @@ def open_source(
         return _open_gguf(given, path)
     # Path("") is the current folder, which nobody means by an empty name.
     local = os.path.isdir(path) and given.strip() != ""  # noqa: PTH112  (as above)
-    folder = path if local else _download(given, trust_remote_code, weights)
+    if local:
+        folder = path
+    else:
+        folder = _download(given, trust_remote_code, weights)
+        given = given.partition("@")[0]
     ggufs = sorted(folder.glob("*.gguf"))
     plannable = not weights and (folder / "config.json").is_file()
     if ggufs and not plannable and not any(folder.glob("*.safetensors")):
@@ -173,25 +182,31 @@ def _download(given: str, trust_remote_code: bool, weights: bool) -> Path:
     Raises:
         CheckpointError: if there is no such model, or the hub cannot be reached.
     """
-    if not _HUB_ID.fullmatch(given) or len(given) > _MAX_HUB_ID:
+    name = _HUB_ID.fullmatch(given)
+    if name is None or len(given) > _MAX_HUB_ID:
         raise CheckpointError(
             f"{given[:200]!r}: not a local folder or file, and not a name on the hub; "
-            "allowed are a path or owner/name. Check the path."
+            "allowed are a path, owner/name or owner/name@revision. Check the path."
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-    wanted = ["*.json", "*.model", "*.txt", "*.jinja"]
+    wanted = ["*.json", "*.model", "*.txt", "*.jinja", CARD, *LICENCES]
     wanted += ["*.safetensors"] if weights else []
     wanted += ["*.py"] if trust_remote_code else []
     try:
         with quiet():
             folder = snapshot_download(
-                given,
+                name["name"],
+                revision=name["revision"],
                 allow_patterns=wanted,
                 # The same weights again, in other formats.
                 ignore_patterns=["original/*", "onnx/*", "consolidated*"],
             )
+    except RevisionNotFoundError as error:
+        raise CheckpointError(
+            f"{given}: the model has no such branch, tag or commit. Check its page on the hub."
+        ) from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(
             f"{given}: not a local folder or file, and the hub has no such model, or it is "

@@ -30,13 +30,12 @@ from .companions import LEGACY_TEMPLATE, copy_companions
 from .load import load_tokenizer
 from .manifest import write_manifest
 from .pieces import NotInPiecesError, Pieces
-from .source import Source, first_line, open_source, quiet
+from .source import CARD, Source, first_line, open_source, quiet
 
 MAX_SHARD_SIZE = "50GB"
 """What `save_pretrained` does by itself."""
 REPORT = "llmslim_report.json"
 RECIPE = "recipe.yaml"
-CARD = "README.md"
 
 _TOKENS = 6
 _CLOSE, _CLOSE_NARROW = 1e-4, 5e-2

@@ -206,14 +206,14 @@ MUTATIONS = (
         '_CONTROL if added["special"] else _USER_DEFINED',
         "_USER_DEFINED",
         "special tokens are printed",
-        "tests/test_export_gguf.py::test_the_tokenizer_and_its_template_are_in_the_file",
+        "tests/test_export_gguf_tokenizer.py::test_the_tokenizer_and_its_template_are_in_the_file",
     ),
     change(
         "llmslim/export/gguf_tokenizer.py",
         "return [-float(",
         "return [float(",
         "text is split into the wrong pieces",
-        "tests/test_export_gguf.py::test_pieces_are_scored_by_the_order_of_their_merges",
+        "tests/test_export_gguf_tokenizer.py::test_pieces_are_scored_by_the_order_of_their_merges",
     ),
     change(
         "llmslim/storage/write.py",

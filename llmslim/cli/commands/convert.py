@@ -43,8 +43,19 @@ healed (`llmslim heal`)."""
     "has weights, and write that to FOLDER-healed. With --resume, a finished FOLDER is only "
     "healed.",
 )
+@click.option("--revision", metavar="NAME", help="Branch, tag or commit of MODEL on the hub.")
+@click.option(
+    "--push", metavar="OWNER/NAME", help="Then upload the result, as `llmslim push` does."
+)
 @click.option("--dry-run", is_flag=True, help="Only show the plan, as `llmslim plan` does.")
-def command(model: str, heal: bool, dry_run: bool, **keywords: Any) -> None:
+def command(
+    model: str,
+    heal: bool,
+    revision: str | None,
+    push: str | None,
+    dry_run: bool,
+    **keywords: Any,
+) -> None:
     """Make MODEL smaller, and write it to a folder.
 
     MODEL is a hub id, a folder, or a .gguf file. A folder with a published kphi-3 model needs no
@@ -61,6 +72,7 @@ def command(model: str, heal: bool, dry_run: bool, **keywords: Any) -> None:
     """
     from llmslim.recipe import Recipe, shipped_recipes
 
+    model = model if revision is None else f"{model}@{revision}"
     # Errors in a recipe appear before the slow import of torch.
     recipe = None if keywords["recipe"] is None else Recipe.load(keywords["recipe"])
     if recipe is None and not _is_kphi3(model):
@@ -72,6 +84,10 @@ def command(model: str, heal: bool, dry_run: bool, **keywords: Any) -> None:
         _show_plan(model, recipe or Recipe(name="kphi3"), options)
         return
     api = backend()
+    if push is not None:
+        from llmslim.export import check_repo
+
+        check_repo(push)  # before hours of work
     healed, teacher = None, None
     if heal:
         from llmslim.storage import check_target, open_source
@@ -87,6 +103,7 @@ def command(model: str, heal: bool, dry_run: bool, **keywords: Any) -> None:
         if options.resume and (out / "config.json").is_file():  # it is complete
             click.echo(f"{out} is already converted; healing it", err=True)
             heal_and_show(out, out=healed, teacher=teacher, resume=True)
+            _push(healed, push)
             return
     with progress() as moved:
         result = api.convert(model, **vars(replace(options, progress=moved)))
@@ -101,6 +118,12 @@ def command(model: str, heal: bool, dry_run: bool, **keywords: Any) -> None:
         heal_and_show(result.path, out=healed, teacher=teacher, **again)
     elif totals.params_before != totals.params_after:
         click.echo(_HONEST)
+    _push(healed or result.path, push)
+
+
+def _push(folder: Path, repo: str | None) -> None:
+    if repo is not None:
+        click.echo(f"pushed to {backend().push(folder, repo)}")
 
 
 def _show_plan(model: str, recipe: Recipe, options: ConvertOptions) -> None:

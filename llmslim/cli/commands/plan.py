@@ -35,6 +35,7 @@ def read_ratio(ctx: click.Context, param: click.Parameter, value: str | None) ->
 @click.option("--json", "json_target", metavar="FILE", help="Write JSON too; - for JSON on stdout.")
 @click.option("--full", is_flag=True, help="Show every module, and a bar for every layer.")
 @click.option("--init", metavar="NAME", help="Method of fitting, in place of the recipe's.")
+@click.option("--revision", metavar="NAME", help="Branch, tag or commit of MODEL on the hub.")
 @click.option("--trust-remote-code", is_flag=True, help="Run the modeling code in MODEL.")
 @click.option(
     "--fail-under",
@@ -48,6 +49,7 @@ def command(
     json_target: str | None,
     full: bool,
     init: str | None,
+    revision: str | None,
     trust_remote_code: bool,
     fail_under: Fraction | None,
 ) -> None:
@@ -59,6 +61,7 @@ def command(
     from llmslim.recipe import Recipe
 
     read = Recipe.load(recipe)  # its errors appear before the slow import of torch
+    model = model if revision is None else f"{model}@{revision}"
     made = backend().plan(model, read, init=init, trust_remote_code=trust_remote_code)
     report = made.report()
     if json_target != "-":
