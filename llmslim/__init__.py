@@ -16,6 +16,7 @@ from llmslim._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from llmslim.api import Conversion as Conversion
+    from llmslim.api import bench as bench
     from llmslim.api import convert as convert
     from llmslim.api import evaluate as evaluate
     from llmslim.api import export_dense as export_dense
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from llmslim.modeling.grouped_pointwise import GroupedPointwise as GroupedPointwise
     from llmslim.modeling.low_rank import LowRank as LowRank
     from llmslim.modeling.structured import StructuredLinear as StructuredLinear
+    from llmslim.options import BenchOptions as BenchOptions
     from llmslim.options import ConvertOptions as ConvertOptions
     from llmslim.options import EvalOptions as EvalOptions
     from llmslim.options import HealOptions as HealOptions
@@ -60,11 +62,13 @@ if TYPE_CHECKING:
     from llmslim.report.report import Report as Report
     from llmslim.report.report import Row as Row
     from llmslim.report.report import Totals as Totals
+    from llmslim.report.speeds import Benchmark as Benchmark
+    from llmslim.report.speeds import Speed as Speed
     from llmslim.storage import Verification as Verification
 
 _EXPORTS = {
-    "llmslim.api": "Conversion convert evaluate export_dense export_gguf heal load plan plan_heal "
-    "push save slim verify",
+    "llmslim.api": "Conversion bench convert evaluate export_dense export_gguf heal load plan "
+    "plan_heal push save slim verify",
     "llmslim.data": "Windows",
     "llmslim.editing.plans": "Plan",
     "llmslim.errors": "CheckpointError DataError HealingError PluginError RecipeError SizeError "
@@ -76,10 +80,11 @@ _EXPORTS = {
     "llmslim.modeling.grouped_pointwise": "GroupedPointwise",
     "llmslim.modeling.low_rank": "LowRank",
     "llmslim.modeling.structured": "StructuredLinear",
-    "llmslim.options": "ConvertOptions EvalOptions HealOptions",
+    "llmslim.options": "BenchOptions ConvertOptions EvalOptions HealOptions",
     "llmslim.plugins": "register_init register_objective register_structure",
     "llmslim.recipe": "Heal Recipe",
     "llmslim.report.report": "Report Row Totals",
+    "llmslim.report.speeds": "Benchmark Speed",
     "llmslim.storage": "Verification",
 }
 _HOMES = {name: module for module, names in _EXPORTS.items() for name in names.split()}

@@ -23,7 +23,7 @@ from llmslim.editing.plans import Plan
 from llmslim.errors import CheckpointError, DataError, UnfinishedError
 from llmslim.export import check_gguf_export, dense_copy, plan_upload, write_gguf
 from llmslim.export import push as upload
-from llmslim.options import EvalOptions, HealOptions, RecipeLike, takes
+from llmslim.options import BenchOptions, EvalOptions, HealOptions, RecipeLike, long_dtype, takes
 from llmslim.progress import Progress, quietly
 from llmslim.recipe import Recipe
 from llmslim.report.report import Report
@@ -45,6 +45,7 @@ if TYPE_CHECKING:  # import the Trainer or scipy's distributions, which few verb
     from llmslim.evaluation import Evaluation
     from llmslim.healing import HealReport
     from llmslim.healing.plan import HealingPlan
+    from llmslim.report.speeds import Benchmark
 
 
 def plan(
@@ -153,7 +154,7 @@ def load(
 def _load(
     source: Source, *, dtype: str | None = None, allow_nonfinite: bool = False
 ) -> PreTrainedModel:
-    model = load_model(source, dtype=dtype)
+    model = load_model(source, dtype=long_dtype(dtype))
     check_finite(model.state_dict().items(), source.given, allow_nonfinite=allow_nonfinite)
     return model
 
@@ -307,6 +308,30 @@ def evaluate(model: PreTrainedModel | str | Path, options: EvalOptions) -> Evalu
     return evaluate_model(model, options)
 
 
+@takes(BenchOptions)
+def bench(model: PreTrainedModel | str | Path, options: BenchOptions) -> Benchmark:
+    """Measure how fast a model generates, beside the dense model if that is given.
+
+    Args:
+        model: slim or dense: a hub id, a folder, a GGUF file, or a model in memory, of which only
+            the device changes.
+        options: the fields of `BenchOptions`, given as keywords.
+
+    Returns:
+        Tokens per second, seconds to the first token and bytes, for each number of rows.
+
+    Raises:
+        DataError: if a number is wrong, or longer than what a model can read.
+        SlimError: if a model cannot be loaded.
+
+    Example:
+        >>> bench("slim", "dense", batch=1).speeds[0].decode  # doctest: +SKIP
+    """
+    from llmslim.evaluation.speed import benchmark_model
+
+    return benchmark_model(model, options)
+
+
 def export_dense(
     path: str | Path, out: str | Path, *, overwrite: bool = False, allow_nonfinite: bool = False
 ) -> Path:
@@ -395,6 +420,7 @@ def verify(path: str | Path) -> Verification:
 
 __all__ = [
     "Conversion",
+    "bench",
     "convert",
     "evaluate",
     "export_dense",

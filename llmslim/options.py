@@ -35,8 +35,21 @@ Result = TypeVar("Result")
 QUANTIZATIONS = ("f32", "f16", "q8_0", "q4_0")
 """Types that a GGUF file may have its matrices in."""
 
+Dtype = Literal["float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
+_LONG = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
 _PYTHON_ONLY: Mapping[str, Any] = {"flags": ()}
 _IN_KEY: Mapping[str, Any] = {"in_key": True}
+
+
+def long_dtype(name: Any) -> Any:
+    """Return the name that torch has for a type; others as they are.
+
+    Example:
+        >>> long_dtype("bf16"), long_dtype("float32"), long_dtype(None)
+        ('bfloat16', 'float32', None)
+    """
+    return _LONG.get(name, name)
 
 
 @dataclass(frozen=True)
@@ -86,7 +99,7 @@ class ConvertOptions:
     )
     calibration_tokens: int | None = field(default=None, metadata={"metavar": "N", **_IN_KEY})
     device: str | None = field(default=None, metadata={"metavar": "NAME"})
-    dtype: Literal["float32", "bfloat16", "float16"] | None = field(default=None, metadata=_IN_KEY)
+    dtype: Dtype | None = field(default=None, metadata=_IN_KEY)
     seed: int = field(default=0, metadata=_IN_KEY)
     base_model: str | None = field(default=None, metadata={"metavar": "OWNER/NAME", **_IN_KEY})
     trust_remote_code: bool = False
@@ -95,6 +108,9 @@ class ConvertOptions:
     resume: bool = False
     overwrite: bool = False
     progress: Progress | None = field(default=None, metadata=_PYTHON_ONLY)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", long_dtype(self.dtype))
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -142,11 +158,51 @@ class EvalOptions:
     )
     limit: int | None = field(default=None, metadata={"metavar": "ROWS"})
     device: str | None = field(default=None, metadata={"metavar": "NAME"})
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: Dtype | None = None
     store: bool = field(default=True, metadata={"flags": ("--store/--no-store",)})
     resume: bool = False
     trust_remote_code: bool = False
     progress: Progress | None = field(default=None, metadata=_PYTHON_ONLY)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", long_dtype(self.dtype))
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """Options of `bench`.
+
+    Attributes:
+        against: Dense model to measure in turn with MODEL.
+        batch: Rows generated together. May be given several times.
+        prompt: Tokens that each row begins with.
+        new_tokens: Tokens to write in each row.
+        rounds: Rounds that the median is taken over.
+        device: Where to run: cpu, cuda, cuda:1 ...; by default a GPU, if any.
+        dtype: Type of the weights; by default as each model has them.
+        store: Keep the speeds in MODEL's folder, if it is a checkpoint that llmslim wrote.
+        trust_remote_code: Run the modeling code that comes with MODEL.
+        progress: Called with rounds done, rounds in all, and what is measured.
+    """
+
+    against: PreTrainedModel | str | Path | None = field(
+        default=None, metadata={"metavar": "MODEL"}
+    )
+    _: KW_ONLY
+    batch: int | Sequence[int] = field(
+        default=(1, 8, 32), metadata={"metavar": "ROWS", "multiple": True}
+    )
+    prompt: int = field(default=128, metadata={"metavar": "TOKENS"})
+    new_tokens: int = field(default=32, metadata={"metavar": "TOKENS"})
+    rounds: int = field(default=3, metadata={"metavar": "N"})
+    device: str | None = field(default=None, metadata={"metavar": "NAME"})
+    dtype: Dtype | None = None
+    store: bool = field(default=True, metadata={"flags": ("--store/--no-store",)})
+    trust_remote_code: bool = False
+    progress: Progress | None = field(default=None, metadata=_PYTHON_ONLY)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", long_dtype(self.dtype))
 
 
 @dataclass(frozen=True)

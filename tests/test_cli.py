@@ -31,6 +31,8 @@ from llmslim.report.read import read_report
 from llmslim.report.report import Report
 
 COMMANDS = [
+    "bench",
+    "compare",
     "convert",
     "demo",
     "eval",
@@ -38,6 +40,7 @@ COMMANDS = [
     "generate",
     "heal",
     "plan",
+    "push",
     "recipes",
     "report",
     "verify",
@@ -110,7 +113,7 @@ def test_module_and_version():
         ["plan", "model", "--recipe", "mlp-half", "--fail-under", "1/0"],
         ["plan", "model", "--recipe", "mlp-half", "--fail-under", "half"],
         ["convert", "model", "--recipe", "mlp-half", "--dtype", "int7"],
-        ["report", "slim", "--format", "html"],
+        ["report", "slim", "--format", "pdf"],
         ["generate", "model"],
         ["generate", "model", "prompt", "--max-new-tokens", "0"],
         ["generate", "model", "prompt", "--temperature", "-1"],
@@ -268,7 +271,7 @@ def test_a_missing_model_is_a_message(tmp_path, recipe):
 # report
 
 
-@pytest.mark.parametrize("name", [name for name in FORMATS if name != "text"])
+@pytest.mark.parametrize("name", sorted(FORMATS.keys() - {"text", "html"}))
 @pytest.mark.parametrize("full", [False, True])
 def test_report_formats_are_the_views_unwrapped(slim, tmp_path, name, full):
     flags = ["--full"] if full else []

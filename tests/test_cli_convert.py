@@ -80,7 +80,7 @@ def test_convert_hands_every_option_on(monkeypatch, tmp_path):
     options = ["--init", "random", "--dtype", "bfloat16", "--seed", "7", "--trust-remote-code"]
     options += ["--calibration", "text.txt", "--calibration-tokens", "99", "--allow-nonfinite"]
     options += ["--calibration", "self", "--device", "cuda:1", "--no-own-text"]
-    options += ["--max-shard-size", "2GB", "--resume"]
+    options += ["--max-shard-size", "2GB", "--resume", "--base-model", "who/dense"]
     ok("convert", "model", "--recipe", "mlp-half", "-o", tmp_path / "o", "--overwrite", *options)
     [(args, kwargs)] = calls
     assert (args, kwargs.pop("recipe").name) == (("model",), "mlp-half")
@@ -97,6 +97,7 @@ def test_convert_hands_every_option_on(monkeypatch, tmp_path):
         "own_text": False,
         "calibration_tokens": 99,
         "device": "cuda:1",
+        "base_model": "who/dense",
         "trust_remote_code": True,
         "overwrite": True,
     }

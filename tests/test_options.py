@@ -86,10 +86,12 @@ def test_keywords_are_the_fields():
 def test_healing_takes_the_same_from_python_and_the_command_line(verb):
     names = [one.name for one in fields(HealOptions)]
     assert list(inspect.signature(verb).parameters) == ["model", *names]
-    # The group gives -v and --debug to every command.
-    shown = {one.name: one for one in heal.command.params if one.name not in ("verbose", "debug")}
-    assert shown.keys() == {"model", "dry_run", *names} - {"tokenizer", "progress"}
-    assert all(shown[name].help for name in shown.keys() - {"model"})
+    # The group gives -v, -q and --debug to every command.
+    every = ("verbose", "quiet", "debug")
+    shown = {one.name: one for one in heal.command.params if one.name not in every}
+    own = {"model", "out_given", "dry_run", "json_target"}
+    assert shown.keys() == {*own, *names} - {"tokenizer", "progress"}
+    assert all(shown[name].help for name in shown.keys() - {"model", "out_given"})
 
 
 def test_what_is_given_replaces_keys_of_the_section():

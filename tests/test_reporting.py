@@ -327,8 +327,8 @@ def test_an_empty_report_has_views_too():
 
 
 def test_unknown_format_is_named():
-    with pytest.raises(ValueError, match=r"'html'; .* text, json, md, csv, svg$"):
-        render(sample(), "html")
+    with pytest.raises(ValueError, match=r"'pdf'; .* text, json, md, csv, svg, html$"):
+        render(sample(), "pdf")
 
 
 def front_matter(card: str) -> dict[str, object]:

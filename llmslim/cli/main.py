@@ -12,6 +12,7 @@ only when it runs.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,25 @@ class CommandFolder(click.Group):
         command: click.Command = module.command
         command.name = cmd_name
         if not any(param.name == "debug" for param in command.params):
-            # Allow -v and --debug after the command too.
+            # Allow -v, -q and --debug after the command too.
             command.params += shared_options()
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command that is asked for; name the nearest where there is none.
+
+        Raises:
+            click.UsageError: if there is none.
+        """
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            close = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
+            if not close:
+                raise
+            raise click.UsageError(f"{error.message} Did you mean '{close[0]}'?", ctx) from error
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; end with a message and a status where it fails."""
@@ -77,7 +94,7 @@ class CommandFolder(click.Group):
 @click.group(
     cls=CommandFolder,
     params=shared_options(),
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "LLMSLIM"},
 )
 @click.version_option(__version__, prog_name="llmslim")
 def cli() -> None:
@@ -87,6 +104,7 @@ def cli() -> None:
     model: `llmslim plan MODEL --recipe mlp-half`.
 
     MODEL is a hub id, a folder, or a .gguf file; SLIM is a folder that `llmslim convert` wrote.
+    Options may also be set by environment variables: LLMSLIM_EVAL_DEVICE=cpu is --device of eval.
     """
 
 

@@ -16,18 +16,20 @@ class Settings:
     """Global options, and what the run has written so far."""
 
     verbose: bool = False
+    quiet: bool = False
     debug: bool = False
     written: Path | None = None
     """A complete output on disk, for the message of an interrupt."""
 
 
 def settings() -> Settings:
-    """Return the settings of the command that is running."""
-    return click.get_current_context().ensure_object(Settings)
+    """Return the settings of the command that is running; the defaults where none is."""
+    context = click.get_current_context(silent=True)
+    return context.ensure_object(Settings) if context else Settings()
 
 
 def shared_options() -> list[click.Parameter]:
-    """Return new -v and --debug options, for the group or for a command."""
+    """Return new -v, -q and --debug options, for the group or for a command."""
 
     def note(ctx: click.Context, param: click.Parameter, value: bool) -> None:
         if value:
@@ -35,6 +37,7 @@ def shared_options() -> list[click.Parameter]:
 
     flags = {
         ("-v", "--verbose"): "Show more: warnings of the libraries, tokens per second.",
+        ("-q", "--quiet"): "Show less: no progress, no report of what was written, no advice.",
         ("--debug",): "Show the traceback of an error.",
     }
     return [

@@ -13,7 +13,7 @@ from llmslim.modeling.base_class import auto_class_name
 from llmslim.recipe import Recipe, recipe_yaml
 from llmslim.report.card import model_card
 from llmslim.report.healed import picture
-from llmslim.storage import origin_of, write_checkpoint
+from llmslim.storage import HISTORY, origin_of, write_checkpoint
 
 _PICTURE = "healing_losses.png"
 
@@ -42,7 +42,7 @@ def write_healed(inputs: HealInputs, report: HealReport, target: Path, *, overwr
     recipe_text = recipe_yaml(recipe.model_copy(update={"heal": spec}))
     done = replace(report, settings=spec.model_dump(mode="json", exclude_none=True)).to_dict()
     drawn = picture(report.history, before=report.loss_before, teacher=report.loss_teacher)
-    files = {"healing_history.jsonl": history_text(report.history).encode()}
+    files = {HISTORY: history_text(report.history).encode()}
     if drawn is not None:
         files[_PICTURE] = drawn
     write_checkpoint(

@@ -70,3 +70,9 @@ class Conversion:
     report: Report
     auto_class: str = "AutoModelForCausalLM"
     """Name of the class of transformers' that loads it."""
+
+    def __repr__(self) -> str:
+        return f"{self.report!r}\nwritten to {self.path}"
+
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from llmslim.anatomy.sites import Layers, Mlp
@@ -74,7 +75,10 @@ class MlpPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a recipe does to one model; made by `plan`, carried out by `rewrite`."""
+    """Everything a recipe does to one model; made by `plan`, carried out by `rewrite`.
+
+    In a shell and in a notebook it shows as its report does.
+    """
 
     model: str
     recipe: Recipe
@@ -107,6 +111,16 @@ class Plan:
     def report(self) -> Report:
         """Return the ledger, as it will be once the plan is carried out."""
         return Report(self.model, self.recipe.name, self.rows, self.notes)
+
+    def __repr__(self) -> str:
+        return repr(self.report())
+
+    def _repr_html_(self) -> str:
+        return self.report()._repr_html_()
+
+    def show(self) -> Path:
+        """Open the report as a page in the browser; return the temporary file with it."""
+        return self.report().show()
 
     def new_name(self, name: str) -> str:
         """Return what a module of the source model is called afterwards."""

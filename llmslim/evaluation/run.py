@@ -5,28 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
-import torch
-import transformers
 from transformers import PreTrainedModel
 
-from llmslim._version import __version__
-from llmslim.anatomy.device import device_named
 from llmslim.data import first_windows
 from llmslim.errors import CheckpointError, DataError
-from llmslim.evaluation.scores import (
+from llmslim.evaluation.opening import folder_of, library_versions, opened
+from llmslim.evaluation.tasks import check_tasks, score_task
+from llmslim.evaluation.texts import score_text
+from llmslim.options import EvalOptions
+from llmslim.progress import quietly
+from llmslim.report.scores import (
     Evaluation,
     TaskScore,
     TextScores,
     keep_evaluation,
     read_evaluation,
 )
-from llmslim.evaluation.tasks import check_tasks, score_task
-from llmslim.evaluation.texts import score_text
-from llmslim.options import EvalOptions
-from llmslim.progress import quietly
-from llmslim.storage import MANIFEST, load_model, load_tokenizer, open_source
 
 
 def evaluate_model(model: PreTrainedModel | str | Path, options: EvalOptions) -> Evaluation:
@@ -44,22 +39,20 @@ def evaluate_model(model: PreTrainedModel | str | Path, options: EvalOptions) ->
             raise DataError(f"{name}: {value}; at least 1 is needed.")
     check_tasks(tasks)
     progress = options.progress or quietly
-    folder = _folder(model) if options.store else None
+    folder = folder_of(model) if options.store else None
     known = None if folder is None or not options.resume else read_evaluation(folder)
     progress(0, 0, "reading the model")
-    loaded, name, tokenizer = _opened(model, options)
+    loaded, name, tokenizer = opened(model, options)
     if tokenizer is None:
         raise CheckpointError(f"{name}: has no tokenizer to read text with. Add its files.")
     dense, against = None, ""
     if options.against is not None and texts:
-        dense, against, _ = _opened(options.against, options)
-    versions = {"llmslim": __version__, "torch": torch.__version__}
-    versions["transformers"] = transformers.__version__
+        dense, against, _ = opened(options.against, options)
     whole = known or Evaluation(name)
 
     def add(texts: tuple[TextScores, ...] = (), tasks: tuple[TaskScore, ...] = ()) -> None:
         nonlocal whole
-        found = Evaluation(name, against, texts, tasks, versions)
+        found = Evaluation(name, against, texts, tasks, library_versions())
         whole = whole.merged(found) if folder is None else keep_evaluation(folder, found)
 
     with ExitStack() as stack:
@@ -85,24 +78,3 @@ def evaluate_model(model: PreTrainedModel | str | Path, options: EvalOptions) ->
 
 def _names(given: str | Sequence[str] | None) -> tuple[str, ...]:
     return () if given is None else (given,) if isinstance(given, str) else tuple(given)
-
-
-def _folder(model: PreTrainedModel | str | Path) -> Path | None:
-    """Return the folder where scores are kept: that of a checkpoint which llmslim wrote."""
-    if isinstance(model, PreTrainedModel):
-        return None
-    path = Path(model).expanduser()
-    return path if (path / MANIFEST).is_file() else None
-
-
-def _opened(model: Any, options: EvalOptions) -> tuple[Any, str, Any]:
-    """Return a model on the device, its name and its tokenizer."""
-    device = device_named(options.device)
-    trusted = options.trust_remote_code
-    if isinstance(model, PreTrainedModel):
-        where = model.config.name_or_path
-        tokenizer = load_tokenizer(open_source(where)) if where else None
-        return model.to(device), where or type(model).__name__, tokenizer  # type: ignore[arg-type]
-    source = open_source(model, trust_remote_code=trusted)
-    loaded: Any = load_model(source, dtype=options.dtype, trust_remote_code=trusted)
-    return loaded.to(device), source.name, load_tokenizer(source, trust_remote_code=trusted)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmslim.errors import DataError
-from llmslim.evaluation.scores import TaskScore
+from llmslim.report.scores import TaskScore
 
 
 def check_tasks(tasks: Iterable[str]) -> None:

@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy
 
 from llmslim.anatomy.predictions import divergence
 from llmslim.errors import DataError
-from llmslim.evaluation.scores import Estimate, TextScores
 from llmslim.progress import Progress, quietly
+from llmslim.report.scores import Estimate, TextScores
 
 _ROWS = 64
 """Tokens whose logits are looked at together: float32 copies of all would be large."""

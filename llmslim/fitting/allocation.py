@@ -62,10 +62,11 @@ from llmslim.modeling.pivoted_low_rank import PivotedLowRank
 from llmslim.modeling.sizes import StaysDense, exact_ratio
 from llmslim.modeling.structured import StructuredLinear
 from llmslim.planning.depth import kept_layers
-from llmslim.planning.rules import AUTO, WIDTH, init_of
+from llmslim.planning.rules import AUTO, init_of
 from llmslim.plugins import STRUCTURES
 from llmslim.progress import Progress, quietly
 from llmslim.recipe import Recipe, rules_by_name
+from llmslim.report.report import WIDTH
 
 _STEPS = 16
 """Sizes to choose from: this many, evenly spaced, the last one dense."""

@@ -20,9 +20,8 @@ from llmslim.fitting.allocation import FIT_TOKENS, JUDGED_TOKENS, PROBE_TOKENS
 from llmslim.fitting.calibration import EARLY_LAYERS, random_token_count
 from llmslim.fitting.end_to_end import CHECKS, TRAINED_BYTES
 from llmslim.fitting.refine import STEP_TOKENS
-from llmslim.planning.rules import WIDTH
 from llmslim.recipe import Calibration
-from llmslim.report.report import Row
+from llmslim.report.report import WIDTH, Row
 
 _HELD_OUT = 17 / 16
 """Tokens in all for each token to fit on."""

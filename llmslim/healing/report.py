@@ -9,6 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llmslim.report import healed
+from llmslim.report.brief import facts_table, facts_text
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -66,6 +69,23 @@ class HealReport:
             return None
         gap = self.loss_before - self.loss_teacher
         return (self.loss_before - self.loss_after) / gap if gap > 0 else None
+
+    def __repr__(self) -> str:
+        return facts_text(self._title, self._facts)
+
+    def _repr_html_(self) -> str:
+        return facts_table(self._title, self._facts)
+
+    @property
+    def _title(self) -> str:
+        return f"healed: {self.path}" if self.path else "healed in memory"
+
+    @property
+    def _facts(self) -> list[tuple[str, str]]:
+        """What tells how it went, in nine lines at most; `healed.facts` has the rest."""
+        brief = ("objective", "trained", "steps", "tokens", "held-out", "gap")
+        found = healed.facts(self.to_dict())
+        return [fact for fact in found if fact[0].startswith(brief)][:9]
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values without the history, which has its own file."""

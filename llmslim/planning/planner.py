@@ -37,11 +37,11 @@ from llmslim.modeling.sizes import OptionError, StaysDense, exact_ratio
 from llmslim.modeling.structured import StructuredLinear, option_values, structure_class
 from llmslim.planning.depth import check_independent, kept_layers, plan_depth
 from llmslim.planning.quantisers import unquantised
-from llmslim.planning.rules import AUTO, WIDTH, check_rules, init_of
+from llmslim.planning.rules import AUTO, check_rules, init_of
 from llmslim.planning.widths import Widths, narrows, plan_widths
 from llmslim.recipe import Recipe, rules_by_name
 from llmslim.report.ledger import Entry, active_experts, entries
-from llmslim.report.report import Row
+from llmslim.report.report import WIDTH, Row
 
 
 def model_on_meta(config: Any) -> nn.Module:

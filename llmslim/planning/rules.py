@@ -9,10 +9,7 @@ from dataclasses import dataclass, field
 from llmslim.errors import RecipeError, SlimError, TargetError
 from llmslim.init import method_named
 from llmslim.recipe import ROLES, Recipe, close_names, rules_by_name
-
-WIDTH = "width"
-"""The structure of a whole MLP: fewer neurons, everything dense. No block, so no file of its own
-in `modeling`; what comes out is an ordinary model."""
+from llmslim.report.report import WIDTH
 
 AUTO = "auto"
 """To be chosen by measurement, see `allocation`; until then a plan spreads the budget evenly."""

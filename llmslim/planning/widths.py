@@ -19,8 +19,9 @@ from llmslim.editing.plans import MlpPlan
 from llmslim.editing.resize import following_width, width_field
 from llmslim.errors import TargetError
 from llmslim.modeling.sizes import OptionError, exact_ratio
-from llmslim.planning.rules import AUTO, WIDTH, init_of
+from llmslim.planning.rules import AUTO, init_of
 from llmslim.recipe import Recipe, Rule
+from llmslim.report.report import WIDTH
 
 
 @dataclass

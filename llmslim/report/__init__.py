@@ -1,4 +1,4 @@
-"""A `Report` and its views: text, JSON, Markdown, CSV, SVG, and the model card.
+"""A `Report` and its views: text, JSON, Markdown, CSV, SVG, HTML, and the model card.
 
 A view folds, orders and words the numbers of the report, and counts nothing itself. A format is a
 function `(report, *, full) -> str` in a module here, and a line in `FORMATS`.
@@ -18,6 +18,7 @@ FORMATS: dict[str, tuple[str, str]] = {
     "md": ("markdown", "as_markdown"),
     "csv": ("data", "as_csv"),
     "svg": ("text", "as_svg"),
+    "html": ("html", "as_html"),
 }
 """Format name to module and function; imported when used."""
 

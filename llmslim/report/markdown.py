@@ -46,7 +46,7 @@ def rows_table(report: Report, *, full: bool = False) -> str:
         (
             f"`{printable(line.name)}`",
             str(len(line.rows)),
-            line.first.action,
+            wording.action(line.first),
             wording.structure(line.first),
             wording.shape(line.first),
             f"{line.params_before:,}",

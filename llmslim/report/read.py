@@ -1,4 +1,4 @@
-"""Read the report of a slim checkpoint, or a file that `llmslim plan --json` wrote."""
+"""Read what is known of a slim checkpoint, or a file that `llmslim plan --json` wrote."""
 
 from __future__ import annotations
 
@@ -11,22 +11,83 @@ from typing import Any
 
 from llmslim.errors import CheckpointError
 from llmslim.report.report import Report
-from llmslim.storage import REPORT
+from llmslim.report.scores import Evaluation, read_evaluation
+from llmslim.report.speeds import Benchmark, read_benchmarks
+from llmslim.storage import HISTORY, MANIFEST, RECIPE, REPORT, read_json_if_whole
 
 
 @dataclass(frozen=True)
 class ReportFile:
-    """A report, and all else that its file holds."""
+    """A report, and all else that its file and the folder around it hold."""
 
     report: Report
     data: Mapping[str, Any]
     """The whole file."""
+    folder: Path | None = None
+    """The checkpoint; None for a file by itself."""
+
+    @property
+    def name(self) -> str:
+        """What to call it: the folder's name, or the model's without its owner."""
+        if self.folder is not None:
+            return self.folder.resolve().name
+        return self.report.model.rpartition("/")[2] or "model"
 
     @property
     def healing(self) -> Mapping[str, Any] | None:
         """`HealReport.to_dict` of a healed model, else None."""
         healing = self.data.get("healing")
         return healing if isinstance(healing, dict) else None
+
+    @property
+    def scores(self) -> Evaluation | None:
+        """What `llmslim eval` found, if anything.
+
+        Raises:
+            CheckpointError: if the file holds something else.
+        """
+        return read_evaluation(self.folder) if self.folder else None
+
+    @property
+    def benchmarks(self) -> tuple[Benchmark, ...]:
+        """What `llmslim bench` found, one for each device and type.
+
+        Raises:
+            CheckpointError: if the file holds something else.
+        """
+        return read_benchmarks(self.folder) if self.folder else ()
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """Steps and measurements of a healing, in order; empty where there was none.
+
+        Raises:
+            CheckpointError: if the file holds something else.
+        """
+        lines = self._text(HISTORY).splitlines() if self.healing else []
+        try:
+            found = [json.loads(line) for line in lines]
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{self.folder}/{HISTORY}: not JSON ({error}).") from error
+        return [line for line in found if isinstance(line, dict) and "step" in line]
+
+    @property
+    def recipe_text(self) -> str:
+        """The recipe's YAML; empty where the folder has none."""
+        return self._text(RECIPE)
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
+        """The manifest; empty where the folder has none."""
+        return read_json_if_whole(self.folder / MANIFEST) if self.folder else {}
+
+    def _text(self, name: str) -> str:
+        if self.folder is None or not (self.folder / name).is_file():
+            return ""
+        try:
+            return (self.folder / name).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.folder / name}: cannot be read ({error}).") from error
 
 
 def read_report(path: str | Path) -> ReportFile:
@@ -51,4 +112,5 @@ def read_report(path: str | Path) -> ReportFile:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: cannot be read as JSON ({error}).") from error
-    return ReportFile(Report.from_dict(data, where=str(file)), data)
+    report = Report.from_dict(data, where=str(file))
+    return ReportFile(report, data, path if folder else None)

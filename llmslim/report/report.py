@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
@@ -20,6 +21,10 @@ _COUNTS = (
     *("params_before", "params_after", "bytes_before", "bytes_after"),
     *("flops_per_token_before", "flops_per_token_after"),
 )
+
+WIDTH = "width"
+"""The structure of a whole MLP: fewer neurons, everything dense. No block, so no file of its own
+in `modeling`; what comes out is an ordinary model."""
 
 Action = Literal["replaced", "kept", "unmatched", "tied", "dropped"]
 Kind = Literal["projection", "embedding", "head", "other"]
@@ -97,7 +102,10 @@ class Totals:
 
 @dataclass(frozen=True)
 class Report:
-    """What a recipe makes of a model, module by module."""
+    """What a recipe makes of a model, module by module.
+
+    In a shell it shows as a headline, in a notebook as a table.
+    """
 
     model: str
     """Name or path of the source model."""
@@ -113,6 +121,22 @@ class Report:
     def totals(self) -> Totals:
         """Sums over the rows, computed each time, so that the two always agree."""
         return Totals.of(self.rows)
+
+    def __repr__(self) -> str:
+        from llmslim.report.brief import headline  # a view, which imports this module
+
+        return headline(self)
+
+    def _repr_html_(self) -> str:
+        from llmslim.report.brief import table
+
+        return table(self)
+
+    def show(self) -> Path:
+        """Open the report as a page in the browser; return the temporary file with it."""
+        from llmslim.report.html import as_html, open_page
+
+        return open_page(as_html(self))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values; `format` changes when their layout does."""

@@ -25,6 +25,7 @@ from .lines import Line, fold, unfolded
 
 STYLES = {
     "replaced": "green",
+    "resized": "green",
     "kept": "dim",
     "unmatched": "yellow",
     "tied": "dim cyan",
@@ -131,8 +132,8 @@ def _name(line: Line, times: str) -> Text:
 
 
 def _action(line: Line) -> Text:
-    action = line.first.action
-    return Text(printable(action), STYLES.get(action, ""))
+    action = wording.action(line.first)
+    return Text(action, STYLES.get(action, ""))
 
 
 def _params(line: Line) -> tuple[str, str]:

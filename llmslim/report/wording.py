@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llmslim.errors import printable
-from llmslim.report.report import Report, Row, Totals
+from llmslim.report.report import WIDTH, Report, Row, Totals
 
 from .lines import Line
 
@@ -52,6 +53,16 @@ def percent(after: int, before: int, digits: int = 1) -> str:
         ('33.3 %', '18.06 %', '-')
     """
     return f"{100 * after / before:.{digits}f} %" if before else "-"
+
+
+def action(row: Row) -> str:
+    """Return the word for what became of a row: a block that is only narrower is `resized`.
+
+    Example:
+        >>> action(Row("up", "projection", "replaced", structure="width"))
+        'resized'
+    """
+    return "resized" if row.structure == WIDTH else printable(row.action)
 
 
 def structure(row: Row) -> str:
@@ -119,16 +130,20 @@ def fitted_to(report: Report) -> str:
     return f"Fitted to {printable(report.fitted_to)}."
 
 
-def totals_table(totals: Totals) -> list[tuple[str, str, str, str]]:
-    """Return the totals as rows of what, before, after and share kept."""
+def totals_rows(totals: Totals) -> tuple[tuple[str, Callable[[int], str], int, int], ...]:
+    """Return the totals as rows of what, how to write it, before and after."""
     t, exact = totals, "{:,}".format
-    rows = (
+    return (
         ("parameters", exact, t.params_before, t.params_after),
         ("non-embedding", exact, t.non_embedding_before, t.non_embedding_after),
         ("bytes", size, t.bytes_before, t.bytes_after),
         ("flops per token", short, t.flops_per_token_before, t.flops_per_token_after),
     )
+
+
+def totals_table(totals: Totals) -> list[tuple[str, str, str, str]]:
+    """Return the totals as rows of what, before, after and share kept."""
     return [
         (what, write(before), write(after), percent(after, before, 2))
-        for what, write, before, after in rows
+        for what, write, before, after in totals_rows(totals)
     ]

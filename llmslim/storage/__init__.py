@@ -19,6 +19,7 @@ from .load import load_model as load_model
 from .load import load_tokenizer as load_tokenizer
 from .load import type_notes as type_notes
 from .load import unused_notes as unused_notes
+from .manifest import BENCHMARK as BENCHMARK
 from .manifest import EVALUATION as EVALUATION
 from .manifest import MANIFEST as MANIFEST
 from .manifest import Verification as Verification
@@ -55,6 +56,8 @@ from .source import empty_model as empty_model
 from .source import first_line as first_line
 from .source import open_source as open_source
 from .source import quiet as quiet
+from .write import HISTORY as HISTORY
+from .write import RECIPE as RECIPE
 from .write import REPORT as REPORT
 from .write import Companions as Companions
 from .write import check_loads as check_loads

@@ -33,6 +33,8 @@ FORMAT = 1
 MANIFEST = "llmslim_manifest.json"
 EVALUATION = "llmslim_evaluation.json"
 """Scores of the checkpoint, which come after it and are no part of it."""
+BENCHMARK = "llmslim_benchmark.json"
+"""Its speeds, likewise."""
 _CHUNK = 1 << 23
 
 _INPUTS = (
@@ -73,7 +75,7 @@ def write_manifest(
     data = {
         "format": FORMAT,
         "llmslim": __version__,
-        "files": _describe(folder, all_files(folder, MANIFEST, EVALUATION), known or {}),
+        "files": _describe(folder, all_files(folder, MANIFEST, EVALUATION, BENCHMARK), known or {}),
         "source": None
         if source is None or source.path is None
         else {
@@ -121,7 +123,7 @@ def verify_folder(path: Path) -> Verification:
             f"{path / MANIFEST}: format {manifest.get('format')!r}; this version reads {FORMAT}, "
             "with an object of files."
         )
-    files = all_files(path, MANIFEST, EVALUATION)
+    files = all_files(path, MANIFEST, EVALUATION, BENCHMARK)
     found = {file.relative_to(path).as_posix(): file for file in files}
     problems = [f"{name}: not in the manifest; it was added." for name in found.keys() - listed]
     for name, entry in listed.items():

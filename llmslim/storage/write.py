@@ -36,6 +36,8 @@ MAX_SHARD_SIZE = "50GB"
 """What `save_pretrained` does by itself."""
 REPORT = "llmslim_report.json"
 RECIPE = "recipe.yaml"
+HISTORY = "healing_history.jsonl"
+"""Losses of a healing, step by step."""
 
 _TOKENS = 6
 _CLOSE, _CLOSE_NARROW = 1e-4, 5e-2

@@ -6,7 +6,56 @@ from ._mutation import change
 
 MUTATIONS = (
     change(
-        "llmslim/evaluation/scores.py",
+        "llmslim/report/heat.py",
+        "max(0.0, 1 - self.line.params_after / before)",
+        "max(0.0, self.line.params_after / before)",
+        "the map is dark where nothing was removed",
+        "tests/test_report_page.py::test_the_map_has_every_projection_of_every_layer_once",
+    ),
+    change(
+        "llmslim/report/html.py",
+        "autoescape=True",
+        "autoescape=False",
+        "a model's name can run a script in the page of its report",
+        "tests/test_report_page.py::test_words_from_outside_stay_words",
+    ),
+    change(
+        "llmslim/report/comparison.py",
+        "return (max if self.measure.more_is_better else min)(known)[1]",
+        "return max(known)[1]",
+        "the worst model of a comparison is shown as the best",
+        "tests/test_compare.py::test_rows_hold_what_each_report_holds",
+    ),
+    change(
+        "llmslim/report/speeds.py",
+        "return (speedup - 1) / (self.ideal - 1)",
+        "return speedup / self.ideal",
+        "a model that is no faster has reached a part of the gain",
+        "tests/test_bench.py::test_the_share_of_the_ideal_is_honest",
+    ),
+    change(
+        "llmslim/evaluation/speed.py",
+        "_median(rounds[1:])",
+        "_median(rounds)",
+        "the round that warms up counts",
+        "tests/test_bench.py::test_models_take_turns",
+    ),
+    change(
+        "llmslim/evaluation/speed.py",
+        "batch * (len(clock.times) - 1) / (last - first)",
+        "len(clock.times) / (last - first)",
+        "the rows of a batch count as one",
+        "tests/test_bench.py::test_speeds_are_those_of_a_clock",
+    ),
+    change(
+        "llmslim/cli/output.py",
+        'return json_target != "-" and not settings().quiet',
+        'return json_target != "-"',
+        "--quiet does nothing",
+        "tests/test_cli_habits.py::test_quiet_says_nothing_but_what_is_asked_for",
+    ),
+    change(
+        "llmslim/report/scores.py",
         "math.sqrt(variance / count)",
         "math.sqrt(variance)",
         "intervals are those of a window, not of the mean",
@@ -35,8 +84,8 @@ MUTATIONS = (
     ),
     change(
         "llmslim/storage/manifest.py",
-        "files = all_files(path, MANIFEST, EVALUATION)",
-        "files = all_files(path, MANIFEST)",
+        "files = all_files(path, MANIFEST, EVALUATION, BENCHMARK)",
+        "files = all_files(path, MANIFEST, BENCHMARK)",
         "an evaluation makes verify fail",
         "tests/test_evaluate.py::test_scores_are_kept_beside_a_checkpoint_and_shown",
     ),
@@ -189,11 +238,11 @@ MUTATIONS = (
         "tests/test_reporting.py::test_csv_holds_every_field_of_every_row",
     ),
     change(
-        "llmslim/report/card.py",
-        "bool(_HUB_ID.fullmatch(given)) and not Path(given).exists()",
-        "bool(_HUB_ID.fullmatch(given))",
+        "llmslim/storage/origin.py",
+        'name if HUB_ID.fullmatch(name) else ""',
+        "name",
         "a local folder is linked to the hub",
-        "tests/test_reporting.py::test_card_of_a_local_folder_that_looks_like_a_hub_id",
+        "tests/test_origin.py::test_what_is_no_plain_text_counts_as_not_said",
     ),
     change(
         "llmslim/report/card.py",
@@ -246,7 +295,7 @@ MUTATIONS = (
     ),
     change(
         "llmslim/cli/commands/plan.py",
-        'if json_target != "-":',
+        "if shows(json_target):",
         "if True:",
         "stdout is not JSON alone",
         "tests/test_cli.py::test_plan_needs_no_weights",

@@ -10,14 +10,24 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llmslim.cli.healing import heal_and_show
+from llmslim.cli.healing import as_data, heal_and_show
 from llmslim.cli.options import options_from
-from llmslim.cli.output import progress, show_cost, show_report
+from llmslim.cli.output import (
+    json_option,
+    out_argument,
+    progress,
+    show_cost,
+    show_report,
+    shows,
+    write_json,
+)
 from llmslim.cli.settings import backend, settings
 from llmslim.options import ConvertOptions
 
 if TYPE_CHECKING:
+    from llmslim.healing import HealReport
     from llmslim.recipe import Recipe
+    from llmslim.report.report import Report
 
 _NEXT = """
 wrote {path}
@@ -43,17 +53,20 @@ healed (`llmslim heal`)."""
     "has weights, and write that to FOLDER-healed. With --resume, a finished FOLDER is only "
     "healed.",
 )
+@json_option
 @click.option("--revision", metavar="NAME", help="Branch, tag or commit of MODEL on the hub.")
 @click.option(
     "--push", metavar="OWNER/NAME", help="Then upload the result, as `llmslim push` does."
 )
 @click.option("--dry-run", is_flag=True, help="Only show the plan, as `llmslim plan` does.")
+@out_argument
 def command(
     model: str,
     heal: bool,
     revision: str | None,
     push: str | None,
     dry_run: bool,
+    json_target: str | None,
     **keywords: Any,
 ) -> None:
     """Make MODEL smaller, and write it to a folder.
@@ -81,52 +94,73 @@ def command(
         )
     options = ConvertOptions(**{**keywords, "recipe": recipe})
     if dry_run:
-        _show_plan(model, recipe or Recipe(name="kphi3"), options)
+        _show_plan(model, recipe or Recipe(name="kphi3"), options, json_target)
         return
-    api = backend()
     if push is not None:
         from llmslim.export import check_repo
 
         check_repo(push)  # before hours of work
-    healed, teacher = None, None
+    healed = None
     if heal:
-        from llmslim.storage import check_target, open_source
+        report, path, healed = _convert_and_heal(model, options, json_target)
+    else:
+        report, path = _convert(model, options, json_target)
+        totals = report.totals
+        if totals.params_before != totals.params_after and shows(json_target):
+            click.echo(_HONEST)
+    data = {"path": str(path), "report": report.to_dict()}
+    write_json(data | ({} if healed is None else {"healed": as_data(healed)}), json_target)
+    if push is not None:
+        address = backend().push(path if healed is None else healed.path, push)
+        if shows(json_target):
+            click.echo(f"pushed to {address}")
 
-        name = recipe.name if recipe else "kphi3"
-        source = open_source(model, trust_remote_code=options.trust_remote_code, or_none=True)
-        # Random weights have no dense model to learn from.
-        teacher = model if source.has_weights else None
-        out = Path(options.out or f"{source.name}-{name}")
-        options = replace(options, out=out)
-        healed = out.with_name(f"{out.name}-healed")
-        check_target(healed, options.overwrite)  # before hours of work
-        if options.resume and (out / "config.json").is_file():  # it is complete
-            click.echo(f"{out} is already converted; healing it", err=True)
-            heal_and_show(out, out=healed, teacher=teacher, resume=True)
-            _push(healed, push)
-            return
+
+def _convert(model: str, options: ConvertOptions, json_target: str | None) -> tuple[Report, Path]:
     with progress() as moved:
-        result = api.convert(model, **vars(replace(options, progress=moved)))
-    settings().written = result.path
-    show_report(result.report)
-    path = str(result.path)
-    shown = _NEXT.format(path=path, quoted=shlex.quote(path), auto=result.auto_class)
-    click.echo(shown, nl=False)
-    totals = result.report.totals
-    if healed is not None:
-        again = {"resume": options.resume, "overwrite": options.overwrite}
-        heal_and_show(result.path, out=healed, teacher=teacher, **again)
-    elif totals.params_before != totals.params_after:
-        click.echo(_HONEST)
-    _push(healed or result.path, push)
+        made = backend().convert(model, **vars(replace(options, progress=moved)))
+    settings().written = made.path
+    if shows(json_target):
+        show_report(made.report)
+        path = str(made.path)
+        text = _NEXT.format(path=path, quoted=shlex.quote(path), auto=made.auto_class)
+        click.echo(text, nl=False)
+    return made.report, made.path
 
 
-def _push(folder: Path, repo: str | None) -> None:
-    if repo is not None:
-        click.echo(f"pushed to {backend().push(folder, repo)}")
+def _convert_and_heal(
+    model: str, options: ConvertOptions, json_target: str | None
+) -> tuple[Report, Path, HealReport | None]:
+    backend()  # imports what the next ones need, with a word on stderr
+    from llmslim.recipe import Recipe
+    from llmslim.report.read import read_report
+    from llmslim.storage import check_target, open_source
+
+    name = Recipe.of(options.recipe).name if options.recipe else "kphi3"
+    source = open_source(model, trust_remote_code=options.trust_remote_code, or_none=True)
+    out = Path(options.out or f"{source.name}-{name}")
+    target = out.with_name(f"{out.name}-healed")
+    check_target(target, options.overwrite)  # before hours of work
+    if options.resume and (out / "config.json").is_file():  # it is complete
+        click.echo(f"{out} is already converted; healing it", err=True)
+        report = read_report(out).report
+    else:
+        report, out = _convert(model, replace(options, out=out), json_target)
+    healed = heal_and_show(
+        out,
+        json_target,
+        out=target,
+        # Random weights have no dense model to learn from.
+        teacher=model if source.has_weights else None,
+        resume=options.resume,
+        overwrite=options.overwrite,
+    )
+    return report, out, healed
 
 
-def _show_plan(model: str, recipe: Recipe, options: ConvertOptions) -> None:
+def _show_plan(
+    model: str, recipe: Recipe, options: ConvertOptions, json_target: str | None
+) -> None:
     api = backend()
     from llmslim.conversion.calibrate import texts_of, try_text, with_overrides
 
@@ -134,12 +168,16 @@ def _show_plan(model: str, recipe: Recipe, options: ConvertOptions) -> None:
     recipe, init = with_overrides(recipe, options.init, texts, tokens)
     trusted = options.trust_remote_code
     made = api.plan(model, recipe, init=init, trust_remote_code=trusted)
-    show_report(made.report())
-    show_cost(made, options.device)
+    notes: tuple[str, ...] = ()
     if made.needs_calibration:
-        for note in try_text(model, recipe, trust_remote_code=trusted):
+        notes = tuple(try_text(model, recipe, trust_remote_code=trusted))
+    if shows(json_target):
+        show_report(made.report())
+        show_cost(made, options.device)
+        for note in notes:
             click.echo(f"- {note}")
-    click.echo("\ndry run: nothing was written")
+        click.echo("\ndry run: nothing was written")
+    write_json({"report": made.report().to_dict(), "notes": notes}, json_target)
 
 
 def _is_kphi3(model: str) -> bool:

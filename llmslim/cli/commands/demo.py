@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llmslim.cli.output import progress, show_report
+from llmslim.cli.output import json_option, progress, show_report, shows, write_json
 from llmslim.cli.settings import backend, settings
 from llmslim.errors import CheckpointError
 
@@ -35,7 +35,8 @@ WINDOWS, LENGTH = 4, 512
     help="Folder to write; the default folder is replaced each time.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the folder of --out if it exists.")
-def command(out: Path, overwrite: bool) -> None:
+@json_option
+def command(out: Path, overwrite: bool, json_target: str | None) -> None:
     """Try llmslim on a small model.
 
     Slims SmolLM2-135M-Instruct, then asks the dense and the slim model the same questions and
@@ -44,7 +45,8 @@ def command(out: Path, overwrite: bool) -> None:
     """
     source, recipe = smollm2_file(), demo_recipe()
     api = backend()
-    click.echo(f"{source.name} with recipe {RECIPE} -> {out}", err=True)
+    if not settings().quiet:
+        click.echo(f"{source.name} with recipe {RECIPE} -> {out}", err=True)
     with progress() as moved:
         result = api.convert(
             source,
@@ -55,14 +57,21 @@ def command(out: Path, overwrite: bool) -> None:
             progress=moved,
         )
     settings().written = result.path
-    show_report(result.report, bars=True)
-    found = [_try(name, model) for name, model in (("dense", source), ("slim", result.path))]
+    shown = shows(json_target)
+    if shown:
+        show_report(result.report, bars=True)
+    models = {"dense": source, "slim": result.path}
+    found = {name: _try(name, model, shown=shown) for name, model in models.items()}
+    write_json({"path": str(result.path), "perplexity": found}, json_target)
+    if not shown:
+        return
     totals = result.report.totals
     parameters = (totals.params_before, totals.params_after)
     click.echo(
         f"\n{'':12}{'dense':>14}{'slim':>14}\n"
         f"{'parameters':12}{parameters[0]:>14,}{parameters[1]:>14,}\n"
-        f"{'perplexity':12}{found[0]:>14.2f}{found[1]:>14.2f}   of Python's manual; less is better"
+        f"{'perplexity':12}{found['dense']:>14.2f}{found['slim']:>14.2f}   "
+        "of Python's manual; less is better"
     )
     click.echo(_NEXT.format(out=result.path, source=source, kept=totals.kept_ratio))
 
@@ -107,8 +116,8 @@ def smollm2_file() -> Path:
     return files[0]
 
 
-def _try(name: str, model: Path) -> float:
-    """Ask a model the questions; return its perplexity on Python's manual."""
+def _try(name: str, model: Path, *, shown: bool) -> float:
+    """Return a model's perplexity on Python's manual; ask it the questions too, if `shown`."""
     import torch
 
     from llmslim.anatomy.predictions import mean_loss
@@ -119,7 +128,7 @@ def _try(name: str, model: Path) -> float:
     source = open_source(model)
     loaded: Any = load_model(source)
     tokenizer: Any = load_tokenizer(source)
-    for question in PROMPTS:
+    for question in PROMPTS if shown else ():
         click.echo(f"\nuser: {question}\n{name}: ", nl=False)
         reply(
             loaded,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
 
 from llmslim.cli.evaluation import show_evaluation
 from llmslim.cli.options import options_from
-from llmslim.cli.output import progress, write_out
+from llmslim.cli.output import json_option, progress, write_json
 from llmslim.cli.settings import backend
 from llmslim.options import EvalOptions
 
@@ -17,7 +16,7 @@ from llmslim.options import EvalOptions
 @click.command()
 @click.argument("model")
 @options_from(EvalOptions)
-@click.option("--json", "json_target", metavar="FILE", help="Write JSON too; - for JSON on stdout.")
+@json_option
 def command(model: str, json_target: str | None, **keywords: Any) -> None:
     """Measure how good MODEL is, on text or on tasks.
 
@@ -29,5 +28,4 @@ def command(model: str, json_target: str | None, **keywords: Any) -> None:
         found = backend().evaluate(model, **keywords, progress=moved)
     if json_target != "-":
         show_evaluation(found)
-    if json_target is not None:
-        write_out(json.dumps(found.to_dict(), indent=2) + "\n", json_target)
+    write_json(found.to_dict(), json_target)

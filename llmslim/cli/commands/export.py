@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from llmslim.cli.output import json_option, out_argument, shows, write_json
 from llmslim.cli.settings import backend, settings
 from llmslim.options import QUANTIZATIONS
 
@@ -27,6 +28,8 @@ from llmslim.options import QUANTIZATIONS
 )
 @click.option("--overwrite", is_flag=True, help="Replace the folder or file if it exists.")
 @click.option("--allow-nonfinite", is_flag=True, help="Accept weights that are NaN or infinite.")
+@json_option
+@out_argument
 def command(
     slim: str,
     dense: bool,
@@ -35,6 +38,7 @@ def command(
     quantize: str | None,
     overwrite: bool,
     allow_nonfinite: bool,
+    json_target: str | None,
 ) -> None:
     """Write SLIM for programs that know no llmslim, with every block multiplied out.
 
@@ -58,4 +62,6 @@ def command(
             raise click.UsageError("'--quantize' is for '--gguf' only.")
         path = backend().export_dense(slim, out, **options)
     settings().written = path
-    click.echo(f"wrote {path}")
+    if shows(json_target):
+        click.echo(f"wrote {path}")
+    write_json({"path": str(path)}, json_target)

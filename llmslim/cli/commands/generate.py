@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+from typing import Any, get_args
 
 import click
 
+from llmslim.cli.output import json_option, write_json
 from llmslim.cli.settings import backend, settings
 from llmslim.errors import CheckpointError
+from llmslim.options import Dtype, long_dtype
 
 
 @click.command()
@@ -31,6 +34,13 @@ from llmslim.errors import CheckpointError
 @click.option(
     "--seed", type=click.IntRange(0, (1 << 63) - 1), help="Makes a temperature above 0 repeatable."
 )
+@click.option("--device", metavar="NAME", help="Where to run; by default a GPU, if any.")
+@click.option(
+    "--dtype",
+    type=click.Choice(get_args(Dtype)),
+    help="Type of the weights; by default as MODEL has them.",
+)
+@json_option
 def command(
     model: str,
     prompt: str,
@@ -38,6 +48,9 @@ def command(
     system: str | None,
     temperature: float,
     seed: int | None,
+    device: str | None,
+    dtype: str | None,
+    json_target: str | None,
 ) -> None:
     """Let MODEL answer PROMPT.
 
@@ -47,6 +60,7 @@ def command(
     if prompt == "-":
         prompt = sys.stdin.read()
     backend()
+    from llmslim.anatomy.device import device_named
     from llmslim.cli.chat import reply
     from llmslim.storage import check_finite, load_model, load_tokenizer, open_source
 
@@ -57,18 +71,28 @@ def command(
             f"{model}: has no tokenizer; a prompt needs one. Copy the tokenizer files of its base "
             "model into the folder."
         )
-    loaded = load_model(source)
+    loaded: Any = load_model(source, dtype=long_dtype(dtype))
     # With such weights it would answer nothing, or repeat one token.
     check_finite(loaded.state_dict().items(), source.given, allow_nonfinite=None)
+    pieces: list[str] = []
+
+    def write(text: str) -> None:
+        pieces.append(text)
+        if json_target != "-":
+            click.echo(text, nl=False)
+
     tokens, seconds = reply(
-        loaded,
+        loaded.to(device_named(device)),
         tokenizer,
         prompt,
-        write=lambda text: click.echo(text, nl=False),
+        write=write,
         system=system,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
     )
+    answer = "".join(pieces).removesuffix("\n")
+    found = {"prompt": prompt, "answer": answer, "tokens": tokens, "seconds": seconds}
+    write_json(found, json_target)
     if settings().verbose:
         click.echo(f"{tokens} tokens, {tokens / seconds:.1f} tokens/s", err=True)

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import click
 
-from llmslim.cli.healing import heal_and_show, plan_and_show
+from llmslim.cli.healing import as_data, heal_and_show, plan_and_show
 from llmslim.cli.options import options_from
+from llmslim.cli.output import json_option, out_argument, write_json
 from llmslim.options import HealOptions
 
 
 @click.command()
 @click.argument("model", metavar="SLIM")
 @options_from(HealOptions)
+@json_option
 @click.option(
     "--dry-run",
     is_flag=True,
     help="Only check the inputs, and show what would be trained and the memory it would take.",
 )
-def command(model: str, dry_run: bool, **options: Any) -> None:
+@out_argument
+def command(model: str, dry_run: bool, json_target: str | None, **options: Any) -> None:
     """Train SLIM to recover its quality.
 
     SLIM is a folder that `llmslim convert` wrote, or any other causal language model; the result
@@ -29,4 +33,7 @@ def command(model: str, dry_run: bool, **options: Any) -> None:
     """
     if options["tokens"] is not None and options["epochs"] is not None:
         raise click.UsageError("--tokens and --epochs are two units for the same length; give one.")
-    (plan_and_show if dry_run else heal_and_show)(model, **options)
+    if dry_run:
+        write_json(asdict(plan_and_show(model, json_target, **options)), json_target)
+    elif (done := heal_and_show(model, json_target, **options)) is not None:
+        write_json(as_data(done), json_target)

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import click
 
-from llmslim.cli.output import show_cost, show_report, write_out
+from llmslim.cli.output import json_option, show_cost, show_report, shows, write_json
 from llmslim.cli.settings import backend
 
 
@@ -32,7 +32,7 @@ def read_ratio(ctx: click.Context, param: click.Parameter, value: str | None) ->
 @click.command()
 @click.argument("model")
 @click.option("-r", "--recipe", required=True, help="Name of a shipped recipe, or a recipe file.")
-@click.option("--json", "json_target", metavar="FILE", help="Write JSON too; - for JSON on stdout.")
+@json_option
 @click.option("--full", is_flag=True, help="Show every module, and a bar for every layer.")
 @click.option("--init", metavar="NAME", help="Method of fitting, in place of the recipe's.")
 @click.option("--revision", metavar="NAME", help="Branch, tag or commit of MODEL on the hub.")
@@ -64,13 +64,10 @@ def command(
     model = model if revision is None else f"{model}@{revision}"
     made = backend().plan(model, read, init=init, trust_remote_code=trust_remote_code)
     report = made.report()
-    if json_target != "-":
+    if shows(json_target):
         show_report(report, full=full)
         show_cost(made)
-    if json_target is not None:
-        from llmslim.report import render
-
-        write_out(render(report, "json"), json_target)
+    write_json(report.to_dict(), json_target)
     if fail_under is not None:
         totals = report.totals
         saved = totals.non_embedding_before - totals.non_embedding_after

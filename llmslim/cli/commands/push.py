@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from llmslim.cli.output import json_option, shows, write_json
 from llmslim.cli.settings import backend
 
 
@@ -15,7 +16,15 @@ from llmslim.cli.settings import backend
 @click.option("--private", is_flag=True, help="If the repository is made, make it private.")
 @click.option("--revision", metavar="BRANCH", help="Branch to commit to; made where needed.")
 @click.option("--dry-run", is_flag=True, help="Only show what would be uploaded.")
-def command(slim: str, repo: str, private: bool, revision: str | None, dry_run: bool) -> None:
+@json_option
+def command(
+    slim: str,
+    repo: str,
+    private: bool,
+    revision: str | None,
+    dry_run: bool,
+    json_target: str | None,
+) -> None:
     """Upload the checkpoint SLIM to the repository OWNER/NAME on the hub, in one commit.
 
     SLIM is checked against its manifest first. Card, report, recipe and manifest go with the
@@ -23,13 +32,18 @@ def command(slim: str, repo: str, private: bool, revision: str | None, dry_run: 
     """
     if not dry_run:
         address = backend().push(slim, repo, private=private, revision=revision)
-        click.echo(f"pushed to {address}")
+        if shows(json_target):
+            click.echo(f"pushed to {address}")
+        write_json({"address": address}, json_target)
         return
     from llmslim.export import plan_upload
     from llmslim.report import wording
 
     upload = plan_upload(Path(slim), repo)
-    for name in sorted(upload.files):
-        click.echo(name)
-    click.echo(f"\n{len(upload.files)} files, {wording.size(upload.bytes)}")
-    click.echo("dry run: nothing was uploaded")
+    names = sorted(upload.files)
+    if shows(json_target):
+        for name in names:
+            click.echo(name)
+        click.echo(f"\n{len(names)} files, {wording.size(upload.bytes)}")
+        click.echo("dry run: nothing was uploaded")
+    write_json({"files": names, "bytes": upload.bytes}, json_target)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
-from llmslim.cli.evaluation import show_evaluation
+from llmslim.cli.evaluation import show_benchmark, show_evaluation
 from llmslim.cli.healing import show_healing
-from llmslim.cli.output import show_report, write_out
+from llmslim.cli.output import json_option, out_argument, show_report, write_json, write_out
 from llmslim.report import FORMATS
 
 
@@ -29,26 +27,41 @@ from llmslim.report import FORMATS
     is_flag=True,
     help="Show every module; in text, also a bar for every layer.",
 )
-def command(slim: str, format_name: str, out: str | None, full: bool) -> None:
+@json_option
+@out_argument
+def command(
+    slim: str, format_name: str, out: str | None, full: bool, json_target: str | None
+) -> None:
     """Show what was saved in SLIM, module by module.
 
-    A healed model's losses and answers follow, and the scores of `llmslim eval`. SLIM is a folder
-    that `llmslim convert` wrote, or a report file of `llmslim plan --json`.
+    A healed model's losses and answers follow, and what `llmslim eval` and `llmslim bench` found.
+    With --format html all of it becomes one page that needs no network: llmslim report SLIM
+    --format html -o report.html. SLIM is a folder that `llmslim convert` wrote, or a report file of
+    `llmslim plan --json`.
     """
-    from llmslim.evaluation.scores import read_evaluation
     from llmslim.report import healed, render
     from llmslim.report.read import read_report
 
     read = read_report(slim)
     report, healing = read.report, read.healing
+    write_json(read.data, json_target)
+    if json_target == "-" and out is None:
+        return
     if format_name == "text" and out is None:
         show_report(report, full=full)
         if healing:
             show_healing(healing)
-        scores = read_evaluation(Path(slim)) if Path(slim).is_dir() else None
-        if scores is not None:
+        if read.scores is not None:
             click.echo()
-            show_evaluation(scores)
+            show_evaluation(read.scores)
+        for speeds in read.benchmarks:
+            click.echo()
+            show_benchmark(speeds)
+        return
+    if format_name == "html":
+        from llmslim.report.html import report_page
+
+        write_out(report_page(read, full=full), out or "-")
         return
     text = render(report, format_name, full=full)
     if healing and format_name == "md":

@@ -14,11 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-from scipy.stats import t as student
-
 from llmslim.atomic import write_whole
-from llmslim.errors import CheckpointError
+from llmslim.report.kept import read_kept
 from llmslim.storage import EVALUATION
 
 _CONFIDENCE = 0.95
@@ -47,6 +44,8 @@ class Estimate:
         mean = math.fsum(values) / count
         if count == 1:
             return cls(mean)
+        from scipy.stats import t as student  # takes a second, which readers need not wait
+
         variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
         half = float(student.ppf((1 + _CONFIDENCE) / 2, count - 1)) * math.sqrt(variance / count)
         return cls(mean, mean - half, mean + half)
@@ -134,21 +133,8 @@ def read_evaluation(folder: Path) -> Evaluation | None:
     Raises:
         CheckpointError: if it is something else.
     """
-    path = folder / EVALUATION
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}). Remove it.") from error
-    try:
-        return TypeAdapter(Evaluation).validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise CheckpointError(
-            f"{path}: {where}: {first['msg']}; this is not what llmslim eval writes. Remove it."
-        ) from error
+    found: Evaluation | None = read_kept(folder / EVALUATION, Evaluation, "llmslim eval")
+    return found
 
 
 def keep_evaluation(folder: Path, found: Evaluation) -> Evaluation:
