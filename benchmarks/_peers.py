@@ -229,8 +229,8 @@ def whitened_svd(model: Any, ids_NL: Tensor, keep: float) -> None:
         block = LowRank(*weight_OI.shape[::-1], keep_ratio=keep, bias=has_bias, **kind)
         u_OR, v_RI = low_rank_factors(weight_OI.double(), moment.gram_II, block.rank)
         root_R = (v_RI @ moment.gram_II * v_RI).sum(1).clamp_min(1e-30) ** 0.25
-        block.up.copy_((u_OR * root_R).t())
-        block.down.copy_((v_RI / root_R[:, None]).t())
+        block.up.weight.copy_(u_OR * root_R)
+        block.down.weight.copy_(v_RI / root_R[:, None])
         if has_bias:
             block.bias.copy_(site.bias)
         set_module(model, name, block)

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from llmslim.evaluation import Evaluation as Evaluation
     from llmslim.evaluation import TaskScore as TaskScore
     from llmslim.evaluation import TextScores as TextScores
+    from llmslim.healing.lora import lora_config as lora_config
     from llmslim.healing.plan import HealingPlan as HealingPlan
     from llmslim.healing.report import HealReport as HealReport
     from llmslim.modeling.grouped_pointwise import GroupedPointwise as GroupedPointwise
@@ -73,6 +74,7 @@ _EXPORTS = {
     "llmslim.errors": "CheckpointError DataError HealingError PluginError RecipeError SizeError "
     "SlimError TargetError UnfinishedError",
     "llmslim.evaluation": "Estimate Evaluation TaskScore TextScores",
+    "llmslim.healing.lora": "lora_config",
     "llmslim.healing.plan": "HealingPlan",
     "llmslim.healing.report": "HealReport",
     "llmslim.modeling.grouped_pointwise": "GroupedPointwise",

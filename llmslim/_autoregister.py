@@ -1,8 +1,9 @@
-"""Teach transformers the model type `llmslim` once both are imported, without importing it early.
+"""Teach transformers and peft the model type `llmslim`, without importing either early.
 
 `import llmslim` must stay cheap (no torch), yet afterwards
-`AutoModelForCausalLM.from_pretrained(slim_checkpoint)` must know the type. transformers has no
-plug-in point, so this waits for its config registry to be imported and registers right then.
+`AutoModelForCausalLM.from_pretrained(slim_checkpoint)` must know the type, and a `LoraConfig`
+without targets what it means for one. Neither has a plug-in point, so this waits for their tables
+to be imported and adds a line right then.
 """
 
 from __future__ import annotations
@@ -12,10 +13,8 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
-
-_REGISTRY = "transformers.models.auto.configuration_auto"
 
 
 def _register() -> None:
@@ -23,22 +22,35 @@ def _register() -> None:
     importlib.import_module("llmslim.modeling.configuration_llmslim")
 
 
-class _AfterExec(importlib.abc.Loader):
-    """Runs a module as its own loader would, then registers."""
+def _name_targets() -> None:
+    table = sys.modules[_TARGETS].TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    table.setdefault("llmslim", "all-linear")
 
-    def __init__(self, loader: importlib.abc.Loader) -> None:
-        self._loader = loader
+
+_TARGETS = "peft.utils.constants"
+_TABLES = {"transformers.models.auto.configuration_auto": _register, _TARGETS: _name_targets}
+"""Modules that know other libraries' types, and what to do once each is imported."""
+
+
+class _AfterExec(importlib.abc.Loader):
+    """Runs a module as its own loader would, then does something."""
+
+    def __init__(self, loader: importlib.abc.Loader, then: Callable[[], None]) -> None:
+        self._loader, self._then = loader, then
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        _register()
+        self._then()
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Wraps the loader of one module, the first time it is asked for."""
+    """Wraps the loader of some modules, the first time each is asked for."""
+
+    def __init__(self, waiting: dict[str, Callable[[], None]]) -> None:
+        self._waiting = waiting
 
     def find_spec(
         self,
@@ -46,18 +58,20 @@ class _Finder(importlib.abc.MetaPathFinder):
         path: Sequence[str] | None,  # noqa: ARG002  (the protocol's)
         target: ModuleType | None = None,  # noqa: ARG002
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != _REGISTRY:
+        then = self._waiting.pop(name, None)
+        if then is None:
             return None
-        sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
-            spec.loader = _AfterExec(spec.loader)
+            spec.loader = _AfterExec(spec.loader, then)
         return spec
 
 
 def register_when_imported() -> None:
-    """Register now if transformers' config registry is imported already, else when it is."""
-    if _REGISTRY in sys.modules:
-        _register()
-    else:
-        sys.meta_path.insert(0, _Finder())
+    """Register now where a table is imported already, else when it is."""
+    for name, then in _TABLES.items():
+        if name in sys.modules:
+            then()
+    waiting = {name: then for name, then in _TABLES.items() if name not in sys.modules}
+    if waiting:
+        sys.meta_path.insert(0, _Finder(waiting))

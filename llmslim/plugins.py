@@ -177,7 +177,11 @@ def _class_named(module: ModuleType, name: str) -> Any:
 
 
 STRUCTURES: Registry[Any] = Registry(
-    "structure", "llmslim.modeling", r"(?m)^    class Options\b", _class_named, ("auto", "width")
+    "structure",
+    "llmslim.modeling",
+    r"(?m)^    class Options\b",
+    _class_named,
+    ("auto", "width", "linear", "conv1d"),
 )
 INITS: Registry[Method] = Registry(
     "init",

@@ -209,8 +209,10 @@ def test_whitened_svd_has_the_least_error_of_its_rank() -> None:
         assert error == pytest.approx(float(singular[block.rank :].square().sum()), rel=1e-4)
         assert block.rank == (HIDDEN * WIDTH // 2) // (HIDDEN + WIDTH)
         # Both factors have the root of the singular values, one of them on whitened inputs.
-        power = (x @ block.down.double()).square().mean(0).sqrt()
-        torch.testing.assert_close(block.up.double().norm(dim=1), power, rtol=1e-3, atol=1e-5)
+        power = (x @ block.down.weight.double().t()).square().mean(0).sqrt()
+        torch.testing.assert_close(
+            block.up.weight.double().norm(dim=0), power, rtol=1e-3, atol=1e-5
+        )
 
 
 def test_shortgpt_drops_the_layers_that_turn_the_stream_least() -> None:

@@ -58,27 +58,6 @@ def test_a_mark_of_the_class_stays():
     assert getattr(stack, modeling_compat.INITIALIZED)
 
 
-def test_auto_classes_build_by_a_factory(monkeypatch):
-    class Config(LlamaConfig):
-        model_type = "llmslim-test"
-
-    class Factory(modeling_compat.BuiltByAuto):
-        @classmethod
-        def from_config(cls, config, **kwargs):
-            return compat.build_from_config(LlamaForCausalLM, config, **kwargs)
-
-    auto = type("Auto", (AutoModelForCausalLM,), {})
-    known = AutoModelForCausalLM._model_mapping
-    # A copy takes the place of the original here, which pipelines look at.
-    monkeypatch.setattr(known._model_mapping, "_model_mapping", known)
-    auto._model_mapping = copy.copy(AutoModelForCausalLM._model_mapping)
-    auto._model_mapping._extra_content = {Config: Factory}
-    config = Config(**tiny_model("llama").config.to_dict())
-    built = auto.from_config(config, dtype=torch.bfloat16)
-    assert type(built) is LlamaForCausalLM
-    assert built.dtype == torch.bfloat16
-
-
 def test_an_auto_class_knows_its_classes():
     known = compat.model_mapping(AutoModelForCausalLM)
     assert LlamaConfig in known

@@ -289,8 +289,10 @@ def test_benchmarks_are_accepted(words, monkeypatch):
 def test_scripts_that_pages_call_are_there():
     calls = [words for _, words in SHELL if words[0].startswith("scripts/")]
     assert len(calls) >= 4
+    of_pytest = (ROOT / "tests" / "conftest.py").read_text(encoding="utf-8")
     for script, *rest in calls:
         text = (ROOT / script).read_text(encoding="utf-8")
+        text += of_pytest if script == "scripts/test" else ""
         assert [word for word in rest if word.startswith("--") and word not in text] == []
 
 

@@ -107,7 +107,7 @@ def test_bfloat16_stays_near_and_round_trips(checkpoint: Path, tmp_path: Path) -
 def test_missing_left_over_and_misshapen_weights_are_refused(
     checkpoint: Path, tmp_path: Path
 ) -> None:
-    block = "model.layers.0.mlp.up_proj.down"
+    block = "model.layers.0.mlp.up_proj.down.weight"
     messages = {
         "missing": block,
         "left-over": "model.layers.0.mlp.up_proj.weight",

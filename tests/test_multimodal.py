@@ -110,7 +110,10 @@ def test_its_auto_classes_are_named_in_its_config(tmp_path: Path) -> None:
     llmslim.slim(model, RECIPE)
     model.save_pretrained(tmp_path)
     named = json.loads((tmp_path / "config.json").read_text())["auto_map"]
-    assert set(named) == {"AutoConfig", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"}
+    writes = {"AutoModelForImageTextToText", "AutoModelForMultimodalLM"}
+    assert set(named) == {"AutoConfig", "AutoModel", *writes}
+    assert {named[auto] for auto in writes} == {"llmslim_entry.SlimLlavaForConditionalGeneration"}
+    assert named["AutoModel"] == "llmslim_entry.SlimLlavaModel"
 
 
 @pytest.mark.slow

@@ -16,7 +16,6 @@ from llmslim.modeling.block_shuffle import BlockShuffle
 from llmslim.modeling.factored import FactoredEmbedding, FactoredHead
 from llmslim.modeling.grouped_low_rank import GroupedLowRank
 from llmslim.modeling.grouped_pointwise import GroupedPointwise
-from llmslim.modeling.linear import Linear
 from llmslim.modeling.low_rank import LowRank
 from llmslim.modeling.pivoted_low_rank import PivotedLowRank
 from llmslim.modeling.structured import StructuredLinear, build, structure_class
@@ -83,15 +82,16 @@ def grouped(x: Tensor, weight: Tensor) -> Tensor:
 
 def formula(block: StructuredLinear, x: Tensor) -> Tensor:
     if isinstance(block, LowRank):
-        matrix = sum(torch.outer(block.down[:, r], block.up[r]) for r in range(block.rank))
+        down_RI, up_OR = block.down.weight, block.up.weight
+        matrix = sum(torch.outer(down_RI[r], up_OR[:, r]) for r in range(block.rank))
         y = torch.einsum("...i,io->...o", x, matrix)
     elif isinstance(block, PivotedLowRank):
         y = x.new_zeros(*x.shape[:-1], block.out_features)
         for output, place in enumerate(block.order.tolist()):
             if place < block.rank:
-                column = block.pivot[:, place]
+                column = block.pivot.weight[place]
             else:
-                column = block.pivot @ block.rest[:, place - block.rank]
+                column = block.rest.weight[place - block.rank] @ block.pivot.weight
             y[..., output] = (x * column).sum(-1)
     elif isinstance(block, BlockShuffle):
         z = grouped(x, block.first)
@@ -289,7 +289,7 @@ def test_a_fixed_order_leaves_no_trace():
 @pytest.mark.parametrize(("inputs", "outputs"), [(256, 128), (256, 256), (128, 512)])
 def test_fresh_blocks_have_a_fresh_linears_output_variance(kind, inputs, outputs):
     # One third, whatever the size: averaged over draws, inputs and outputs.
-    x = torch.randn(256, inputs, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(256, inputs, generator=torch.Generator().manual_seed(100))  # no block's seed
     squares = []
     for seed in range(12):
         block = make(kind, inputs, outputs, bias=False, seed=seed, dtype=torch.float32)
@@ -371,7 +371,6 @@ def test_structures_are_found_by_name():
     assert structure_class("pivoted_low_rank") is PivotedLowRank
     assert structure_class("grouped_low_rank") is GroupedLowRank
     assert structure_class("block_shuffle") is BlockShuffle
-    assert structure_class("linear") is Linear
     assert structure_class("factored_embedding") is FactoredEmbedding
     assert structure_class("factored_head") is FactoredHead
 

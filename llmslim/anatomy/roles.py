@@ -28,6 +28,7 @@ from llmslim.anatomy.sites import (
     find_layers,
     find_sites,
     find_towers,
+    outer_modules,
     widest,
 )
 from llmslim.errors import TargetError
@@ -58,7 +59,7 @@ def _by_layer(model: Any, modules: dict[str, nn.Module]) -> dict[str, list[Site]
     """Return the maps of every decoder layer, with blocks and maps that cannot be replaced."""
     stacks = _stacks(model, modules)
     by_layer: dict[str, list[Site]] = defaultdict(list)
-    for site in _every_map(model, modules):
+    for site in _every_map(model):
         stack = next((stack for stack in stacks if site.name.startswith(f"{stack}.")), None)
         if stack is not None:
             index, _, inner = site.name[len(stack) + 1 :].partition(".")
@@ -87,9 +88,9 @@ def _stacks(model: Any, modules: dict[str, nn.Module]) -> list[str]:
     ]
 
 
-def _every_map(model: Any, modules: dict[str, nn.Module]) -> list[Site]:
+def _every_map(model: Any) -> list[Site]:
     found = dict(find_experts(model))
-    for name, module in modules.items():
+    for name, module in outer_modules(model):
         if isinstance(module, StructuredLinear):
             spec = module.spec()
             found[name] = Site(name, spec["in_features"], spec["out_features"], spec["bias"])

@@ -96,6 +96,15 @@ def as_site(name: str, module: nn.Module) -> Site | None:
     return None
 
 
+def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield every module with its name, blocks included, but nothing that is inside a block."""
+    block = None
+    for name, module in model.named_modules():
+        if block is None or not name.startswith(f"{block}."):
+            yield name, module
+            block = name if isinstance(module, StructuredLinear) else None
+
+
 def find_sites(model: nn.Module) -> dict[str, Site]:
     """Return every dense map that can be replaced by name, in the model's order; no experts."""
     return {site.name: site for site, reason in _dense_maps(model) if not reason}
@@ -128,7 +137,7 @@ def _dense_maps(model: nn.Module) -> Iterator[tuple[Site, str]]:
     # The router lies beside the module of the experts, or in a module beside it.
     choices = {s.name.rsplit(".", 2)[0]: s.experts for s in find_experts(model).values()}
     met: set[int] = set()
-    for name, module in modules.items():
+    for name, module in outer_modules(model):
         site = as_site(name, module)
         if site and id(module.weight) not in met:
             met.add(id(module.weight))

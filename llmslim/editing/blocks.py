@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmslim.anatomy.sites import dense_weight
+from llmslim.anatomy.sites import dense_weight, outer_modules
 from llmslim.editing.plans import Plan, SitePlan
 from llmslim.errors import SlimError
 from llmslim.init import Method, Target, initialise, method_named, wide
@@ -154,7 +154,7 @@ def draw_blocks(model: nn.Module, plan: Plan, method: Method, seed: int) -> None
         seed: of all of them.
     """
     replaced = {site.new_name: site.name for site in plan.sites}
-    for name, block in list(model.named_modules()):
+    for name, block in list(outer_modules(model)):
         origin = replaced.get(name, name)
         if isinstance(block, StructuredLinear):
             initialise(block, _nothing(block.spec(), seed_of(origin, seed)), method)

@@ -164,16 +164,16 @@ def _fit_residual(block: GroupedPointwise, weight_OI: Tensor, gram_II: Tensor) -
 @_fill.register
 def _fit_low_rank(block: LowRank, weight_OI: Tensor, gram_II: Tensor) -> None:
     u_OR, v_RI = balanced(*low_rank_factors(weight_OI, gram_II, block.rank))
-    block.down.copy_(v_RI.t())
-    block.up.copy_(u_OR.t())
+    block.down.weight.copy_(v_RI)
+    block.up.weight.copy_(u_OR)
 
 
 @_fill.register
 def _fit_pivoted(block: PivotedLowRank, weight_OI: Tensor, gram_II: Tensor) -> None:
     u_OR, v_RI = low_rank_factors(weight_OI, gram_II, block.rank)
     pivot_IR, rest, order_O = pivoted_factors(u_OR, v_RI, gram_II)
-    block.pivot.copy_(pivot_IR)
-    block.rest.copy_(rest)
+    block.pivot.weight.copy_(pivot_IR.t())
+    block.rest.weight.copy_(rest.t())
     block.order.copy_(order_O)
 
 
@@ -195,5 +195,5 @@ def _fit_grouped_low_rank(block: GroupedLowRank, weight_OI: Tensor, gram_II: Ten
         block.grouped.order.copy_(order_GS)
     parameter, u_OR, v_RI, _ = grouped_low_rank_factors(weight_OI, gram_II, groups, rank, order_GS)
     block.grouped.weight.copy_(parameter)
-    block.low_rank.down.copy_(v_RI.t())
-    block.low_rank.up.copy_(u_OR.t())
+    block.low_rank.down.weight.copy_(v_RI)
+    block.low_rank.up.weight.copy_(u_OR)

@@ -36,8 +36,8 @@ def fit(block: StructuredLinear, target: Target) -> None:
     if isinstance(block, LowRank):
         u_OK, s_K, v_KI = torch.linalg.svd(weight_OI, full_matrices=False)
         root = s_K[: block.rank].sqrt()  # shared between the factors: both train at one scale
-        block.down.copy_(v_KI[: block.rank].t() * root)
-        block.up.copy_((u_OK[:, : block.rank] * root).t())
+        block.down.weight.copy_(v_KI[: block.rank] * root[:, None])
+        block.up.weight.copy_(u_OK[:, : block.rank] * root)
     elif isinstance(block, GroupedPointwise) and block.variant == "io":
         _fit_io(block, weight_OI)
     else:

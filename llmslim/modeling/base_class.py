@@ -14,7 +14,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import transformers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 from .compat import model_mapping
 from .depth import plain_class
@@ -125,6 +131,40 @@ def base_class_of(config: Any) -> type[PreTrainedModel]:
         f"config.json: architectures {config.architectures}: no language model of "
         f"{config.base_model_type} that this transformers knows"
     )
+
+
+def model_classes(config_class: type) -> dict[str, tuple[type[PreTrainedModel], ...]]:
+    """Return the classes that a slim model of a config can be loaded as, by Auto class.
+
+    Args:
+        config_class: one of transformers' own.
+
+    Returns:
+        Under each Auto class of models that write text all of those, its own first: which one it
+        gives is for a config's `architectures` to say. Then the bare model, and the classifier.
+
+    Example:
+        >>> {name: [cls.__name__ for cls in classes] for name, classes
+        ...  in model_classes(transformers.LlavaConfig).items()}["AutoModel"]
+        ['LlavaModel']
+    """
+    texts = {name: _of(auto, config_class) for name, auto in auto_classes(config_class).items()}
+    every = dict.fromkeys(cls for classes in texts.values() for cls in classes)
+    found = {name: tuple(dict.fromkeys((*classes, *every))) for name, classes in texts.items()}
+    others = {auto.__name__: _of(auto, config_class) for auto in _HEADLESS}
+    return {name: classes for name, classes in (found | others).items() if classes}
+
+
+_HEADLESS = (AutoModel, AutoModelForSequenceClassification)
+"""Auto classes of what writes no text, and is loaded from the same files all the same."""
+
+
+def _of(auto: Any, config_class: type) -> tuple[type[PreTrainedModel], ...]:
+    """Return an Auto class's classes for a config, without those of a part of it."""
+    if config_class not in model_mapping(auto):
+        return ()
+    listed = listed_classes(auto, config_class)
+    return tuple(cls for cls in listed if getattr(cls, "config_class", None) is config_class)
 
 
 def listed_classes(auto: Any, config_class: type) -> Iterator[type[PreTrainedModel]]:

@@ -34,18 +34,6 @@ class Initialized:
     _is_hf_initialized = True
 
 
-class BuiltByAuto:
-    """Base of a factory that Auto classes take for a model class: they call this to build one."""
-
-    @classmethod
-    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
-        return cls.from_config(config, **kwargs)  # type: ignore[attr-defined]
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Accept what transformers calls on code that comes with a checkpoint."""
-
-
 def build_from_config(cls: Any, config: Any, **kwargs: Any) -> Any:
     """Return a model of a class; only Auto classes have a public method that does so.
 

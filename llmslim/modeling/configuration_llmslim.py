@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 FORMAT = 1
@@ -44,7 +45,16 @@ class SlimConfig(PreTrainedConfig):
                 f"config.json: base_model_type {base_type!r} is not known to this transformers. "
                 "Install a newer transformers."
             )
-        return slim_config_class(CONFIG_MAPPING[base_type]).from_dict(config_dict, **kwargs)
+        base = CONFIG_MAPPING[base_type]
+        config = slim_config_class(base).from_dict(config_dict, **kwargs)
+        from .base_class import base_class_of, model_classes
+
+        if not model_classes(base):  # a part that no Auto class lists; its name is all there is
+            from .modeling_llmslim import slim_model_class
+
+            given = config[0] if isinstance(config, tuple) else config
+            slim_model_class(base_class_of(given))
+        return config
 
 
 _classes: dict[type, Any] = {}
@@ -52,9 +62,11 @@ _classes: dict[type, Any] = {}
 
 def slim_config_class(base: type[PreTrainedConfig]) -> Any:
     """Return the slim subclass of a config class, known to the Auto classes."""
+    if getattr(base, "base_model_type", ""):  # slim already: two models share a config
+        return base
     if base in _classes:
         return _classes[base]
-    cls = type(
+    cls = _classes[base] = type(
         f"Slim{base.__name__}",
         (base,),
         {
@@ -65,20 +77,25 @@ def slim_config_class(base: type[PreTrainedConfig]) -> Any:
         },
     )
     # Only a model class needs the rest, and importing it first would import it in a circle.
-    from transformers import AutoModelForCausalLM
+    from .base_class import model_classes
+    from .modeling_llmslim import slim_model_class
 
-    from .base_class import auto_classes, listed_classes
-    from .modeling_llmslim import SlimForCausalLM
-
-    known = auto_classes(base)
-    for auto in known.values() or (AutoModelForCausalLM,):
-        factory: Any = SlimForCausalLM
-        if known:  # pipelines look for the model's own name among those that are registered
-            name = f"Slim{next(listed_classes(auto, base)).__name__}"
-            factory = type(name, (SlimForCausalLM,), {"__module__": __name__})
-        auto.register(cls, factory, exist_ok=True)
-    _classes[base] = cls
+    for name, classes in model_classes(base).items():
+        slim = tuple(map(slim_model_class, classes))
+        getattr(transformers, name).register(cls, slim, exist_ok=True)
     return cls
+
+
+def __getattr__(name: str) -> Any:
+    """Make a slim config class when it is asked for by name, as unpickling does.
+
+    Raises:
+        AttributeError: if there is no class of transformers' to derive it from.
+    """
+    base = getattr(transformers, name.removeprefix("Slim"), None)
+    if name.startswith("Slim") and isinstance(base, type) and issubclass(base, PreTrainedConfig):
+        return slim_config_class(base)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def register() -> None:

@@ -46,8 +46,10 @@ class Experts(Initialized, nn.Module):
     Example:
         >>> block = {"structure": "low_rank", "in_features": 6, "out_features": 4, "rank": 2}
         >>> experts = Experts(8, of=block)
-        >>> torch.nn.functional.linear(torch.ones(3, 6), experts[5]).shape, experts.down.shape
-        (torch.Size([3, 4]), torch.Size([8, 6, 2]))
+        >>> torch.nn.functional.linear(torch.ones(3, 6), experts[5]).shape
+        torch.Size([3, 4])
+        >>> experts.down.weight.shape
+        torch.Size([8, 2, 6])
     """
 
     name: ClassVar[str] = "experts"

@@ -117,7 +117,7 @@ class GroupedLowRank(StructuredLinear):
         self.grouped.reset_parameters()
         self.grouped.weight.mul_(math.sqrt(0.5))
         self.low_rank.reset_parameters()
-        self.low_rank.up.mul_(math.sqrt(0.5))
+        self.low_rank.up.weight.mul_(math.sqrt(0.5))
 
     def reset_buffers(self) -> None:
         """Put the grouped part's channels in their own order, in place."""
@@ -125,5 +125,6 @@ class GroupedLowRank(StructuredLinear):
 
     def product(self, x: Tensor) -> Tensor:
         """Return the sum of both products."""
-        grouped: Tensor = self.grouped.product(x)
-        return grouped + self.low_rank.product(x)
+        # Called as modules: what other libraries add to one takes part.
+        y: Tensor = self.grouped(x) + self.low_rank(x)
+        return y

@@ -2,7 +2,8 @@
 
     y = (x V) U,   V (I, R), U (R, O)
 
-r(I + O) parameters instead of IO. What it leaves out: any way of keeping directions outside the
+R (I + O) parameters instead of IO. Both are held by an ordinary `nn.Linear`: what quantises, adapts
+or splits those reaches them. What it leaves out: any way of keeping directions outside the
 R it has; a grouped block keeps all directions but mixes fewer.
 
 Shapes: I = in_features, O = out_features, R = rank.
@@ -18,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from .sizes import KeepRatio, OptionError, StaysDense, budget, check_rank
-from .structured import StructuredLinear
+from .structured import StructuredLinear, empty_linear
 
 
 class LowRank(StructuredLinear):
-    """A rank-R projection, held as `down` (I, R) and `up` (R, O).
+    """A rank-R projection, held as `down` and `up`, an `nn.Linear` from I to R and one from R to O.
 
     Example:
         >>> LowRank(64, 32, rank=4)(torch.ones(2, 64)).shape
@@ -59,15 +60,16 @@ class LowRank(StructuredLinear):
     def create(self, **kind: Any) -> None:
         """Make both factors."""
         self.rank: int = self.options.rank
-        self.down = nn.Parameter(torch.empty(self.in_features, self.rank, **kind))
-        self.up = nn.Parameter(torch.empty(self.rank, self.out_features, **kind))
+        self.down = empty_linear(self.in_features, self.rank, **kind)
+        self.up = empty_linear(self.rank, self.out_features, **kind)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw both factors so that white input gives the output variance of `nn.Linear`, 1/3."""
-        nn.init.normal_(self.down, std=math.sqrt(1 / self.in_features))
-        nn.init.normal_(self.up, std=math.sqrt(1 / (3 * self.rank)))
+        nn.init.normal_(self.down.weight, std=math.sqrt(1 / self.in_features))
+        nn.init.normal_(self.up.weight, std=math.sqrt(1 / (3 * self.rank)))
 
     def product(self, x: Tensor) -> Tensor:
         """Return (x V) U."""
-        return x @ self.down @ self.up
+        y: Tensor = self.up(self.down(x))
+        return y

@@ -9,10 +9,11 @@ A slim checkpoint's config.json holds every field of its base config plus
 and, with structures of other packages, `plugins: {structure: module that it is from}`. Nothing is
 ever imported by the names in there.
 
-`SlimConfig` and `SlimForCausalLM` are factories for transformers' Auto classes, never instances:
-from config.json they derive a config class from the base config class and a model class from the
-base model class whose `__init__` swaps each site for the block that its spec describes. What
-comes back is a LlamaForCausalLM, Phi3ForCausalLM ... to generate, peft, Trainer and accelerate.
+`SlimLlamaForCausalLM` derives from `LlamaForCausalLM`, `SlimLlamaModel` from `LlamaModel` and so on
+for every class that the base config has: their `__init__` swaps each site for the block that its
+spec describes. What is loaded is a LlamaForCausalLM to generate, peft, Trainer and accelerate. Here
+these classes are made when they are needed, and found by their names all the same; a checkpoint's
+entry file spells out its own.
 
 The original model_type would load too, as a dense model with random weights where the blocks
 were: hence the new type, and a load that fails on any missing or left-over weight.
@@ -22,27 +23,20 @@ These files travel inside checkpoints: they import torch and transformers only.
 
 from __future__ import annotations
 
-import ast
 import copy
-import inspect
-import re
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from .base_class import auto_classes, base_class_of
-from .compat import BuiltByAuto, build_from_config, mark_initialized
-from .configuration_llmslim import FORMAT, SlimConfig, slim_config_class
+from .base_class import model_classes
+from .checkpoint_code import auto_map, check_plugins, plugin_of, structure_names, write_code
+from .compat import mark_initialized
+from .configuration_llmslim import FORMAT, slim_config_class
 from .depth import build_kept, plain_class, restore_original
-from .structured import build, structure_class
-
-ENTRY_FILE = "llmslim_entry.py"
-"""Generated beside the weights; imports the structures used, so that transformers copies them."""
-
+from .structured import build
 
 _SLIM_FIELDS = ("llmslim", "base_model_type", "auto_map", "model_type", "architectures")
 """Fields of a slim config that its base config does not have, or has otherwise."""
@@ -52,6 +46,7 @@ class SlimModelMixin:
     """What a slim model does on top of its base class: build its blocks, refuse half a load."""
 
     all_tied_weights_keys: dict[str, str]
+    base_model_prefix: str
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         check_plugins(config.llmslim.get("plugins", {}))
@@ -59,9 +54,38 @@ class SlimModelMixin:
         if depth:  # see `depth`: the original is built, and layers are taken out of it
             restore_original(config, depth)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        if depth:
-            build_kept(self, depth)
-        replace_sites(self, config.llmslim["sites"])  # type: ignore[arg-type]
+        sites = config.llmslim["sites"]
+        inner = getattr(self, self.base_model_prefix, None)
+        if isinstance(inner, SlimModelMixin):  # built by an Auto class, and slim already
+            sites = {name: sites[name] for name in sites if not self._is_inner(name)}
+        elif depth:
+            build_kept(self, self._named_here(depth))
+        here = {self._name_here(name): spec for name, spec in sites.items()}
+        replace_sites(self, {name: spec for name, spec in here.items() if name})  # type: ignore[arg-type]
+
+    def _is_inner(self, name: str) -> bool:
+        return bool(self.base_model_prefix) and name.startswith(f"{self.base_model_prefix}.")
+
+    def _name_here(self, name: str) -> str:
+        """Return what a module of the model that was made is called in this one, empty if nothing.
+
+        Configs have the names of the model that was slimmed. The bare model inside it can be loaded
+        alone, and with another head.
+        """
+        bare = name.removeprefix(f"{self.base_model_prefix}.") if self._is_inner(name) else name
+        modules = dict(self.named_modules()) | dict(self.named_parameters())  # type: ignore[attr-defined]
+        found = next((each for each in (name, bare) if each in modules), "")
+        is_made = type(self).__name__ in (self.config.architectures or [])  # type: ignore[attr-defined]
+        return found or (name if is_made or self._is_inner(name) else "")
+
+    def _named_here(self, depth: dict[str, Any]) -> dict[str, Any]:
+        attributes = {self._name_here(name): each for name, each in depth["attributes"].items()}
+        attributes.pop("", None)
+        return {**depth, "stack": self._name_here(depth["stack"]), "attributes": attributes}
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Do nothing: `save_pretrained` writes what loads a slim model, however it was loaded."""
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -73,18 +97,30 @@ class SlimModelMixin:
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(*args, **kwargs, output_loading_info=True)  # type: ignore[misc]
         problems = [
-            f"{what}: {', '.join(map(str, sorted(info[key])[:5]))}"
-            f"{f' and {len(info[key]) - 5} more' if len(info[key]) > 5 else ''}"
+            f"{what}: {', '.join(map(str, sorted(keys)[:5]))}"
+            f"{f' and {len(keys) - 5} more' if len(keys) > 5 else ''}"
             for key, what in (
                 ("missing_keys", "missing weights"),
                 ("unexpected_keys", "left-over weights"),
                 ("mismatched_keys", "weights of another shape"),
             )
-            if info.get(key)
+            if (keys := [each for each in info.get(key, ()) if not model.may_differ(each)])
         ]
         if problems:
             raise ValueError(f"{args[0]}: not a whole slim checkpoint; {'; '.join(problems)}")
         return (model, info) if wants_info else model
+
+    def may_differ(self, key: str | tuple[Any, ...]) -> bool:
+        """Return whether a weight need not be in both: that of a head which only one of them has.
+
+        Args:
+            key: as transformers names it after loading; with shapes where these differ.
+        """
+        name = key if isinstance(key, str) else str(key[0])
+        saved = getattr(self.config, "architectures", None) or [type(self).__name__]  # type: ignore[attr-defined]
+        is_bare = not hasattr(self, self.base_model_prefix)
+        inside = self._is_inner(name) or (is_bare and name in self.state_dict())  # type: ignore[attr-defined]
+        return type(self).__name__ not in saved and not inside
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -112,13 +148,14 @@ class SlimModelMixin:
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Save as the base class does, and the files that load it again beside the weights."""
-        self.config.auto_map = auto_map(self.config)  # type: ignore[attr-defined]
+        base, _ = base_of(self)
+        self.config.auto_map = auto_map(base)  # type: ignore[attr-defined]
         # Names are the module's own: model_type llmslim has no conversion to undo on loading.
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if kwargs.get("is_main_process", True):
             sites = self.config.llmslim["sites"]  # type: ignore[attr-defined]
-            write_code(Path(save_directory), set(structure_names(sites)))
+            write_code(Path(save_directory), set(structure_names(sites)), base)
 
 
 _classes: dict[type, Any] = {}
@@ -127,16 +164,32 @@ _classes: dict[type, Any] = {}
 def slim_model_class(base: Any) -> Any:
     """Return the slim subclass of a model class."""
     if base not in _classes:
-        _classes[base] = type(
-            f"Slim{base.__name__}",
-            (SlimModelMixin, base),
-            {
-                "__module__": __name__,
-                "__doc__": f"{base.__name__} with slim blocks.",
-                "config_class": slim_config_class(base.config_class),
-            },
-        )
+        config_class = slim_config_class(base.config_class)
+        if base not in _classes:  # making its config class may have made it
+            _classes[base] = type(
+                f"Slim{base.__name__}",
+                (SlimModelMixin, base),
+                {
+                    "__module__": __name__,
+                    "__doc__": f"{base.__name__} with slim blocks.",
+                    "config_class": config_class,
+                },
+            )
+        if not model_classes(base.config_class):
+            AutoModelForCausalLM.register(config_class, _classes[base], exist_ok=True)
     return _classes[base]
+
+
+def __getattr__(name: str) -> Any:
+    """Make a slim model class when it is asked for by name, as unpickling does.
+
+    Raises:
+        AttributeError: if there is no class of transformers' to derive it from.
+    """
+    base = getattr(transformers, name.removeprefix("Slim"), None)
+    if name.startswith("Slim") and isinstance(base, type) and issubclass(base, PreTrainedModel):
+        return slim_model_class(base)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def base_of(model: Any) -> tuple[Any, Any]:
@@ -159,37 +212,6 @@ def base_of(model: Any) -> tuple[Any, Any]:
     if depth := slim.llmslim.get("depth"):
         restore_original(config, depth)
     return base, config
-
-
-class SlimForCausalLM(BuiltByAuto):
-    """Factory for slim models, as AutoModelForCausalLM and the other Auto classes use it.
-
-    It has no `config_class`: the Auto classes compare that by name, and there is one per base.
-    """
-
-    @classmethod
-    def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
-        """Load a slim checkpoint."""
-        if config is None:
-            config = SlimConfig.from_pretrained(path)
-        model_class = slim_model_class(base_class_of(config))
-        return model_class.from_pretrained(path, *args, config=config, **kwargs)
-
-    @classmethod
-    def from_config(cls, config: Any, **kwargs: Any) -> Any:
-        """Build a slim model that its config describes."""
-        return build_from_config(slim_model_class(base_class_of(config)), config, **kwargs)
-
-
-def auto_map(config: Any) -> dict[str, str]:
-    """Return the `auto_map` of a slim config.json: the files that load it.
-
-    Args:
-        config: a slim config; it loads with the Auto classes that its base loads with.
-    """
-    known = auto_classes(plain_class(config).__bases__[0]) or ("AutoModelForCausalLM",)
-    models = dict.fromkeys(known, "llmslim_entry.SlimForCausalLM")
-    return {"AutoConfig": "llmslim_entry.SlimConfig", **models}
 
 
 def replace_sites(model: nn.Module, sites: dict[str, dict[str, Any]]) -> None:
@@ -309,115 +331,9 @@ def become_slim(
         model.config.llmslim["plugins"] = plugins
     if depth:
         model.config.llmslim["depth"] = depth
-    model.config.auto_map = auto_map(model.config)
+    model.config.auto_map = auto_map(base_of(model)[0])
     model.config.architectures = [type(model).__name__]
     refresh_ties(model)
 
 
-def structure_names(specs: dict[str, Any]) -> Iterator[str]:
-    """Yield the name of every structure in `specs`, those inside other specs too."""
-    for key, value in specs.items():
-        if isinstance(value, dict):
-            yield from structure_names(value)
-        elif key == "structure":
-            yield value
-
-
-def plugin_of(structure: str) -> str:
-    """Return the module that a structure of another package is from, empty where it is ours."""
-    module = structure_class(structure).__module__
-    return "" if module.rpartition(".")[0] == __name__.rpartition(".")[0] else module
-
-
-def check_plugins(plugins: dict[str, str]) -> None:
-    """Compare the packages that a model's structures were from with what is installed.
-
-    Raises:
-        ValueError: if one is not there, or another package gives the structure of its name.
-    """
-    for structure, module in plugins.items():
-        package = module.partition(".")[0]
-        try:
-            home = plugin_of(structure)
-        except ValueError as error:
-            raise ValueError(
-                f"config.json: structure {structure!r} is from the package {package!r}, which is "
-                "not installed here, or has not registered it. Install or import it first"
-            ) from error
-        # A class of a notebook or script is of no package, whether now or when it was saved.
-        if home and home.partition(".")[0] != package and "__main__" not in (home, package):
-            raise ValueError(
-                f"config.json: structure {structure!r} is from the package {package!r}; here "
-                f"{home!r} gives one of that name. Install {package!r} in its place"
-            )
-
-
-def write_code(folder: Path, structures: set[str]) -> list[Path]:
-    """Copy the files a checkpoint needs to load where llmslim is not installed.
-
-    Args:
-        folder: the checkpoint.
-        structures: names of the structures in it. That of a plug-in is copied where its file
-            imports nothing but torch, transformers, the standard library and llmslim.modeling.
-
-    Returns:
-        The files written: this package's own, verbatim, and one generated entry file that
-        imports them, since transformers copies only what it sees imported.
-    """
-    here = Path(__file__).parent
-    texts: dict[str, str] = {}
-    for structure in structures:
-        module: Any = sys.modules[structure_class(structure).__module__]
-        if not plugin_of(structure):
-            file = Path(module.__file__)
-            texts[file.stem] = file.read_text(encoding="utf-8")
-        elif text := standing_alone(module):
-            texts[structure] = text
-    imports = "".join(f"from .{name} import *  # noqa: F403\n" for name in sorted(texts))
-    entry = (
-        '"""Entry point of this checkpoint: the model classes and the structures it uses."""\n\n'
-        f"{imports}from .configuration_llmslim import SlimConfig  # noqa: F401\n"
-        "from .modeling_llmslim import SlimForCausalLM  # noqa: F401\n"
-    )
-    todo = [entry, *texts.values()]
-    while todo:
-        for name in re.findall(r"(?m)^\s*from \.(\w+) import", todo.pop()):
-            if name not in texts:
-                texts[name] = (here / f"{name}.py").read_text(encoding="utf-8")
-                todo.append(texts[name])
-    texts[Path(ENTRY_FILE).stem] = entry
-    written = [folder / f"{name}.py" for name in sorted(texts)]
-    for path in written:
-        path.write_text(texts[path.stem], encoding="utf-8", newline="\n")
-    return written
-
-
-_OURS = re.compile(r"(?m)^(\s*)from llmslim\.modeling\.(\w+) import")
-
-
-def standing_alone(module: Any) -> str | None:
-    """Return a plug-in's file as it can stand in a checkpoint; None where it needs its package.
-
-    Args:
-        module: of another package.
-    """
-    try:
-        text = inspect.getsource(module)
-    except (OSError, TypeError):  # not from a file
-        return None
-    allowed = sys.stdlib_module_names | {"torch", "transformers"}
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Import):
-            names = [each.name for each in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names = ["." * node.level + (node.module or "")]
-        else:
-            continue
-        for name in names:
-            ours = isinstance(node, ast.ImportFrom) and name.startswith("llmslim.modeling.")
-            if name.partition(".")[0] not in allowed and not ours:
-                return None
-    return _OURS.sub(r"\1from .\2 import", text)
-
-
-__all__ = ["SlimForCausalLM", "become_slim", "replace_sites"]
+__all__ = ["SlimModelMixin", "become_slim", "replace_sites"]

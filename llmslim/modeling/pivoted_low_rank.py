@@ -3,7 +3,7 @@
 A rank-R matrix has R rows that span all others. Those R outputs, the pivots, are computed densely;
 every other output is a combination of them:
 
-    z = x P,   y = [z, z C] put in order        P (I, R), C (R, O - R)
+    z = x P,   y = [z, z C] put in order        P (I, R), C (R, O - R), an `nn.Linear` each
 
 R (I + O - R) parameters for the same function that `low_rank` holds in R (I + O): its two factors
 can be multiplied by any (R, R) matrix and its inverse, and those R² numbers are what is saved. So
@@ -25,11 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from .sizes import KeepRatio, OptionError, StaysDense, budget, check_rank
-from .structured import StructuredLinear
+from .structured import StructuredLinear, empty_linear
 
 
 class PivotedLowRank(StructuredLinear):
-    """A rank-R projection, held as `pivot` (I, R), `rest` (R, O - R) and the index buffer `order`.
+    """A rank-R projection, held as `pivot`, `rest` and the index buffer `order`.
+
+    `pivot` is an `nn.Linear` from I to R, `rest` one from R to O - R.
 
     Example:
         >>> block = PivotedLowRank(64, 32, rank=4)
@@ -84,15 +86,15 @@ class PivotedLowRank(StructuredLinear):
         """Make both parts and the order."""
         self.rank: int = check_rank(self.in_features, self.out_features, self.options.rank)
         others = self.out_features - self.rank
-        self.pivot = nn.Parameter(torch.empty(self.in_features, self.rank, **kind))
-        self.rest = nn.Parameter(torch.empty(self.rank, others, **kind))
+        self.pivot = empty_linear(self.in_features, self.rank, **kind)
+        self.rest = empty_linear(self.rank, others, **kind)
         self.register_buffer("order", torch.arange(self.out_features, device=kind["device"]))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw both parts so that white input gives the output variance of `nn.Linear`, 1/3."""
-        nn.init.normal_(self.pivot, std=math.sqrt(1 / (3 * self.in_features)))
-        nn.init.normal_(self.rest, std=math.sqrt(1 / self.rank))
+        nn.init.normal_(self.pivot.weight, std=math.sqrt(1 / (3 * self.in_features)))
+        nn.init.normal_(self.rest.weight, std=math.sqrt(1 / self.rank))
         self.reset_buffers()
 
     @torch.no_grad()
@@ -102,5 +104,5 @@ class PivotedLowRank(StructuredLinear):
 
     def product(self, x: Tensor) -> Tensor:
         """Return [x P, x P C], each output put in its place."""
-        z = x @ self.pivot
-        return torch.cat((z, z @ self.rest), dim=-1).index_select(-1, self.order)
+        z = self.pivot(x)
+        return torch.cat((z, self.rest(z)), dim=-1).index_select(-1, self.order)

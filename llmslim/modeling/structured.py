@@ -13,6 +13,8 @@ import importlib
 import re
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import MISSING, fields
 from functools import cache
 from types import NoneType, UnionType
@@ -20,6 +22,7 @@ from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type
 
 import torch
 from torch import Tensor, nn
+from transformers import Conv1D
 
 from .sizes import OptionError, StaysDense
 
@@ -222,12 +225,53 @@ def _in_words(kind: Any) -> str:
     return {int: "a whole number", float: "a number", str: "a text"}.get(kind, "true or false")
 
 
-_FILES = {"conv1d": "linear", "factored_embedding": "factored", "factored_head": "factored"}
+def empty_linear(in_features: int, out_features: int, **kind: Any) -> nn.Linear:
+    """Return a plain `nn.Linear` without bias whose weight, (out, in), is not drawn.
+
+    Args:
+        in_features: input channels.
+        out_features: output channels; may be none.
+        kind: `device` and `dtype`, as `torch.empty` takes them.
+    """
+    linear = nn.Linear(in_features, 1, bias=False, device="meta")  # its own would draw numbers
+    linear.out_features = out_features
+    linear.weight = nn.Parameter(torch.empty(out_features, in_features, **kind))
+    return linear
+
+
+def _transposed_linear(
+    in_features: int,
+    out_features: int,
+    *,
+    bias: bool = True,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Conv1D:
+    """Return transformers' `Conv1D` of these sizes; its weight is (in, out).
+
+    Raises:
+        ValueError: if it is to have no bias.
+    """
+    if not bias:
+        raise ValueError("conv1d always has a bias")
+    with nullcontext() if device is None else torch.device(device):
+        module = Conv1D(out_features, in_features)
+    return module.to(dtype)
+
+
+PLAIN: dict[str, Callable[..., nn.Module]] = {"linear": nn.Linear, "conv1d": _transposed_linear}
+"""Dense maps whose sizes differ from the base config's, as torch and transformers have them.
+
+They are in checkpoints where widths differ from layer to layer, or where an architecture has no
+config field for the width of its MLPs (BLOOM): the base class builds the wrong size."""
+_FILES = {"factored_embedding": "factored", "factored_head": "factored"}
 """Names that are not their files' own."""
 
 
 def structure_class(name: str) -> type[nn.Module]:
     """Return the class behind a structure's name: in a file beside this one, or a plug-in.
+
+    Not those of plain dense maps, which only `build` knows.
 
     Raises:
         ValueError: if no structure has that name.
@@ -271,8 +315,9 @@ def build(
         ValueError: if the structure is not known or its options do not fit.
     """
     options = dict(spec)
-    cls = structure_class(str(options.pop("structure", "")))
+    name = str(options.pop("structure", ""))
+    make = PLAIN.get(name) or structure_class(name)
     try:
-        return cls(**options, device=device, dtype=dtype)
+        return make(**options, device=device, dtype=dtype)
     except (TypeError, OptionError) as error:
         raise ValueError(f"structure {spec['structure']!r}: {error}") from error

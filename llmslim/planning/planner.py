@@ -36,6 +36,7 @@ from llmslim.modeling.pivoted_low_rank import PivotedLowRank
 from llmslim.modeling.sizes import OptionError, StaysDense, exact_ratio
 from llmslim.modeling.structured import StructuredLinear, option_values, structure_class
 from llmslim.planning.depth import check_independent, kept_layers, plan_depth
+from llmslim.planning.quantisers import unquantised
 from llmslim.planning.rules import AUTO, check_rules, init_of
 from llmslim.planning.widths import Widths, narrows, plan_widths
 from llmslim.recipe import Recipe, rules_by_name
@@ -109,6 +110,7 @@ class _Planner:
             self.errors.append(SizeError(f"{where}: {and_more(names)}: {cause}."))
         raise_together(self.errors)
         self.notes += self._without_effect(rows)
+        self.notes += unquantised(self.planned)
         draft = Plan(self.name, recipe, rows, layers=self.layers, keep_layers=self.keep)
         also = other_names(self.model, {site.name for site in self.planned})
         plan = replace(

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from llmslim.anatomy.module_kinds import module_kind
-from llmslim.anatomy.sites import Site
+from llmslim.anatomy.sites import Site, outer_modules
 from llmslim.modeling.experts import Experts
 from llmslim.modeling.structured import StructuredLinear
 from llmslim.report.report import Kind, Row
@@ -48,7 +48,7 @@ def entries(model: Any, sites: Mapping[str, Site], fixed: Mapping[str, str]) -> 
     head = model.get_output_embeddings()
     slim = (getattr(model.config, "llmslim", None) or {}).get("sites", {})
     blocks = tuple(f"{name}." for name, spec in slim.items() if spec["structure"] == Experts.name)
-    for name, module in model.named_modules():
+    for name, module in outer_modules(model):
         is_block = isinstance(module, StructuredLinear) or f"{name}.".startswith(blocks)
         for part, parameters in _parts(name, module, sites):
             own = [p for p in parameters.values() if id(p) not in owners]
@@ -99,7 +99,8 @@ def _parts(
     name: str, module: nn.Module, sites: Mapping[str, Site]
 ) -> Iterator[tuple[str, dict[str, nn.Parameter]]]:
     """Yield a module's own parameters: stacks of experts one by one, the others together."""
-    rest = dict(module.named_parameters(recurse=False))
+    is_block = isinstance(module, StructuredLinear)  # what is inside is in the row of the block
+    rest = dict(module.named_parameters(recurse=is_block))
     stacks = {f"{name}.{leaf}": leaf for leaf in rest if f"{name}.{leaf}" in sites}
     for part, leaf in stacks.items():
         yield part, {leaf: rest.pop(leaf)}

@@ -19,7 +19,7 @@ import copy
 import ctypes
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from llmslim.anatomy.sites import outer_modules
 from llmslim.compat import (
     generation_settings,
     load_tensors,
@@ -39,6 +40,7 @@ from llmslim.compat import (
 )
 from llmslim.errors import CheckpointError, SlimError
 from llmslim.modeling.depth import plain_class
+from llmslim.modeling.structured import StructuredLinear
 
 from .load import (
     check_size,
@@ -240,11 +242,13 @@ class Pieces:
     def _grouped(self) -> Iterator[Piece]:
         """Yield the pieces, in the model's order."""
         names = list(self.model.state_dict(keep_vars=True).items())
+        modules = outer_modules(self.model)
+        blocks = {name for name, module in modules if isinstance(module, StructuredLinear)}
         module_of: dict[str, str] = {}
         owner: dict[int, str] = {}
         joined: dict[str, str] = {}
         for name, tensor in names:
-            holder = module_of[name] = _module_of(name)
+            holder = module_of[name] = _module_of(name, blocks)
             joined.setdefault(holder, holder)
             # Modules that share a parameter come and go together.
             first = _root(joined, owner.setdefault(id(tensor), holder))
@@ -362,11 +366,12 @@ def generation_config(folder: Path) -> GenerationConfig:
     return config
 
 
-def _module_of(name: str) -> str:
-    """Return the module that a tensor is loaded with: the member of a list, if it is in one."""
+def _module_of(name: str, blocks: Collection[str]) -> str:
+    """Return the module that a tensor is loaded with: the member of a list or block it is in."""
     parts = name.split(".")[:-1]
-    numbered = next((n for n, part in enumerate(parts, 1) if part.isdigit()), len(parts))
-    return ".".join(parts[:numbered])
+    around = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
+    whole = (each for n, each in enumerate(around) if parts[n].isdigit() or each in blocks)
+    return next(whole, ".".join(parts))
 
 
 def _root(joined: dict[str, str], holder: str) -> str:

@@ -35,8 +35,8 @@ MUTATIONS = (
     ),
     change(
         "llmslim/modeling/pivoted_low_rank.py",
-        "torch.cat((z, z @ self.rest), dim=-1)",
-        "torch.cat((z @ self.rest, z), dim=-1)",
+        "torch.cat((z, self.rest(z)), dim=-1)",
+        "torch.cat((self.rest(z), z), dim=-1)",
         "outputs are exchanged",
         "tests/test_structures.py::test_output_is_the_formulas",
     ),
@@ -84,8 +84,8 @@ MUTATIONS = (
     ),
     change(
         "llmslim/modeling/grouped_low_rank.py",
-        "return grouped + self.low_rank.product(x)",
-        "return grouped",
+        "y: Tensor = self.grouped(x) + self.low_rank(x)",
+        "y: Tensor = self.grouped(x)",
         "half of the block",
         "tests/test_structures.py::test_output_is_the_formulas",
     ),
@@ -146,7 +146,7 @@ MUTATIONS = (
         "tests/test_factored.py::test_factored_embedding_is_a_lookup_and_its_block",
     ),
     change(
-        "llmslim/modeling/linear.py",
+        "llmslim/modeling/structured.py",
         "if not bias:",
         "if False:",
         "a spec that is not kept",
@@ -238,9 +238,30 @@ MUTATIONS = (
     ),
     change(
         "llmslim/modeling/configuration_llmslim.py",
-        'factory = type(name, (SlimForCausalLM,), {"__module__": __name__})',
+        "getattr(transformers, name).register(cls, slim, exist_ok=True)",
         "pass",
         "transformers' pipelines call slim models unsupported",
         "tests/test_kphi3_generates.py::test_the_pipeline_writes_with_the_reports_settings",
+    ),
+    change(
+        "llmslim/planning/quantisers.py",
+        "if not isinstance(module, nn.Linear) and parameter.dim() > 1",
+        "if parameter.dim() > 1",
+        "a report calls blocks unquantised that are quantised",
+        "tests/test_quantisers.py::test_the_report_counts_what_is_in_no_linear_layer",
+    ),
+    change(
+        "llmslim/modeling/modeling_llmslim.py",
+        "if isinstance(inner, SlimModelMixin):",
+        "if False:",
+        "a classifier with fewer layers loses layers twice",
+        "tests/test_named_classes.py",
+    ),
+    change(
+        "llmslim/healing/lora.py",
+        "parameters += rest",
+        "pass",
+        "LoRA passes grouped blocks by",
+        "tests/test_lora.py",
     ),
 )
