@@ -16,6 +16,8 @@ import click
 import pytest
 import yaml
 from click.testing import CliRunner
+from helpers_cli import _restore_logging as _restore_logging
+from helpers_cli import dense as dense
 from pydantic import BaseModel
 
 import llmslim
@@ -217,9 +219,10 @@ def described(name: str) -> str:
         inspect.cleandoc(command.help or ""),
         "",
     ]
+    shared = {"verbose", "quiet", "debug"}
     for param in command.params:
-        record = param.get_help_record(context)
-        if record is not None and param.name not in {"verbose", "quiet", "debug"}:
+        record = param.get_help_record(context) if isinstance(param, click.Option) else None
+        if record is not None and param.name not in shared:
             text = re.sub(r"\s+\[(.*)\]$", r" (\1)", record[1])
             lines.append(f"- `{record[0]}`: {text}")
     return "\n".join(lines) + "\n"
@@ -277,6 +280,29 @@ def test_commands_are_accepted(words, dry):
     assert dry.get("objective") in {None, *OBJECTIVES.names()}
 
 
+@pytest.mark.slow
+def test_the_quick_start_from_its_first_line_to_its_last(dense, tmp_path, monkeypatch):
+    """Run its commands as they stand there, on a tiny model and with little text."""
+    page = (DOCS / "index.md").read_text(encoding="utf-8")
+    page = page.split("## Your own model")[1].split("The same in Python")[0]
+    commands = [shlex.split(line, comments=True) for line in re.findall("^llmslim .*", page, re.M)]
+    assert len(commands) == 6
+    less = {
+        "convert": ["--calibration-tokens", "512"],
+        "heal": ["--tokens", "64", "--context-length", "16", "--set", "held_out=2"],
+        "eval": ["--windows", "2", "--length", "16"],
+        "generate": ["--max-new-tokens", "2"],
+    }
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    Path("my_text.txt").write_text("w1 w2 w3 w4 " * 40)
+    for _, name, *words in commands:
+        given = [str(dense) if word == "MODEL" else word for word in words]
+        ran = CliRunner().invoke(cli, [name, *given, *less.get(name, [])], prog_name="llmslim")
+        assert ran.exit_code == 0, ran.output
+    assert "<svg" in Path("report.html").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("words", arguments("python"))
 def test_benchmarks_are_accepted(words, monkeypatch):
     script, *rest = words
@@ -284,6 +310,21 @@ def test_benchmarks_are_accepted(words, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     module = importlib.import_module(Path(script).stem)
     module.main.make_context(script, rest)
+
+
+def test_commands_that_download_say_so():
+    """Those that name a model or a data set of the hub, in the section that they are in."""
+    found, silent = 0, []
+    for page in PAGES:
+        sections = re.split(r"^#+ .*$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        for section in sections:
+            lines = re.findall(r"^ *((?:accelerate|hf|llmslim) .*)", section, re.MULTILINE)
+            for line in lines:
+                if re.search(r" [A-Z]?[a-z]\w+/[A-Z][\w.-]+|--data lamini", line):
+                    found += 1
+                    silent += [] if re.search(r"\bhub\b", section) else [f"{page.name}: {line}"]
+    assert found >= 6
+    assert silent == []
 
 
 def test_scripts_that_pages_call_are_there():
