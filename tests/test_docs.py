@@ -102,15 +102,28 @@ def arguments(program: str) -> list[Any]:
 # ------------------------------------------------------------------------------- the site
 
 
+def anchors(page: Path) -> set[str]:
+    """Return what a link into a page may name: its headings, and names that it documents."""
+    text = page.read_text(encoding="utf-8")
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    slugs = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return slugs | set(re.findall(r"^::: (\S+)$", text, re.MULTILINE))
+
+
 def test_links_between_pages_lead_somewhere():
     links = [
-        (page, link)
+        (page, *link.partition("#")[::2])
         for page in PAGES
-        for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
         if "://" not in link
     ]
     assert len(links) > 50
-    missing = [f"{page.name}: {link}" for page, link in links if not (page.parent / link).exists()]
+    missing = [
+        f"{page.name}: {name}#{anchor}"
+        for page, name, anchor in links
+        if not (target := page.parent / name if name else page).exists()
+        or (anchor and anchor not in anchors(target))
+    ]
     assert missing == []
 
 

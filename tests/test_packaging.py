@@ -134,8 +134,10 @@ case "$*" in
     "-m venv --clear "*)
         mkdir -p "$4/bin"
         cp "$0" "$4/bin/python"
-        printf '#!/usr/bin/env bash\\necho "ran llmslim $*" >>"$LOG"\\n' >"$4/bin/llmslim"
-        chmod +x "$4/bin/llmslim"
+        for tool in llmslim zensical; do
+            printf '#!/usr/bin/env bash\\necho "ran %s $*" >>"$LOG"\\n' "$tool" >"$4/bin/$tool"
+            chmod +x "$4/bin/$tool"
+        done
         ;;
     "-m pip install "*) echo "pip $*" >>"$LOG"; exit "${{PIP_FAILS:-0}}" ;;
     -) exit {no_torch} ;;
@@ -248,6 +250,16 @@ def test_the_test_script_fails_if_any_step_fails_and_still_runs_pytest(sandbox, 
     ]
     _, did = sandbox("test", "--all", "tests/test_x.py")
     assert did[-1] == "pytest -m not gpu tests/test_x.py"
+
+
+def test_the_site_is_built_strictly_and_without_torch(sandbox):
+    first, did = sandbox("docs")
+    assert first.returncode == 0, first.stderr
+    installs = [line for line in did if line.startswith("pip")]
+    assert [line.split()[-1] for line in installs] == ["pip>=25.1", "docs"]
+    assert did[-1] == "ran zensical build --clean --strict"
+    _, did = sandbox("docs", "--serve")
+    assert did == ["ran zensical serve"]
 
 
 def test_ci_and_the_readme_name_the_same_command():
