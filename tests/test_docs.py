@@ -220,7 +220,7 @@ def test_the_page_of_python_has_every_exported_name_once():
 
 def described(name: str) -> str:
     """Return a command's part of docs/command-line.md."""
-    context = click.Context(cli, info_name="llmslim")
+    context = click.Context(cli, info_name="llmslim", **cli.context_settings)
     command = cli.get_command(context, name)
     assert command is not None
     context = click.Context(command, info_name=name, parent=context)
