@@ -97,20 +97,20 @@ def model_folder(architecture: str = "llama", dtype: str = "float32", **changes:
     [
         ("llama", "learned", {"dtype": "bfloat16"}),
         ("llama", "width", {}),
-        ("llama", "depth", {}),
-        ("llama", "wider", {}),
         ("llama", "some", {"tie_word_embeddings": False}),
         ("phi3", "grouped", {"dtype": "bfloat16"}),
-        ("gpt2", "width", {}),
         ("mixtral", "low_rank", {}),
-        ("mistral", "refine", {"dtype": "bfloat16"}),
         ("phi3", "trained", {"dtype": "bfloat16"}),
         ("llama", "auto", {}),
         ("llama", "own text", {}),
-        ("gemma", "learned", {"tie_word_embeddings": True}),
         *(
             pytest.param(*more, marks=pytest.mark.slow)
             for more in (
+                ("llama", "depth", {}),
+                ("llama", "wider", {}),
+                ("gpt2", "width", {}),
+                ("mistral", "refine", {"dtype": "bfloat16"}),
+                ("gemma", "learned", {"tie_word_embeddings": True}),
                 ("llama", "low_rank", {}),
                 ("phi3", "width", {}),
                 ("phi3", "depth", {}),
