@@ -97,6 +97,7 @@ def model_folder(architecture: str = "llama", dtype: str = "float32", **changes:
     [
         ("llama", "learned", {"dtype": "bfloat16"}),
         ("llama", "width", {}),
+        ("llama", "wider", {}),
         ("llama", "some", {"tie_word_embeddings": False}),
         ("phi3", "grouped", {"dtype": "bfloat16"}),
         ("mixtral", "low_rank", {}),
@@ -107,7 +108,6 @@ def model_folder(architecture: str = "llama", dtype: str = "float32", **changes:
             pytest.param(*more, marks=pytest.mark.slow)
             for more in (
                 ("llama", "depth", {}),
-                ("llama", "wider", {}),
                 ("gpt2", "width", {}),
                 ("mistral", "refine", {"dtype": "bfloat16"}),
                 ("gemma", "learned", {"tie_word_embeddings": True}),

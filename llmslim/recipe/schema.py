@@ -40,7 +40,7 @@ class EndToEnd(Section):
 
     steps: Count = 128
     """Steps of the optimiser."""
-    lr: Annotated[float, Field(gt=0)] = 5e-4
+    lr: Annotated[float, Field(gt=0)] = 1e-3
     """Peak step, in units of each parameter's root mean square: one value serves every model."""
     tokens: Count = 1024
     """Tokens of one step, in whole windows."""
