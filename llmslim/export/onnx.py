@@ -189,7 +189,7 @@ class _WithCache(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model, self.config = model, model.config
-        _check_model(model)
+        check_model(model)
         cache = DynamicCache()
         try:
             model(torch.ones(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
@@ -232,7 +232,7 @@ class _WithCache(nn.Module):
         return dict(zip(self.outputs, (result.logits, *_tensors(cache)), strict=True))
 
 
-def _check_model(model: PreTrainedModel) -> None:
+def check_model(model: PreTrainedModel) -> None:
     """Refuse what is known to have no ONNX form.
 
     Raises:
@@ -251,7 +251,7 @@ def _check_model(model: PreTrainedModel) -> None:
         )
 
 
-def _tensors(cache: DynamicCache) -> list[Any]:
+def _tensors(cache: Any) -> list[Tensor]:
     return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
 
@@ -261,6 +261,7 @@ def _export(traced: _WithCache) -> Any:
     Raises:
         CheckpointError: if there is none.
     """
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
     from torch.export import Dim
     from transformers.exporters.configs import OnnxConfig
     from transformers.exporters.exporter_onnx import OnnxExporter
@@ -288,6 +289,7 @@ def _export(traced: _WithCache) -> Any:
     for value, name in zip(graph.graph.inputs, traced.inputs, strict=True):
         value.name = name
     _name_sizes(graph.graph)
+    ClearMetadataAndDocStringPass()(graph)  # lines and paths of the code that was traced
     return graph
 
 
