@@ -41,7 +41,8 @@ def blocks(**changes: Any) -> Any:
 
 
 def phi3() -> Any:
-    model = tiny_model("phi3", num_hidden_layers=2)
+    """Return a Phi-3 with grouped MLPs, whose attention sees four tokens."""
+    model = tiny_model("phi3", num_hidden_layers=2, sliding_window=4)
     grouped = {"structure": "grouped_pointwise", "groups": 4}
     return make_slim(model, {"mlp.gate_up_proj": grouped, "mlp.down_proj": grouped})
 
@@ -117,7 +118,6 @@ def test_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(Path(llmslim.__file__).parent).encode() not in stored.SerializeToString()
     config = AutoConfig.from_pretrained(out)
     assert (config.model_type, config.num_hidden_layers) == ("llama", 2)
-    assert config.architectures == ["LlamaForCausalLM"]
     assert AutoTokenizer.from_pretrained(out).chat_template == tiny_tokenizer().chat_template
     assert llmslim.verify(out).ok
 
