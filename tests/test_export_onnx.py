@@ -118,6 +118,7 @@ def test_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(Path(llmslim.__file__).parent).encode() not in stored.SerializeToString()
     config = AutoConfig.from_pretrained(out)
     assert (config.model_type, config.num_hidden_layers) == ("llama", 2)
+    assert config.architectures == ["LlamaForCausalLM"]
     assert AutoTokenizer.from_pretrained(out).chat_template == tiny_tokenizer().chat_template
     assert llmslim.verify(out).ok
 
