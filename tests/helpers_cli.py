@@ -24,9 +24,14 @@ NON_EMBEDDING = 2 * (2 * 48 * 48 + 2 * 24 * 48 + 3 * 96 * 48 + 2 * 48) + 48
 SAVED = 2 * 3 * (96 * 48 - 4 * (96 + 48))
 
 
-def run(*args, **options):
-    """Run the command line in this process."""
-    return CliRunner().invoke(cli, [str(arg) for arg in args], prog_name="llmslim", **options)
+def run(*args, env=None, **options):
+    """Run the command line in this process.
+
+    Workers of pytest-xdist have COLUMNS in their environment: readline puts it there.
+    """
+    words = [str(arg) for arg in args]
+    env = {"COLUMNS": None, **(env or {})}
+    return CliRunner().invoke(cli, words, prog_name="llmslim", env=env, **options)
 
 
 def ok(*args, **options):

@@ -199,7 +199,7 @@ def test_the_command_line_makes_one_and_heals_it_without_a_teacher(
     called: dict[str, Any] = {}
     monkeypatch.setattr(
         "llmslim.cli.commands.convert.heal_and_show",
-        lambda path, **options: called.update(options, path=path),
+        lambda path, _json, **options: called.update(options, path=path),
     )
     recipe = tmp_path / "small.yaml"
     recipe.write_text(json.dumps(KPHI3))

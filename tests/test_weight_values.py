@@ -19,7 +19,7 @@ from llmslim.cli.main import cli
 from llmslim.storage import check_finite, finite, open_source
 from llmslim.storage.finite import nonfinite_tensors
 
-RULE = {"match": "*.mlp.*", "structure": "grouped_pointwise", "groups": 4}
+RULE = {"match": "*.mlp.*", "structure": "low_rank", "rank": 4}
 RECIPE = {"name": "small", "replace": [RULE]}
 
 
