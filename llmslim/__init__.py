@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from llmslim.api import evaluate as evaluate
     from llmslim.api import export_dense as export_dense
     from llmslim.api import export_gguf as export_gguf
+    from llmslim.api import export_onnx as export_onnx
     from llmslim.api import heal as heal
     from llmslim.api import load as load
     from llmslim.api import plan as plan
@@ -67,8 +68,8 @@ if TYPE_CHECKING:
     from llmslim.storage import Verification as Verification
 
 _EXPORTS = {
-    "llmslim.api": "Conversion bench convert evaluate export_dense export_gguf heal load plan "
-    "plan_heal push save slim verify",
+    "llmslim.api": "Conversion bench convert evaluate export_dense export_gguf export_onnx heal "
+    "load plan plan_heal push save slim verify",
     "llmslim.data": "Windows",
     "llmslim.editing.plans": "Plan",
     "llmslim.errors": "CheckpointError DataError HealingError PluginError RecipeError SizeError "

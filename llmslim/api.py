@@ -21,7 +21,14 @@ from llmslim.conversion.request import Conversion
 from llmslim.data import Windows, calibration_windows, check_ids, embedding_rows
 from llmslim.editing.plans import Plan
 from llmslim.errors import CheckpointError, DataError, UnfinishedError
-from llmslim.export import check_gguf_export, dense_copy, plan_upload, write_gguf
+from llmslim.export import (
+    check_gguf_export,
+    check_onnx_export,
+    dense_copy,
+    plan_upload,
+    write_gguf,
+    write_onnx,
+)
 from llmslim.export import push as upload
 from llmslim.options import BenchOptions, EvalOptions, HealOptions, RecipeLike, long_dtype, takes
 from llmslim.progress import Progress, quietly
@@ -388,6 +395,34 @@ def export_gguf(
     return write_gguf(model, target, name=source.name, tokenizer=tokenizer, quantize=quantize)
 
 
+def export_onnx(
+    path: str | Path, out: str | Path, *, overwrite: bool = False, allow_nonfinite: bool = False
+) -> Path:
+    """Write a causal language model as ONNX, in float32, with config and tokenizer beside it.
+
+    The graph takes prompts of any number and length, padded on the left or not, and the keys and
+    values of the tokens before; `llmslim/export/onnx.py` has its inputs and outputs. It is run once
+    and compared with the model where onnxruntime is installed.
+
+    Args:
+        path: a slim checkpoint or any other causal language model.
+        out: folder to write, with `model.onnx` in it; must not exist, unless `overwrite`.
+        overwrite: replace an existing folder once the new one is complete.
+        allow_nonfinite: accept weights that are NaN or infinite.
+
+    Raises:
+        CheckpointError: if the model has no ONNX form or such weights, the graph computes something
+            else, or the packages onnx and onnxscript are missing.
+    """
+    target = Path(out)
+    check_onnx_export(target, overwrite=overwrite)
+    source = open_source(path)
+    check_keeps_source(target, source.path, source.given)
+    model = _load(source, dtype="float32", allow_nonfinite=allow_nonfinite)
+    tokenizer = load_tokenizer(source)
+    return write_onnx(model, target, source=source, tokenizer=tokenizer, overwrite=overwrite)
+
+
 def push(path: str | Path, repo: str, *, private: bool = False, revision: str | None = None) -> str:
     """Upload a checkpoint to the hub, with its card, report, recipe and manifest, in one commit.
 
@@ -425,6 +460,7 @@ __all__ = [
     "evaluate",
     "export_dense",
     "export_gguf",
+    "export_onnx",
     "heal",
     "load",
     "plan",
