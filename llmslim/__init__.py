@@ -15,6 +15,7 @@ from llmslim._autoregister import register_when_imported
 from llmslim._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from llmslim.anatomy.lora import lora_config as lora_config
     from llmslim.api import Conversion as Conversion
     from llmslim.api import bench as bench
     from llmslim.api import convert as convert
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from llmslim.evaluation import Evaluation as Evaluation
     from llmslim.evaluation import TaskScore as TaskScore
     from llmslim.evaluation import TextScores as TextScores
-    from llmslim.healing.lora import lora_config as lora_config
     from llmslim.healing.plan import HealingPlan as HealingPlan
     from llmslim.healing.report import HealReport as HealReport
     from llmslim.modeling.grouped_pointwise import GroupedPointwise as GroupedPointwise
@@ -75,7 +75,7 @@ _EXPORTS = {
     "llmslim.errors": "CheckpointError DataError HealingError PluginError RecipeError SizeError "
     "SlimError TargetError UnfinishedError",
     "llmslim.evaluation": "Estimate Evaluation TaskScore TextScores",
-    "llmslim.healing.lora": "lora_config",
+    "llmslim.anatomy.lora": "lora_config",
     "llmslim.healing.plan": "HealingPlan",
     "llmslim.healing.report": "HealReport",
     "llmslim.modeling.grouped_pointwise": "GroupedPointwise",

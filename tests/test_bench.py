@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 import llmslim
 from llmslim.errors import CheckpointError, DataError
 from llmslim.evaluation import speed
-from llmslim.report.html import report_page
+from llmslim.report.page.html import report_page
 from llmslim.report.read import read_report
 from llmslim.report.speeds import Benchmark, Speed, keep_benchmark, read_benchmarks, speed_rows
 

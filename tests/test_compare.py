@@ -10,7 +10,7 @@ from helpers_browser import browser
 from helpers_cli import ok, run
 from helpers_pages import checkpoint, dense_map, layered, write_scores
 
-from llmslim.report.comparison import compare, render_comparison
+from llmslim.report.page.comparison import compare, render_comparison
 from llmslim.report.read import read_report
 from llmslim.report.report import Report
 

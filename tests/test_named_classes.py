@@ -14,13 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import logits, tiny_model, tokens
+from tiny import logits, tiny_config, tiny_model, tokens
 from torch import multiprocessing
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    DiffLlamaConfig,
+    DiffLlamaForCausalLM,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     LlamaModel,
@@ -92,14 +94,26 @@ def test_a_block_that_is_missing_is_missed_by_all(auto: Any, folder: Path, tmp_p
         auto.from_pretrained(tmp_path)
 
 
-def test_layers_that_are_left_are_left_in_the_bare_model_too(tmp_path: Path) -> None:
-    whole = slim_model(
-        "gpt2", depth={"keep_layers": [0, 3]}, replace=[{**RULES[0], "match": "*mlp*"}]
-    )
+@pytest.mark.parametrize("architecture", ["gpt2", "diffllama"])
+def test_layers_that_are_left_are_left_in_the_bare_model_too(
+    architecture: str, tmp_path: Path
+) -> None:
+    """DiffLlama's layers depend on their index, and its classifier is built around AutoModel."""
+    torch.manual_seed(0)
+    config = tiny_config("llama").to_dict()
+    whole = (
+        tiny_model("gpt2")
+        if architecture == "gpt2"
+        else DiffLlamaForCausalLM(DiffLlamaConfig(**{**config, "model_type": "diffllama"}))
+    ).eval()
+    rules = [{**RULES[0], "match": "*mlp*"}]
+    spec = {"name": "few", "init": "project", "depth": {"keep_layers": [0, 3]}, "replace": rules}
+    llmslim.slim(whole, spec)
     whole.save_pretrained(tmp_path)
-    assert torch.equal(hidden(AutoModel.from_pretrained(tmp_path)), hidden(whole.transformer))
+    assert ("depth" in whole.config.llmslim) == (architecture == "diffllama")
+    assert torch.equal(hidden(AutoModel.from_pretrained(tmp_path)), hidden(whole.base_model))
     judge = AutoModelForSequenceClassification.from_pretrained(tmp_path)
-    assert torch.equal(hidden(judge.transformer), hidden(whole.transformer))
+    assert torch.equal(hidden(judge.base_model), hidden(whole.base_model))
 
 
 def test_pickled_and_saved_whole(folder: Path) -> None:

@@ -61,6 +61,8 @@ def test_a_model_in_the_cache_of_the_hub_has_its_name(weights: Path, tmp_path: P
     folder = tmp_path / "models--who--dense-1" / "snapshots" / "0123abcd"
     model_with(weights, folder, license="mit", base_model=["who/older"])
     assert origin_of(open_source(folder)) == Origin("who/dense-1", "who/older", {"license": "mit"})
+    nobodys = model_with(weights, tmp_path / "models--dense" / "snapshots" / "0123abcd")
+    assert origin_of(open_source(nobodys)).name == ""
 
 
 def test_gguf_metadata(weights: Path, tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from helpers_pages import PROMPTS, checkpoint, dense_map, layered
 
 from llmslim.errors import CheckpointError
 from llmslim.report import render
-from llmslim.report.charts import Axis, thinned
-from llmslim.report.heat import heat_maps
-from llmslim.report.html import report_page
+from llmslim.report.page.charts import Axis, thinned
+from llmslim.report.page.heat import heat_maps
+from llmslim.report.page.html import report_page
 from llmslim.report.read import read_report
 from llmslim.report.report import Report
 

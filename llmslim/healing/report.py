@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmslim.report import healed
-from llmslim.report.brief import facts_table, facts_text
+from llmslim.report.page.brief import facts_table, facts_text
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ FORMATS: dict[str, tuple[str, str]] = {
     "md": ("markdown", "as_markdown"),
     "csv": ("data", "as_csv"),
     "svg": ("text", "as_svg"),
-    "html": ("html", "as_html"),
+    "html": ("page.html", "as_html"),
 }
 """Format name to module and function; imported when used."""
 

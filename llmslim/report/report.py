@@ -123,18 +123,18 @@ class Report:
         return Totals.of(self.rows)
 
     def __repr__(self) -> str:
-        from llmslim.report.brief import headline  # a view, which imports this module
+        from llmslim.report.page.brief import headline  # a view, which imports this module
 
         return headline(self)
 
     def _repr_html_(self) -> str:
-        from llmslim.report.brief import table
+        from llmslim.report.page.brief import table
 
         return table(self)
 
     def show(self) -> Path:
         """Open the report as a page in the browser; return the temporary file with it."""
-        from llmslim.report.html import as_html, open_page
+        from llmslim.report.page.html import as_html, open_page
 
         return open_page(as_html(self))
 

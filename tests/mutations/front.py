@@ -6,21 +6,21 @@ from ._mutation import change
 
 MUTATIONS = (
     change(
-        "llmslim/report/heat.py",
+        "llmslim/report/page/heat.py",
         "max(0.0, 1 - self.line.params_after / before)",
         "max(0.0, self.line.params_after / before)",
         "the map is dark where nothing was removed",
         "tests/test_report_page.py::test_the_map_has_every_projection_of_every_layer_once",
     ),
     change(
-        "llmslim/report/html.py",
+        "llmslim/report/page/html.py",
         "autoescape=True",
         "autoescape=False",
         "a model's name can run a script in the page of its report",
         "tests/test_report_page.py::test_words_from_outside_stay_words",
     ),
     change(
-        "llmslim/report/comparison.py",
+        "llmslim/report/page/comparison.py",
         "return (max if self.measure.more_is_better else min)(known)[1]",
         "return max(known)[1]",
         "the worst model of a comparison is shown as the best",
@@ -242,7 +242,7 @@ MUTATIONS = (
         'name if HUB_ID.fullmatch(name) else ""',
         "name",
         "a local folder is linked to the hub",
-        "tests/test_origin.py::test_what_is_no_plain_text_counts_as_not_said",
+        "tests/test_origin.py::test_a_model_in_the_cache_of_the_hub_has_its_name",
     ),
     change(
         "llmslim/report/card.py",

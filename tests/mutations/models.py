@@ -258,7 +258,7 @@ MUTATIONS = (
         "tests/test_named_classes.py",
     ),
     change(
-        "llmslim/healing/lora.py",
+        "llmslim/anatomy/lora.py",
         "parameters += rest",
         "pass",
         "LoRA passes grouped blocks by",

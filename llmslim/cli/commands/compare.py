@@ -28,7 +28,7 @@ def command(
     Sizes come from their reports, quality from healing and from `llmslim eval`: evaluate each on
     the same text for rows that can be compared. --format html also draws loss over size.
     """
-    from llmslim.report.comparison import compare, render_comparison
+    from llmslim.report.page.comparison import compare, render_comparison
     from llmslim.report.read import read_report
 
     found = compare([read_report(model) for model in models])

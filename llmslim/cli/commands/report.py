@@ -59,7 +59,7 @@ def command(
             show_benchmark(speeds)
         return
     if format_name == "html":
-        from llmslim.report.html import report_page
+        from llmslim.report.page.html import report_page
 
         write_out(report_page(read, full=full), out or "-")
         return

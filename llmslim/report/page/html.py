@@ -16,10 +16,10 @@ from typing import Any
 
 from llmslim.errors import and_more, printable
 from llmslim.report import healed, wording
-from llmslim.report.charts import Axis, Plot, line, thinned
-from llmslim.report.heat import heat_maps
 from llmslim.report.lines import fold, unfolded
 from llmslim.report.measures import measures
+from llmslim.report.page.charts import Axis, Plot, line, thinned
+from llmslim.report.page.heat import heat_maps
 from llmslim.report.read import ReportFile
 from llmslim.report.report import Report
 from llmslim.report.speeds import explanation, headline, speed_rows

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable
 
 from llmslim.report import wording
-from llmslim.report.html import render_page
 from llmslim.report.lines import fold
+from llmslim.report.page.html import render_page
 from llmslim.report.report import Report
 
 _ROWS = 30

@@ -14,9 +14,9 @@ from rich.text import Text
 
 from llmslim.errors import printable
 from llmslim.report.bars import plain_table
-from llmslim.report.charts import Axis, Plot
-from llmslim.report.html import render_page
 from llmslim.report.measures import HEALING_LOSS, Measure, measures
+from llmslim.report.page.charts import Axis, Plot
+from llmslim.report.page.html import render_page
 from llmslim.report.read import ReportFile
 from llmslim.report.scores import Estimate
 
