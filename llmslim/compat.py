@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from transformers import GenerationConfig, modeling_gguf_pytorch_utils
+from transformers.cache_utils import DynamicLayer as DynamicLayer
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -39,6 +40,7 @@ from llmslim.modeling.compat import model_mapping as model_mapping
 
 # FakeTensorMode: tensors of sizes and no contents, the only way to run a model's code so that
 # autograd saves what it would. TorchDispatchMode: sees each operation, which hooks do not.
+# DynamicLayer: the part of a cache that keeps all keys and values; only its class tells.
 
 CAST: Any = torch.ops.aten._to_copy.default
 """The operation behind `Tensor.to`, autocast's copies included."""
@@ -285,3 +287,26 @@ def after_clipping(trainer: Any, check: Callable[[Any], None]) -> None:
         return norm
 
     trainer._clip_grad_norm = clip_and_check
+
+
+def onnx_exporter() -> Callable[[nn.Module, Mapping[str, Any], Mapping[str, Any]], Any]:
+    """Return the function that traces a module: its inputs and their dynamic shapes to a graph.
+
+    Its page documents the exporter for models; this takes any module, and gives an `onnx_ir.Model`.
+
+    Raises:
+        ImportError: if transformers is older than 5.23, or a package for ONNX is missing.
+    """
+    from transformers.exporters.base import ExportedModel  # noqa: F401  (new in 5.23)
+    from transformers.exporters.configs import OnnxConfig
+    from transformers.exporters.exporter_onnx import OnnxExporter
+
+    exporter: Any = OnnxExporter()
+
+    def export(module: nn.Module, inputs: Mapping[str, Any], shapes: Mapping[str, Any]) -> Any:
+        config = OnnxConfig(
+            dynamic_shapes=dict(shapes), prefer_deferred_runtime_asserts_over_guards=True
+        )
+        return exporter.export(module, dict(inputs), config).program
+
+    return export

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -327,3 +328,25 @@ def test_a_gradient_is_checked_before_the_step(tmp_path):
         trainer.train()
     assert norms[0] > 0
     assert torch.equal(trainer.model.lm_head.weight, before)
+
+
+# -- Export.
+
+
+def test_only_a_cache_that_keeps_all_tokens_is_dynamic():
+    ids = torch.ones(1, 12, dtype=torch.long)
+    for name, all_kept in (("llama", True), ("mistral", False)):  # Mistral's has a window
+        cache = tiny_model(name)(input_ids=ids, use_cache=True).past_key_values
+        assert {type(layer) is compat.DynamicLayer for layer in cache.layers} == {all_kept}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's exporter warns of torch's own code
+def test_any_module_is_traced_where_the_packages_are_there():
+    if importlib.util.find_spec("onnx") is None:
+        with pytest.raises(ImportError):
+            compat.onnx_exporter()
+        return
+    rows = torch.export.Dim("rows")
+    export = compat.onnx_exporter()
+    found = export(nn.Linear(3, 2), {"input": torch.ones(4, 3)}, {"input": {0: rows}})
+    assert [value.name for value in found.graph.inputs] == ["input"]

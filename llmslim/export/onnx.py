@@ -29,9 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicLayer
 
 from llmslim.atomic import staged
+from llmslim.compat import DynamicLayer, onnx_exporter
 from llmslim.errors import CheckpointError
 from llmslim.modeling.experts import Experts
 from llmslim.modeling.modeling_llmslim import base_of
@@ -66,10 +66,7 @@ def check_onnx_export(out: Path, *, overwrite: bool = False) -> None:
     check_target(out, overwrite)
     try:
         with quiet():
-            from transformers.exporters.base import ExportedModel  # noqa: F401
-            from transformers.exporters.exporter_onnx import OnnxExporter
-
-            OnnxExporter()
+            onnx_exporter()
     except ImportError as error:
         raise CheckpointError(
             f"{out}: writing ONNX needs the packages onnx and onnxscript, and transformers "
@@ -110,7 +107,7 @@ def write_onnx(
     weights = sum(value.const_value.nbytes for value in graph.graph.initializers.values())
     with staged(out, overwrite) as partial:
         file = partial / FILE
-        beside = f"{FILE}_data" if weights > _ONE_FILE_BYTES else None
+        beside = FILE.replace(".onnx", ".onnx_data") if weights > _ONE_FILE_BYTES else None
         onnx_ir.save(graph, file, external_data=beside)
         with quiet():
             _plain_config(model).save_pretrained(partial)
@@ -263,8 +260,6 @@ def _export(traced: _WithCache) -> Any:
     """
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
     from torch.export import Dim
-    from transformers.exporters.configs import OnnxConfig
-    from transformers.exporters.exporter_onnx import OnnxExporter
 
     batch, new, before = (Dim(name) for name in ("batch", "new", "before"))
     # Sizes of 0 and 1 would be taken for constants.
@@ -279,11 +274,9 @@ def _export(traced: _WithCache) -> Any:
         "attention_mask": {0: batch, 1: Dim.AUTO},
         "past": [{0: batch, 2: before} for _ in past],
     }
-    config = OnnxConfig(dynamic_shapes=shapes, prefer_deferred_runtime_asserts_over_guards=True)
     try:
         with _silent():
-            exporter: Any = OnnxExporter()  # takes any module
-            graph = exporter.export(traced, inputs, config).program
+            graph = onnx_exporter()(traced, inputs, shapes)
     except Exception as error:  # torch's and onnxscript's errors are of many classes
         raise CheckpointError(_why(traced.model, error)) from error
     for value, name in zip(graph.graph.inputs, traced.inputs, strict=True):
