@@ -77,12 +77,18 @@ def slim_config_class(base: type[PreTrainedConfig]) -> Any:
         },
     )
     # Only a model class needs the rest, and importing it first would import it in a circle.
-    from .base_class import model_classes
+    from .base_class import auto_classes, listed_classes, model_classes
+    from .compat import model_mapping
     from .modeling_llmslim import slim_model_class
 
-    for name, classes in model_classes(base).items():
+    found = model_classes(base)
+    for name, classes in found.items():
         slim = tuple(map(slim_model_class, classes))
         getattr(transformers, name).register(cls, slim, exist_ok=True)
+    for auto in () if found else auto_classes(base).values():
+        # A config for another type's models (InternLM3's are Llama's), which `register` refuses.
+        slim = tuple(map(slim_model_class, listed_classes(auto, base)))
+        model_mapping(auto).register(cls, slim, exist_ok=True)
     return cls
 
 
