@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Conv1D
 
+from .compat import mark_initialized
 from .sizes import OptionError, StaysDense
 
 
@@ -236,6 +237,7 @@ def empty_linear(in_features: int, out_features: int, **kind: Any) -> nn.Linear:
     linear = nn.Linear(in_features, 1, bias=False, device="meta")  # its own would draw numbers
     linear.out_features = out_features
     linear.weight = nn.Parameter(torch.empty(out_features, in_features, **kind))
+    mark_initialized(linear)  # an architecture draws its own by name, and may ask for a bias
     return linear
 
 
