@@ -47,7 +47,7 @@ class _AfterExec(importlib.abc.Loader):
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Wraps the loader of some modules, the first time each is asked for."""
+    """Wraps the loaders of some modules when they are first imported."""
 
     def __init__(self, waiting: dict[str, Callable[[], None]]) -> None:
         self._waiting = waiting

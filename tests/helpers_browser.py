@@ -66,6 +66,7 @@ def browser() -> Iterator[Browser]:
     """Yield a browser; the test is skipped where there is none."""
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if chromium is None or driver is None:
+        # Reason to skip: pip installs no browser; other tests hold what the pages contain.
         pytest.skip("no browser: install Debian's packages chromium and chromium-driver")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -11,27 +11,35 @@ from llmslim.report.report import Report, Row
 PROMPTS = ("What is the capital of France?", "Write a <b>bold</b> sentence & stop.")
 
 
-def dense_map(name: str, out_features: int, in_features: int, kept: float = 1, **more: Any) -> Row:
-    """Return the row of a dense map in bfloat16, or of the block that has a share `kept` of it."""
-    before = out_features * in_features
-    after = round(before * kept)
-    action = more.pop("action", "kept" if kept == 1 else "replaced")
-    if action == "replaced":
-        more = {"structure": "low_rank", "options": {"rank": 96}, **more}
+def projection(
+    name: str, out_features: int, in_features: int, action: str, **changes: object
+) -> Row:
+    """Return a row of a dense map in bfloat16; `kept_params` is what is left of it."""
+    params = out_features * in_features
+    left = changes.pop("kept_params", params)
     return Row(
         name,
         "projection",
         action,
         in_features=in_features,
         out_features=out_features,
-        params_before=before,
-        params_after=after,
-        bytes_before=2 * before,
-        bytes_after=2 * after,
-        flops_per_token_before=2 * before,
-        flops_per_token_after=2 * after,
-        **more,
+        params_before=params,
+        params_after=left,
+        bytes_before=2 * params,
+        bytes_after=2 * left,
+        flops_per_token_before=2 * params,
+        flops_per_token_after=2 * left,
+        **changes,
     )
+
+
+def dense_map(name: str, out_features: int, in_features: int, kept: float = 1, **more: Any) -> Row:
+    """Return the row of a dense map in bfloat16, or of the block that has a share `kept` of it."""
+    kept_params = round(out_features * in_features * kept)
+    action = more.pop("action", "kept" if kept == 1 else "replaced")
+    if action == "replaced":
+        more = {"structure": "low_rank", "options": {"rank": 96}, **more}
+    return projection(name, out_features, in_features, action, kept_params=kept_params, **more)
 
 
 def layered(layers: int = 30, hidden: int = 576, experts: int = 0) -> Report:

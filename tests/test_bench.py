@@ -127,10 +127,10 @@ def test_wrong_numbers_are_errors(options: dict[str, Any], named: list[str], den
 
 def test_speeds_are_kept_and_shown(slim: Path, dense: Path) -> None:
     sizes = ("--batch", 2, "--prompt", 4, "--new-tokens", 3, "--rounds", 1)
-    told = json.loads(ok("bench", slim, "--against", dense, *sizes, "--json", "-"))
+    printed = json.loads(ok("bench", slim, "--against", dense, *sizes, "--json", "-"))
     (kept,) = read_benchmarks(slim)
     assert ok("verify", slim)
-    assert told["speeds"][0]["decode"] == kept.speeds[0].decode
+    assert printed["speeds"][0]["decode"] == kept.speeds[0].decode
     decode = f"{kept.speeds[0].decode:,.1f}"
     assert decode in ok("report", slim)
     assert decode in ok("compare", slim, slim)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers_pages import projection
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -30,28 +31,6 @@ from llmslim.storage import Origin
 FITTED_TO = "61,440 tokens of [b]a.txt[/b], with errors measured on 4,096 others"
 GOLDEN = Path(__file__).parent / "golden"
 ACTIONS = {"replaced", "kept", "unmatched", "tied", "dropped"}
-
-
-def projection(
-    name: str, out_features: int, in_features: int, action: str, **changes: object
-) -> Row:
-    """Return a row of a dense map in bfloat16; `kept_params` is what is left of it."""
-    params = out_features * in_features
-    left = changes.pop("kept_params", params)
-    return Row(
-        name,
-        "projection",
-        action,
-        in_features=in_features,
-        out_features=out_features,
-        params_before=params,
-        params_after=left,
-        bytes_before=2 * params,
-        bytes_after=2 * left,
-        flops_per_token_before=2 * params,
-        flops_per_token_after=2 * left,
-        **changes,
-    )
 
 
 def sample() -> Report:

@@ -54,9 +54,10 @@ def lora_config(model: Any, target_modules: str | Iterable[str] = ALL, **options
     wanted = target_modules if isinstance(target_modules, str) else list(target_modules)
     maps = dict(_maps(model))
     found = {name: module for name, module in maps.items() if _is_meant(name, wanted)}
-    missing = [one for one in wanted if not any(_is_meant(name, [one]) for name in maps)]
-    if not found or (missing and not isinstance(wanted, str)):
-        given = wanted if isinstance(wanted, str) else missing[0]
+    each = [] if isinstance(wanted, str) else wanted
+    missing = [one for one in each if not any(_is_meant(name, [one]) for name in maps)]
+    if missing or not found:
+        given = missing[0] if missing else wanted
         leaves = sorted({name.rpartition(".")[2] for name in maps})
         raise TargetError(f"target_modules: {given!r}; allowed {', '.join(leaves)}, or {ALL}.")
     modules, parameters = [], []

@@ -48,7 +48,7 @@ class CommandFolder(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the command that is asked for; name the nearest where there is none.
+        """Find a command by its name; suggest the nearest one where there is none.
 
         Raises:
             click.UsageError: if there is none.

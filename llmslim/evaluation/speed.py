@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from llmslim.data import longest_input
 from llmslim.errors import DataError
 from llmslim.evaluation.opening import folder_of, library_versions, opened
 from llmslim.options import BenchOptions
@@ -108,8 +109,8 @@ def _checked(options: BenchOptions) -> tuple[int, ...]:
 
 
 def _check_length(model: Any, length: int) -> None:
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(most, int) and length > most:
+    most = longest_input(model)
+    if most is not None and length > most:
         raise DataError(
             f"prompt and new_tokens: {length} tokens; {type(model).__name__} reads {most}. "
             "Give smaller numbers."

@@ -110,8 +110,9 @@ def command(
             click.echo(_HONEST)
     data = {"path": str(path), "report": report.to_dict()}
     write_json(data | ({} if healed is None else {"healed": as_data(healed)}), json_target)
-    if push is not None:
-        address = backend().push(path if healed is None else healed.path, push)
+    made = path if not heal else None if healed is None else healed.path
+    if push is not None and made is not None:  # of several processes one has the result
+        address = backend().push(made, push)
         if shows(json_target):
             click.echo(f"pushed to {address}")
 
@@ -131,7 +132,6 @@ def _convert(model: str, options: ConvertOptions, json_target: str | None) -> tu
 def _convert_and_heal(
     model: str, options: ConvertOptions, json_target: str | None
 ) -> tuple[Report, Path, HealReport | None]:
-    backend()  # imports what the next ones need, with a word on stderr
     from llmslim.recipe import Recipe
     from llmslim.report.read import read_report
     from llmslim.storage import check_target, open_source
