@@ -23,6 +23,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     DiffLlamaConfig,
     DiffLlamaForCausalLM,
+    InternLM3Config,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     LlamaModel,
@@ -114,6 +115,24 @@ def test_layers_that_are_left_are_left_in_the_bare_model_too(
     assert torch.equal(hidden(AutoModel.from_pretrained(tmp_path)), hidden(whole.base_model))
     judge = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert torch.equal(hidden(judge.base_model), hidden(whole.base_model))
+
+
+def test_a_type_with_a_config_of_its_own_for_the_models_of_another(tmp_path: Path) -> None:
+    """InternLM3's models are Llama's; the Llama of a Llama stays what it is."""
+    sizes = {**tiny_config("llama").to_dict(), "model_type": "internlm3"}
+    whole = AutoModelForCausalLM.from_config(InternLM3Config(**sizes))
+    llmslim.slim(whole, {"name": "both", "init": "project", "replace": [RULES[0]]})
+    whole.save_pretrained(tmp_path)
+    entry = (tmp_path / "llmslim_entry.py").read_text()
+    assert "\nclass SlimInternLM3Config(InternLM3Config):" in entry
+    assert "LlamaConfig" not in entry
+    for auto in (AutoModelForCausalLM, AutoModel):
+        loaded = auto.from_pretrained(tmp_path)
+        assert isinstance(loaded.config, InternLM3Config)
+        assert type(loaded).config_class is type(loaded.config)
+        assert type(pickle.loads(pickle.dumps(loaded))) is type(loaded)
+    assert torch.equal(hidden(loaded), hidden(whole.eval().model))
+    assert slim_model().config_class is not type(whole.config)
 
 
 def test_pickled_and_saved_whole(folder: Path) -> None:

@@ -160,11 +160,15 @@ _HEADLESS = (AutoModel, AutoModelForSequenceClassification)
 
 
 def _of(auto: Any, config_class: type) -> tuple[type[PreTrainedModel], ...]:
-    """Return an Auto class's classes for a config, without those of a part of it."""
+    """Return an Auto class's classes for a config, without those of a part of it.
+
+    Some types have a config of their own and another type's classes: InternLM3's are Llama's.
+    """
     if config_class not in model_mapping(auto):
         return ()
+    parts = (getattr(config_class, "sub_configs", None) or {}).values()
     listed = listed_classes(auto, config_class)
-    return tuple(cls for cls in listed if getattr(cls, "config_class", None) is config_class)
+    return tuple(cls for cls in listed if getattr(cls, "config_class", None) not in parts)
 
 
 def listed_classes(auto: Any, config_class: type) -> Iterator[type[PreTrainedModel]]:

@@ -30,22 +30,23 @@ OLDEST = (5, 20)
 """The first transformers that this works with, as the package's own requirement says."""
 
 
-def auto_map(base: Any) -> dict[str, str]:
+def auto_map(base: Any, config: Any) -> dict[str, str]:
     """Return the `auto_map` of a slim config.json: the classes of its entry file.
 
     Args:
         base: the class that the model derives from; what other Auto classes find for its config
             can be loaded from the same files.
+        config: class of its config.
     """
-    named = {"AutoConfig": f"Slim{base.config_class.__name__}"}
-    for auto, classes in _classes_beside(base).items():
+    named = {"AutoConfig": f"Slim{config.__name__}"}
+    for auto, classes in _classes_beside(base, config).items():
         named[auto] = f"Slim{(base if base in classes else classes[0]).__name__}"
     return {auto: f"{Path(ENTRY_FILE).stem}.{name}" for auto, name in named.items()}
 
 
-def _classes_beside(base: Any) -> dict[str, tuple[Any, ...]]:
+def _classes_beside(base: Any, config: Any) -> dict[str, tuple[Any, ...]]:
     # The text part of a config that is listed is listed nowhere itself (Emu3, Mllama).
-    return dict(model_classes(base.config_class)) or {"AutoModelForCausalLM": (base,)}
+    return dict(model_classes(config)) or {"AutoModelForCausalLM": (base,)}
 
 
 def structure_names(specs: dict[str, Any]) -> Iterator[str]:
@@ -86,7 +87,7 @@ def check_plugins(plugins: dict[str, str]) -> None:
             )
 
 
-def write_code(folder: Path, structures: set[str], base: Any) -> list[Path]:
+def write_code(folder: Path, structures: set[str], base: Any, config: Any) -> list[Path]:
     """Copy the files a checkpoint needs to load where llmslim is not installed.
 
     Args:
@@ -94,6 +95,7 @@ def write_code(folder: Path, structures: set[str], base: Any) -> list[Path]:
         base: the class that the model derives from.
         structures: names of the structures in it. That of a plug-in is copied where its file
             imports nothing but torch, transformers, the standard library and llmslim.modeling.
+        config: class of the model's config.
 
     Returns:
         The files written: this package's own, verbatim, and one generated entry file that
@@ -108,7 +110,7 @@ def write_code(folder: Path, structures: set[str], base: Any) -> list[Path]:
             texts[file.stem] = file.read_text(encoding="utf-8")
         elif text := standing_alone(module):
             texts[structure] = text
-    entry = entry_code(base, sorted(texts))
+    entry = entry_code(base, config, sorted(texts))
     todo = [entry, *texts.values()]
     while todo:
         for name in re.findall(r"(?m)^\s*from \.(\w+) import", todo.pop()):
@@ -122,14 +124,15 @@ def write_code(folder: Path, structures: set[str], base: Any) -> list[Path]:
     return written
 
 
-def entry_code(base: Any, structures: Iterable[str]) -> str:
+def entry_code(base: Any, config: Any, structures: Iterable[str]) -> str:
     """Return the entry file: the classes of one checkpoint, by names that can be imported.
 
     Args:
         base: the class that its model derives from.
+        config: class of its config.
         structures: files of the structures it uses.
     """
-    config, beside = base.config_class, _classes_beside(base)
+    beside = _classes_beside(base, config)
     classes = list(dict.fromkeys((base, *(cls for each in beside.values() for cls in each))))
     slim_config, oldest = f"Slim{config.__name__}", ".".join(map(str, OLDEST))
     lines = [

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import transformers
 from transformers.activations import ACT2FN
 
 ACTIVATIONS: Any = ACT2FN
@@ -60,3 +61,15 @@ def with_plain_experts(config: Any) -> Any:
     config = copy.copy(config)
     object.__setattr__(config, _EXPERTS_LOOP, "eager")
     return config
+
+
+def class_of_transformers(name: str, kind: type) -> Any:
+    """Return a class that transformers exports.
+
+    Raises:
+        AttributeError: if it exports none of that name which derives from `kind`.
+    """
+    found = getattr(transformers, name, None)
+    if not isinstance(found, type) or not issubclass(found, kind):
+        raise AttributeError(f"transformers has no {kind.__name__} {name!r}")
+    return found

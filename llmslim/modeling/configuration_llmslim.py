@@ -13,6 +13,8 @@ from typing import Any
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from .compat import class_of_transformers
+
 FORMAT = 1
 MODEL_TYPE = "llmslim"
 
@@ -77,30 +79,23 @@ def slim_config_class(base: type[PreTrainedConfig]) -> Any:
         },
     )
     # Only a model class needs the rest, and importing it first would import it in a circle.
-    from .base_class import auto_classes, listed_classes, model_classes
-    from .compat import model_mapping
+    from .base_class import model_classes
     from .modeling_llmslim import slim_model_class
 
-    found = model_classes(base)
-    for name, classes in found.items():
-        slim = tuple(map(slim_model_class, classes))
+    for name, classes in model_classes(base).items():
+        slim = tuple(slim_model_class(each, base) for each in classes)
         getattr(transformers, name).register(cls, slim, exist_ok=True)
-    for auto in () if found else auto_classes(base).values():
-        # A config for another type's models (InternLM3's are Llama's), which `register` refuses.
-        slim = tuple(map(slim_model_class, listed_classes(auto, base)))
-        model_mapping(auto).register(cls, slim, exist_ok=True)
     return cls
 
 
 def __getattr__(name: str) -> Any:
-    """Make a slim config class when it is asked for by name, as unpickling does.
+    """Return a slim config class by its name, which unpickling needs; made on first use.
 
     Raises:
-        AttributeError: if there is no class of transformers' to derive it from.
+        AttributeError: if transformers has no class to derive it from.
     """
-    base = getattr(transformers, name.removeprefix("Slim"), None)
-    if name.startswith("Slim") and isinstance(base, type) and issubclass(base, PreTrainedConfig):
-        return slim_config_class(base)
+    if name.startswith("Slim"):
+        return slim_config_class(class_of_transformers(name[4:], PreTrainedConfig))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

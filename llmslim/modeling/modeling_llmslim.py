@@ -27,13 +27,12 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .base_class import model_classes
 from .checkpoint_code import auto_map, check_plugins, plugin_of, structure_names, write_code
-from .compat import mark_initialized
+from .compat import class_of_transformers, mark_initialized
 from .configuration_llmslim import FORMAT, slim_config_class
 from .depth import build_kept, plain_class, restore_original
 from .structured import build
@@ -148,47 +147,58 @@ class SlimModelMixin:
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Save as the base class does, and the files that load it again beside the weights."""
-        base, _ = base_of(self)
-        self.config.auto_map = auto_map(base)  # type: ignore[attr-defined]
+        base, config = base_of(self)
+        self.config.auto_map = auto_map(base, type(config))  # type: ignore[attr-defined]
         # Names are the module's own: model_type llmslim has no conversion to undo on loading.
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if kwargs.get("is_main_process", True):
             sites = self.config.llmslim["sites"]  # type: ignore[attr-defined]
-            write_code(Path(save_directory), set(structure_names(sites)), base)
+            write_code(Path(save_directory), set(structure_names(sites)), base, type(config))
 
 
-_classes: dict[type, Any] = {}
+_classes: dict[tuple[type, type], Any] = {}
+_OF = "_of_"
 
 
-def slim_model_class(base: Any) -> Any:
-    """Return the slim subclass of a model class."""
-    if base not in _classes:
-        config_class = slim_config_class(base.config_class)
-        if base not in _classes:  # making its config class may have made it
-            _classes[base] = type(
-                f"Slim{base.__name__}",
-                (SlimModelMixin, base),
-                {
-                    "__module__": __name__,
-                    "__doc__": f"{base.__name__} with slim blocks.",
-                    "config_class": config_class,
-                },
-            )
-        if not model_classes(base.config_class):
-            AutoModelForCausalLM.register(config_class, _classes[base], exist_ok=True)
-    return _classes[base]
+def slim_model_class(base: Any, config: Any = None) -> Any:
+    """Return the slim subclass of a model class.
+
+    Args:
+        base: one of transformers' own.
+        config: class of its config; some types have one of their own and another type's models.
+    """
+    config = config or base.config_class
+    config_class = slim_config_class(config)
+    if (base, config_class) not in _classes:  # making its config class may have made it
+        name = f"Slim{base.__name__}"
+        # Unpickling finds a class by its full name, everything else by `__name__`.
+        full = name if config is base.config_class else f"{name}{_OF}{config.__name__}"
+        _classes[base, config_class] = type(
+            name,
+            (SlimModelMixin, base),
+            {
+                "__module__": __name__,
+                "__qualname__": full,
+                "__doc__": f"{base.__name__} with slim blocks.",
+                "config_class": config_class,
+            },
+        )
+    if not model_classes(config):
+        AutoModelForCausalLM.register(config_class, _classes[base, config_class], exist_ok=True)
+    return _classes[base, config_class]
 
 
 def __getattr__(name: str) -> Any:
-    """Make a slim model class when it is asked for by name, as unpickling does.
+    """Return a slim model class by its full name, which unpickling needs; made on first use.
 
     Raises:
-        AttributeError: if there is no class of transformers' to derive it from.
+        AttributeError: if transformers has no class to derive it from.
     """
-    base = getattr(transformers, name.removeprefix("Slim"), None)
-    if name.startswith("Slim") and isinstance(base, type) and issubclass(base, PreTrainedModel):
-        return slim_model_class(base)
+    if name.startswith("Slim"):
+        base, _, config = name[4:].partition(_OF)
+        given = class_of_transformers(config, PreTrainedConfig) if config else None
+        return slim_model_class(class_of_transformers(base, PreTrainedModel), given)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -324,14 +334,15 @@ def become_slim(
     base_config, base_model = plain_class(model.config), type(model)
     if not issubclass(base_model, SlimModelMixin):
         model.config.__class__ = slim_config_class(base_config)
-        model.__class__ = slim_model_class(base_model)
+        model.__class__ = slim_model_class(base_model, base_config)
     model.config.base_model_type = type(model.config).base_model_type
     model.config.llmslim = {"format": FORMAT, "sites": sites}
     if plugins := {name: home for name in structure_names(sites) if (home := plugin_of(name))}:
         model.config.llmslim["plugins"] = plugins
     if depth:
         model.config.llmslim["depth"] = depth
-    model.config.auto_map = auto_map(base_of(model)[0])
+    base, config = base_of(model)
+    model.config.auto_map = auto_map(base, type(config))
     model.config.architectures = [type(model).__name__]
     refresh_ties(model)
 
