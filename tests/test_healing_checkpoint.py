@@ -126,7 +126,7 @@ def test_the_card_says_what_was_done_with_which_text(healed):
     assert "| licence |" in card
     assert "![Losses, step by step](healing_losses.png)" in card
     assert PROMPTS[0] in card
-    assert "was not trained after" not in card
+    assert "has not been healed" not in card
 
 
 def test_the_report_command_tells_of_the_healing(folders, healed):

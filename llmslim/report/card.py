@@ -52,7 +52,7 @@ model = {auto}.from_pretrained("path/to/this/folder")
 _HONEST = """\
 ## Before you use it
 
-This model was not trained after the change. Until it is healed (fine-tuned), expect it to be worse
+This model has not been healed (fine-tuned) after the change. Until it is, expect it to be worse
 than its base model, and to write nonsense if much was removed. Benchmark results of the base model
 do not apply to it.
 """

@@ -13,7 +13,6 @@ _HONEST = """\
 A healed model is still smaller than its base model, whose benchmark results do not apply to it.
 Evaluate it on your own task.
 """
-_MEASURED = "held_out_loss"  # in a line of the history
 
 
 def facts(healing: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -79,6 +78,22 @@ def _cell(text: str) -> str:
     return line or "(nothing)"
 
 
+def curves(
+    history: Sequence[Mapping[str, Any]], before: float | None
+) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    """Return the losses of a healing over its steps: of training, and on held-out text.
+
+    Args:
+        history: lines with `step` and `loss`, and with `step` and `held_out_loss`.
+        before: the held-out loss before the first step.
+    """
+    trained, held_out = (
+        [(float(line["step"]), float(line[key])) for line in history if key in line]
+        for key in ("loss", "held_out_loss")
+    )
+    return trained, [*([] if before is None else [(0.0, before)]), *held_out]
+
+
 def picture(
     history: Sequence[Mapping[str, Any]],
     *,
@@ -88,9 +103,9 @@ def picture(
     """Return a picture of the losses as PNG; None where matplotlib is not installed.
 
     Args:
-        history: lines with `step` and `loss`, and with `step` and `held_out_loss`.
-        before: the held-out loss before the first step.
-        teacher: the dense model's.
+        history: as of `curves`.
+        before: as there.
+        teacher: the dense model's held-out loss.
     """
     if importlib.util.find_spec("matplotlib") is None:
         return None
@@ -98,11 +113,9 @@ def picture(
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    trained = [(line["step"], line["loss"]) for line in history if "loss" in line]
+    trained, measured = curves(history, before)
     if trained:
         axes.plot(*zip(*trained, strict=True), label="training", linewidth=1, alpha=0.7)
-    measured = [(line["step"], line["held_out_loss"]) for line in history if _MEASURED in line]
-    measured = ([] if before is None else [(0, before)]) + measured
     if measured:
         steps, losses = zip(*measured, strict=True)
         axes.plot(steps, losses, label="held-out, in nats", marker="o", color="black")

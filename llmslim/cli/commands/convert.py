@@ -39,8 +39,8 @@ what next
           model = {auto}.from_pretrained({path!r})
 """
 _HONEST = """\
-The model was not trained after the change: expect it to be worse than its base model until it is
-healed (`llmslim heal`)."""
+The model has not been healed (fine-tuned): expect it to be worse than its base model until it is
+(`llmslim heal`)."""
 
 
 @click.command()

@@ -127,15 +127,8 @@ def _untouched(report: Report) -> list[dict[str, Any]]:
 
 def _losses(found: ReportFile) -> Plot | None:
     """Return the losses of a healing over its steps; None where there are none."""
-    done, history = found.healing or {}, found.history
-    trained = [(float(one["step"]), float(one["loss"])) for one in history if "loss" in one]
-    held_out = [
-        (float(one["step"]), float(one["held_out_loss"]))
-        for one in history
-        if "held_out_loss" in one
-    ]
-    if done.get("loss_before") is not None:
-        held_out.insert(0, (0.0, done["loss_before"]))
+    done = found.healing or {}
+    trained, held_out = healed.curves(found.history, done.get("loss_before"))
     dense = done.get("loss_teacher")
     points = [*trained, *held_out]
     if len(points) < 2:
