@@ -15,9 +15,10 @@ import pytest
 import torch
 from every_architecture import NOT_FITTED, config_classes
 from every_architecture import tiny_model as tiny
+from helpers_calibrated import RECIPES, begun, model_folder, recipe, resumed
+from helpers_calibrated import text as text  # a fixture
 from helpers_checkpoint import hashes, names, stored, tiny_tokenizer
-from helpers_resume import Cut, cut_after
-from helpers_streaming import CANNOT, contents, in_memory, stored_model
+from helpers_streaming import CANNOT, contents, in_memory
 from safetensors.torch import load_file, save_file
 
 from llmslim import api
@@ -31,65 +32,6 @@ from llmslim.errors import CheckpointError, DataError
 from llmslim.fitting import cost
 from llmslim.recipe import Recipe
 from llmslim.storage import NotInPiecesError, Pieces, load_model, open_source
-
-MLP = ["*.mlp.*", "*.experts.*"]
-LOW_RANK = {"match": MLP, "structure": "low_rank", "keep_ratio": 0.5}
-GROUPED = {"match": MLP, "structure": "grouped_pointwise", "groups": 4}
-LEARNED = {"match": "*.mlp.*", "structure": "grouped_pointwise", "groups": 4}
-LEARNED["channel_order"] = "learned"
-CALIBRATION = {"data": "text.txt", "tokens": 256, "sequence_length": 32}
-RECIPES: dict[str, dict[str, Any]] = {
-    "low_rank": {"replace": [LOW_RANK]},
-    "grouped": {"replace": [GROUPED]},
-    "learned": {"replace": [LEARNED]},
-    "width": {"replace": [{"match": "*.mlp.*", "structure": "width", "keep_ratio": 0.5}]},
-    "depth": {"depth": {"keep_layers": [0, 3, 2]}, "replace": [LOW_RANK]},
-    "refine": {"refine": {"steps": 4}, "replace": [LOW_RANK]},
-    "trained": {
-        "refine": {"steps": 0, "end_to_end": {"steps": 8, "tokens": 64}},
-        "depth": {"keep_layers": [0, 3, 2]},
-        "replace": [LOW_RANK],
-    },
-    "auto": {"budget": 0.6, "replace": [{"match": "*.mlp.*", "structure": "auto"}]},
-    "own text": {
-        "calibration": {**CALIBRATION, "data": ["text.txt", "self"]},
-        "replace": [LOW_RANK],
-    },
-    "wider": {
-        "width": {"intermediate_size": 192},
-        "replace": [{"match": "*.1.*.q_proj", "structure": "low_rank", "rank": 3}],
-    },
-    "some": {
-        "replace": [
-            {"match": "*.1.*_proj", "structure": "low_rank", "rank": 3},
-            {"match": ["*.2.mlp.*", "lm_head"], "structure": "low_rank", "rank": 4,
-             "init": "project"},
-        ]
-    },
-}  # fmt: skip
-
-
-def recipe(name: str) -> dict[str, Any]:
-    """Return a recipe that fits to text in the working directory."""
-    return {"name": name, "init": "least_squares", "calibration": CALIBRATION, **RECIPES[name]}
-
-
-@pytest.fixture(autouse=True)
-def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put a text into the working directory, which is empty but for it."""
-    monkeypatch.chdir(tmp_path)
-    words = random.Random(0).choices(["one", "two", "or three", "trees;", "so", "it"], k=2000)
-    Path("text.txt").write_text(" ".join(words))
-
-
-def model_folder(architecture: str = "llama", dtype: str = "float32", **changes: Any) -> Path:
-    folder = stored_model(Path("m"), architecture, **changes)
-    tiny_tokenizer().save_pretrained(folder)
-    if dtype != "float32":
-        tensors = load_file(folder / "model.safetensors")
-        tensors = {key: tensor.to(getattr(torch, dtype)) for key, tensor in tensors.items()}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 @pytest.mark.parametrize(
@@ -134,23 +76,6 @@ def test_the_same_bytes_as_in_memory(
     assert (*streamed.report.problems, whole.report.problems[-1]) == whole.report.problems
     assert any(row.init_error for row in streamed.report.rows)
     assert names(Path()) == ["a", "b", "m", "text.txt"]
-
-
-def begun(monkeypatch: pytest.MonkeyPatch, model: Path, name: str, pieces: int) -> Path:
-    """Leave an unfinished conversion to `out`; return its folder."""
-    with monkeypatch.context() as patch:
-        cut_after(patch, pieces, Cut())
-        with pytest.raises(Cut):
-            api.convert(model, recipe(name), "out")
-    return ConversionDir(Path("out")).path
-
-
-def resumed(model: Path, name: str, **options: Any) -> list[tuple[int, str]]:
-    """Go on with it; return the sites in decoder layers that it told of."""
-    told: list[tuple[int, str]] = []
-    options["progress"] = lambda done, _, what: told.append((done, what))
-    api.convert(model, recipe(name), "out", resume=True, **options)
-    return [step for step in told if "layers" in step[1]]
 
 
 @pytest.mark.parametrize(
@@ -247,56 +172,6 @@ def test_layers_after_the_last_block_are_copied(monkeypatch: pytest.MonkeyPatch)
     assert lent == [0, 1, 2]
 
 
-def test_a_training_that_was_cut_is_continued(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = model_folder()
-    undisturbed = hashes(api.convert(model, recipe("trained"), "a").path)
-
-    def cut(done: int, total: int, what: str) -> None:
-        if "step 6 of 8" in what:
-            raise Cut
-
-    with pytest.raises(Cut):
-        api.convert(model, recipe("trained"), "out", progress=cut)
-    work = ConversionDir(Path("out")).path
-    assert (work / "training").is_dir()
-    (work / ".trained.partial-0123abcd").mkdir()  # as a kill while it is written leaves it
-    steps_seen: list[tuple[int, str]] = []
-    api.convert(
-        model,
-        recipe("trained"),
-        "out",
-        resume=True,
-        progress=lambda done, _, what: steps_seen.append((done, what)),
-    )
-    assert hashes(Path("out")) == undisturbed
-    assert names(Path()) == ["a", "m", "out", "text.txt"]
-    steps = [step for step in steps_seen if "end to end" in step[1]]
-    assert steps[0][1].endswith("step 6 of 8")
-    assert steps == sorted(steps)
-    assert not [what for _, what in steps_seen if "layers" in what]
-
-
-@pytest.mark.parametrize("moment", ["trained", "published"])
-def test_a_kill_after_the_training(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the trained checkpoint written, and renamed to its place but nothing cleared up."""
-    model = model_folder()
-    undisturbed = hashes(api.convert(model, recipe("trained"), "a").path)
-    real = ConversionDir.publish
-
-    def publish(self: ConversionDir, *args: Any) -> None:
-        if moment == "published":
-            real(self, *args)
-        raise Cut
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ConversionDir, "publish", publish)
-        with pytest.raises(Cut):
-            api.convert(model, recipe("trained"), "out")
-    api.convert(model, recipe("trained"), "out", resume=True)
-    assert hashes(Path("out")) == undisturbed
-    assert names(Path()) == ["a", "m", "out", "text.txt"]
-
-
 def test_a_budget_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_folder()
     undisturbed = hashes(api.convert(model, recipe("auto"), "a").path)
@@ -309,19 +184,6 @@ def test_a_budget_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(whole_model.fitting, "allocate", again)
     resumed(model, "auto")
     assert hashes(Path("out")) == undisturbed
-
-
-def test_too_little_memory_leaves_the_training_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = model_folder()
-    plain = recipe("trained") | {"refine": {"steps": 0}}
-    wanted = stored(api.convert(model, plain, "a").path)
-    few = SimpleNamespace(available=10_000)
-    monkeypatch.setattr(cost.psutil, "virtual_memory", lambda: few)
-    done = api.convert(model, recipe("trained"), "out")
-    found = stored(done.path)
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-    assert [note for note in done.report.problems if "end to end" in note and "GiB" in note]
 
 
 GIVEN: dict[str, Any] = {"calibration": "text.txt", "calibration_tokens": 256}
@@ -361,15 +223,6 @@ def test_text_of_its_own_that_a_model_cannot_write_is_left_out(
     if why == "not finite":
         with pytest.raises(DataError):
             api.convert(model, rules, "asked", calibration=["text.txt", "self"])
-
-
-def test_a_head_that_is_replaced_is_trained_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = model_folder(tie_word_embeddings=False)
-    head = {"match": "lm_head", "structure": "low_rank", "rank": 4, "init": "project"}
-    asked = recipe("trained") | {"replace": [LOW_RANK, head]}
-    done = api.convert(model, asked, "out")
-    assert [note for note in done.report.problems if "in memory" in note]
-    assert [note for note in done.report.problems if "nats" in note]
 
 
 def test_weights_that_are_not_finite_are_found_before_any_fit(

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from . import conversion, fitting, front, healing, models, planning, storage, text
+from . import (
+    conversion,
+    fitting,
+    front,
+    healing,
+    init,
+    models,
+    planning,
+    recipes,
+    reports,
+    storage,
+    text,
+)
 from ._mutation import Mutation as Mutation
 from ._mutation import stale as stale
 
 MUTATIONS = tuple(
     mutation
-    for part in (models, planning, fitting, storage, conversion, text, healing, front)
+    for part in (
+        *(models, planning, init, fitting, storage, conversion, text, healing),
+        *(recipes, reports, front),
+    )
     for mutation in part.MUTATIONS
 )

@@ -397,4 +397,18 @@ MUTATIONS = (
         "the whole model comes to be in memory",
         "tests/test_streaming.py::test_one_piece_at_a_time",
     ),
+    change(
+        "llmslim/storage/manifest.py",
+        "files = all_files(path, MANIFEST, EVALUATION, BENCHMARK)",
+        "files = all_files(path, MANIFEST, BENCHMARK)",
+        "an evaluation makes verify fail",
+        "tests/test_evaluate.py::test_scores_are_kept_beside_a_checkpoint_and_shown",
+    ),
+    change(
+        "llmslim/storage/origin.py",
+        'name if HUB_ID.fullmatch(name) else ""',
+        "name",
+        "a local folder is linked to the hub",
+        "tests/test_origin.py::test_a_model_in_the_cache_of_the_hub_has_its_name",
+    ),
 )
