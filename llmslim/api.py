@@ -21,28 +21,17 @@ from llmslim.conversion.request import Conversion
 from llmslim.data import Windows, calibration_windows, check_ids, embedding_rows
 from llmslim.editing.plans import Plan
 from llmslim.errors import CheckpointError, DataError, UnfinishedError
-from llmslim.export import (
-    check_gguf_export,
-    check_onnx_export,
-    dense_copy,
-    plan_upload,
-    write_gguf,
-    write_onnx,
-)
-from llmslim.export import push as upload
-from llmslim.options import BenchOptions, EvalOptions, HealOptions, RecipeLike, long_dtype, takes
+from llmslim.export.verbs import export_dense, export_gguf, export_onnx, push
+from llmslim.options import BenchOptions, EvalOptions, HealOptions, RecipeLike, takes
 from llmslim.progress import Progress, quietly
 from llmslim.recipe import Recipe
 from llmslim.report.report import Report
 from llmslim.storage import (
-    Source,
     Verification,
-    check_finite,
     check_keeps_source,
     check_target,
     empty_model,
-    load_model,
-    load_tokenizer,
+    load_finite,
     open_source,
     verify_folder,
     write_checkpoint,
@@ -155,15 +144,7 @@ def load(
     Raises:
         CheckpointError: if it is missing, incomplete, or has such weights.
     """
-    return _load(open_source(path), dtype=dtype, allow_nonfinite=allow_nonfinite)
-
-
-def _load(
-    source: Source, *, dtype: str | None = None, allow_nonfinite: bool = False
-) -> PreTrainedModel:
-    model = load_model(source, dtype=long_dtype(dtype))
-    check_finite(model.state_dict().items(), source.given, allow_nonfinite=allow_nonfinite)
-    return model
+    return load_finite(open_source(path), dtype=dtype, allow_nonfinite=allow_nonfinite)
 
 
 def save(
@@ -337,108 +318,6 @@ def bench(model: PreTrainedModel | str | Path, options: BenchOptions) -> Benchma
     from llmslim.evaluation.speed import benchmark_model
 
     return benchmark_model(model, options)
-
-
-def export_dense(
-    path: str | Path, out: str | Path, *, overwrite: bool = False, allow_nonfinite: bool = False
-) -> Path:
-    """Write an ordinary checkpoint of the base class that computes the same as a slim one.
-
-    Args:
-        path: a slim checkpoint.
-        out: folder to write; must not exist, unless `overwrite`.
-        overwrite: replace an existing folder once the new one is complete.
-        allow_nonfinite: accept weights that are NaN or infinite.
-
-    Raises:
-        CheckpointError: if it is not a slim checkpoint, has no dense equivalent, or has such
-            weights.
-    """
-    target = Path(out)
-    check_target(target, overwrite)
-    source = open_source(path)
-    check_keeps_source(target, source.path, source.given)
-    dense = dense_copy(_load(source, allow_nonfinite=allow_nonfinite))
-    tokenizer = load_tokenizer(source)
-    return write_checkpoint(dense, target, source=source, tokenizer=tokenizer, overwrite=overwrite)
-
-
-def export_gguf(
-    path: str | Path,
-    out: str | Path,
-    *,
-    quantize: str = "f16",
-    overwrite: bool = False,
-    allow_nonfinite: bool = False,
-) -> Path:
-    """Write a model as a GGUF file for llama.cpp, with its tokenizer and chat template.
-
-    Blocks are multiplied out. Layers of different widths keep them where llama.cpp can read that
-    (its architecture `deci`: Llama, Mistral, Qwen2, Phi-3), and are padded with zeros elsewhere.
-
-    Args:
-        path: a slim checkpoint or any other causal language model that llama.cpp knows.
-        out: file to write; must not exist, unless `overwrite`.
-        quantize: `f32`, `f16`, `q8_0` or `q4_0`: the type of its matrices.
-        overwrite: replace an existing file once the new one is complete.
-        allow_nonfinite: accept weights that are NaN or infinite.
-
-    Raises:
-        CheckpointError: if llama.cpp has no form for the model or its tokenizer, the model has
-            such weights, or the package `gguf` is missing.
-    """
-    target = Path(out)
-    check_gguf_export(target, quantize, overwrite=overwrite)
-    source = open_source(path)
-    model = _load(source, allow_nonfinite=allow_nonfinite)
-    tokenizer = load_tokenizer(source)
-    return write_gguf(model, target, name=source.name, tokenizer=tokenizer, quantize=quantize)
-
-
-def export_onnx(
-    path: str | Path, out: str | Path, *, overwrite: bool = False, allow_nonfinite: bool = False
-) -> Path:
-    """Write a causal language model as ONNX, in float32, with config and tokenizer beside it.
-
-    The graph takes prompts of any number and length, padded on the left or not, and the keys and
-    values of the tokens before; `llmslim/export/onnx.py` has its inputs and outputs. It is run once
-    and compared with the model where onnxruntime is installed.
-
-    Args:
-        path: a slim checkpoint or any other causal language model.
-        out: folder to write, with `model.onnx` in it; must not exist, unless `overwrite`.
-        overwrite: replace an existing folder once the new one is complete.
-        allow_nonfinite: accept weights that are NaN or infinite.
-
-    Raises:
-        CheckpointError: if the model has no ONNX form or such weights, the graph computes something
-            else, or the packages onnx and onnxscript are missing.
-    """
-    target = Path(out)
-    check_onnx_export(target, overwrite=overwrite)
-    source = open_source(path)
-    check_keeps_source(target, source.path, source.given)
-    model = _load(source, dtype="float32", allow_nonfinite=allow_nonfinite)
-    tokenizer = load_tokenizer(source)
-    return write_onnx(model, target, source=source, tokenizer=tokenizer, overwrite=overwrite)
-
-
-def push(path: str | Path, repo: str, *, private: bool = False, revision: str | None = None) -> str:
-    """Upload a checkpoint to the hub, with its card, report, recipe and manifest, in one commit.
-
-    Args:
-        path: what `convert`, `heal`, `save` or `export_dense` wrote; its scores go into the card.
-        repo: its name on the hub, `owner/name`; made where there is none.
-        private: whether a repository that is made is private.
-        revision: branch; the main one by default.
-
-    Returns:
-        The address of the commit.
-
-    Raises:
-        CheckpointError: if the checkpoint is not whole, or the hub cannot be reached or refuses.
-    """
-    return upload(plan_upload(Path(path), repo), private=private, revision=revision)
 
 
 def verify(path: str | Path) -> Verification:

@@ -15,6 +15,7 @@ from .finite import explain_nonfinite as explain_nonfinite
 from .finite import nonfinite_notes as nonfinite_notes
 from .finite import nonfinite_tensors as nonfinite_tensors
 from .load import check_dtype as check_dtype
+from .load import load_finite as load_finite
 from .load import load_model as load_model
 from .load import load_tokenizer as load_tokenizer
 from .load import type_notes as type_notes

@@ -24,8 +24,10 @@ from llmslim.compat import conversions, may_be_left_over, name_in_model, set_con
 from llmslim.errors import CheckpointError, and_more
 from llmslim.modeling.base_class import auto_class_of
 from llmslim.modeling.configuration_llmslim import register
+from llmslim.options import long_dtype
 
 from .config import unpacking
+from .finite import check_finite
 from .kphi3 import load_kphi3
 from .safetensors_io import FLOATS, Entry, read_weights
 from .source import Source, empty_model, first_line, quiet
@@ -103,6 +105,24 @@ def check_dtype(dtype: str | None) -> None:
     """
     if dtype is not None and dtype not in DTYPES:
         raise CheckpointError(f"dtype: {dtype!r}; allowed {', '.join(DTYPES)}.")
+
+
+def load_finite(
+    source: Source, *, dtype: str | None = None, allow_nonfinite: bool = False
+) -> PreTrainedModel:
+    """Load a model, and refuse weights that are NaN or infinite.
+
+    Args:
+        source: the model that was found.
+        dtype: as for `load_model`, also by its short name.
+        allow_nonfinite: accept such weights.
+
+    Raises:
+        CheckpointError: if it cannot be loaded, or has such weights.
+    """
+    model = load_model(source, dtype=long_dtype(dtype))
+    check_finite(model.state_dict().items(), source.given, allow_nonfinite=allow_nonfinite)
+    return model
 
 
 def load_tokenizer(

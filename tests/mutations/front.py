@@ -139,7 +139,7 @@ MUTATIONS = (
         "tests/test_vocabulary.py::test_windows_made_elsewhere_are_checked_too",
     ),
     change(
-        "llmslim/api.py",
+        "llmslim/storage/load.py",
         "allow_nonfinite=allow_nonfinite)\n    return model",
         "allow_nonfinite=True)\n    return model",
         "a broken model loads",
