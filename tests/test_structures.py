@@ -10,8 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import tiny_model
 from torch import Tensor, nn
 
+from llmslim import slim
 from llmslim.modeling.block_shuffle import BlockShuffle
 from llmslim.modeling.factored import FactoredEmbedding, FactoredHead
 from llmslim.modeling.grouped_low_rank import GroupedLowRank
@@ -411,3 +413,15 @@ def test_a_transposed_map_has_a_bias():
     assert build(spec)(torch.ones(1, 3)).shape == (1, 2)
     with pytest.raises(ValueError, match="bias"):
         build({**spec, "bias": False})
+
+
+@pytest.mark.parametrize("name", ["low_rank", "pivoted_low_rank", "grouped_low_rank"])
+def test_what_is_inside_a_block_is_not_drawn_by_its_architecture(name):
+    """Architectures draw linear layers wherever they find them, some by their names."""
+    model = tiny_model("llama")
+    rule = {"match": "*.mlp.*", **SPECS[name]}
+    slim(model, {"name": "r", "init": "random", "replace": [rule]})
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items() if ".mlp." in key}
+    model.initialize_weights()
+    after = model.state_dict()
+    assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())

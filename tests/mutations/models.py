@@ -264,4 +264,18 @@ MUTATIONS = (
         "LoRA passes grouped blocks by",
         "tests/test_lora.py",
     ),
+    change(
+        "llmslim/modeling/base_class.py",
+        'getattr(cls, "config_class", None) not in parts',
+        'getattr(cls, "config_class", None) is config_class',
+        "types whose models are another type's cannot be loaded",
+        "tests/test_named_classes.py::test_a_type_with_a_config_of_its_own_for_the_models_of_another",
+    ),
+    change(
+        "llmslim/modeling/structured.py",
+        "    mark_initialized(linear)  # an architecture draws its own by name, and may ask for a bias\n",
+        "",
+        "an architecture draws weights into the linear layers of blocks",
+        "tests/test_structures.py::test_what_is_inside_a_block_is_not_drawn_by_its_architecture",
+    ),
 )
