@@ -237,7 +237,7 @@ def empty_linear(in_features: int, out_features: int, **kind: Any) -> nn.Linear:
     linear = nn.Linear(in_features, 1, bias=False, device="meta")  # its own would draw numbers
     linear.out_features = out_features
     linear.weight = nn.Parameter(torch.empty(out_features, in_features, **kind))
-    mark_initialized(linear)  # an architecture draws its own by name, and may ask for a bias
+    mark_initialized(linear)  # or an architecture draws it by its own rules
     return linear
 
 

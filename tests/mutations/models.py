@@ -273,7 +273,7 @@ MUTATIONS = (
     ),
     change(
         "llmslim/modeling/structured.py",
-        "    mark_initialized(linear)  # an architecture draws its own by name, and may ask for a bias\n",
+        "    mark_initialized(linear)  # or an architecture draws it by its own rules\n",
         "",
         "an architecture draws weights into the linear layers of blocks",
         "tests/test_structures.py::test_what_is_inside_a_block_is_not_drawn_by_its_architecture",
