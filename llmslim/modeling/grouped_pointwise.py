@@ -46,11 +46,11 @@ from .sizes import (
     common_divisors,
     groups_for_min_channels,
 )
-from .structured import StructuredLinear
+from .structured import StructuredLinear, take_channels
 
-# Above this many rows copying the gathered input costs more than reading the output twice:
-# measured by benchmarks/bench_grouped_pointwise.py.
-_GATHER_ROWS = 512
+# On a processor: gathered input that is read before it leaves the caches, and whose memory then
+# serves the next rows. Measured by benchmarks/bench_blocks.py.
+_GATHER_BYTES = 2**22
 
 
 class GroupedPointwise(StructuredLinear):
@@ -180,18 +180,26 @@ class GroupedPointwise(StructuredLinear):
         rows, groups = x_NI.shape[0], self.groups
         if groups == 1:
             return x_NI @ self.weight[0]
-        i = self.in_features // groups
+        training = self.weight.requires_grad and torch.is_grad_enabled()
+        # Traced, it must hold for every number of rows; in training the parts' gradients of the
+        # weight would be added up in its own type.
+        if x_NI.device.type == "cpu" and not training and not torch.compiler.is_compiling():
+            part = max(1, _GATHER_BYTES // (2 * self.in_features * x_NI.element_size()))
+            if rows > part:
+                return torch.cat([self._io(rows_NI) for rows_NI in x_NI.split(part)])
+        seen = self._seen(x_NI).transpose(0, 1)  # (G, N, 2i)
+        if training:
+            seen = seen.contiguous()  # the weight's gradient reads it group by group
+        return torch.bmm(seen, self.weight).transpose(0, 1).reshape(rows, self.out_features)
+
+    def _seen(self, x_NI: Tensor) -> Tensor:
+        """Return the channels that each group sees, (N, G, 2i)."""
+        rows = x_NI.shape[0]
         if self.order is not None:
-            seen = x_NI.index_select(1, self.order.flatten()).reshape(rows, groups, 2 * i)
-            return torch.bmm(seen.transpose(0, 1), self.weight).transpose(0, 1).flatten(1)
-        block = x_NI.reshape(rows, groups, i).transpose(0, 1)  # (G, N, i)
-        residue = x_NI.reshape(rows, i, groups).permute(2, 0, 1)  # (G, N, i)
-        if rows > _GATHER_ROWS:
-            first, second = self.weight[:, :i], self.weight[:, i:]
-            y = torch.baddbmm(torch.bmm(block, first), residue, second)
-        else:
-            y = torch.bmm(torch.cat((block, residue), dim=-1), self.weight)
-        return y.transpose(0, 1).reshape(rows, self.out_features)
+            return take_channels(x_NI, self.order.flatten()).reshape(rows, *self.order.shape)
+        i = self.in_features // self.groups
+        residue = x_NI.reshape(rows, i, self.groups).transpose(1, 2)
+        return torch.cat((x_NI.reshape(rows, self.groups, i), residue), dim=-1)
 
     def _residual(self, x_NI: Tensor) -> Tensor:
         rows, groups, o = x_NI.shape[0], self.groups, self.out_features // self.groups

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from .sizes import KeepRatio, OptionError, StaysDense, budget, check_rank
-from .structured import StructuredLinear, empty_linear
+from .structured import StructuredLinear, empty_linear, take_channels
 
 
 class PivotedLowRank(StructuredLinear):
@@ -105,4 +105,4 @@ class PivotedLowRank(StructuredLinear):
     def product(self, x: Tensor) -> Tensor:
         """Return [x P, x P C], each output put in its place."""
         z = self.pivot(x)
-        return torch.cat((z, self.rest(z)), dim=-1).index_select(-1, self.order)
+        return take_channels(torch.cat((z, self.rest(z)), dim=-1), self.order)
