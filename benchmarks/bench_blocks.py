@@ -38,7 +38,7 @@ from llmslim.modeling.structured import build, structure_class
 
 SHAPES = {
     "phi3": [("qkv", 3072, 9216, 12), ("down", 8192, 3072, 32)],
-    "llama3": [("gate", 4096, 14336, 16), ("down", 14336, 4096, 56)],
+    "llama3": [("gate", 4096, 14336, 16), ("down", 14336, 4096, 32)],
     "smollm2": [("up", 576, 1536, 4), ("down", 1536, 576, 4)],
 }
 """By model: a projection's name, input and output channels, and groups of the grouped block."""
