@@ -121,6 +121,9 @@ class GroupedPointwise(StructuredLinear):
                 key = "min_channels_per_group"
                 raise OptionError(key, f"{key} {least}; allowed 1 or more")
             groups = groups_for_min_channels(in_features, out_features, least)
+            weights = _count(in_features, out_features, groups, options.variant)
+            if groups > 1 and weights >= in_features * out_features:
+                raise StaysDense(f"{groups} groups have as many weights as the dense projection")
         if check_groups(in_features, out_features, groups) == 1:
             raise StaysDense("one group is the dense projection")
         return replace(options, groups=groups, keep_ratio=None, min_channels_per_group=None)
