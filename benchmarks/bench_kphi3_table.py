@@ -7,7 +7,8 @@
 
 Every row is trained by `llmslim.heal` with the `heal` section of the recipe kphi3-3layer, on the
 same tokens in the same order; seeds differ in the weights that are drawn. Rows, widths and scales
-are in `_kphi3_rows.py`. Of each row the learning rate with the lowest validation loss counts.
+are in `_kphi3_rows.py`. The first seed tries every learning rate, the others take the one with the
+lowest validation loss, which is the row's.
 
 Train loss: mean over the last tenth of the steps. Validation loss: of the held-out rows, after the
 last step. Tokens/s: of training alone; seconds: with measuring. The JSON file holds every run, the
@@ -170,6 +171,11 @@ def best_runs(runs: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, 
         name: min(rates.values(), key=lambda some: _mean(some, "validation_loss"))
         for name, rates in by_rate.items()
     }
+
+
+def best_rate(runs: Iterable[Mapping[str, Any]], row: Row) -> tuple[float]:
+    """Return a row's best rate so far: the first seed tries all, the others take it."""
+    return (best_runs(runs)[row.name][0]["rate"],)
 
 
 def table(runs: Iterable[Mapping[str, Any]], rows: Mapping[str, Row]) -> str:
@@ -344,7 +350,7 @@ def main(
     done = {(run["row"], run["seed"], run["rate"]) for run in runs}
     for seed in range(seeds or scale.seeds):
         for row in chosen:
-            for rate in rates or scale.rates:
+            for rate in (rates or scale.rates) if seed == 0 else best_rate(runs, row):
                 if (row.name, seed, rate) in done:
                     continue
                 run = train(row, seed, rate, heal, packed, tokenizer, work)
