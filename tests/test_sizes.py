@@ -6,7 +6,6 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
