@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -90,9 +91,10 @@ def medians(runs: list[Callable[[], object]], device: torch.device) -> list[floa
     """Return the median seconds of each over interleaved rounds, the first round left out."""
     wait: Any = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     taken: list[list[float]] = [[] for _ in runs]
-    spent = 0.0
+    spent, shuffled = 0.0, random.Random(0)
     while len(taken[0]) < 4 or (spent < _LEAST_SECONDS * len(runs) and len(taken[0]) < 200):
-        for run, seconds in zip(runs, taken, strict=True):
+        # Shuffled: what comes after the largest finds the least of its own in the caches.
+        for run, seconds in shuffled.sample(list(zip(runs, taken, strict=True)), len(runs)):
             wait()
             start = time.perf_counter()
             run()
@@ -176,7 +178,8 @@ def timed(
         result.weights[label] = weights / (i * o)
         if label == "grouped_pointwise":
             torch.testing.assert_close(first(x), naive(first, x), rtol=0.05, atol=0.05)
-            runs["einsum"] = as_run(modules, formula, x, options["training"])
+            more = [make() for _ in modules]  # of its own, or it would find them in a cache
+            runs["einsum"] = as_run(more, formula, x, options["training"])
             for figures in (result.floor, result.weights):
                 figures["einsum"] = figures[label]
     result.seconds = dict(zip(runs, medians(list(runs.values()), device), strict=True))

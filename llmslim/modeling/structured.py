@@ -248,9 +248,9 @@ def take_channels(x: Tensor, order: Tensor) -> Tensor:
         x: values.
         order: channels, int64.
     """
-    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
-        # torch copies channels of these types one by one, three times as slowly as in float32.
-        return x.float().index_select(-1, order).to(x.dtype)
+    if x.device.type == "cpu" and x.element_size() == 2:
+        # torch selects channels of two bytes one by one, and gathers them twice as fast.
+        return x.gather(-1, order.expand(*x.shape[:-1], -1))
     return x.index_select(-1, order)
 
 

@@ -287,8 +287,8 @@ MUTATIONS = (
     ),
     change(
         "llmslim/modeling/structured.py",
-        "return x.float().index_select(-1, order).to(x.dtype)",
-        "return x.float().index_select(-1, order.sort().values).to(x.dtype)",
+        "return x.gather(-1, order.expand(*x.shape[:-1], -1))",
+        "return x.gather(-1, order.sort().values.expand(*x.shape[:-1], -1))",
         "channels of bfloat16 are taken in another order",
         "tests/test_structures.py::test_channels_are_taken_as_they_are",
     ),
