@@ -61,6 +61,7 @@ def test_a_page_says_what_is_known(healed: Path, tmp_path: Path) -> None:
         PROMPTS[1],  # with its angle brackets as words
         "Paris.",
         "no rule matches",
+        "--seed 7",
         "llmslim heal mlp-half",
         "structure: auto",
         "0f" * 32,

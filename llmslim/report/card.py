@@ -11,7 +11,7 @@ import yaml
 
 from llmslim.errors import printable
 from llmslim.report.report import Report
-from llmslim.storage import Origin
+from llmslim.storage import RECIPE, Origin
 
 from . import healed, markdown, wording
 
@@ -120,6 +120,19 @@ def model_card(
         *([f"{wording.fitted_to(report)}\n"] if report.fitted_to else []),
     ]
     if recipe_text:
-        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", recipe_text)), default=0))
-        sections.append(f"## Recipe\n\n{fence}yaml\n{recipe_text.strip()}\n{fence}\n")
+        sections.append(f"## Recipe\n\n{_fenced('yaml', recipe_text)}")
+        commands = wording.commands(report, RECIPE, healed=healing is not None)
+        sections += [again(commands)] if commands else []
     return "\n".join(sections)
+
+
+def again(commands: Sequence[str]) -> str:
+    """Return the section with the commands that make the model again."""
+    text = "\n".join(commands)
+    return f"## Make it again\n\n{wording.AGAIN}\n\n{_fenced('bash', text)}"
+
+
+def _fenced(language: str, text: str) -> str:
+    """Return text as a block of code that it cannot end."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text.strip()}\n{fence}\n"

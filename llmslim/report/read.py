@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmslim.errors import CheckpointError
+from llmslim.report import wording
 from llmslim.report.report import Report
 from llmslim.report.scores import Evaluation, read_evaluation
 from llmslim.report.speeds import Benchmark, read_benchmarks
@@ -75,6 +76,15 @@ class ReportFile:
     def recipe_text(self) -> str:
         """The recipe's YAML; empty where the folder has none."""
         return self._text(RECIPE)
+
+    def commands(self, recipe: str = RECIPE) -> list[str]:
+        """Return the commands that make the model again; none where they are not on record.
+
+        Args:
+            recipe: where the recipe's file is.
+        """
+        healed = self.healing is not None
+        return wording.commands(self.report, recipe, healed=healed) if self.recipe_text else []
 
     @property
     def manifest(self) -> Mapping[str, Any]:

@@ -7,7 +7,6 @@ script sorts and toggles, and without it everything can still be read.
 
 from __future__ import annotations
 
-import shlex
 import tempfile
 import webbrowser
 from collections.abc import Mapping, Sequence
@@ -71,7 +70,7 @@ def report_page(found: ReportFile, *, full: bool = False) -> str:
             (headline(one), speed_rows(one), (*one.notes, explanation(one)))
             for one in found.benchmarks
         ],
-        commands=_commands(found),
+        commands=found.commands(),
         provenance=_provenance(found),
     )
 
@@ -141,17 +140,6 @@ def _losses(found: ReportFile) -> Plot | None:
         lines.append(line("held out", held_out, x, y, dots=True))
     levels = tuple(("dense model, held out", y.at(loss)) for loss in level)
     return Plot(x, y, tuple(lines), levels)
-
-
-def _commands(found: ReportFile) -> list[str]:
-    """Return the commands that make the model again, from the recipe shown on the page."""
-    if not found.recipe_text or not found.report.model:
-        return []
-    model, name = shlex.quote(found.report.model), shlex.quote(found.report.recipe or "slim")
-    commands = [f"llmslim convert {model} --recipe recipe.yaml --out {name}"]
-    if found.healing:
-        commands.append(f"llmslim heal {name} --out {name}-healed")
-    return commands
 
 
 def _provenance(found: ReportFile) -> dict[str, Any]:
