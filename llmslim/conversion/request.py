@@ -16,6 +16,7 @@ from llmslim.options import ConvertOptions
 from llmslim.progress import Progress
 from llmslim.recipe import Recipe, recipe_yaml
 from llmslim.report.card import model_card
+from llmslim.report.read import read_report
 from llmslim.report.report import Report
 from llmslim.storage import Companions, Source, origin_of, published_name
 
@@ -90,3 +91,7 @@ class Conversion:
 
     def _repr_html_(self) -> str:
         return self.report._repr_html_()
+
+    def show(self) -> Path:
+        """Open the checkpoint's page in the browser; return the temporary file with it."""
+        return read_report(self.path).show()

@@ -91,6 +91,12 @@ class ReportFile:
         """The manifest; empty where the folder has none."""
         return read_json_if_whole(self.folder / MANIFEST) if self.folder else {}
 
+    def show(self) -> Path:
+        """Open the page of all this in the browser; return the temporary file with it."""
+        from llmslim.report.page.html import open_page, report_page  # which imports this module
+
+        return open_page(report_page(self))
+
     def _text(self, name: str) -> str:
         if self.folder is None or not (self.folder / name).is_file():
             return ""
