@@ -27,6 +27,7 @@ from llmslim.cli import output
 from llmslim.cli.commands import convert, demo
 from llmslim.recipe import json_schema, shipped_recipes
 from llmslim.report import FORMATS, render
+from llmslim.report.card import again
 from llmslim.report.read import read_report
 from llmslim.report.report import Report
 
@@ -279,6 +280,8 @@ def test_a_missing_model_is_a_message(tmp_path, recipe):
 def test_report_formats_are_the_views_unwrapped(slim, tmp_path, name, full):
     flags = ["--full"] if full else []
     expected = render(read_report(slim).report, name, full=full)
+    if name == "md":
+        expected += "\n" + again(read_report(slim).commands(f"{slim}/recipe.yaml"))
     assert ok("report", slim, "--format", name, *flags) == expected
     assert ok("report", slim, "--format", name, "-o", tmp_path / "file", *flags) == ""
     assert (tmp_path / "file").read_text(encoding="utf-8") == expected

@@ -358,11 +358,8 @@ def test_variables_name_options():
         if words[0] == "export" and word.startswith("LLMSLIM_")
     }
     assert named
-    known = {
-        f"LLMSLIM_{name}_{param.name}".upper()
-        for name in COMMANDS
-        for param in cli.get_command(click.Context(cli), name).params
-    }
+    commands = [cli, *(cli.get_command(click.Context(cli), name) for name in COMMANDS)]
+    known = {param.envvar for command in commands for param in command.params}
     assert named <= known
 
 
