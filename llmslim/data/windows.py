@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,10 +118,12 @@ def calibration_windows(
     # Last: text that cannot be read is found before a model writes for minutes.
     if "self" in spec.texts:
         parts += _own_windows(each, tokenizer, model, progress)
-    if len(parts) == 1:
-        return parts[0]
-    # Shuffled, so that the first few windows alone are of every text.
-    draw = random.Random(spec.seed)
+    return parts[0] if len(parts) == 1 else _shuffled(parts, spec.seed)
+
+
+def _shuffled(parts: Sequence[Windows], seed: int) -> Windows:
+    """Return the windows of several texts, so that the first few alone are of every text."""
+    draw = random.Random(seed)
     ids_NL, held_out = (
         windows[draw.sample(range(len(windows)), len(windows))]
         for windows in (
