@@ -181,6 +181,16 @@ def test_no_width_overflows(chromium: Browser, page: Path, width: int, dark: boo
     assert chromium.messages() == []
 
 
+@pytest.mark.parametrize("shown", ["kept", "error"])
+@pytest.mark.parametrize("dark", [False, True])
+def test_every_word_stands_out(chromium: Browser, page: Path, dark: bool, shown: str) -> None:
+    chromium.open(page, 1280, dark=dark)
+    click(chromium, f"[data-heat={shown}]")
+    found = chromium.contrasts()
+    assert len(found) > 200
+    assert min(found)[0] >= 4.5, min(found)  # level AA of WCAG
+
+
 def column(chromium: Browser, number: int) -> list[str]:
     rows = "document.querySelectorAll('.modules tbody:not([hidden]) tr')"
     found = chromium.script(f"return [...{rows}].map((row) => row.cells[{number}].dataset.value)")

@@ -102,7 +102,7 @@ def sampled_conversations(
         seed: the same seed gives the same conversations, on the same kind of machine.
         cache: folder to keep them in; in the user's cache if not given.
         at_once: how many are sampled together, at most, and kept together; `ROWS` by default.
-        progress: called with tokens done, tokens in all, and `sampling`.
+        progress: called with tokens done, tokens in all, and what is done now.
 
     Returns:
         A key of these conversations, and the conversations: fewer where the model ends all of a
@@ -131,7 +131,9 @@ def sampled_conversations(
 
             def report(more: int, so_far: int = done) -> None:
                 if progress is not None:
-                    progress(min(so_far + more, tokens), tokens, "sampling")
+                    enough = so_far + more >= tokens
+                    what = "sampling, until the last answers end" if enough else "sampling"
+                    progress(min(so_far + more, tokens), tokens, what)
 
             draws = seed + 10_007 * number
             batch = _sample_batch(model, tokenizer, frame, rows, longest, draws, report)
