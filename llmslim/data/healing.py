@@ -30,7 +30,7 @@ from llmslim.progress import Progress
 from llmslim.recipe.schema import Heal, HealSource
 
 from .columns import check_left_out
-from .conversations import sampled_conversations
+from .conversations import rows_for, sampled_conversations
 from .messages import characters, identity
 from .packing import Ints, Rows, cut
 from .prompts import Encoder, report_notes
@@ -293,12 +293,14 @@ class _Opener:
             self.notes.append(
                 f"self: {_SELF_TOKENS} tokens were sampled, since `tokens` is not given."
             )
+        tokens = _with_held_out(wanted or _SELF_TOKENS)
         key, conversations = sampled_conversations(
             self.teacher,
             self.encoder.tokenizer,
-            _with_held_out(wanted or _SELF_TOKENS),
+            tokens,
             self.spec.seed,
             cache=self.cache,
+            at_once=rows_for(tokens),
             progress=self.progress,
         )
         if not conversations:

@@ -33,7 +33,7 @@ from llmslim.progress import Progress
 from llmslim.recipe.schema import Calibration
 
 from .columns import RowReader, check_left_out
-from .conversations import ROWS, can_converse, sampled_conversations
+from .conversations import can_converse, rows_for, sampled_conversations
 from .prompts import Encoder
 from .sampling import sampled_windows
 from .sources import read_texts
@@ -46,7 +46,6 @@ _SAMPLED = (9 / 8, 2, 4)
 """How much to sample of conversations, in needed tokens; the next where the last was too little."""
 _CHARACTERS_PER_TOKEN = 8  # more than text has, so that a stretch of a text is long enough
 _BATCH = 64
-_SHORT, _FEWEST_ROWS = 128, 8  # tokens of a conversation; conversations sampled together
 
 
 @dataclass(frozen=True)
@@ -255,9 +254,7 @@ def _conversations(
     """Return windows of conversations that the dense model writes: as many as wanted, or fewer."""
     encoder = Encoder(tokenizer)
     pool = wanted * (spec.sequence_length - (leading_token(tokenizer) is not None))
-
-    # No more than are needed: a conversation is rarely shorter than that.
-    at_once = min(ROWS, max(_FEWEST_ROWS, math.ceil(pool / _SHORT)))
+    at_once = rows_for(pool)
 
     def texts() -> Iterator[list[str]]:
         if not can_converse(model, tokenizer):
