@@ -147,6 +147,18 @@ def test_large_and_empty_reports_stay_small(report: Report) -> None:
     assert Outline(page).text.count("unmatched") >= bool(report.rows)
 
 
+@pytest.mark.parametrize(("objective", "charts"), [("cross_entropy", 1), ("logits", 2)])
+def test_losses_of_two_kinds_have_two_charts(tmp_path: Path, objective: str, charts: int) -> None:
+    folder = checkpoint(tmp_path / "slim", layered(1))
+    file = folder / "llmslim_report.json"
+    data = json.loads(file.read_text())
+    data["healing"]["objective"] = objective
+    file.write_text(json.dumps(data))
+    page = Outline(report_page(read_report(folder)))
+    assert len([tag for tag, given in page.tags if given.get("class") == "plot"]) == charts
+    assert len([tag for tag, _ in page.tags if tag == "polyline"]) == 2
+
+
 def test_a_history_that_is_none_is_an_error(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "odd", layered(1))
     (folder / "healing_history.jsonl").write_text('{"step": 1')
