@@ -31,7 +31,7 @@ text { fill: #1f2530; font: 13px system-ui, sans-serif } .small { font-size: 11.
 CELL = 15
 CHANNELS, GROUPS = 12, 4
 """Inputs and outputs of the grouped block that is drawn, and its groups."""
-PAGE = 1200, 1900
+PAGE = 1200, 1800
 """Width and height of what is shown of the page of a report."""
 
 
@@ -210,7 +210,7 @@ def report_page(slim: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "report.html"
         subprocess.run(["llmslim", "report", slim, "--format", "html", "-o", page], check=True)
-        subprocess.run(["chromium", *options, page.as_uri()], check=True, timeout=120)
+        subprocess.run(["chromium", *options, page.as_uri()], check=True, capture_output=True)
 
 
 def main() -> None:

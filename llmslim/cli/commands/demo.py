@@ -76,9 +76,10 @@ def command(out: Path, overwrite: bool, json_target: str | None) -> None:
     )
     places = {"out": result.path, "name": result.path.name, "source": source}
     quoted = {name: shlex.quote(str(path)) for name, path in places.items()}
-    click.echo(_NEXT.format(**quoted, kept=totals.kept_ratio))
+    click.echo(_NEXT.format(**quoted, kept=totals.kept_ratio, healing=_HEALING))
 
 
+_HEALING = "--tokens 8192 --context-length 512 --learning-rate 5e-4"
 _NEXT = """
 {kept:.0%} of the parameters outside the embeddings are left. What the model has lost by it shows
 in its perplexity. The recipe itself takes four times the text and fits by gradient after that;
@@ -86,7 +87,7 @@ healing continues from there.
 
 what next
   train it for some minutes on text that the dense model writes, into {name}-healed
-    llmslim heal {out} --data self --teacher {source} --tokens 8192 --context-length 512
+    llmslim heal {out} --data self --teacher {source} {healing}
   write its report as a page for the browser
     llmslim report {out} --format html report.html
   ask it something
