@@ -3,7 +3,8 @@
 Keywords in Python and options on the command line (`llmslim/cli/options.py`) are both made from the
 fields; the docstring of the dataclass is the help of both. Metadata of a field is for the command
 line: `flags` in place of `--name`, none where it is for Python alone, `metavar` and `multiple`. A
-conversion is resumed only with the same values of the options that have `in_key`.
+conversion is resumed only with the same values of the options that have `in_key`; those that have
+`recorded` are kept in the report, for the command that makes the model again.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, Field, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
 
@@ -39,7 +40,8 @@ Dtype = Literal["float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
 _LONG = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 _PYTHON_ONLY: Mapping[str, Any] = {"flags": ()}
-_IN_KEY: Mapping[str, Any] = {"in_key": True}
+_RECORDED: Mapping[str, Any] = {"recorded": True}
+_IN_KEY: Mapping[str, Any] = {"in_key": True, **_RECORDED}
 
 
 def long_dtype(name: Any) -> Any:
@@ -50,6 +52,46 @@ def long_dtype(name: Any) -> Any:
         ('bfloat16', 'float32', None)
     """
     return _LONG.get(name, name)
+
+
+def without_folder(name: str) -> str:
+    """Return a name to publish: of an absolute path its last part, any other as it was given.
+
+    Example:
+        >>> without_folder("/home/me/a.txt"), without_folder("../a.txt"), without_folder("who/a")
+        ('a.txt', '../a.txt', 'who/a')
+    """
+    return Path(name).name if Path(name).is_absolute() else name
+
+
+def flags_of(option: Field[Any]) -> tuple[str, ...]:
+    """Return the names of a field on the command line; none where it is for Python alone."""
+    named: tuple[str, ...] = option.metadata.get("flags", (f"--{option.name.replace('_', '-')}",))
+    return named
+
+
+def recorded_words(options: type, values: Mapping[str, Any]) -> list[str]:
+    """Return the words of a command line that give values which `recorded` returned.
+
+    Args:
+        options: the dataclass.
+        values: by name of a field; other names are left out.
+
+    Example:
+        >>> recorded_words(ConvertOptions, {"own_text": False, "calibration": ["a", "b"]})
+        ['--calibration', 'a', '--calibration', 'b', '--no-own-text']
+    """
+    words: list[str] = []
+    for one in fields(options):
+        if one.name not in values or not one.metadata.get("recorded"):
+            continue
+        value, (on, _, off) = values[one.name], flags_of(one)[-1].partition("/")
+        if isinstance(value, bool):
+            words.append(on if value else off)
+        else:
+            for each in value if isinstance(value, list) else [value]:
+                words += [on, str(each)]
+    return words
 
 
 @dataclass(frozen=True)
@@ -98,12 +140,12 @@ class ConvertOptions:
         default=True, metadata={"flags": ("--own-text/--no-own-text",), **_IN_KEY}
     )
     calibration_tokens: int | None = field(default=None, metadata={"metavar": "N", **_IN_KEY})
-    device: str | None = field(default=None, metadata={"metavar": "NAME"})
+    device: str | None = field(default=None, metadata={"metavar": "NAME", **_RECORDED})
     dtype: Dtype | None = field(default=None, metadata=_IN_KEY)
     seed: int = field(default=0, metadata=_IN_KEY)
     base_model: str | None = field(default=None, metadata={"metavar": "OWNER/NAME", **_IN_KEY})
-    trust_remote_code: bool = False
-    allow_nonfinite: bool = False
+    trust_remote_code: bool = field(default=False, metadata=_RECORDED)
+    allow_nonfinite: bool = field(default=False, metadata=_RECORDED)
     max_shard_size: int | str = field(default="50GB", metadata={"metavar": "SIZE", **_IN_KEY})
     resume: bool = False
     overwrite: bool = False
@@ -122,6 +164,15 @@ class ConvertOptions:
     def adds_own_text(self) -> bool:
         """Whether text that the model writes is added to the texts given."""
         return self.own_text and bool(self.texts) and "self" not in self.texts
+
+    def recorded(self) -> dict[str, Any]:
+        """Return what decides the result and differs from the defaults, as JSON values."""
+        values = {**vars(self), "calibration": [*map(without_folder, self.texts)] or None}
+        return {
+            one.name: values[one.name]
+            for one in fields(self)
+            if one.metadata.get("recorded") and values[one.name] != one.default
+        }
 
 
 @dataclass(frozen=True)

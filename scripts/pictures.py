@@ -1,11 +1,16 @@
-"""Draw the pictures of docs/how-it-works.md: python scripts/pictures.py, into docs/pictures.
+"""Draw the pictures of docs/how-it-works.md: python scripts/pictures.py [SLIM], into docs/pictures.
 
 Each is a card with a background of its own, light or dark as the reader's system is, so that it can
-be read on any page.
+be read on any page. Given a checkpoint, the upper part of its report's page becomes report.png;
+that takes Debian's package chromium.
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -26,6 +31,8 @@ text { fill: #1f2530; font: 13px system-ui, sans-serif } .small { font-size: 11.
 CELL = 15
 CHANNELS, GROUPS = 12, 4
 """Inputs and outputs of the grouped block that is drawn, and its groups."""
+PAGE = 1200, 1800
+"""Width and height of what is shown of the page of a report."""
 
 
 def _rect(x: float, y: float, w: float, h: float, kind: str, more: str = "") -> str:
@@ -195,6 +202,17 @@ def end_to_end() -> None:
     _write("end-to-end", 690, 404, "Fits layer by layer, then training all layers together", parts)
 
 
+def report_page(slim: str) -> None:
+    """Photograph the page of a checkpoint's report, in light colours."""
+    # Chromium refuses to run as root in its sandbox, as in most containers.
+    options = ["--headless", "--hide-scrollbars", *(["--no-sandbox"] if os.getuid() == 0 else [])]
+    options += [f"--window-size={PAGE[0]},{PAGE[1]}", f"--screenshot={OUT / 'report.png'}"]
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / "report.html"
+        subprocess.run(["llmslim", "report", slim, "--format", "html", "-o", page], check=True)
+        subprocess.run(["chromium", *options, page.as_uri()], check=True, capture_output=True)
+
+
 def main() -> None:
     """Draw all of them."""
     OUT.mkdir(exist_ok=True)
@@ -204,3 +222,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    for given in sys.argv[1:2]:
+        report_page(given)

@@ -28,6 +28,30 @@ _ARGUMENTS = (
 _open = build_opener(ProxyHandler({})).open
 
 
+_CONTRASTS = """
+const channel = (v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+const share = [0.2126, 0.7152, 0.0722];
+const light = (rgba) => share.reduce((sum, part, n) => sum + part * channel(rgba[n] / 255), 0);
+const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+const pixel = (colour) => {
+  canvas.clearRect(0, 0, 1, 1);
+  canvas.fillStyle = colour;
+  canvas.fillRect(0, 0, 1, 1);
+  return [...canvas.getImageData(0, 0, 1, 1).data];
+};
+const behind = (element) => {
+  const found = pixel(getComputedStyle(element).backgroundColor);
+  return found[3] === 255 || !element.parentElement ? found : behind(element.parentElement);
+};
+const words = (element) => [...element.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
+const seen = [...document.querySelectorAll("body *")].filter((e) => words(e) && e.offsetHeight);
+return seen.map((e) => {
+  const [a, b] = [pixel(getComputedStyle(e).color), behind(e)].map(light).sort((x, y) => y - x);
+  return [(a + 0.05) / (b + 0.05), e.textContent.trim()];
+});
+"""
+
+
 class Browser:
     """One page at a time."""
 
@@ -50,6 +74,10 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.tool("Emulation.setEmulatedMedia", features=[scheme])
         _post(f"{self.session}/url", {"url": page.resolve().as_uri()})
+
+    def contrasts(self) -> list[tuple[float, str]]:
+        """Return the contrast of every visible text with what is behind it, as WCAG counts it."""
+        return [(ratio, text) for ratio, text in self.script(_CONTRASTS)]
 
     def messages(self) -> list[str]:
         """Return what the console said since the last call."""

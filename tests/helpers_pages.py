@@ -70,7 +70,9 @@ def layered(layers: int = 30, hidden: int = 576, experts: int = 0) -> Report:
         rows.append(Row(f"{at}.input_layernorm", "other", act, "no dense map", **norm))
     rows.append(Row("lm_head", "head", "tied", "shares its parameters with model.embed_tokens"))
     notes = ("Layer 27 was chosen to go by the distance that it moves its inputs.",)
-    return Report("HuggingFaceTB/SmolLM2-135M-Instruct", "mlp-half", tuple(rows), notes)
+    name = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    given = {"given": f"{name}@0a1b2c", "options": {"seed": 7}}
+    return Report(name, "mlp-half", tuple(rows), notes, **given)
 
 
 def healing(before: float = 4.6, after: float = 3.1, dense: float | None = 2.6) -> dict[str, Any]:

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers_pages import healing, layered
+from helpers_pages import checkpoint, healing, layered
 from tiny import tiny_model
 
 import llmslim
+from llmslim.errors import CheckpointError
 from llmslim.healing.report import Answer, HealReport
+from llmslim.report.page.html import report_page
+from llmslim.report.read import read_report
 from llmslim.report.report import Report
 
 RULE = {"match": "*.mlp.*", "structure": "low_rank", "rank": 4}
@@ -106,3 +109,19 @@ def test_show_opens_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
         assert opened.pop() == path.as_uri()
         assert "model.layers.0.mlp" in path.read_text(encoding="utf-8")
         path.unlink()
+
+
+def test_what_is_in_a_folder_is_shown_with_all_beside_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(webbrowser, "open", opened.append)
+    folder = checkpoint(tmp_path / "slim-healed", layered(2))
+    for one in (healed(folder), llmslim.Conversion(folder, layered(2))):
+        path = one.show()
+        assert opened.pop() == path.as_uri()
+        assert path.read_text(encoding="utf-8") == report_page(read_report(folder))
+        path.unlink()
+    with pytest.raises(CheckpointError):
+        healed(None).show()
+    assert opened == []

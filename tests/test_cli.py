@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -27,6 +28,7 @@ from llmslim.cli import output
 from llmslim.cli.commands import convert, demo
 from llmslim.recipe import json_schema, shipped_recipes
 from llmslim.report import FORMATS, render
+from llmslim.report.card import again
 from llmslim.report.read import read_report
 from llmslim.report.report import Report
 
@@ -279,6 +281,8 @@ def test_a_missing_model_is_a_message(tmp_path, recipe):
 def test_report_formats_are_the_views_unwrapped(slim, tmp_path, name, full):
     flags = ["--full"] if full else []
     expected = render(read_report(slim).report, name, full=full)
+    if name == "md":
+        expected += "\n" + again(read_report(slim).commands(f"{slim}/recipe.yaml"))
     assert ok("report", slim, "--format", name, *flags) == expected
     assert ok("report", slim, "--format", name, "-o", tmp_path / "file", *flags) == ""
     assert (tmp_path / "file").read_text(encoding="utf-8") == expected
@@ -353,6 +357,7 @@ def test_recipes_offers_the_nearest_name():
 
 def test_demo_goes_all_the_way(dense, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(demo, "smollm2_file", lambda: dense)
     for _ in range(2):  # its own folder is replaced without being asked
         result = run("demo")
@@ -368,6 +373,11 @@ def test_demo_goes_all_the_way(dense, tmp_path, monkeypatch):
     for model, found in zip(models, shown["perplexity"], strict=True):
         losses = [float(model(row[None], labels=row[None]).loss) for row in ids]
         assert found == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-2)
+    advice = re.findall(r"^ +llmslim (.*)$", result.stdout, re.M)
+    for words in [shlex.split(line) for line in advice if line.startswith(("heal ", "report "))]:
+        assert run(*words).exit_code == 0
+    assert (tmp_path / "smollm2-mlp-light-healed" / "README.md").is_file()
+    assert "Layer by layer" in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert ok("verify", demo.DEFAULT_OUT)
     assert [path.name for path in (tmp_path / "slim").iterdir()] == [demo.DEFAULT_OUT.name]
     (tmp_path / "mine").mkdir()

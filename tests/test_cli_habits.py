@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from helpers_cli import NON_EMBEDDING, SAVED, ok, run
@@ -19,6 +20,7 @@ from helpers_cli import slim as slim
 from safetensors.torch import load_file
 
 import llmslim
+from llmslim.cli.main import cli
 from llmslim.options import BenchOptions, ConvertOptions, EvalOptions
 
 
@@ -104,6 +106,34 @@ def test_options_come_from_the_environment(dense: Path, recipe: Path) -> None:
     assert run("plan", dense).exit_code == 2
 
 
+def test_every_option_has_the_variable_of_its_name() -> None:
+    group = click.Context(cli)
+    names = cli.list_commands(group)
+    assert len(names) > 10
+    for name in names:
+        command = cli.get_command(group, name)
+        assert command is not None
+        for option in command.params:
+            if isinstance(option, click.Option):
+                long = [flag[2:] for flag in option.opts if flag.startswith("--")]
+                assert len(long) == 1
+                assert option.envvar == f"LLMSLIM_{name}_{long[0]}".replace("-", "_").upper()
+
+
+def test_variables_of_options_that_have_other_names_in_python(
+    dense: Path, slim: Path, tmp_path: Path
+) -> None:
+    env = {"LLMSLIM_VERIFY_JSON": "-", "LLMSLIM_REPORT_FORMAT": "csv"}
+    env |= {"LLMSLIM_QUIET": "1", "LLMSLIM_VERSION": "0.1"}  # the latter is no option's
+    assert json.loads(ok("verify", slim, env=env))["ok"] is True
+    assert ok("report", slim, env=env) == ok("report", slim, "--format", "csv")
+    assert ok("verify", slim, env={"LLMSLIM_QUIET": "1"}) == ""
+    env = {"LLMSLIM_HEAL_SET": "warmup=0.1 top_k=-1"}
+    refused = run("heal", slim, tmp_path / "out", "--dry-run", env=env)
+    assert refused.exit_code == 1
+    assert "top_k" in refused.stderr
+
+
 @pytest.mark.parametrize("options", [ConvertOptions, EvalOptions, BenchOptions])
 def test_short_names_of_types_are_the_long_ones(options: Any) -> None:
     names = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -128,7 +158,8 @@ def test_a_row_is_a_line_in_a_pipe(slim: Path) -> None:
     (row,) = [line for line in lines if line.startswith("model.layers.{0-1}.mlp.up_proj")]
     assert "low_rank r=4" in row
     assert "96x48" in row
-    narrow = ok("report", slim, env={"COLUMNS": "80"}).splitlines()
+    # Commands are to be copied, and stay on one line at any width.
+    narrow = ok("report", slim, env={"COLUMNS": "80"}).partition("make it again")[0].splitlines()
     assert max(map(len, narrow)) <= 80
 
 

@@ -145,7 +145,7 @@ def test_the_pictures_are_what_their_script_draws(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "OUT", tmp_path)
     pictures.main()
     drawn = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()}
-    kept = {p.name: p.read_text(encoding="utf-8") for p in (DOCS / "pictures").iterdir()}
+    kept = {p.name: p.read_text(encoding="utf-8") for p in (DOCS / "pictures").glob("*.svg")}
     assert len(drawn) == 4
     assert drawn == kept
 
@@ -358,11 +358,8 @@ def test_variables_name_options():
         if words[0] == "export" and word.startswith("LLMSLIM_")
     }
     assert named
-    known = {
-        f"LLMSLIM_{name}_{param.name}".upper()
-        for name in COMMANDS
-        for param in cli.get_command(click.Context(cli), name).params
-    }
+    commands = [cli, *(cli.get_command(click.Context(cli), name) for name in COMMANDS)]
+    known = {param.envvar for command in commands for param in command.params}
     assert named <= known
 
 

@@ -148,15 +148,21 @@ def test_the_padding_is_that_of_the_rows(folders, healed):
     assert 0 < report.padding < 1
 
 
-def test_the_picture_shows_where_it_began_and_where_the_dense_model_is(monkeypatch):
-    drawn = []
-    axes = pytest.importorskip("matplotlib.axes").Axes
-    for name in ("plot", "axhline"):
-        monkeypatch.setattr(axes, name, lambda _self, *what, **_: drawn.append(what))
-    history = [{"step": 1, "loss": 4.0}, {"step": 1, "held_out_loss": 3.0}]
-    with pytest.warns(UserWarning, match="labels"):
-        picture(history, before=5.0, teacher=2.0)
-    assert drawn == [((1,), (4.0,)), ((0, 1), (5.0, 3.0)), (2.0,)]
+@pytest.mark.parametrize(("objective", "axes"), [("cross_entropy", 1), ("logits", 2)])
+def test_the_picture_shows_where_it_began_and_the_dense_model(monkeypatch, objective, axes):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    made = []
+    monkeypatch.setattr(figure, "savefig", lambda self, *_, **__: made.append(self))
+    history = [{"step": 1, "loss": 0.1}, {"step": 1, "held_out_loss": 3.0}]
+    picture(history, before=4.0, teacher=2.0, objective=objective)
+    lines = [
+        {line.get_label(): list(line.get_ydata()) for line in one.get_lines()}
+        for one in made[0].axes
+    ]
+    assert len(lines) == axes  # losses of another kind have an axis of their own
+    assert lines[0]["held-out, dense model"] == [2.0, 2.0]
+    assert lines[0]["held-out, in nats"] == [4.0, 3.0]
+    assert lines[-1]["training"] == [0.1]
 
 
 def test_a_card_cannot_be_broken_by_what_a_model_says():

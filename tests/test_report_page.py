@@ -61,6 +61,7 @@ def test_a_page_says_what_is_known(healed: Path, tmp_path: Path) -> None:
         PROMPTS[1],  # with its angle brackets as words
         "Paris.",
         "no rule matches",
+        "--seed 7",
         "llmslim heal mlp-half",
         "structure: auto",
         "0f" * 32,
@@ -146,6 +147,18 @@ def test_large_and_empty_reports_stay_small(report: Report) -> None:
     assert Outline(page).text.count("unmatched") >= bool(report.rows)
 
 
+@pytest.mark.parametrize(("objective", "charts"), [("cross_entropy", 1), ("logits", 2)])
+def test_losses_of_two_kinds_have_two_charts(tmp_path: Path, objective: str, charts: int) -> None:
+    folder = checkpoint(tmp_path / "slim", layered(1))
+    file = folder / "llmslim_report.json"
+    data = json.loads(file.read_text())
+    data["healing"]["objective"] = objective
+    file.write_text(json.dumps(data))
+    page = Outline(report_page(read_report(folder)))
+    assert len([tag for tag, given in page.tags if given.get("class") == "plot"]) == charts
+    assert len([tag for tag, _ in page.tags if tag == "polyline"]) == 2
+
+
 def test_a_history_that_is_none_is_an_error(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "odd", layered(1))
     (folder / "healing_history.jsonl").write_text('{"step": 1')
@@ -178,6 +191,16 @@ def test_no_width_overflows(chromium: Browser, page: Path, width: int, dark: boo
     brightness = sum(map(int, re.findall(r"\d+", seen[2])))
     assert (brightness < 200) is dark
     assert chromium.messages() == []
+
+
+@pytest.mark.parametrize("shown", ["kept", "error"])
+@pytest.mark.parametrize("dark", [False, True])
+def test_every_word_stands_out(chromium: Browser, page: Path, dark: bool, shown: str) -> None:
+    chromium.open(page, 1280, dark=dark)
+    click(chromium, f"[data-heat={shown}]")
+    found = chromium.contrasts()
+    assert len(found) > 200
+    assert min(found)[0] >= 4.5, min(found)  # level AA of WCAG
 
 
 def column(chromium: Browser, number: int) -> list[str]:

@@ -75,7 +75,13 @@ def sample() -> Report:
     rows.append(Row("lm_head", "head", "tied", "shares its parameters with model.embed_tokens"))
     problems = ("replace[1]: [red]odd[/red] | layers \x1b[2J are left alone.",)
     return Report(
-        "HuggingFaceTB/SmolLM2-135M-Instruct", "mlp-half", tuple(rows), problems, FITTED_TO
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "mlp-half",
+        tuple(rows),
+        problems,
+        FITTED_TO,
+        given="../SmolLM2 (135M)",
+        options={"calibration": ["[b]a.txt[/b]", "self"], "own_text": False, "seed": 3},
     )
 
 
@@ -139,7 +145,7 @@ def test_no_word_of_a_report_steers_the_terminal(name, full):
     odd = "\x1b[2J"
     row = projection(f"up{odd}", 4, 4, "kept", reason=odd, init_error=0.5)
     block = dataclasses.replace(row, action="replaced", structure=odd, options={odd: odd})
-    report = Report(f"m{odd}", f"r{odd}", (row, block), (odd,), odd)
+    report = Report(f"m{odd}", f"r{odd}", (row, block), (odd,), odd, odd, {"init": odd})
     assert "\x1b" not in render(report, name, full=full)
 
 
@@ -224,10 +230,11 @@ def test_json_reads_back_and_keeps_its_shape():
     report = sample()
     data = json.loads(render(report, "json"))
     assert Report.from_dict(data) == report
-    older = {key: value for key, value in data.items() if key != "fitted_to"}
+    newer = ("fitted_to", "given", "options")
+    older = {key: value for key, value in data.items() if key not in newer}
     older["rows"] = [{k: v for k, v in row.items() if k != "role"} for row in data["rows"]]
-    assert Report.from_dict(older) == dataclasses.replace(report, fitted_to="")
-    assert list(data) == ["format", "model", "recipe", "totals", "rows", "fitted_to", "problems"]
+    assert Report.from_dict(older) == Report(report.model, "mlp-half", report.rows, report.problems)
+    assert list(data) == ["format", "model", "recipe", "totals", "rows", *newer, "problems"]
     counts = ["params", "bytes", "flops_per_token"]
     pairs = [f"{count}_{when}" for count in counts for when in ("before", "after")]
     inner = ["non_embedding_before", "non_embedding_after"]

@@ -25,6 +25,19 @@ from llmslim.errors import SlimError, UnfinishedError, printable
 from .settings import Settings, shared_options
 
 
+def name_variables(params: list[click.Parameter], command: str = "") -> list[click.Parameter]:
+    """Let each option be set by a variable, in place: LLMSLIM, the command, the option's long name.
+
+    click's own variables have the names of Python's arguments, such as json_target, and --version
+    has one too: LLMSLIM_VERSION, which images of containers like to set, would end every command.
+    """
+    for param in params:
+        if isinstance(param, click.Option):
+            words = ("LLMSLIM", command, max(param.opts, key=len).strip("-"))
+            param.envvar = "_".join(filter(None, words)).replace("-", "_").upper()
+    return params
+
+
 class CommandFolder(click.Group):
     """A group whose commands are the files of `commands`."""
 
@@ -43,6 +56,7 @@ class CommandFolder(click.Group):
         if not any(param.name == "debug" for param in command.params):
             # Allow -v, -q and --debug after the command too.
             command.params += shared_options()
+            name_variables(command.params, cmd_name)
         return command
 
     def resolve_command(
@@ -93,8 +107,8 @@ class CommandFolder(click.Group):
 
 @click.group(
     cls=CommandFolder,
-    params=shared_options(),
-    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "LLMSLIM"},
+    params=name_variables(shared_options()),
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.version_option(__version__, prog_name="llmslim")
 def cli() -> None:

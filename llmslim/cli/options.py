@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import click
 
+from llmslim.options import flags_of
+
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -24,8 +26,7 @@ def options_from(options: type) -> Decorator:
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         for field in reversed(fields(options)):
-            flags = field.metadata.get("flags", (f"--{field.name.replace('_', '-')}",))
-            if flags:
+            if flags := flags_of(field):
                 kind = {**_kind(hints[field.name]), "default": field.default, "show_default": True}
                 kind |= {k: v for k, v in field.metadata.items() if k in ("metavar", "multiple")}
                 text = help_of[field.name]

@@ -137,6 +137,7 @@ def _request(model: str | Path, options: ConvertOptions) -> Request:
         replace(options, init=init, calibration=texts, max_shard_size=shard_size),
         options.progress or quietly,
         options.adds_own_text,
+        options.recorded(),
     )
 
 
@@ -195,7 +196,7 @@ def _convert_in_memory(request: Request, notes: tuple[str, ...]) -> Conversion:
     model.to("cpu")  # type: ignore[arg-type]
     written = type_notes(source, model.dtype, options.dtype)
     notes = (*nonfinite, *overflow, *(windows.notes if windows else ()), *written, *notes)
-    report = replace(report, problems=(*report.problems, *notes))
+    report = request.record(replace(report, problems=(*report.problems, *notes)))
     progress(steps, steps + 1, "writing and reading back")
     write_checkpoint(
         model,

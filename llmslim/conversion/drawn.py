@@ -87,7 +87,7 @@ def convert_drawn(request: Request) -> Conversion:
         f"{options.seed}. The model knows nothing until it is trained."
     )
     report = plan.report()
-    report = replace(report, problems=(*report.problems, note))
+    report = request.record(replace(report, problems=(*report.problems, note)))
     tokenizer = load_tokenizer(source, trust_remote_code=trusted)
     request.progress(1, 2, "writing and reading back")
     write_checkpoint(

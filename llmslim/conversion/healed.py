@@ -41,7 +41,8 @@ def write_healed(inputs: HealInputs, report: HealReport, target: Path, *, overwr
     )
     recipe_text = recipe_yaml(recipe.model_copy(update={"heal": spec}))
     done = replace(report, settings=spec.model_dump(mode="json", exclude_none=True)).to_dict()
-    drawn = picture(report.history, before=report.loss_before, teacher=report.loss_teacher)
+    losses = {"before": report.loss_before, "teacher": report.loss_teacher}
+    drawn = picture(report.history, **losses, objective=report.objective)
     files = {HISTORY: history_text(report.history).encode()}
     if drawn is not None:
         files[_PICTURE] = drawn

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from llmslim.options import ConvertOptions
 from llmslim.progress import Progress
 from llmslim.recipe import Recipe, recipe_yaml
 from llmslim.report.card import model_card
+from llmslim.report.read import read_report
 from llmslim.report.report import Report
-from llmslim.storage import Companions, Source, origin_of
+from llmslim.storage import Companions, Source, origin_of, published_name
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,19 @@ class Request:
     progress: Progress
     adds_own_text: bool
     """Whether `self` among the texts was added to those that the caller gave."""
+    recorded: Mapping[str, Any]
+    """The caller's options, for the report."""
+
+    def record(self, report: Report) -> Report:
+        """Return the report of the result, with what the conversion was given.
+
+        Args:
+            report: names the text that blocks were fitted to, if any.
+        """
+        options = {name: value for name, value in self.recorded.items() if name != "device"}
+        if report.fitted_to:  # by default it depends on the machine, and nothing else does
+            options["device"] = self.device.type
+        return replace(report, given=published_name(self.source), options=options)
 
     def companions(
         self, model: PreTrainedModel, tokenizer: Any, report: Report, recipe: Recipe
@@ -76,3 +91,7 @@ class Conversion:
 
     def _repr_html_(self) -> str:
         return self.report._repr_html_()
+
+    def show(self) -> Path:
+        """Open the checkpoint's page in the browser; return the temporary file with it."""
+        return read_report(self.path).show()

@@ -341,7 +341,8 @@ class _Streamed:
         report = fitting.filled_in(
             self.plan, fitted.errors, (*self.plan.notes, *fitted.all_notes, *found, *notes)
         )
-        return report if text is None else replace(report, fitted_to=text.description)
+        fitted_to = "" if text is None else text.description
+        return self.request.record(replace(report, fitted_to=fitted_to))
 
     def _write_config(self) -> None:
         """Let transformers write config, generation config and code; the weights are there."""

@@ -48,6 +48,7 @@ from .vocabulary import check_ids, embedding_rows, longest_input, stop_tokens
 _LONGEST = 256  # tokens of one conversation; the cost of a token grows with those before it
 _LONGEST_QUESTION = 96
 ROWS = 128
+_SHORT, _FEWEST_ROWS = 128, 8  # tokens of a conversation; conversations sampled together
 _VERSION = 1  # raise it with every change of what is sampled: it is part of the cache's key
 
 _MARKS = "\ue000\ue001\ue000", "\ue001\ue000\ue001"  # private use: no template has them
@@ -101,8 +102,8 @@ def sampled_conversations(
         tokens: how many to sample, templates counted, up to the end of a batch.
         seed: the same seed gives the same conversations, on the same kind of machine.
         cache: folder to keep them in; in the user's cache if not given.
-        at_once: how many are sampled together, at most, and kept together; `ROWS` by default.
-        progress: called with tokens done, tokens in all, and `sampling`.
+        at_once: how many are sampled together, at most, and kept together; 128 by default.
+        progress: called with tokens done, tokens in all, and what is done now.
 
     Returns:
         A key of these conversations, and the conversations: fewer where the model ends all of a
@@ -131,7 +132,9 @@ def sampled_conversations(
 
             def report(more: int, so_far: int = done) -> None:
                 if progress is not None:
-                    progress(min(so_far + more, tokens), tokens, "sampling")
+                    enough = so_far + more >= tokens
+                    what = "sampling, until the last answers end" if enough else "sampling"
+                    progress(min(so_far + more, tokens), tokens, what)
 
             draws = seed + 10_007 * number
             batch = _sample_batch(model, tokenizer, frame, rows, longest, draws, report)
@@ -141,6 +144,18 @@ def sampled_conversations(
         found += [row["messages"] for row in batch]
         done, number = done + sum(row["tokens"] for row in batch), number + 1
     return f"{key} {number}", found
+
+
+def rows_for(tokens: int) -> int:
+    """Return how many conversations to sample together where so many tokens are wanted.
+
+    No more than are needed: a conversation is rarely shorter than 128 tokens.
+
+    Example:
+        >>> rows_for(1), rows_for(8192), rows_for(10**6)
+        (8, 64, 128)
+    """
+    return min(ROWS, max(_FEWEST_ROWS, math.ceil(tokens / _SHORT)))
 
 
 def can_converse(model: Any, tokenizer: Any) -> bool:

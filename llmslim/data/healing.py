@@ -18,7 +18,7 @@ streams) give their weight's share of it, and the others the rest.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from llmslim.progress import Progress
 from llmslim.recipe.schema import Heal, HealSource
 
 from .columns import check_left_out
-from .conversations import sampled_conversations
+from .conversations import rows_for, sampled_conversations
 from .messages import characters, identity
 from .packing import Ints, Rows, cut
 from .prompts import Encoder, report_notes
@@ -118,6 +118,40 @@ def healing_text(
         DataError: if the data cannot be read, has other columns, less than half of its rows or
             nothing is left of it, or it has tokens that the model does not know.
     """
+    _check_request(tokenizer, context_length)
+    vocabulary = None if model is None else embedding_rows(model)
+    encoder = Encoder(tokenizer, spec.template, spec.loss_on, stop_tokens(model))
+    opener = _Opener(spec, encoder, teacher, cache, progress)
+    parts = opener.open_all()
+    seen = [(_first(documents, n, parts), n) for documents, n in passes(parts, spec)]
+    held = np.concatenate([part.held_out for part in parts])
+    tokens = opener.tokenise_wanted(parts, [held, *(documents for documents, _ in seen)])
+    for part, one in zip(parts, tokens, strict=True):
+        check_ids(one.ids, tokenizer, vocabulary, f"heal.data: {part.source.name}")
+    joined = np.concatenate([_first(documents, n, parts) for documents, n in seen])
+    order = np.random.default_rng([spec.seed, 2]).permutation(len(joined))
+
+    def rows(documents: Ints) -> Rows:
+        pad, pieces = _pad_token(tokenizer, vocabulary), cut(tokens, documents, context_length)
+        return Rows(tokens, pieces, context_length, pad, spec.seed, evenly=evenly)
+
+    train, held_out = rows(joined[order]), rows(held)
+    names = ", ".join(part.source.name for part in parts)
+    if not len(train):
+        raise DataError(f"heal.data: {names}: nothing to learn from. Give other data.")
+    notes = [*opener.notes, *_notes_on(parts, tokens, context_length)]
+    if spec.template == "report":
+        notes += report_notes(tokenizer)
+    licences = _licences(parts, tokens)
+    return HealingText(train, held_out, names, licences, tuple(notes), train.padding)
+
+
+def _check_request(tokenizer: Any, context_length: int) -> None:
+    """Refuse what no data could be read with.
+
+    Raises:
+        DataError: if there is no tokenizer, or a row has no room for a prediction.
+    """
     if tokenizer is None:
         raise DataError(
             "heal: the model has no tokenizer to read text with. Add its tokenizer files."
@@ -127,43 +161,27 @@ def healing_text(
             f"heal.context_length: {context_length}; a row needs 2 tokens or more. "
             "Something like 1024 is usual."
         )
-    vocabulary = None if model is None else embedding_rows(model)
-    encoder = Encoder(tokenizer, spec.template, spec.loss_on, stop_tokens(model))
-    opener = _Opener(spec, encoder, teacher, cache, progress)
-    parts = opener.open_all()
-    split(parts, spec)
-    notes = [*opener.notes, *drop_copies(parts)]
-    seen = [(_first(documents, n, parts), n) for documents, n in passes(parts, spec)]
-    held = np.concatenate([part.held_out for part in parts])
-    tokens = opener.tokenise_wanted(parts, [held, *(documents for documents, _ in seen)])
+
+
+def _notes_on(
+    parts: Sequence[Part], tokens: Sequence[Tokens], context_length: int
+) -> Iterator[str]:
+    """Yield sentences about what was left out of each source, or changed."""
     for part, one in zip(parts, tokens, strict=True):
-        check_ids(one.ids, tokenizer, vocabulary, f"heal.data: {part.source.name}")
-    joined = np.concatenate([_first(documents, n, parts) for documents, n in seen])
-    order = np.random.default_rng([spec.seed, 2]).permutation(len(joined))
-    pad = _pad_token(tokenizer, vocabulary)
-    train, held_out = (
-        Rows(
-            tokens, cut(tokens, one, context_length), context_length, pad, spec.seed, evenly=evenly
-        )
-        for one in (joined[order], held)
-    )  # fmt: skip
-    names = ", ".join(part.source.name for part in parts)
-    if not len(train):
-        raise DataError(f"heal.data: {names}: nothing to learn from. Give other data.")
-    for part, one in zip(parts, tokens, strict=True):
-        notes += one.notes
+        yield from one.notes
         if longer := int((one.lengths > context_length).sum()):
-            notes.append(
+            yield (
                 f"{part.source.name}: {longer} documents are longer than the context of "
                 f"{context_length} tokens and were cut into pieces."
             )
-    if spec.template == "report":
-        notes += report_notes(tokenizer)
-    licences = ", ".join(
+
+
+def _licences(parts: Sequence[Part], tokens: Sequence[Tokens]) -> str:
+    """Return the licences of all sources, those that rows name where they do."""
+    return ", ".join(
         f"{part.source.name}: {'; '.join(one.licences) or part.source.licence}"
         for part, one in zip(parts, tokens, strict=True)
     )
-    return HealingText(train, held_out, names, licences, tuple(notes), train.padding)
 
 
 def _pad_token(tokenizer: Any, vocabulary: int | None) -> int:
@@ -190,14 +208,17 @@ class _Opener:
     notes: list[str] = field(default_factory=list)
 
     def open_all(self) -> list[Part]:
-        """Open the sources; tokenise each, or measure it if only some of it will be needed."""
+        """Open the sources, tokenised or, where not all will be needed, measured; hold some out."""
         data = self.spec.data
         listed = [
             HealSource(data=one) if isinstance(one, str) else one
             for one in (data if isinstance(data, tuple | list) else [data])
         ]
         weights = sum(one.weight for one in listed)
-        return [self._open(one, one.weight / weights) for one in listed]
+        parts = [self._open(one, one.weight / weights) for one in listed]
+        split(parts, self.spec)
+        self.notes += drop_copies(parts)
+        return parts
 
     def tokenise_wanted(self, parts: list[Part], documents: list[Ints]) -> list[Tokens]:
         """Return each part's tokens: of measured ones, of the documents that are wanted.
@@ -272,12 +293,14 @@ class _Opener:
             self.notes.append(
                 f"self: {_SELF_TOKENS} tokens were sampled, since `tokens` is not given."
             )
+        tokens = _with_held_out(wanted or _SELF_TOKENS)
         key, conversations = sampled_conversations(
             self.teacher,
             self.encoder.tokenizer,
-            _with_held_out(wanted or _SELF_TOKENS),
+            tokens,
             self.spec.seed,
             cache=self.cache,
+            at_once=rows_for(tokens),
             progress=self.progress,
         )
         if not conversations:

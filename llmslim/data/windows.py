@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from llmslim.progress import Progress
 from llmslim.recipe.schema import Calibration
 
 from .columns import RowReader, check_left_out
-from .conversations import ROWS, can_converse, sampled_conversations
+from .conversations import can_converse, rows_for, sampled_conversations
 from .prompts import Encoder
 from .sampling import sampled_windows
 from .sources import read_texts
@@ -46,7 +46,6 @@ _SAMPLED = (9 / 8, 2, 4)
 """How much to sample of conversations, in needed tokens; the next where the last was too little."""
 _CHARACTERS_PER_TOKEN = 8  # more than text has, so that a stretch of a text is long enough
 _BATCH = 64
-_SHORT, _FEWEST_ROWS = 128, 8  # tokens of a conversation; conversations sampled together
 
 
 @dataclass(frozen=True)
@@ -118,10 +117,12 @@ def calibration_windows(
     # Last: text that cannot be read is found before a model writes for minutes.
     if "self" in spec.texts:
         parts += _own_windows(each, tokenizer, model, progress)
-    if len(parts) == 1:
-        return parts[0]
-    # Shuffled, so that the first few windows alone are of every text.
-    draw = random.Random(spec.seed)
+    return parts[0] if len(parts) == 1 else _shuffled(parts, spec.seed)
+
+
+def _shuffled(parts: Sequence[Windows], seed: int) -> Windows:
+    """Return the windows of several texts, so that the first few alone are of every text."""
+    draw = random.Random(seed)
     ids_NL, held_out = (
         windows[draw.sample(range(len(windows)), len(windows))]
         for windows in (
@@ -253,9 +254,7 @@ def _conversations(
     """Return windows of conversations that the dense model writes: as many as wanted, or fewer."""
     encoder = Encoder(tokenizer)
     pool = wanted * (spec.sequence_length - (leading_token(tokenizer) is not None))
-
-    # No more than are needed: a conversation is rarely shorter than that.
-    at_once = min(ROWS, max(_FEWEST_ROWS, math.ceil(pool / _SHORT)))
+    at_once = rows_for(pool)
 
     def texts() -> Iterator[list[str]]:
         if not can_converse(model, tokenizer):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ from llmslim.errors import DataError
 from llmslim.fitting.calibration import TokenWindows
 from llmslim.fitting.cost import fit_for_training
 from llmslim.fitting.end_to_end import train_end_to_end
-from llmslim.fitting.layer_store import DenseStates
+from llmslim.fitting.layer_store import Fitted
 from llmslim.fitting.layerwise import fit_sequentially
 from llmslim.progress import Progress, quietly
 from llmslim.recipe import EndToEnd
@@ -50,53 +51,58 @@ def rewrite(
         SlimError: if the model is not the one the plan was made for.
         DataError: if a method needs calibration and there is none.
     """
+    _check_text(plan, calibration)
+    plan, recompute = fit_for_training(plan, model.device, loaded=True)
+    finished = _counted(plan, progress or quietly)
+    for mlp in plan.mlps:
+        if not mlp.fitted:
+            resize_mlp(model, mlp.mlp, mlp.width)
+    seed_with = partial(seed_of, seed=seed)
+    fitted = Fitted()
+    if calibration is not None and plan.needs_calibration:
+        ids = calibration.windows, calibration.held_out
+        fitted = fit_sequentially(model, plan, *ids, seed_of=seed_with, progress=finished)
+    errors = dict(fitted.errors)
+    notes = [*plan.notes, *fitted.all_notes]
+    head = model.get_output_embeddings()
+    for site in plan.sites:
+        if site.name not in fitted.sites:
+            errors[site.name] = fill_site(model, site, seed_with)
+            finished(site.name)
+    finalise(model, plan)
+    if fitted.states is not None and (spec := _end_to_end(plan)) is not None:
+        trained = train_end_to_end(
+            model,
+            plan,
+            spec,
+            fitted.states,
+            head=head,
+            seed=seed,
+            recompute=recompute,
+            progress=finished,
+        )
+        notes.append(trained.note)
+    return filled_in(plan, errors, notes)
+
+
+def _check_text(plan: Plan, calibration: TokenWindows | None) -> None:
+    """Refuse a fit to text without text.
+
+    Raises:
+        DataError: if a method needs it.
+    """
     if plan.needs_calibration and calibration is None:
         raise DataError(
             f"{plan.recipe.where('init')}: least_squares fits to activations; it needs calibration "
             "text. Pass --calibration (`calibration=` in Python), or use init: project."
         )
-    report_step = progress or quietly
-    plan, recompute = fit_for_training(plan, model.device, loaded=True)
-    total, done = len(plan.sites) + sum(mlp.fitted for mlp in plan.mlps) + steps_of(plan), 0
-    states: DenseStates | None = None
-    errors: dict[str, float | None] = {}
-    notes = list(plan.notes)
-    seed_with = partial(seed_of, seed=seed)
 
-    def finished(what: str) -> None:
-        nonlocal done
-        done += 1
-        report_step(done, total, what)
 
-    for mlp in plan.mlps:
-        if not mlp.fitted:
-            resize_mlp(model, mlp.mlp, mlp.width)
-    if calibration is not None and plan.needs_calibration:
-        fitted = fit_sequentially(
-            model,
-            plan,
-            calibration.windows,
-            calibration.held_out,
-            seed_of=seed_with,
-            progress=finished,
-        )
-        errors |= fitted.errors
-        notes += fitted.all_notes
-        rest = [site for site in plan.sites if site.name not in fitted.sites]
-        states = fitted.states
-    else:
-        rest = list(plan.sites)
-    head = model.get_output_embeddings()
-    for site in rest:
-        errors[site.name] = fill_site(model, site, seed_with)
-        finished(site.name)
-    finalise(model, plan)
-    if states is not None and (spec := _end_to_end(plan)) is not None:
-        trained = train_end_to_end(
-            model, plan, spec, states, head=head, seed=seed, recompute=recompute, progress=finished
-        )
-        notes.append(trained.note)
-    return filled_in(plan, errors, notes)
+def _counted(plan: Plan, progress: Progress) -> Callable[[str], None]:
+    """Return a function that reports the next step of a plan, given its name."""
+    total = len(plan.sites) + sum(mlp.fitted for mlp in plan.mlps) + steps_of(plan)
+    numbers = itertools.count(1)
+    return lambda what: progress(next(numbers), total, what)
 
 
 def steps_of(plan: Plan) -> int:

@@ -19,7 +19,7 @@ from llmslim.errors import HealingError
 from llmslim.healing.distributed import processes
 from llmslim.healing.objectives import Objective, objective_named
 from llmslim.healing.packing_check import sees_neighbours
-from llmslim.options import HealOptions
+from llmslim.options import HealOptions, without_folder
 from llmslim.planning.depth import kept_layers
 from llmslim.progress import Progress
 from llmslim.recipe import Heal, HealSource, Recipe
@@ -187,19 +187,16 @@ def heal_spec(given: Any, own: Recipe | None, changes: Mapping[str, Any]) -> Hea
 
 
 def without_paths(spec: Heal) -> Heal:
-    """Return options to publish, with only the last part of local paths."""
-
-    def short(name: str) -> str:
-        return Path(name).name if Path(name).exists() else name
+    """Return options to publish: of absolute paths only the last part."""
 
     def shortened(data: Any) -> Any:
         if isinstance(data, tuple):
             return tuple(map(shortened, data))
         if isinstance(data, HealSource):
-            return data.model_copy(update={"data": short(data.data)})
-        return short(data)
+            return data.model_copy(update={"data": without_folder(data.data)})
+        return without_folder(data)
 
-    teacher = spec.teacher and short(spec.teacher)
+    teacher = spec.teacher and without_folder(spec.teacher)
     return spec.model_copy(update={"data": shortened(spec.data), "teacher": teacher})
 
 

@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llmslim.errors import CheckpointError
 from llmslim.report import healed
 from llmslim.report.page.brief import facts_table, facts_text
+from llmslim.report.read import read_report
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,19 @@ class HealReport:
 
     def _repr_html_(self) -> str:
         return facts_table(self._title, self._facts)
+
+    def show(self) -> Path:
+        """Open the checkpoint's page in the browser; return the temporary file with it.
+
+        Raises:
+            CheckpointError: if the model was healed in memory, where it has no page.
+        """
+        if self.path is None:
+            raise CheckpointError(
+                "healed in memory: a page is made of the files of a checkpoint. Give heal a folder "
+                "to write (out)."
+            )
+        return read_report(self.path).show()
 
     @property
     def _title(self) -> str:

@@ -92,13 +92,7 @@ def learn_outputs(
     lost_I = _lost_alone(gram_II)
 
     def choose(outputs_M: Tensor, order_PGS: Tensor) -> list[list[_Regression]]:
-        return [
-            [
-                _choose(_Regression(cross_MI[some], gram_II, channels_S), 2)
-                for some, channels_S in zip(outputs_M.chunk(groups), order_GS, strict=True)
-            ]
-            for cross_MI, order_GS in zip(cross_PMI, order_PGS, strict=True)
-        ]
+        return _choose_each(cross_PMI[:, outputs_M], gram_II, order_PGS)
 
     def start(outputs_M: Tensor) -> Tensor:
         worth_PMI = (weight_PMI.square() * lost_I)[:, outputs_M]
@@ -132,6 +126,18 @@ def learn_outputs(
         )
         outputs_M = _assign(worth_PMG.sum(0), as_is_M // (outputs // groups))
     return best_M
+
+
+def _choose_each(cross_PMI: Tensor, gram_II: Tensor, order_PGS: Tensor) -> list[list[_Regression]]:
+    """Let every group of every map choose its channels, beginning with an order."""
+    groups = order_PGS.shape[1]
+    return [
+        [
+            _choose(_Regression(cross_oI, gram_II, channels_S), 2)
+            for cross_oI, channels_S in zip(cross_MI.chunk(groups), order_GS, strict=True)
+        ]
+        for cross_MI, order_GS in zip(cross_PMI, order_PGS, strict=True)
+    ]
 
 
 class _Regression:

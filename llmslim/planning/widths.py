@@ -8,7 +8,7 @@ becomes a site of structure `linear`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +23,9 @@ from llmslim.planning.rules import AUTO, init_of
 from llmslim.recipe import Recipe, Rule
 from llmslim.report.report import WIDTH
 
+Problem = tuple[int, OptionError, str]
+"""What is wrong with a rule: its index, the error, and the projection's name."""
+
 
 @dataclass
 class Widths:
@@ -36,8 +39,8 @@ class Widths:
     """Fields of the text config that change."""
     resized: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Specs of projections that the config alone cannot express."""
-    problems: list[tuple[int, OptionError, str]] = field(default_factory=list)
-    """What is wrong with single rules: the rule's index, the error, and the projection's name."""
+    problems: list[Problem] = field(default_factory=list)
+    """What is wrong with single rules."""
 
 
 def plan_widths(
@@ -72,16 +75,7 @@ def plan_widths(
             f"{type(model).__name__} whose sizes fit each other and whose neurons nothing else "
             "depends on. Leave `width` out."
         )
-    wanted = []
-    for mlp in found:
-        index = rule_of.get(mlp.down)
-        try:
-            each = _planned(mlp, recipe, index, rule_of, init)
-        except OptionError as error:
-            assert index is not None
-            plan.problems.append((index, error, mlp.down))
-        else:
-            wanted += [] if each is None else [each]
+    wanted, plan.problems = _all_planned(found, recipe, rule_of, init)
     plan.mlps = [each for each in wanted if each.width != each.mlp.width]
     for each in plan.mlps:
         mlp, hidden = each.mlp, sites[each.mlp.down].out_features
@@ -98,20 +92,42 @@ def plan_widths(
         known = {mlp.name: mlp for mlp in follow}
         plan.mlps = [replace(each, mlp=known[each.mlp.name]) for each in plan.mlps]
         return plan
-    for name, (in_features, out_features) in plan.sizes.items():
-        transposed = isinstance(model.get_submodule(name), Conv1D)
-        plan.resized[name] = {
-            "structure": "conv1d" if transposed else "linear",
-            "in_features": in_features,
-            "out_features": out_features,
-            "bias": sites[name].bias,
-        }
+    for name, size in plan.sizes.items():
+        plan.resized[name] = _dense_spec(model.get_submodule(name), size, bias=sites[name].bias)
     return plan
+
+
+def _dense_spec(module: Any, size: tuple[int, int], *, bias: bool) -> dict[str, Any]:
+    """Return the spec of a dense map of another size (I, O) in the place of a module."""
+    return {
+        "structure": "conv1d" if isinstance(module, Conv1D) else "linear",
+        "in_features": size[0],
+        "out_features": size[1],
+        "bias": bias,
+    }
 
 
 def narrows(rule: Rule) -> bool:
     """Return whether a rule changes the number of neurons of the MLPs it matches."""
     return rule.structure in (WIDTH, AUTO) or rule.neurons is not None
+
+
+def _all_planned(
+    mlps: Iterable[Mlp], recipe: Recipe, rule_of: Mapping[str, int], init: str | None
+) -> tuple[list[MlpPlan], list[Problem]]:
+    """Return those MLPs that are given a width, and what is wrong with single rules."""
+    planned: list[MlpPlan] = []
+    problems: list[Problem] = []
+    for mlp in mlps:
+        index = rule_of.get(mlp.down)
+        try:
+            each = _planned(mlp, recipe, index, rule_of, init)
+        except OptionError as error:
+            assert index is not None
+            problems.append((index, error, mlp.down))
+        else:
+            planned += [] if each is None else [each]
+    return planned, problems
 
 
 def _planned(

@@ -11,7 +11,7 @@ import yaml
 
 from llmslim.errors import printable
 from llmslim.report.report import Report
-from llmslim.storage import Origin
+from llmslim.storage import RECIPE, Origin
 
 from . import healed, markdown, wording
 
@@ -94,22 +94,14 @@ def model_card(
     if slim is None:
         slim = any(row.action == "replaced" for row in report.rows)
     of_text = auto_class == "AutoModelForCausalLM"
-    pipeline = _PIPELINES.get(auto_class, "audio-text-to-text")
     reader, what = ("AutoTokenizer", "tokenizer") if of_text else ("AutoProcessor", "processor")
     load = (_LOAD_SLIM if slim else _LOAD_PLAIN).format(auto=auto_class, reader=reader, what=what)
-    front: dict[str, object] = {"library_name": "transformers", "pipeline_tag": pipeline}
-    front |= origin.front_matter()
-    if named:
-        front |= {"base_model": named, "base_model_relation": "finetune"}
-    if datasets:
-        front["datasets"] = [*datasets]
-    front["tags"] = ["llmslim"]
     totals = report.totals
     kept = wording.percent(totals.non_embedding_after, totals.non_embedding_before, 2)
     changed = any(row.params_before != row.params_after for row in report.rows)
     shown_base, shown_recipe = printable(base), printable(report.recipe)
     sections = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
+        _front_matter(origin, named, datasets, auto_class),
         f"# {shown_base}, slimmed with {shown_recipe}\n",
         f"llmslim made this model from {shown_base} "
         f"with the recipe `{shown_recipe}`. It has {totals.params_after:,} parameters; "
@@ -120,6 +112,32 @@ def model_card(
         *([f"{wording.fitted_to(report)}\n"] if report.fitted_to else []),
     ]
     if recipe_text:
-        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", recipe_text)), default=0))
-        sections.append(f"## Recipe\n\n{fence}yaml\n{recipe_text.strip()}\n{fence}\n")
+        sections.append(f"## Recipe\n\n{_fenced('yaml', recipe_text)}")
+        commands = wording.commands(report, RECIPE, healed=healing is not None)
+        sections += [again(commands)] if commands else []
     return "\n".join(sections)
+
+
+def _front_matter(origin: Origin, base_model: str, datasets: Sequence[str], auto_class: str) -> str:
+    """Return what the hub reads of a card, as YAML between two lines."""
+    pipeline = _PIPELINES.get(auto_class, "audio-text-to-text")
+    front: dict[str, object] = {"library_name": "transformers", "pipeline_tag": pipeline}
+    front |= origin.front_matter()
+    if base_model:
+        front |= {"base_model": base_model, "base_model_relation": "finetune"}
+    if datasets:
+        front["datasets"] = [*datasets]
+    front["tags"] = ["llmslim"]
+    return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n"
+
+
+def again(commands: Sequence[str]) -> str:
+    """Return the section with the commands that make the model again."""
+    text = "\n".join(commands)
+    return f"## Make it again\n\n{wording.AGAIN}\n\n{_fenced('bash', text)}"
+
+
+def _fenced(language: str, text: str) -> str:
+    """Return text as a block of code that it cannot end."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text.strip()}\n{fence}\n"

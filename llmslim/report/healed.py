@@ -9,6 +9,8 @@ from typing import Any
 
 from llmslim.errors import printable
 
+CROSS_ENTROPY = "cross_entropy"
+"""The objective whose loss is that of held-out text, too."""
 _HONEST = """\
 A healed model is still smaller than its base model, whose benchmark results do not apply to it.
 Evaluate it on your own task.
@@ -99,6 +101,7 @@ def picture(
     *,
     before: float | None = None,
     teacher: float | None = None,
+    objective: str = CROSS_ENTROPY,
 ) -> bytes | None:
     """Return a picture of the losses as PNG; None where matplotlib is not installed.
 
@@ -106,6 +109,8 @@ def picture(
         history: as of `curves`.
         before: as there.
         teacher: the dense model's held-out loss.
+        objective: what was trained on: where it is not what held-out text is measured by, training
+            has an axis of its own.
     """
     if importlib.util.find_spec("matplotlib") is None:
         return None
@@ -115,15 +120,17 @@ def picture(
     axes = figure.add_subplot()
     trained, measured = curves(history, before)
     if trained:
-        axes.plot(*zip(*trained, strict=True), label="training", linewidth=1, alpha=0.7)
+        own = axes if objective == CROSS_ENTROPY else axes.twinx()
+        own.plot(*zip(*trained, strict=True), label="training", linewidth=1, alpha=0.7)
+        own.set_ylabel(f"loss of the training: {objective}")
     if measured:
         steps, losses = zip(*measured, strict=True)
         axes.plot(steps, losses, label="held-out, in nats", marker="o", color="black")
     if teacher is not None:
         axes.axhline(teacher, label="held-out, dense model", linestyle="--", color="gray")
     axes.set_xlabel("step")
-    axes.set_ylabel("loss")
-    axes.legend()
+    axes.set_ylabel("loss, nats")
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
     out = io.BytesIO()
     figure.savefig(out, format="png", metadata={"Software": None})
     return out.getvalue()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmslim.errors import CheckpointError
+from llmslim.report import wording
 from llmslim.report.report import Report
 from llmslim.report.scores import Evaluation, read_evaluation
 from llmslim.report.speeds import Benchmark, read_benchmarks
@@ -76,10 +77,25 @@ class ReportFile:
         """The recipe's YAML; empty where the folder has none."""
         return self._text(RECIPE)
 
+    def commands(self, recipe: str = RECIPE) -> list[str]:
+        """Return the commands that make the model again; none where they are not on record.
+
+        Args:
+            recipe: where the recipe's file is.
+        """
+        healed = self.healing is not None
+        return wording.commands(self.report, recipe, healed=healed) if self.recipe_text else []
+
     @property
     def manifest(self) -> Mapping[str, Any]:
         """The manifest; empty where the folder has none."""
         return read_json_if_whole(self.folder / MANIFEST) if self.folder else {}
+
+    def show(self) -> Path:
+        """Open the page of all this in the browser; return the temporary file with it."""
+        from llmslim.report.page.html import open_page, report_page  # which imports this module
+
+        return open_page(report_page(self))
 
     def _text(self, name: str) -> str:
         if self.folder is None or not (self.folder / name).is_file():

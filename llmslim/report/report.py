@@ -116,6 +116,11 @@ class Report:
     """Notes that a reader must see, one sentence each."""
     fitted_to: str = ""
     """Description of the text that blocks were fitted to; empty where there was none."""
+    given: str = ""
+    """The source model as `convert` takes it, folders of an absolute path left out; empty where no
+    conversion made this."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of that conversion which differ from their defaults, by name."""
 
     @property
     def totals(self) -> Totals:
@@ -147,6 +152,8 @@ class Report:
             "totals": asdict(self.totals),
             "rows": [asdict(row) for row in self.rows],
             "fitted_to": self.fitted_to,
+            "given": self.given,
+            "options": self.options,
             "problems": list(self.problems),
         }
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from typing import Any
 
 from llmslim.errors import printable
+from llmslim.options import ConvertOptions, recorded_words
 from llmslim.report.report import WIDTH, Report, Row, Totals
 
 from .lines import Line
+
+AGAIN = (
+    "With the same versions, on the same kind of device, these commands give the same weights. "
+    "Paths are as they were given, absolute ones without their folders."
+)
+"""What is to be known of `commands`."""
 
 _SHORT_OPTIONS = {"groups": "G", "rank": "r"}
 _BARE_OPTIONS = ("variant", "activation")
@@ -128,6 +136,28 @@ def title(report: Report) -> str:
 def fitted_to(report: Report) -> str:
     """Return a sentence on the text that blocks were fitted to."""
     return f"Fitted to {printable(report.fitted_to)}."
+
+
+def commands(report: Report, recipe: str, *, healed: bool) -> list[str]:
+    """Return the commands that make a model again; none where no conversion made it.
+
+    Args:
+        report: of the model.
+        recipe: file with the recipe that is stored beside it.
+        healed: whether it was trained after the conversion, as that recipe says.
+
+    Example:
+        >>> commands(Report("a", "half", (), given="me/a"), "recipe.yaml", healed=False)
+        ['llmslim convert me/a --recipe recipe.yaml --out half']
+    """
+    if not report.given:
+        return []
+    name = report.recipe or "slim"
+    options = recorded_words(ConvertOptions, report.options)
+    found = [["convert", report.given, "--recipe", recipe, *options, "--out", name]]
+    if healed:
+        found.append(["heal", name, "--out", f"{name}-healed"])
+    return [printable(shlex.join(["llmslim", *words])) for words in found]
 
 
 def totals_rows(totals: Totals) -> tuple[tuple[str, Callable[[int], str], int, int], ...]:

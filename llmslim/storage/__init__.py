@@ -33,6 +33,7 @@ from .manifest import write_manifest as write_manifest
 from .origin import HUB_ID as HUB_ID
 from .origin import Origin as Origin
 from .origin import origin_of as origin_of
+from .origin import published_name as published_name
 from .pieces import NotInPiecesError as NotInPiecesError
 from .pieces import Piece as Piece
 from .pieces import Pieces as Pieces

@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from llmslim.options import without_folder
+
 from .safetensors_io import hub_snapshot
 from .source import CARD, Source
 
@@ -53,9 +55,23 @@ def origin_of(source: Source | None) -> Origin:
         return _of_gguf(source.path / source.gguf_file)
     local = Path(source.given).exists()
     snapshot = hub_snapshot(source.path.resolve()) if local else None
-    cache = "" if snapshot is None else snapshot.parents[1].name
-    name = cache.removeprefix("models--").replace("--", "/") if local else source.given
+    name = source.given
+    if local:
+        name = "" if snapshot is None else _hub_name(snapshot.parents[1].name)
     return _origin(name, read_front_matter(source.path))
+
+
+def published_name(source: Source) -> str:
+    """Return a name by which others find a model: on the hub with its commit, or a local path.
+
+    Args:
+        source: the model that was found.
+    """
+    place = source.path.resolve() if source.path else Path()
+    owned = place.parents[1].name if hub_snapshot(place) == place else ""
+    if owned.startswith("models--") and source.gguf_file is None:
+        return f"{_hub_name(owned)}@{place.name}"
+    return without_folder(source.given)
 
 
 def read_front_matter(folder: Path) -> dict[str, Any]:
@@ -66,6 +82,11 @@ def read_front_matter(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _hub_name(folder: str) -> str:
+    """Return the name of the model that a folder of the hub's cache holds."""
+    return folder.removeprefix("models--").replace("--", "/")
 
 
 def _origin(name: str, front: Mapping[str, Any]) -> Origin:

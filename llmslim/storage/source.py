@@ -112,6 +112,17 @@ def open_source(
     else:
         folder = _download(given, trust_remote_code, weights)
         given = given.partition("@")[0]
+    return _open_folder(given, folder, trust_remote_code, weights, or_none)
+
+
+def _open_folder(
+    given: str, folder: Path, trust_remote_code: bool, weights: bool, or_none: bool
+) -> Source:
+    """Check the files of a folder; arguments as of `open_source`.
+
+    Raises:
+        CheckpointError: as it does.
+    """
     ggufs = sorted(folder.glob("*.gguf"))
     plannable = not weights and (folder / "config.json").is_file()
     if ggufs and not plannable and not any(folder.glob("*.safetensors")):

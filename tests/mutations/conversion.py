@@ -231,8 +231,8 @@ MUTATIONS = (
     ),
     change(
         "llmslim/conversion/streamed.py",
-        "return report if text is None else replace(report, fitted_to=text.description)",
-        "return report",
+        "self.request.record(replace(report, fitted_to=fitted_to))",
+        "self.request.record(report)",
         "a report hides what was fitted to",
         "tests/test_streaming_calibrated.py::test_the_same_bytes_as_in_memory",
     ),

@@ -315,8 +315,8 @@ MUTATIONS = (
     ),
     change(
         "llmslim/fitting/apply.py",
-        "errors |= fitted.errors",
-        "pass",
+        "errors = dict(fitted.errors)",
+        "errors = {}",
         "the report has no errors of what was fitted",
         "tests/test_sequential.py::test_full_rank_blocks_give_the_dense_model_back[llama]",
     ),

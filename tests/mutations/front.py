@@ -20,6 +20,13 @@ MUTATIONS = (
         "tests/test_bench.py::test_speeds_are_those_of_a_clock",
     ),
     change(
+        "llmslim/cli/main.py",
+        "max(param.opts, key=len)",
+        'str(param.name).replace("_", "-")',
+        "the variable of --json has a name of Python's",
+        "tests/test_cli_habits.py::test_every_option_has_the_variable_of_its_name",
+    ),
+    change(
         "llmslim/cli/output.py",
         'return json_target != "-" and not settings().quiet',
         'return json_target != "-"',

@@ -70,6 +70,20 @@ MUTATIONS = (
     ),
     change(
         "llmslim/report/wording.py",
+        '"--recipe", recipe, *options, "--out"',
+        '"--recipe", recipe, "--out"',
+        "the command of a report makes another model",
+        "tests/test_make_again.py::test_every_view_has_the_command",
+    ),
+    change(
+        "llmslim/options.py",
+        "Path(name).name if Path(name).is_absolute() else name",
+        "name",
+        "a card on the hub shows folders of this machine",
+        "tests/test_make_again.py::test_folders_of_this_machine_are_not_in_the_report",
+    ),
+    change(
+        "llmslim/report/wording.py",
         "return printable(row.reason)",
         "return row.reason",
         "a report steers the terminal",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import shlex
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import TYPE_CHECKING, Any
@@ -73,22 +74,26 @@ def command(out: Path, overwrite: bool, json_target: str | None) -> None:
         f"{'perplexity':12}{found['dense']:>14.2f}{found['slim']:>14.2f}   "
         "of Python's manual; less is better"
     )
-    click.echo(_NEXT.format(out=result.path, source=source, kept=totals.kept_ratio))
+    places = {"out": result.path, "name": result.path.name, "source": source}
+    quoted = {name: shlex.quote(str(path)) for name, path in places.items()}
+    click.echo(_NEXT.format(**quoted, kept=totals.kept_ratio, healing=_HEALING))
 
 
+_HEALING = "--tokens 8192 --context-length 512 --learning-rate 5e-4"
 _NEXT = """
 {kept:.0%} of the parameters outside the embeddings are left. What the model has lost by it shows
 in its perplexity. The recipe itself takes four times the text and fits by gradient after that;
 healing continues from there.
 
 what next
-  llmslim heal {out} --data self --teacher {source}
-                                           train it on text that the dense model writes
-  llmslim report {out} --full      show every module
-  llmslim generate {out} PROMPT    ask it something
-  llmslim verify {out}             check that no file has changed
-  llmslim recipes                          list the recipes
-  llmslim plan MODEL --recipe mlp-half     show what a recipe would do to your model"""
+  train it for some minutes on text that the dense model writes, into {name}-healed
+    llmslim heal {out} --data self --teacher {source} {healing}
+  write its report as a page for the browser
+    llmslim report {out} --format html report.html
+  ask it something
+    llmslim generate {out} "What is the capital of France?"
+  show what a recipe would do to your model
+    llmslim plan MODEL --recipe mlp-half"""
 
 
 def demo_recipe() -> Recipe:

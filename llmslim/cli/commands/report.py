@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from llmslim.cli.evaluation import show_benchmark, show_evaluation
@@ -39,11 +41,13 @@ def command(
     --format html -o report.html. SLIM is a folder that `llmslim convert` wrote, or a report file of
     `llmslim plan --json`.
     """
-    from llmslim.report import healed, render
+    from llmslim.report import card, healed, render
     from llmslim.report.read import read_report
+    from llmslim.storage import RECIPE
 
     read = read_report(slim)
     report, healing = read.report, read.healing
+    commands = read.commands(str(Path(slim) / RECIPE))
     write_json(read.data, json_target)
     if json_target == "-" and out is None:
         return
@@ -57,6 +61,8 @@ def command(
         for speeds in read.benchmarks:
             click.echo()
             show_benchmark(speeds)
+        if commands:
+            click.echo("\nmake it again\n  " + "\n  ".join(commands))
         return
     if format_name == "html":
         from llmslim.report.page.html import report_page
@@ -66,4 +72,6 @@ def command(
     text = render(report, format_name, full=full)
     if healing and format_name == "md":
         text = f"{text}\n{healed.section(healing)}"
+    if commands and format_name == "md":
+        text = f"{text}\n{card.again(commands)}"
     write_out(text, out or "-")

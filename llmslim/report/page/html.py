@@ -7,7 +7,6 @@ script sorts and toggles, and without it everything can still be read.
 
 from __future__ import annotations
 
-import shlex
 import tempfile
 import webbrowser
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from llmslim.errors import and_more, printable
 from llmslim.report import healed, wording
 from llmslim.report.lines import fold, unfolded
 from llmslim.report.measures import measures
-from llmslim.report.page.charts import Axis, Plot, line, thinned
+from llmslim.report.page.charts import Axis, Plot, Point, line, thinned
 from llmslim.report.page.heat import heat_maps
 from llmslim.report.read import ReportFile
 from llmslim.report.report import Report
@@ -71,7 +70,7 @@ def report_page(found: ReportFile, *, full: bool = False) -> str:
             (headline(one), speed_rows(one), (*one.notes, explanation(one)))
             for one in found.benchmarks
         ],
-        commands=_commands(found),
+        commands=found.commands(),
         provenance=_provenance(found),
     )
 
@@ -125,33 +124,38 @@ def _untouched(report: Report) -> list[dict[str, Any]]:
     return sorted(found, key=lambda one: -int(one["params"]))
 
 
-def _losses(found: ReportFile) -> Plot | None:
-    """Return the losses of a healing over its steps; None where there are none."""
+def _losses(found: ReportFile) -> list[Plot]:
+    """Return the losses of a healing over its steps: one plot where all are of one kind."""
     done = found.healing or {}
     trained, held_out = healed.curves(found.history, done.get("loss_before"))
     dense = done.get("loss_teacher")
+    level = [] if dense is None else [("dense model, held out", float(dense))]
+    if done.get("objective") == healed.CROSS_ENTROPY:
+        plots = [_plot("loss, nats", trained, held_out, level)]
+    else:  # the training's loss is another quantity, of another size
+        plots = [
+            _plot("loss on held-out text, nats", [], held_out, level),
+            _plot(f"loss of the training: {done.get('objective')}", trained, [], []),
+        ]
+    return [plot for plot in plots if plot is not None]
+
+
+def _plot(
+    name: str,
+    trained: Sequence[Point],
+    held_out: Sequence[Point],
+    levels: Sequence[tuple[str, float]],
+) -> Plot | None:
+    """Return a plot of losses over steps; None where there are less than two."""
     points = [*trained, *held_out]
     if len(points) < 2:
         return None
     x = Axis.over([0.0, *(step for step, _ in points)], "step", margin=0.02)
-    level = [] if dense is None else [float(dense)]
-    y = Axis.over([*(loss for _, loss in points), *level], "loss, nats")
+    y = Axis.over([*(loss for _, loss in points), *(loss for _, loss in levels)], name)
     lines = [line("training", thinned(trained), x, y)] if trained else []
     if held_out:
         lines.append(line("held out", held_out, x, y, dots=True))
-    levels = tuple(("dense model, held out", y.at(loss)) for loss in level)
-    return Plot(x, y, tuple(lines), levels)
-
-
-def _commands(found: ReportFile) -> list[str]:
-    """Return the commands that make the model again, from the recipe shown on the page."""
-    if not found.recipe_text or not found.report.model:
-        return []
-    model, name = shlex.quote(found.report.model), shlex.quote(found.report.recipe or "slim")
-    commands = [f"llmslim convert {model} --recipe recipe.yaml --out {name}"]
-    if found.healing:
-        commands.append(f"llmslim heal {name} --out {name}-healed")
-    return commands
+    return Plot(x, y, tuple(lines), tuple((name, y.at(loss)) for name, loss in levels))
 
 
 def _provenance(found: ReportFile) -> dict[str, Any]:
