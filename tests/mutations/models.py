@@ -42,17 +42,10 @@ MUTATIONS = (
     ),
     change(
         "llmslim/modeling/grouped_pointwise.py",
-        "residue = x_NI.reshape(rows, i, groups).permute(2, 0, 1)",
-        "residue = x_NI.reshape(rows, groups, i).permute(1, 0, 2)",
+        "residue = x_NI.reshape(rows, i, self.groups).transpose(1, 2)",
+        "residue = x_NI.reshape(rows, self.groups, i)",
         "groups do not see each other",
         "tests/test_structures.py::test_output_is_the_formulas",
-    ),
-    change(
-        "llmslim/modeling/grouped_pointwise.py",
-        "torch.baddbmm(torch.bmm(block, first), residue, second)",
-        "torch.baddbmm(torch.bmm(block, first), block, second)",
-        "wrong on long inputs alone",
-        "tests/test_structures.py::test_gradients_of_both_paths_of_io_agree",
     ),
     change(
         "llmslim/modeling/grouped_pointwise.py",
@@ -284,6 +277,13 @@ MUTATIONS = (
         "return torch.cat([self._io(rows_NI) for rows_NI in x_NI.split(part)][::-1])",
         "rows whose gathered input is large come out in another order",
         "tests/test_structures.py::test_output_is_the_formulas",
+    ),
+    change(
+        "llmslim/modeling/grouped_pointwise.py",
+        "if groups > 1 and weights >= in_features * out_features:",
+        "if groups > 1 and weights > in_features * out_features:",
+        "two groups, as large as the dense projection, take its place",
+        "tests/test_sizes.py::test_group_rule_is_the_reports",
     ),
     change(
         "llmslim/modeling/structured.py",
