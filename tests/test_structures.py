@@ -164,7 +164,7 @@ def blocks_and_inputs(draw: st.DrawFn) -> tuple[StructuredLinear, Tensor]:
     return block, torch.randn(*rows, inputs, dtype=torch.float64)
 
 
-@tried
+@settings(tried, max_examples=200)  # eight kinds of blocks, three sizes of pieces
 @given(blocks_and_inputs(), st.sampled_from([0, 2_000, 2**22]))
 def test_output_is_the_formulas(case, gathered_at_once):
     block, x = case
