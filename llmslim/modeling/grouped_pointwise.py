@@ -181,7 +181,7 @@ class GroupedPointwise(StructuredLinear):
 
     def _io(self, x_NI: Tensor) -> Tensor:
         rows, groups = x_NI.shape[0], self.groups
-        if groups == 1:
+        if groups == 1 and self.order is None:
             return x_NI @ self.weight[0]
         training = self.weight.requires_grad and torch.is_grad_enabled()
         # Traced, it must hold for every number of rows; in training the parts' gradients of the
