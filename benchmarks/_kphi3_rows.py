@@ -7,7 +7,7 @@ beyond the report have at most the parameters of kphi-3 with three layers, and n
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -94,6 +94,8 @@ class Row:
     rules: tuple[dict[str, Any], ...] = ()
     """Of a recipe; none leaves it dense."""
     init: str = "random"
+    initializer_range: float = 0.02
+    """Standard deviation of what is dense; transformers' default."""
     learned_order: bool = False
     """Whether groups see the channels that weigh most in the dense weights drawn first."""
 
@@ -116,6 +118,7 @@ class Row:
             num_hidden_layers=self.layers,
             num_attention_heads=self.scale.heads,
             num_key_value_heads=self.scale.heads,
+            initializer_range=self.initializer_range,
             **{"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 0, **tokens},
         )
 
@@ -157,7 +160,7 @@ def rows_of(scale: Scale) -> dict[str, Row]:
         return Row(name, scale, layers, scale.hidden, grouped, **{"rules": (io,), **changes})
 
     found = [
-        Row("phi3-2", scale, 2, scale.hidden, DENSE_MLP // scale.divisor),
+        dense := Row("phi3-2", scale, 2, scale.hidden, DENSE_MLP // scale.divisor),
         kphi3("kphi3-2", 2),
         reference := kphi3("kphi3-3"),
         kphi3("published", init="random_published"),
@@ -175,6 +178,8 @@ def rows_of(scale: Scale) -> dict[str, Row]:
         )
         found.append(kphi3(name, rules=rules))
     found += [dense_like(reference, layers) for layers in (3, 1)]
+    # Outputs of its projections vary as those of blocks drawn at the report's scale.
+    found.append(replace(dense, name="dense-small", initializer_range=0.004))
     return {row.name: row for row in found}
 
 
