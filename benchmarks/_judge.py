@@ -230,9 +230,9 @@ class Bench:
             return _fault(f"does not load: {type(error).__name__}: {short(error)}")
         odd = {what: sorted(keys) for what, keys in info.items() if keys}
         if odd:
-            told = ", ".join(f"{len(keys)} {what.replace('_', ' ')}" for what, keys in odd.items())
+            text = ", ".join(f"{len(keys)} {what.replace('_', ' ')}" for what, keys in odd.items())
             first = next(iter(odd.values()))[0]
-            return _fault(f"loads with {told} ({first})")
+            return _fault(f"loads with {text} ({first})")
         if self.memory is None:
             return _fault("there is nothing in memory to hold it against")
         try:
@@ -294,8 +294,8 @@ def _fault(detail: str) -> dict[str, Any]:
 
 
 def short(error: BaseException) -> str:
-    told = " ".join((str(error).strip().splitlines() or [""])[0].split())
-    return _FOLDER.sub("", told).replace("|", "/")[:200]
+    text = " ".join((str(error).strip().splitlines() or [""])[0].split())
+    return _FOLDER.sub("", text).replace("|", "/")[:200]
 
 
 @contextmanager

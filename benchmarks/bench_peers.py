@@ -53,6 +53,7 @@ from torch import Tensor
 
 import llmslim
 from llmslim import fitting
+from llmslim.atomic import write_whole
 from llmslim.recipe import Recipe
 from llmslim.storage.load import load_model
 
@@ -208,9 +209,7 @@ def write_rows(path: Path, settings: dict[str, Any], rows: Iterable[Row]) -> Non
         "settings": settings,
         "rows": [asdict(row) for row in rows],
     }
-    half = path.with_suffix(".partial")
-    half.write_text(json.dumps(data, indent=1), encoding="utf-8")
-    half.replace(path)
+    write_whole(path, json.dumps(data, indent=1))
 
 
 def cells(row: Row, dense: Row, settings: dict[str, Any]) -> list[str]:

@@ -48,6 +48,8 @@ from _common import machine, markdown
 from _judge import CHANGES, WAYS, Bench, Case, TooLong, limit, short
 from six_layers import Subject, subjects
 
+from llmslim.atomic import write_whole
+
 
 def try_subject(subject: Subject, changes: list[str], seconds: float) -> list[Case]:
     """Make changes to one architecture, each by itself; never raises."""
@@ -78,10 +80,10 @@ def _judge(bench: Bench, change: str, seconds: float) -> list[Case]:
         with limit(seconds):
             return bench.judge(change)
     except TooLong:
-        told = f"took longer than {seconds:.0f} s"
+        text = f"took longer than {seconds:.0f} s"
     except Exception as error:
-        told = f"{type(error).__name__}: {short(error)}"
-    return [Case(bench.subject.name, change, way, "fault", told, None) for way in WAYS]
+        text = f"{type(error).__name__}: {short(error)}"
+    return [Case(bench.subject.name, change, way, "fault", text, None) for way in WAYS]
 
 
 def document(cases: list[Case]) -> str:
@@ -97,11 +99,11 @@ def document(cases: list[Case]) -> str:
         if {case.outcome for case in every} == {"not judged"}:
             unjudged.append([kinds.get(name, ""), f"`{name}`", every[0].detail])
         else:
-            told = [_cell(row.get(change, [])) for change in changes]
-            rows.append([kinds.get(name, ""), f"`{name}`", *told])
+            cells = [_cell(row.get(change, [])) for change in changes]
+            rows.append([kinds.get(name, ""), f"`{name}`", *cells])
     refused = Counter(_anonymous(c.detail) for c in cases if c.outcome == "refused")
     faults = [
-        [f"`{c.architecture}`", f"{c.change}, {c.way}", _told(c)]
+        [f"`{c.architecture}`", f"{c.change}, {c.way}", _what_it_was(c)]
         for c in cases
         if c.outcome == "fault"
     ]
@@ -118,8 +120,8 @@ def document(cases: list[Case]) -> str:
         markdown(["Kind", "Model", *changes], rows),
     ]
     if refused:
-        said = [[str(count), told] for told, count in refused.most_common()]
-        parts += ["What `plan` says where it refuses:", markdown(["Cases", "Why"], said)]
+        reasons = [[str(count), text] for text, count in refused.most_common()]
+        parts += ["What `plan` says where it refuses:", markdown(["Cases", "Why"], reasons)]
     if unjudged:
         parts += ["Not judged:", markdown(["Kind", "Model", "Why"], unjudged)]
     if faults:
@@ -140,16 +142,16 @@ configs in which the kind of a layer depends on counters or indices (`tests/six_
 truth. Made by `python benchmarks/sweep.py >> docs/architectures.md` ({machine})."""
 
 
-def _anonymous(told: str) -> str:
+def _anonymous(text: str) -> str:
     """Leave out of a refusal what only one model has: classes and layers."""
-    told = re.sub(r"\b\w+(For[A-Z]|LMHead|Decoder)\w*", "the model", told)
-    return re.sub(r"(\.|\blayers )\d+\b", r"\1N", told)
+    text = re.sub(r"\b\w+(For[A-Z]|LMHead|Decoder)\w*", "the model", text)
+    return re.sub(r"(\.|\blayers )\d+\b", r"\1N", text)
 
 
 def _cell(both: list[Case]) -> str:
     """Write both ways in one cell, once where they agree."""
-    told = ["**FAULT**" if case.outcome == "fault" else case.outcome for case in both]
-    return " / ".join(dict.fromkeys(told))
+    outcomes = ["**FAULT**" if case.outcome == "fault" else case.outcome for case in both]
+    return " / ".join(dict.fromkeys(outcomes))
 
 
 @click.command()
@@ -190,11 +192,11 @@ def main(
     for number, found in enumerate(_run(todo, jobs, seconds), 1):
         cases |= {(case.architecture, case.change, case.way): case for case in found}
         counts = Counter(case.outcome for case in found)
-        told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
-        click.echo(f"{number}/{len(todo)} {found[0].architecture}: {told}", err=True)
+        text = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
+        click.echo(f"{number}/{len(todo)} {found[0].architecture}: {text}", err=True)
         for case in found:
             if case.outcome == "fault":
-                click.echo(f"    {case.change}, {case.way}: {_told(case)}", err=True)
+                click.echo(f"    {case.change}, {case.way}: {_what_it_was(case)}", err=True)
         if path is not None:
             _write(path, list(cases.values()))
     shown = sorted(cases.values(), key=lambda case: (case.architecture, CHANGES.index(case.change)))
@@ -202,7 +204,7 @@ def main(
     sys.exit(1 if any(case.outcome == "fault" for case in shown) else 0)
 
 
-def _told(case: Case) -> str:
+def _what_it_was(case: Case) -> str:
     far = "" if case.difference is None else f", {case.difference:.2g} sd"
     off = "" if case.truth is None else f", {case.truth:.2g} sd from the truth"
     return f"{case.detail}{far}{off}"
@@ -222,9 +224,7 @@ def _run(todo: list[tuple[Subject, list[str]]], jobs: int, seconds: float) -> It
 
 def _write(path: Path, cases: list[Case]) -> None:
     data = {"machine": machine(), "cases": [asdict(case) for case in cases]}
-    half = path.with_suffix(".partial")
-    half.write_text(json.dumps(data, indent=1), encoding="utf-8")
-    half.replace(path)
+    write_whole(path, json.dumps(data, indent=1))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from llmslim.modeling.compat import model_mapping as model_mapping
 
 # FakeTensorMode: tensors of sizes and no contents, the only way to run a model's code so that
 # autograd saves what it would. TorchDispatchMode: sees each operation, which hooks do not.
-# DynamicLayer: the part of a cache that keeps all keys and values; only its class tells.
+# DynamicLayer: the part of a cache that keeps all keys and values, known by its class alone.
 
 CAST: Any = torch.ops.aten._to_copy.default
 """The operation behind `Tensor.to`, autocast's copies included."""

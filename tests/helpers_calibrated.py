@@ -86,8 +86,8 @@ def begun(monkeypatch: pytest.MonkeyPatch, model: Path, name: str, pieces: int) 
 
 
 def resumed(model: Path, name: str, **options: Any) -> list[tuple[int, str]]:
-    """Go on with it; return the sites in decoder layers that it told of."""
-    told: list[tuple[int, str]] = []
-    options["progress"] = lambda done, _, what: told.append((done, what))
+    """Resume it; return the steps reported that fit sites in decoder layers."""
+    reported: list[tuple[int, str]] = []
+    options["progress"] = lambda done, _, what: reported.append((done, what))
     api.convert(model, recipe(name), "out", resume=True, **options)
-    return [step for step in told if "layers" in step[1]]
+    return [step for step in reported if "layers" in step[1]]

@@ -178,7 +178,7 @@ def test_tokens_whose_activations_overflow_are_passed_over() -> None:
     recipe = Recipe.of({"budget": 0.5, "replace": [AUTO_MLP]})
     chosen = fitting.allocate(model, recipe, CALIBRATION)
     shares = [rule.keep_ratio for rule in chosen.replace]
-    assert len(set(shares)) > 1  # layers could be told apart
+    assert len(set(shares)) > 1  # layers differ
     report = fitting.rewrite(model, planning.plan(model, chosen), calibration=CALIBRATION)
     errors = [row.init_error for row in report.rows if row.init_error is not None]
     assert errors
@@ -319,9 +319,9 @@ def test_what_is_never_called_is_fitted_without_data_and_said_so() -> None:
     nearest = u[:, :4] * s[:4] @ vh[:4]
     block = model.model.layers[2].self_attn.idle.to_dense().double()
     torch.testing.assert_close(block, nearest, atol=1e-5, rtol=0)
-    told = [note for note in report.problems if "never called" in note]
-    assert len(told) == 1
-    assert told[0].startswith("model.layers.0.self_attn.idle and 3 more")
+    reported = [note for note in report.problems if "never called" in note]
+    assert len(reported) == 1
+    assert reported[0].startswith("model.layers.0.self_attn.idle and 3 more")
 
 
 def measured(recipe: Recipe) -> tuple[Any, Any]:

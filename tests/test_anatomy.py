@@ -77,7 +77,7 @@ class Model(nn.Module):
         return x
 
 
-def test_operations_are_told_apart_by_options_and_by_shapes() -> None:
+def test_operations_are_reported_apart_by_options_and_by_shapes() -> None:
     found = layer_operations(Model(1, 3, 1), "layers")
     assert found.inside[0] == found.inside[2] != found.inside[1]
     assert found.between[0] == found.between[1] != found.inside[0]

@@ -258,7 +258,7 @@ def test_fail_under_is_exact(dense, recipe):
         assert run("plan", dense, "--recipe", recipe, "--fail-under", share).exit_code == code
 
 
-def test_a_wrong_recipe_is_told_before_the_model_is_looked_at(tmp_path):
+def test_a_wrong_recipe_is_reported_before_the_model_is_looked_at(tmp_path):
     file = tmp_path / "bad.yaml"
     file.write_text("name: bad\nreplce: []\n")
     for command in ("plan", "convert"):

@@ -59,7 +59,7 @@ NO_DEFAULT = {
     "nemotron": "TypeError",  # the number of key heads is None
     "qwen4_exp": "TypeError",  # sizes of its indexer are None
     "qwen4_exp_text": "TypeError",  # the same
-    "reformer": "AssertionError",  # no decoder unless told so
+    "reformer": "AssertionError",  # no decoder unless its config says so
 }
 """What transformers itself cannot build from the default config, and how that ends."""
 
@@ -311,6 +311,6 @@ def test_the_document_is_up_to_date() -> None:
         assert shown[name][5].startswith("yes")
     assert {name for name, row in shown.items() if not row[5].startswith("yes")} == NOT_TINY
     fits = {name: row[6].rstrip(" |") for name, row in shown.items() if name not in NOT_TINY}
-    assert {name: told for name, told in fits.items() if told != "yes"} == {
+    assert {name: reported for name, reported in fits.items() if reported != "yes"} == {
         name: f"no: {why}" for name, why in NOT_FITTED.items()
     }

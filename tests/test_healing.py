@@ -170,7 +170,7 @@ def test_bf16_computes_in_bf16_over_float32_weights(tmp_path, monkeypatch):
     handle.remove()
     assert seen == {(torch.bfloat16, torch.float32)}
     assert model.dtype == torch.bfloat16
-    # What is told is the loss of the weights as they are stored.
+    # What is reported is the loss of the weights as they are stored.
     assert report.loss_after == pytest.approx(
         independent_loss(model.float(), text().held_out), rel=0.02
     )
@@ -248,7 +248,7 @@ def test_it_waits_as_long_as_its_patience(measured, stops):
     assert not should_stop(history, None)
 
 
-def test_getting_worse_is_told(tmp_path):
+def test_getting_worse_is_reported(tmp_path):
     rows = Text(Rows(4, 1, step=5), Rows(4, 2))
     report = healed(slimmed(), tmp_path / "w", rows, train="all", learning_rate=1.0, epochs=4)
     assert report.loss_after > report.loss_before
@@ -267,7 +267,7 @@ def test_tokens_count_steps_rounded_up(tmp_path):
     assert (report.steps, report.tokens) == (3, 3 * 4 * LENGTH)
 
 
-def test_what_cannot_be_healed_is_told(tmp_path):
+def test_what_cannot_be_healed_is_reported(tmp_path):
     model = slimmed()
     cases = [
         ({"rows": text(train=0)}, r"^heal\.data: "),
@@ -284,15 +284,15 @@ def test_what_cannot_be_healed_is_told(tmp_path):
 
 
 def test_progress_tells_loss_and_speed(tmp_path):
-    told = []
-    healed(slimmed(), tmp_path / "w", progress=lambda *what: told.append(what))
-    assert [(done, total) for done, total, _ in told] == [(n, 4) for n in range(5)]
-    assert told[0][2] == "measuring the model before healing"
-    assert "held-out" in told[-1][2]
-    assert "tokens/s" in told[-1][2]
+    reported = []
+    healed(slimmed(), tmp_path / "w", progress=lambda *what: reported.append(what))
+    assert [(done, total) for done, total, _ in reported] == [(n, 4) for n in range(5)]
+    assert reported[0][2] == "measuring the model before healing"
+    assert "held-out" in reported[-1][2]
+    assert "tokens/s" in reported[-1][2]
 
 
-def test_layers_that_pass_no_gradient_on_are_told(tmp_path):
+def test_layers_that_pass_no_gradient_on_are_reported(tmp_path):
     from transformers import ReformerConfig, ReformerModelWithLMHead
 
     config = ReformerConfig(

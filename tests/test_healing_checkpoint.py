@@ -253,7 +253,7 @@ def test_a_model_in_memory_is_healed_in_place(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_wrong_is_told_before_anything_is_trained(folders, tmp_path):
+def test_what_is_wrong_is_reported_before_anything_is_trained(folders, tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "config.json").write_text("{}")
@@ -362,9 +362,9 @@ def test_convert_heals_what_it_made(folders, tmp_path, monkeypatch):
     assert (tmp_path / "slim" / "config.json").stat().st_mtime_ns == converted
     again = llmslim.load(tmp_path / "slim-healed").state_dict()
     assert all(torch.equal(again[name], after[name]) for name in after)
-    told = json.loads((tmp_path / "slim-healed" / "llmslim_report.json").read_text())["healing"]
-    assert told["objective"] == "logits"  # from the dense model, which it has at hand
-    # What is in the way of the second step is told of before the first is done.
+    reported = json.loads((tmp_path / "slim-healed" / "llmslim_report.json").read_text())["healing"]
+    assert reported["objective"] == "logits"  # from the dense model, which it has at hand
+    # What is in the way of the second step is reported before the first is done.
     again = ["--out", tmp_path / "other"]
     (tmp_path / "other-healed").mkdir()
     result = CliRunner().invoke(cli, list(map(str, [*arguments[:-2], *again])))

@@ -48,7 +48,7 @@ def test_objectives_are_the_files():
 
 
 @pytest.mark.parametrize("name", ["kl", "_step", "../logits", ""])
-def test_an_unknown_objective_is_told_with_the_known_ones(name):
+def test_an_unknown_objective_is_reported_with_the_known_ones(name):
     with pytest.raises(HealingError, match=rf"objective: '{name}'; .*cross_entropy, logits\."):
         objective_named(name)
 

@@ -126,9 +126,9 @@ def test_a_checkpoint_cut_short_is_not_gone_on_from(tmp_path, uninterrupted):
 
 def test_a_finished_one_is_only_written_again(tmp_path, uninterrupted):
     heal(tmp_path / "w")
-    told = []
-    model, report = heal(tmp_path / "w", resume=True, progress=lambda *what: told.append(what))
-    assert told == []
+    reported = []
+    model, report = heal(tmp_path / "w", resume=True, progress=lambda *what: reported.append(what))
+    assert reported == []
     assert numbers(report) == numbers(uninterrupted[1])
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, uninterrupted[0].state_dict()[name]), name
@@ -181,7 +181,7 @@ def test_checkpoints_hold_what_is_trained_and_two_are_kept(tmp_path):
 @pytest.mark.parametrize(
     "broken", ["", "{", '{"format": 1}', '{"format": 3, "settings": {}}', "[]"]
 )
-def test_a_broken_run_file_is_told(tmp_path, broken):
+def test_a_broken_run_file_is_reported(tmp_path, broken):
     (tmp_path / "run.json").write_text(broken)
     run = HealingDir(tmp_path, resume=True)
     with pytest.raises(HealingError), run, run.opened({"a": 1}, processes()):
@@ -217,7 +217,7 @@ def test_a_full_disk_is_a_healing_error(tmp_path, monkeypatch, error):
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_told_and_the_last_state_kept(tmp_path):
+def test_a_full_disk_is_reported_and_the_last_state_kept(tmp_path):
     code = f"""
 import resource, sys
 sys.path.insert(0, {str(HERE)!r})

@@ -133,16 +133,16 @@ def test_no_step_has_a_rate_of_0_and_one_has_the_peak(schedule, warmup, steps):
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
 
 
-def test_both_learning_rates_are_told(tmp_path):
+def test_both_learning_rates_are_reported(tmp_path):
     report = healed(
         slimmed(), tmp_path / "w", learning_rate=1e-3, block_learning_rate=1e-2, schedule="constant"
     )
-    told = {
+    reported = {
         (line["learning_rate"], line["block_learning_rate"])
         for line in report.history
         if "loss" in line
     }
-    assert told == {(1e-3, 1e-2)}
+    assert reported == {(1e-3, 1e-2)}
 
 
 def test_what_is_planned_is_what_is_done(tmp_path):

@@ -178,18 +178,18 @@ def test_after_sigkill_it_goes_on_with_the_rows_that_are_missing(tmp_path, monke
     asked = []
     teacher = tiny_model(seed=3)
     teacher.register_forward_hook(lambda m, i, out: asked.append(out.logits.shape[0]))
-    told = []
+    reported = []
     report = healed(
         slimmed(),
         tmp_path / "w",
         teacher=teacher,
         resume=True,
-        progress=lambda *what: told.append(what),
+        progress=lambda *what: reported.append(what),
         **options,
     )
     # Half of the 16 rows, and the 4 held out.
     assert sum(asked) == 8 + 4
-    assert told[:2] == [(at, 16, "storing the teacher's logits") for at in (8, 12)]
+    assert reported[:2] == [(at, 16, "storing the teacher's logits") for at in (8, 12)]
     whole = healed(slimmed(), tmp_path / "a", teacher=tiny_model(seed=3), **options)
     assert files(tmp_path / "w" / "teacher") == files(tmp_path / "a" / "teacher")
     assert losses(report) == losses(whole)
@@ -283,7 +283,7 @@ def test_a_disk_that_fills_up_keeps_what_is_whole(tmp_path, monkeypatch):
     assert losses(again) == losses(whole)
 
 
-def test_rows_that_changed_are_told(tmp_path):
+def test_rows_that_changed_are_reported(tmp_path):
     model, cache = slimmed(), filled(tmp_path / "w", tiny_model(), Patchy(5, 1))
     batch = collate([Rows(5, 1)[index] for index in range(2)])
     step = Step(model, batch, batch.pop("labels"), Heal(), None, cache.topk_of([0, 1]))

@@ -317,7 +317,7 @@ def test_a_tensor_of_another_shape(tmp_path, name, shape, expected):
     )
 
 
-def test_all_wrong_tensors_are_told_together(tmp_path):
+def test_all_wrong_tensors_are_reported_together(tmp_path):
     reference = Reference()
     del reference.tensors["model.norm.weight"]
     reference.tensors["stray"] = torch.zeros(1)

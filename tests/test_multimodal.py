@@ -195,8 +195,8 @@ def test_processors_and_templates_travel(fitted: bool, tmp_path: Path) -> None:
     assert "AutoModelForImageTextToText.from_pretrained" in card
     assert "AutoProcessor" in card
     assert "AutoModelForCausalLM" not in card
-    told = json.loads((result.path / "llmslim_manifest.json").read_text())["source"]["files"]
-    assert set(KEPT) < set(told)
+    reported = json.loads((result.path / "llmslim_manifest.json").read_text())["source"]["files"]
+    assert set(KEPT) < set(reported)
     plain = tf.AutoModelForImageTextToText.from_pretrained(exported)
     slim = tf.AutoModelForImageTextToText.from_pretrained(result.path)
     assert type(plain) is tf.LlavaForConditionalGeneration

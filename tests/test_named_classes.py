@@ -194,7 +194,7 @@ def test_the_entry_file_has_them_where_llmslim_is_not_installed(
     ], done.stderr[-2000:]
 
 
-def test_each_auto_class_is_told_its_class(folder: Path) -> None:
+def test_each_auto_class_is_reported_its_class(folder: Path) -> None:
     named = json.loads((folder / "config.json").read_text())["auto_map"]
     assert named == {
         "AutoConfig": "llmslim_entry.SlimLlamaConfig",
@@ -204,7 +204,7 @@ def test_each_auto_class_is_told_its_class(folder: Path) -> None:
     }
 
 
-def test_an_old_transformers_is_told_what_is_needed(folder: Path) -> None:
+def test_an_old_transformers_is_reported_what_is_needed(folder: Path) -> None:
     code = (folder / "llmslim_entry.py").read_text()
     old = type(sys)("transformers")
     old.__version__ = "4.57.1"  # type: ignore[attr-defined]

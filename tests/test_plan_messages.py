@@ -37,14 +37,14 @@ def test_one_matching_glob_of_several_is_enough() -> None:
     assert llmslim.plan(tiny_config("llama"), {"replace": [rule]}).sites
 
 
-def test_groups_that_do_not_divide_are_told_once_per_size() -> None:
+def test_groups_that_do_not_divide_are_reported_once_per_size() -> None:
     recipe = {"replace": [{"match": "*.mlp.*", **GROUPED, "groups": 7}]}
-    told = problems(recipe)
-    assert told[0] == (
+    reported = problems(recipe)
+    assert reported[0] == (
         "recipe replace[0].groups: model.layers.0.mlp.gate_proj and 7 more: groups 7 does not "
         "divide in_features 48 and out_features 96; allowed 1, 2, 3, 4, 6, 8, 12, 16, 24, 48."
     )
-    assert len(told) == 2
+    assert len(reported) == 2
     with pytest.raises(SizeError):
         llmslim.plan(tiny_config("llama"), recipe)
 
@@ -96,8 +96,8 @@ def test_everything_at_once_with_file_and_line(tmp_path: Path) -> None:
     )
     with pytest.raises(RecipeError) as caught:
         llmslim.plan(tiny_config("llama"), path)
-    told = caught.value.problems
-    assert [sentence.partition(": ")[0].removeprefix(f"{path}:") for sentence in told] == [
+    reported = caught.value.problems
+    assert [sentence.partition(": ")[0].removeprefix(f"{path}:") for sentence in reported] == [
         "2 depth.keep_layers",
         "4 replace[0].match",
         "8 replace[1].groups",

@@ -301,7 +301,7 @@ def test_a_widened_layer_has_the_longest_bar():
     assert "200.0 %" in text
 
 
-def test_stacks_beside_each_other_are_told_apart():
+def test_stacks_beside_each_other_are_reported_apart():
     rows = tuple(projection(f"{stack}.0.fc", 4, 4, "kept") for stack in ("encoder", "decoder"))
     assert set(layer_params(Report("m", "r", rows))) == {("encoder", 0), ("decoder", 0)}
 

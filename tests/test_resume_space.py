@@ -56,7 +56,7 @@ def test_a_full_disk_keeps_what_is_done(
     assert hashes(out) == whole
 
 
-def test_a_disk_that_is_too_small_is_told_of_first(
+def test_a_disk_that_is_too_small_is_reported_of_first(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = SimpleNamespace(free=1000)

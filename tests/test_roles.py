@@ -334,8 +334,8 @@ def test_a_role_and_a_glob_must_both_hold() -> None:
 
 @pytest.mark.parametrize("name", ["bitnet", "rwkv"])
 def test_a_width_is_refused_where_the_neurons_are_not_the_mlps_own(name: str) -> None:
-    told = problem_of({"role": "mlp.up", "structure": "width", "keep_ratio": 0.5}, name)
-    assert "this one (mlp.up) is not part of one whose neurons can be removed" in told
+    problem = problem_of({"role": "mlp.up", "structure": "width", "keep_ratio": 0.5}, name)
+    assert "this one (mlp.up) is not part of one whose neurons can be removed" in problem
 
 
 def problem_of(rule: dict[str, Any], name: str) -> str:
@@ -345,18 +345,20 @@ def problem_of(rule: dict[str, Any], name: str) -> str:
     return problem
 
 
-def test_a_role_that_a_model_lacks_is_told_with_those_it_has() -> None:
-    told = problem_of({"role": ["mlp", "experts"], "keep": True}, "mamba")
-    assert told == (
+def test_a_role_that_a_model_lacks_is_reported_with_those_it_has() -> None:
+    problem = problem_of({"role": ["mlp", "experts"], "keep": True}, "mamba")
+    assert problem == (
         "recipe replace[0].role: mlp, experts matches no projection of MambaForCausalLM; it has "
         "ssm.in. Name one of those."
     )
-    told = problem_of({"role": "mlp.gate_up", "keep": True}, "llama")
-    assert "it has mlp.gate, mlp.up, mlp.down, attention.q, attention.k," in told
+    problem = problem_of({"role": "mlp.gate_up", "keep": True}, "llama")
+    assert "it has mlp.gate, mlp.up, mlp.down, attention.q, attention.k," in problem
 
 
-def test_a_glob_that_fits_nothing_of_a_role_is_told_with_the_closest_of_it() -> None:
-    told = problem_of({"role": "mlp", "match": "*.q_proj", "keep": True}, "llama")
-    assert "replace[0].match: *.q_proj matches no projection of LlamaForCausalLM with role" in told
-    assert "closest are model.layers.0.mlp." in told
-    assert "self_attn" not in told
+def test_a_glob_that_fits_nothing_of_a_role_is_reported_with_the_closest_of_it() -> None:
+    problem = problem_of({"role": "mlp", "match": "*.q_proj", "keep": True}, "llama")
+    assert (
+        "replace[0].match: *.q_proj matches no projection of LlamaForCausalLM with role" in problem
+    )
+    assert "closest are model.layers.0.mlp." in problem
+    assert "self_attn" not in problem

@@ -90,9 +90,9 @@ def test_layers_run_alone_are_the_model(architecture: str) -> None:
 def refusal(model: Any) -> str:
     """Return what is said where a model's layers cannot be run one by one."""
     layers = list(model.get_submodule(find_layers(model).path))
-    with pytest.raises(TargetError) as told:
+    with pytest.raises(TargetError) as reported:
         record_calls(model, layers, [ids[None] for ids in tokens(2, 12)])
-    (problem,) = told.value.problems
+    (problem,) = reported.value.problems
     assert problem.startswith(f"{type(model).__name__}: ")
     assert problem.endswith("Use init: project, and no structure auto.")
     # The model is as it was.
@@ -284,9 +284,9 @@ def test_convert_reads_calibration_text(tmp_path: Path) -> None:
         calibration_tokens=1024,
     )
     # Half of them each, in windows of 16, of which two are held out.
-    told = "960 tokens of text.txt, the dense model's own text, with errors measured on 64 others"
-    assert made.report.fitted_to == told
-    assert f"Fitted to {told}." in (tmp_path / "slim" / "README.md").read_text(encoding="utf-8")
+    text = "960 tokens of text.txt, the dense model's own text, with errors measured on 64 others"
+    assert made.report.fitted_to == text
+    assert f"Fitted to {text}." in (tmp_path / "slim" / "README.md").read_text(encoding="utf-8")
     errors = [row.init_error for row in made.report.rows if row.action == "replaced"]
     assert len(errors) == 12
     assert all(0 < error < 1 for error in errors)

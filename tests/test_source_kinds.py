@@ -30,8 +30,8 @@ SIZES: dict[str, Any] = {
 
 def adapter(folder: Path) -> Path:
     folder.mkdir()
-    told = {"peft_type": "LORA", "base_model_name_or_path": "owner/base"}
-    (folder / "adapter_config.json").write_text(json.dumps(told))
+    reported = {"peft_type": "LORA", "base_model_name_or_path": "owner/base"}
+    (folder / "adapter_config.json").write_text(json.dumps(reported))
     save_file({"a": torch.zeros(1)}, folder / "adapter_model.safetensors")
     return folder
 
@@ -223,7 +223,7 @@ def test_a_model_that_overflows_by_itself_is_reported(training: Any, tmp_path: P
         "refine": {"steps": 2, "end_to_end": training},
     }
     text = {"calibration": str(tmp_path / "t.txt"), "calibration_tokens": 512}
-    for dtype, told in ((None, 1), ("float32", 0)):
+    for dtype, reported in ((None, 1), ("float32", 0)):
         out = tmp_path / f"{dtype}"
         report = llmslim.convert(dense, recipe, out, dtype=dtype, **text).report
-        assert sum("not finite in float16" in problem for problem in report.problems) == told
+        assert sum("not finite in float16" in problem for problem in report.problems) == reported

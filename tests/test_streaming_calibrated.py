@@ -234,11 +234,11 @@ def test_weights_that_are_not_finite_are_found_before_any_fit(
     for name in ("model.layers.3.mlp.up_proj.weight", "model.norm.weight"):
         tensors[name].view(-1)[5] = float("nan")
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    told: list[str] = []
+    reported: list[str] = []
     asked: Any = (model, recipe("some"))
     with pytest.raises(CheckpointError, match=r"m: 2 .* NaN "):
-        api.convert(*asked, "out", progress=lambda done, total, what: told.append(what))
-    assert not any("layers" in what for what in told)
+        api.convert(*asked, "out", progress=lambda done, total, what: reported.append(what))
+    assert not any("layers" in what for what in reported)
     assert names(Path()) == ["m", "text.txt"]
     streamed = api.convert(*asked, "a", allow_nonfinite=True)
     whole = in_memory(monkeypatch, *asked, "b", allow_nonfinite=True)

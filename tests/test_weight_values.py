@@ -58,7 +58,7 @@ def test_weights_that_are_not_finite_are_kept_and_reported_where_allowed(
 
 
 @pytest.mark.parametrize("structure", ["low_rank", "pivoted_low_rank"])
-def test_a_fit_to_weights_that_are_not_finite_is_told_as_that(
+def test_a_fit_to_weights_that_are_not_finite_is_reported_as_that(
     folder: Path, tmp_path: Path, structure: str
 ) -> None:
     (name,) = poison(folder, float("nan"))
@@ -179,7 +179,7 @@ def test_files_without_a_tensor_are_no_model(folder: Path) -> None:
     assert f"{folder}: its files of weights hold no tensor." in refused(open_source, folder)
 
 
-def test_tensors_that_the_model_has_no_use_for_are_told_of(
+def test_tensors_that_the_model_has_no_use_for_are_reported_of(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = {"name": "small", "init": "random", "replace": [RULE]}
@@ -189,14 +189,14 @@ def test_tensors_that_the_model_has_no_use_for_are_told_of(
     change(folder, {"extra.weight": torch.ones(2)})
     one = f"{folder}: 1 stored tensor is of no use to LlamaForCausalLM, such as extra.weight"
     for way, out in ((api.convert, "b"), (partial(in_memory, monkeypatch), "c")):
-        told = way(folder, recipe, tmp_path / out).report.problems
-        assert any(one in problem for problem in told)
+        reported = way(folder, recipe, tmp_path / out).report.problems
+        assert any(one in problem for problem in reported)
     edit_json(folder / "config.json", num_hidden_layers=2)
-    (told,) = api.convert(folder, recipe, tmp_path / "d").report.problems
-    assert "19 stored tensors are of no use to LlamaForCausalLM" in told
+    (reported,) = api.convert(folder, recipe, tmp_path / "d").report.problems
+    assert "19 stored tensors are of no use to LlamaForCausalLM" in reported
 
 
-def test_weights_that_become_larger_are_told_of(
+def test_weights_that_become_larger_are_reported_of(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     norms = [name for name in stored(folder) if "norm" in name]

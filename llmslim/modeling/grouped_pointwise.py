@@ -184,8 +184,8 @@ class GroupedPointwise(StructuredLinear):
         if groups == 1 and self.order is None:
             return x_NI @ self.weight[0]
         training = self.weight.requires_grad and torch.is_grad_enabled()
-        # Traced, it must hold for every number of rows; in training the parts' gradients of the
-        # weight would be added up in its own type.
+        # Not in a traced graph, which must hold for any number of rows, and not in training, where
+        # the weight's gradient would be a sum of rounded parts.
         if x_NI.device.type == "cpu" and not training and not torch.compiler.is_compiling():
             part = max(1, _GATHER_BYTES // (2 * self.in_features * x_NI.element_size()))
             if rows > part:

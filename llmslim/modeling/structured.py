@@ -242,7 +242,7 @@ def empty_linear(in_features: int, out_features: int, **kind: Any) -> nn.Linear:
 
 
 def take_channels(x: Tensor, order: Tensor) -> Tensor:
-    """Return x (..., C) with the channels of `order` (K,) in its place, (..., K).
+    """Return the channels `order` (K,) of x (..., C), as (..., K).
 
     Args:
         x: values.

@@ -31,7 +31,7 @@ class Measure:
     before: Estimate | None = None
     """Of the slim model before it was healed, where that was measured with the same text."""
     kind: Literal["size", "quality", "speed"] = "quality"
-    """What it tells of the model."""
+    """What it says about the model."""
     more_is_better: bool = False
     loss: bool = False
     """Whether it is a loss in nats, which can be drawn over the size."""

@@ -123,7 +123,7 @@ MUTATIONS = (
         "elif after >= before:",
         "elif False:",
         "a healing that hurts looks fine",
-        "tests/test_healing.py::test_getting_worse_is_told",
+        "tests/test_healing.py::test_getting_worse_is_reported",
     ),
     change(
         "llmslim/healing/report.py",
@@ -417,14 +417,14 @@ MUTATIONS = (
         "if ours != theirs:",
         "if False:",
         "a teacher's tokens are others",
-        "tests/test_healing.py::test_what_cannot_be_healed_is_told",
+        "tests/test_healing.py::test_what_cannot_be_healed_is_reported",
     ),
     change(
         "llmslim/healing/inputs.py",
         "if different:",
         "if False:",
         "a teacher's tokens are others",
-        "tests/test_healing_checkpoint.py::test_what_is_wrong_is_told_before_anything_is_trained",
+        "tests/test_healing_checkpoint.py::test_what_is_wrong_is_reported_before_anything_is_trained",
     ),
     change(
         "llmslim/healing/inputs.py",

@@ -199,14 +199,14 @@ MUTATIONS = (
         "*map(_noted, itertools.chain(args, kwargs.items()))",
         "*map(_noted, args)",
         "options of operations are not compared",
-        "tests/test_anatomy.py::test_operations_are_told_apart_by_options_and_by_shapes",
+        "tests/test_anatomy.py::test_operations_are_reported_apart_by_options_and_by_shapes",
     ),
     change(
         "llmslim/anatomy/dry_run.py",
         "return tuple(value.shape), value.dtype",
         "return value.dtype",
         "shapes are not compared",
-        "tests/test_anatomy.py::test_operations_are_told_apart_by_options_and_by_shapes",
+        "tests/test_anatomy.py::test_operations_are_reported_apart_by_options_and_by_shapes",
     ),
     change(
         "llmslim/anatomy/dry_run.py",
