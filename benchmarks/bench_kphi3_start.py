@@ -105,7 +105,7 @@ def run(job: Job) -> dict[str, Any]:
         "learning_rate": job.rate,
         "context_length": settings["length"],
         "batch_size": 2,
-        "held_out": 64,
+        "held_out": 32,
         "gradient_checkpointing": False,
         "evaluate_every": settings["heal_tokens"],  # more than there are steps: before and after
     }

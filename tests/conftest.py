@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import accelerate.utils.memory
 import pytest
 import torch
 from tiny import tiny_model
+from transformers import dynamic_module_utils
 
 from llmslim.healing import plan
 from llmslim.storage import quiet
@@ -46,11 +49,28 @@ def unsynced() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def uncollected() -> Iterator[None]:
+    """Leave out the garbage collection after every training: it takes as long as many of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accelerate.utils.memory, "clear_device_cache", lambda **_options: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def healing_in_full_precision() -> Iterator[None]:
     """Heal in float32 unless a test sets `precision`, whatever is fast on this machine."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "bf16_is_fast", lambda _device: False)
         yield
+
+
+@pytest.fixture
+def no_remote_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Start without remote code, as a fresh process does: none cached, none imported."""
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "remote_code"))
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the cache is added to it
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)
 
 
 @pytest.fixture

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 import torch
 from reference_kphi3 import Reference
 from safetensors.torch import save_file
 from tiny import logits, tokens
-from transformers import AutoModelForCausalLM, Phi3ForCausalLM, dynamic_module_utils
+from transformers import AutoModelForCausalLM, Phi3ForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llmslim.errors import CheckpointError
@@ -126,9 +125,8 @@ def test_cached_decoding_agrees_with_the_reference(tmp_path):
     assert torch.equal(made, ids)
 
 
+@pytest.mark.usefixtures("no_remote_code")
 def test_the_code_beside_a_slim_checkpoint_is_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", list(sys.path))  # the cache is added to it
     # As where llmslim is not installed: a registered class would go before the files' own.
     monkeypatch.delitem(CONFIG_MAPPING._extra_content, "llmslim")
     for variety in ("io", "io layers, residual wide embeddings", "no blocks, narrow embeddings"):

@@ -15,7 +15,6 @@ from helpers_checkpoint import tiny_tokenizer
 from helpers_cli import run
 from safetensors.torch import save_file
 from tiny import tiny_model
-from transformers import dynamic_module_utils
 
 import llmslim
 from llmslim.errors import CheckpointError
@@ -191,8 +190,8 @@ class M(LlamaForCausalLM):
 """
 
 
-def test_code_that_was_trusted_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "c"))
+@pytest.mark.usefixtures("no_remote_code")
+def test_code_that_was_trusted_travels(tmp_path: Path) -> None:
     dense = saved(tiny_model("llama"), tmp_path / "dense")
     (dense / "modeling_x.py").write_text(MODELING)
     with_code(dense, "config.json", {"AutoModelForCausalLM": "modeling_x.M"})

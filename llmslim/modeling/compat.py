@@ -9,9 +9,12 @@ These files travel inside checkpoints: they import torch and transformers only.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 import transformers
+from torch import nn
 from transformers.activations import ACT2FN
 
 ACTIVATIONS: Any = ACT2FN
@@ -61,6 +64,47 @@ def with_plain_experts(config: Any) -> Any:
     config = copy.copy(config)
     object.__setattr__(config, _EXPERTS_LOOP, "eager")
     return config
+
+
+def place_buffers(block: nn.Module) -> None:
+    """Give a block real buffers, in place, where only parameters are to be on the meta device.
+
+    transformers builds all of a model on the meta device; vLLM's Transformers backend has new
+    tensors in memory, moves the parameters alone, and loads what the files hold into both.
+    """
+    if torch.get_default_device().type == "meta":
+        return
+    for module in block.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                setattr(module, name, torch.zeros_like(buffer, device=torch.get_default_device()))
+
+
+_apart: dict[tuple[type, frozenset[str]], type] = {}
+
+
+def keep_apart(model: Any, names: Iterable[str]) -> None:
+    """Give modules that hold blocks classes of their own, in place, where vLLM builds the model.
+
+    Its Transformers backend looks at one module of a class, and then joins projections in all of
+    that class whose parts have the same names, whatever these parts are.
+
+    Args:
+        model: on its way to be a slim model.
+        names: of its blocks.
+    """
+    if getattr(model.config, "_attn_implementation", None) not in ("vllm", "vllm_mla"):
+        return
+    holders: dict[str, set[str]] = {}
+    for name in names:
+        holder, _, leaf = name.rpartition(".")
+        holders.setdefault(holder, set()).add(leaf)
+    for holder, leaves in holders.items():
+        module = model.get_submodule(holder)
+        if module is not model:
+            cls = type(module)
+            own = _apart.setdefault((cls, frozenset(leaves)), type(cls.__name__, (cls,), {}))
+            module.__class__ = own
 
 
 def class_of_transformers(name: str, kind: type) -> Any:

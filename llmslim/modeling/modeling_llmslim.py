@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .base_class import model_classes
 from .checkpoint_code import auto_map, check_plugins, plugin_of, structure_names, write_code
-from .compat import class_of_transformers, mark_initialized
+from .compat import class_of_transformers, keep_apart, mark_initialized, place_buffers
 from .configuration_llmslim import FORMAT, slim_config_class
 from .depth import build_kept, plain_class, restore_original
 from .structured import build
@@ -241,9 +241,11 @@ def replace_sites(model: nn.Module, sites: dict[str, dict[str, Any]]) -> None:
         except AttributeError as error:
             raise ValueError(f"config.json: no module {name!r} to replace in the model") from error
         block = build(spec, device=weight.device, dtype=weight.dtype)
+        place_buffers(block)
         for each in (name, *shared.get(name, ())):
             set_module(model, each, block)
             _mark_parents(model, each)
+    keep_apart(model, sites)
     refresh_ties(model)
 
 
