@@ -1,9 +1,10 @@
-"""Teach transformers and peft the model type `llmslim`, without importing either early.
+"""Teach transformers, peft and vLLM the model type `llmslim`, without importing any of them early.
 
 `import llmslim` must stay cheap (no torch), yet afterwards
-`AutoModelForCausalLM.from_pretrained(slim_checkpoint)` must know the type, and a `LoraConfig`
-without targets what it means for one. Neither has a plug-in point, so this waits for their tables
-to be imported and adds a line right then.
+`AutoModelForCausalLM.from_pretrained(slim_checkpoint)` must know the type, a `LoraConfig` without
+targets what it means for one, and vLLM that its Transformers backend runs it. So this waits for
+their tables to be imported and adds lines right then. vLLM imports llmslim by itself, for each of
+its processes: by the entry point `vllm.general_plugins` of pyproject.toml.
 """
 
 from __future__ import annotations
@@ -27,8 +28,21 @@ def _name_targets() -> None:
     table.setdefault("llmslim", "all-linear")
 
 
+def _name_architectures() -> None:
+    names = importlib.import_module("transformers.models.auto.modeling_auto")
+    registry = sys.modules[_ARCHITECTURES].ModelRegistry
+    for name in names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        registry.register_model(f"Slim{name}", f"{_BACKEND}:TransformersForCausalLM")
+
+
 _TARGETS = "peft.utils.constants"
-_TABLES = {"transformers.models.auto.configuration_auto": _register, _TARGETS: _name_targets}
+_ARCHITECTURES = "vllm.model_executor.models.registry"
+_BACKEND = "vllm.model_executor.models.transformers"
+_TABLES = {
+    "transformers.models.auto.configuration_auto": _register,
+    _TARGETS: _name_targets,
+    _ARCHITECTURES: _name_architectures,
+}
 """Modules that know other libraries' types, and what to do once each is imported."""
 
 

@@ -26,7 +26,7 @@ from .structured import PLAIN, structure_class
 
 ENTRY_FILE = "llmslim_entry.py"
 """Generated beside the weights; imports the structures used, so that transformers copies them."""
-OLDEST = (5, 20)
+OLDEST = (5, 19)
 """The first transformers that this works with, as the package's own requirement says."""
 
 
