@@ -346,15 +346,14 @@ def test_what_slim_experts_cannot_do_leaves_them_on_their_loop(
 def test_they_are_compiled_and_exported_in_one_graph(way: str, dtype: torch.dtype) -> None:
     options: Any = {"groups": 2, "rank": 3, "channel_order": "learned"}
     model = slim_mixture(structure="grouped_low_rank", **options).to(dtype)
-    model.set_experts_implementation("eager")
+    # Rounded otherwise, a token may go to other experts: in bfloat16 no other way is the truth.
+    model.set_experts_implementation("eager" if dtype == torch.float32 else way)
     ids = torch.randint(3, 90, (2, 10), generator=torch.Generator().manual_seed(1))
+    close = dict.fromkeys(("rtol", "atol"), 1e-4 if dtype == torch.float32 else 0.05)
     with torch.no_grad():
         wanted = model(input_ids=ids, use_cache=False).logits
         model.set_experts_implementation(way)
         compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
-        close = (
-            {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.1}
-        )
         torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, wanted, **close)
         kwargs = {"input_ids": torch.ones(2, 5, dtype=torch.long), "use_cache": False}
         shapes = {"input_ids": {1: torch.export.Dim("n")}, "use_cache": None}
