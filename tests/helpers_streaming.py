@@ -33,12 +33,12 @@ CANNOT = {
 SMALL_SHARDS = {"max_shard_size": "30KB"}
 
 
-def mixtral() -> Any:
+def mixtral(num_hidden_layers: int = 4) -> Any:
     """Return a tiny model whose experts are stored one by one and loaded as one tensor."""
     config = tf.MixtralConfig(
         hidden_size=48,
         intermediate_size=32,
-        num_hidden_layers=4,
+        num_hidden_layers=num_hidden_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=96,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 import textwrap
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from every_architecture import config_classes, logits, tiny_model
+from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
 
@@ -20,8 +22,10 @@ from llmslim.anatomy.sites import find_experts, find_sites
 from llmslim.errors import SizeError, TargetError
 from llmslim.export import dense_copy
 from llmslim.fitting.calibration import TokenWindows
+from llmslim.modeling import compat
 from llmslim.modeling.experts import Experts
-from llmslim.modeling.structured import build
+from llmslim.modeling.low_rank import LowRank
+from llmslim.modeling.structured import StructuredLinear, build
 from llmslim.planning.planner import model_on_meta
 from llmslim.recipe import Recipe
 
@@ -51,6 +55,22 @@ def stack(block: dict[str, Any], *, transposed: bool = False) -> Experts:
         for expert in range(E):  # each expert reads channels of its own
             experts.order[expert] = torch.stack([torch.randperm(I), torch.randperm(I)])
     return experts
+
+
+ALL_BLOCKS = [
+    *BLOCKS,
+    {"structure": "grouped_pointwise", "groups": 1},
+    {"structure": "grouped_pointwise", "groups": 2, "variant": "residual", "activation": "silu"},
+]
+
+
+def slim_mixture(
+    name: str = "mixtral", match: str = "*experts.*", structure: str = "low_rank", **options: Any
+) -> Any:
+    model = tiny_model(CLASSES[name])
+    rule = {"match": match, "structure": structure, **(options or {"keep_ratio": 0.5})}
+    fitting.rewrite(model, planning.plan(model, Recipe.of({"init": "random", "replace": [rule]})))
+    return model
 
 
 def recipe(**rule: Any) -> Recipe:
@@ -124,6 +144,46 @@ def test_each_expert_learns_by_itself() -> None:
     assert touched == [False, False, True, False, False]
 
 
+def one_by_one(experts: Experts, x: Tensor, expert_N: Tensor) -> Tensor:
+    rows = [experts.product(row[None], int(e)) for row, e in zip(x, expert_N, strict=True)]
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("block", ALL_BLOCKS, ids=lambda b: "-".join(map(str, b.values())))
+def test_rows_of_all_experts_at_once(
+    block: dict[str, Any], transposed: bool, traced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers asks for them, values and gradients; one expert has no row, one has all."""
+    experts = stack(block, transposed=transposed).double()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: traced)
+    for expert_N in (torch.tensor([0, 0, 0, 2, 4, 4]), torch.tensor([3, 3])):
+        x = torch.randn(len(expert_N), I, dtype=torch.float64, requires_grad=True)
+        weights = [x, *experts.parameters()]
+        wanted = one_by_one(experts, x, expert_N)
+        if "activation" not in block:
+            dense = experts.to_dense()[expert_N]
+            dense = dense if transposed else dense.mT
+            torch.testing.assert_close(wanted, torch.bmm(x.unsqueeze(1), dense).squeeze(1))
+        slope = torch.randn_like(wanted)
+        wanted_gradients = torch.autograd.grad(wanted, weights, slope)
+        end_E = torch.tensor([int((expert_N <= e).sum()) for e in range(E)], dtype=torch.int32)
+        whole: Any = experts if transposed else experts.transpose(-2, -1)
+        picked: Any = experts[expert_N]
+        assert picked.shape == (len(expert_N), *experts.shape[1:])
+        found = [product(x, whole, offs=end_E) for product in compat.GROUPED_PRODUCTS if product]
+        if transposed:
+            found.append(torch.bmm(x.unsqueeze(1), picked).squeeze(1))
+        else:
+            found.append(torch.bmm(picked, x.unsqueeze(-1)).squeeze(-1))
+        for one in found:
+            torch.testing.assert_close(one, wanted)
+            gradients = torch.autograd.grad(one, weights, slope)
+            for mine, right in zip(gradients, wanted_gradients, strict=True):
+                torch.testing.assert_close(mine, right)
+
+
 def test_another_operation_is_refused() -> None:
     experts = stack(BLOCKS[0])
     x = torch.randn(3, O)
@@ -135,6 +195,16 @@ def test_another_operation_is_refused() -> None:
         torch.einsum("eoi,ni->eno", experts, x)
     with pytest.raises(TypeError):
         experts.transpose(0, 1)
+    ids, ends = torch.tensor([0, 1, 1]), torch.tensor([1, 3, 3, 3, 3], dtype=torch.int32)
+    rows = torch.randn(3, I)
+    with pytest.raises(TypeError):
+        torch.bmm(rows.unsqueeze(1), experts[ids])  # (O, I), which takes a column
+    with pytest.raises(TypeError):
+        torch.bmm(experts[ids], torch.randn(3, I, 2))  # more than a row for a matrix
+    with pytest.raises(TypeError, match="linear"):
+        linear(rows, experts[ids])
+    with pytest.raises(TypeError, match="grouped_mm"):
+        compat.GROUPED_PRODUCTS[-2](rows, experts, offs=ends)  # (O, I) is not for a product
     with pytest.raises(ValueError, match="bias"):
         Experts(2, of={**experts.block_spec, "bias": True})
 
@@ -210,16 +280,85 @@ def test_export_gives_the_base_class_with_the_same_function(name: str, tmp_path:
     torch.testing.assert_close(logits(loaded), logits(dense), rtol=1e-4, atol=1e-4)
 
 
-def test_another_implementation_of_experts_leaves_slim_ones_on_their_loop() -> None:
-    model = tiny_model(CLASSES["mixtral"])
-    rule = {"match": "*.0.*experts.*", "structure": "low_rank", "keep_ratio": 0.5}
-    fitting.rewrite(model, planning.plan(model, Recipe.of({"init": "random", "replace": [rule]})))
+class Counted(nn.Module):
+    """Counts how often slim experts multiply for one expert, and for rows of several."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.found = {"product": 0, "product_of_rows": 0}
+        for name in self.found:
+            monkeypatch.setattr(Experts, name, self.counting(name, getattr(Experts, name)))
+
+    def counting(self, name: str, method: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.found[name] += 1
+            return method(*args, **kwargs)
+
+        return call
+
+
+@pytest.mark.parametrize("match", ["*experts.*", "*gate_up*"])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v3", "qwen3_moe"])
+def test_slim_experts_are_run_as_the_model_is(
+    name: str, match: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = slim_mixture(name, match)
+    assert model.get_experts_implementation()[""] == "grouped_mm"  # transformers' default
+    counted = Counted(monkeypatch).found
+    logits(model)
+    assert counted["product_of_rows"] > counted["product"] == 0
     model.set_experts_implementation("eager")
     eager = logits(model)
-    model.set_experts_implementation("batched_mm")  # the dense ones of the other layers follow
-    assert model.model.layers[1].mlp.experts.config._experts_implementation == "batched_mm"
+    assert counted["product"] > 0
+    counted["product"] = 0
+    for way in ("batched_mm", "grouped_mm"):
+        model.set_experts_implementation(way)
+        for same in (model, copy.deepcopy(model)):
+            torch.testing.assert_close(logits(same), eager, rtol=1e-4, atol=1e-4)
+    assert counted["product"] == 0
+
+
+def test_what_slim_experts_cannot_do_leaves_them_on_their_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = slim_mixture(match="*.0.*experts.*")
+    slim, dense = (model.model.layers[n].mlp.experts for n in (0, 1))
+    wanted = logits(model)
+    kernel = compat.moe.ALL_EXPERTS_FUNCTIONS["grouped_mm"]
+    monkeypatch.setitem(compat.moe.ALL_EXPERTS_FUNCTIONS, "sonicmoe", kernel)
+    model.set_experts_implementation("sonicmoe")  # the dense ones of the other layers follow
+    assert dense.config._experts_implementation == "sonicmoe"
+    assert slim.config._experts_implementation == "eager"
+    assert slim.config.hidden_size == dense.config.hidden_size
+    torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-4)
+    # A structure of another package may multiply in `product` only.
+    monkeypatch.setattr(LowRank, "product_by", StructuredLinear.product_by)
+    monkeypatch.setattr(LowRank, "product", lambda self, x: self.up(self.down(x)))
+    model = slim_mixture(match="*.0.*experts.down_proj")
     assert model.model.layers[0].mlp.experts.config._experts_implementation == "eager"
-    torch.testing.assert_close(logits(model), eager, rtol=1e-4, atol=1e-4)
+    assert model.model.layers[1].mlp.experts.config._experts_implementation == "grouped_mm"
+    torch.testing.assert_close(logits(model), logits(model), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call")  # in transformers
+@pytest.mark.parametrize("way", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_they_are_compiled_and_exported_in_one_graph(way: str, dtype: torch.dtype) -> None:
+    options: Any = {"groups": 2, "rank": 3, "channel_order": "learned"}
+    model = slim_mixture(structure="grouped_low_rank", **options).to(dtype)
+    # Rounded otherwise, a token may go to other experts: in bfloat16 no other way is the truth.
+    model.set_experts_implementation("eager" if dtype == torch.float32 else way)
+    ids = torch.randint(3, 90, (2, 10), generator=torch.Generator().manual_seed(1))
+    close = dict.fromkeys(("rtol", "atol"), 1e-4 if dtype == torch.float32 else 0.05)
+    with torch.no_grad():
+        wanted = model(input_ids=ids, use_cache=False).logits
+        model.set_experts_implementation(way)
+        compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, wanted, **close)
+        kwargs = {"input_ids": torch.ones(2, 5, dtype=torch.long), "use_cache": False}
+        shapes = {"input_ids": {1: torch.export.Dim("n")}, "use_cache": None}
+        graph = torch.export.export(model, (), kwargs, dynamic_shapes=shapes, strict=False).module()
+        torch.testing.assert_close(graph(input_ids=ids, use_cache=False).logits, wanted, **close)
 
 
 @pytest.mark.slow

@@ -236,10 +236,10 @@ def check_model(model: PreTrainedModel) -> None:
         CheckpointError: with the module's name.
     """
     for name, module in model.named_modules():
-        if isinstance(module, Experts):
+        if isinstance(module, Experts) and not module.takes_rows:
             raise CheckpointError(
-                f"{name}: slim experts run in a Python loop over those that the text needs, which "
-                f"a graph cannot hold. {REMEDY}"
+                f"{name}: blocks of {module.block_spec['structure']} run in a Python loop over the "
+                f"experts that the text needs, which a graph cannot hold. {REMEDY}"
             )
     if not model.can_generate() or model.config.get_text_config() is not model.config:
         raise CheckpointError(
@@ -287,7 +287,11 @@ def _export(traced: _WithCache) -> Any:
 
 
 def _name_sizes(graph: Any) -> None:
-    """Give the sizes that are free the names that optimum uses, in place."""
+    """Give the sizes that are free the names that optimum uses, in place.
+
+    Sizes that only data decide, such as the number of an expert's tokens, have no name and get
+    none: onnxruntime takes two sizes of one name for equal.
+    """
     import onnx_ir
 
     ids, mask, past = (value.shape for value in graph.inputs[:3])
@@ -302,7 +306,7 @@ def _name_sizes(graph: Any) -> None:
         if value.shape is not None:
             value.shape = onnx_ir.Shape(
                 size
-                if isinstance(size, int)
+                if isinstance(size, int) or size.value is None
                 else re.sub(r"\w+", lambda word: sizes.get(word[0], word[0]), str(size))
                 for size in value.shape
             )

@@ -59,6 +59,11 @@ class Watched(Experts):
         in_features, out_features = sizes if transposed else reversed(sizes)
         self.block_spec = {"in_features": in_features, "out_features": out_features}
 
+    @property
+    def takes_rows(self) -> bool:
+        """Whether rows of several experts can be multiplied at once: hooks want them apart."""
+        return False
+
     def product(self, x: Tensor, expert: int | None) -> Tensor:
         """Multiply as `forward` does, with the hooks."""
         y: Tensor = self(x, expert)

@@ -23,6 +23,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .products import Own, Products
 from .sizes import KeepRatio, OptionError, StaysDense, budget, check_groups, common_divisors
 from .structured import StructuredLinear
 
@@ -102,11 +103,12 @@ class BlockShuffle(StructuredLinear):
 
     def product(self, x: Tensor) -> Tensor:
         """Return the block's output for x (..., I), bias not added."""
-        rows = x.reshape(-1, self.in_features)  # (N, I)
-        N, B, m = rows.shape[0], self.blocks, self.inner_features // self.blocks
-        z = torch.bmm(
-            rows.reshape(N, B, self.in_features // B).transpose(0, 1), self.first
-        )  # (B, N, m)
-        z = z.permute(1, 2, 0).reshape(N, B, m).transpose(0, 1)  # shuffled, (B, N, m)
-        y = torch.bmm(z, self.second).transpose(0, 1)  # (N, B, O/B)
+        y = self.product_by(x.reshape(-1, self.in_features), Own(self))
         return y.reshape(*x.shape[:-1], self.out_features)
+
+    def product_by(self, x_NI: Tensor, by: Products) -> Tensor:
+        """Return the block's output for rows, with the weights that `by` knows."""
+        N, B, m = x_NI.shape[0], self.blocks, self.inner_features // self.blocks
+        z = by.bmm(x_NI.reshape(N, B, self.in_features // B).transpose(0, 1), "first")  # (B, N, m)
+        z = z.permute(1, 2, 0).reshape(N, B, m).transpose(0, 1)  # shuffled, (B, N, m)
+        return by.bmm(z, "second").transpose(0, 1).reshape(N, self.out_features)

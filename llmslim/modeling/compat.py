@@ -8,20 +8,27 @@ These files travel inside checkpoints: they import torch and transformers only.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers.activations import ACT2FN
+from transformers.integrations import moe
 
 ACTIVATIONS: Any = ACT2FN
 """transformers' activations by the names that configs use; it exports no other table of them."""
+_BY_EXPERT: Any = torch.ops.transformers.grouped_mm_fallback
 INITIALIZED = "_is_hf_initialized"
 """Mark of a module or tensor that loading must draw no weights into."""
-_EXPERTS_LOOP = "_experts_implementation_internal"
+GROUPED_PRODUCTS: tuple[Any, ...] = (
+    getattr(nn.functional, "grouped_mm", None),  # as old as torch 2.10
+    getattr(torch, "_grouped_mm", None),
+    _BY_EXPERT,
+    _BY_EXPERT.default,
+)
+"""All by which transformers multiplies rows sorted by expert with a stack of matrices."""
 
 
 def mark_initialized(item: Any) -> None:
@@ -54,16 +61,54 @@ def model_mapping(auto: Any) -> Any:
     return auto._model_mapping
 
 
-def with_plain_experts(config: Any) -> Any:
-    """Return a config whose experts are run one by one; the same one where they are already.
+class ExpertsConfig:
+    """A config for one module of experts, which cannot be run in every way that the model's can.
 
-    The public setter changes a whole model, and later calls of it would undo the choice.
+    The module is run as the model's config says where it can be, and one by one elsewhere. The
+    public setter changes the model's config, which this one follows.
+
+    Args:
+        config: the model's.
+        answered: how the module's experts can be run beside one by one.
     """
-    if getattr(config, _EXPERTS_LOOP, "eager") == "eager":
-        return config
-    config = copy.copy(config)
-    object.__setattr__(config, _EXPERTS_LOOP, "eager")
-    return config
+
+    def __init__(self, config: Any, answered: tuple[str, ...]) -> None:
+        self.config, self.answered = config, answered
+
+    @property
+    def _experts_implementation(self) -> str:
+        chosen = getattr(self.config, "_experts_implementation", None)
+        return chosen if chosen in self.answered else "eager"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "config":  # not there while it is copied
+            raise AttributeError(name)
+        return getattr(self.config, name)
+
+
+def grouped_product(x_NK: Tensor, weight_EKO: Tensor, end_E: Tensor) -> Tensor:
+    """Multiply rows that are sorted by expert, each with its expert's matrix.
+
+    transformers' own function chooses between torch's product and its fallback, but not by sizes,
+    and knows no autocast.
+
+    Args:
+        x_NK: rows.
+        weight_EKO: a matrix for each expert, perhaps transposed.
+        end_E: where each expert's rows end, int32.
+    """
+    kind = x_NK.device.type
+    if torch.is_autocast_enabled(kind) and weight_EKO.dtype == torch.float32:
+        weight_EKO = weight_EKO.to(torch.get_autocast_dtype(kind))
+    # torch's product wants rows that begin at multiples of 16 bytes, in its gradients, too.
+    steps = (*weight_EKO.shape[1:], x_NK.stride(0), weight_EKO.stride(0))
+    aligned = all(step * weight_EKO.element_size() % 16 == 0 for step in steps)
+    y: Tensor
+    if aligned and weight_EKO.dtype != torch.float64:
+        y = moe._grouped_mm(x_NK, weight_EKO, offs=end_E)
+    else:
+        y = _BY_EXPERT(x_NK.to(weight_EKO.dtype), weight_EKO, offs=end_E)
+    return y
 
 
 def place_buffers(block: nn.Module) -> None:

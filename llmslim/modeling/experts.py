@@ -10,8 +10,14 @@ and biases stay where they were.
 The blocks of all experts are one block whose parameters and buffers have a leading dimension E; any
 structure will do. The rival, a module for each expert, would be thousands of small ones.
 
-What it leaves out: transformers' fused kernels for experts, which multiply with the whole
-parameter. The module that holds the experts is kept on its plain loop, the other layers are not.
+transformers runs the experts of most architectures in one of several ways, which a config names.
+What two of them ask for is answered as well, and needs no loop over experts, so that it can be
+compiled and exported: `batched_mm`, which picks a matrix for each row, and `grouped_mm`, which
+sorts the rows by expert. A structure takes part if it has `product_by`.
+
+What it leaves out: transformers' other kernels, which read the parameter's memory. Under these,
+and with a structure that takes no part, the module that holds the experts is kept on its loop, and
+the other layers are not.
 
 Shapes: E = experts, I = in_features, O = out_features, N = rows of x.
 """
@@ -24,9 +30,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .compat import Initialized, with_plain_experts
+from .compat import GROUPED_PRODUCTS, ExpertsConfig, Initialized
+from .products import Gathered, Products, Sorted
 from .structured import StructuredLinear, build
 
+ANSWERED = ("batched_mm", "grouped_mm")
+"""How transformers can run slim experts beside one by one."""
 _MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, torch.bmm)
 
 
@@ -89,8 +98,12 @@ class Experts(Initialized, nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The parameters' type."""
-        return next(self.parameters()).dtype
+        """The parameters' type; while a model is compiled, one that transformers compiles."""
+        dtype = next(self.parameters()).dtype
+        # With bfloat16 it would call torch's grouped product, of which the compiler does not tell
+        # `__torch_function__`; of transformers' own it does. The cast to and fro loses nothing.
+        renamed = dtype == torch.bfloat16 and torch.compiler.is_compiling()
+        return torch.float32 if renamed else dtype
 
     @property
     def device(self) -> torch.device:
@@ -137,12 +150,45 @@ class Experts(Initialized, nn.Module):
 
         if expert is not None:
             return multiply({name: tensor[expert] for name, tensor in stacked.items()}, x)
-        each: Tensor = torch.vmap(multiply)(stacked, x)
-        return each
+        if not self.takes_rows:
+            each: Tensor = torch.vmap(multiply)(stacked, x)
+            return each
+        end_E = torch.arange(1, len(x) + 1, device=x.device, dtype=torch.int32) * x.shape[1]
+        return self.product_of_rows(x.flatten(0, 1), end_E).reshape(*x.shape[:2], -1)
+
+    @property
+    def takes_rows(self) -> bool:
+        """Whether rows of several experts can be multiplied at once."""
+        return type(self._one[0]).product_by is not StructuredLinear.product_by
+
+    def product_of_rows(
+        self, x_NI: Tensor, end_E: Tensor | None = None, expert_N: Tensor | None = None
+    ) -> Tensor:
+        """Multiply each row with its expert's matrix.
+
+        Args:
+            x_NI: rows.
+            end_E: where each expert's rows end, if they are sorted by expert.
+            expert_N: each row's expert otherwise.
+        """
+        tensors = self._stacked()
+        by: Products
+        if end_E is not None:
+            by = Sorted(tensors, end_E)
+        else:
+            assert expert_N is not None
+            by = Gathered(tensors, expert_N)
+        return self._one[0].product_by(x_NI, by)
 
     def __getitem__(self, expert: int | Tensor) -> _Matrix:
-        """Return one expert's matrix, as a multiplication sees it."""
+        """Return one expert's matrix, or of each row its expert's, as a multiplication sees it."""
+        if isinstance(expert, Tensor) and expert.dim() == 1:
+            return _Matrix(self, expert, self.transposed)
         return _Matrix(self, int(expert), self.transposed)
+
+    def data_ptr(self) -> int:
+        """Return what is asked of a parameter before a kernel is chosen: the blocks choose."""
+        return 0
 
     def transpose(self, dim0: int, dim1: int) -> _Matrix:
         """Return all experts' matrices, transposed, as a multiplication sees them."""
@@ -158,13 +204,16 @@ class Experts(Initialized, nn.Module):
         return _Matrix.__torch_function__(func, types, whole, kwargs)
 
     def adapt(self, holder: nn.Module) -> None:
-        """Keep the module that holds the parameter on its plain loop, in place.
+        """Give the module that holds the parameter a config of its own, in place.
 
-        It gets a copy of the config: the choice concerns this module alone and outlives
-        `set_experts_implementation`.
+        It follows the model's in how experts are run, as far as all of them can be run so.
         """
-        if hasattr(holder, "config"):
-            holder.config = with_plain_experts(holder.config)
+        config: Any = getattr(holder, "config", None)
+        if config is not None:
+            stacks = [child for child in holder.children() if isinstance(child, Experts)]
+            answered = ANSWERED if all(stack.takes_rows for stack in stacks) else ()
+            config = config.config if isinstance(config, ExpertsConfig) else config
+            vars(holder)["config"] = ExpertsConfig(config, answered)
 
     def spec(self) -> dict[str, Any]:
         """Return what `build` needs to make an empty module like this one; JSON values only."""
@@ -184,17 +233,34 @@ class Experts(Initialized, nn.Module):
 
 
 class _Matrix:
-    """The matrix of one expert, or of all, to multiply with; it is never in memory."""
+    """The matrix of one expert, of all, or of each row its expert's, to multiply with.
 
-    def __init__(self, experts: Experts, expert: int | None, transposed: bool) -> None:
+    It is never in memory.
+    """
+
+    def __init__(self, experts: Experts, expert: int | Tensor | None, transposed: bool) -> None:
         self.experts, self.expert, self.transposed = experts, expert, transposed
 
     @property
     def shape(self) -> torch.Size:
         spec = self.experts.block_spec
         sizes = (spec["out_features"], spec["in_features"])
-        stack = () if self.expert is not None else (self.experts.experts,)
+        if isinstance(self.expert, Tensor):
+            stack = tuple(self.expert.shape)
+        else:
+            stack = () if self.expert is not None else (self.experts.experts,)
         return torch.Size((*stack, *(reversed(sizes) if self.transposed else sizes)))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.experts.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.experts.device
+
+    def data_ptr(self) -> int:
+        return self.experts.data_ptr()
 
     def transpose(self, dim0: int, dim1: int) -> _Matrix:
         rank = len(self.shape)
@@ -217,6 +283,14 @@ class _Matrix:
     ) -> Any:
         named = dict(kwargs or {})
         x, weight = args[:2] if len(args) > 1 else (None, None)
+        if any(isinstance(one, cls) and isinstance(one.expert, Tensor) for one in (x, weight)):
+            if func is torch.bmm and not named:
+                return _of_rows(x, weight)
+            weight = None
+        if func in GROUPED_PRODUCTS and isinstance(weight, cls) and weight.expert is None:
+            named = {name: value for name, value in named.items() if value is not None}
+            if weight.transposed and named.keys() == {"offs"}:
+                return weight.experts.product_of_rows(x, named["offs"])
         # F.linear takes the matrix as (O, I), a product as (I, O).
         fits = isinstance(weight, cls) and isinstance(x, Tensor)
         if fits and func is nn.functional.linear and not weight.transposed:
@@ -227,8 +301,23 @@ class _Matrix:
             return weight.experts.product(x, weight.expert)
         raise TypeError(
             f"slim experts: {getattr(func, '__name__', func)}; they answer F.linear(x, weight), "
-            "x @ weight and torch.bmm(x, weight) only. Keep these experts dense."
+            "x @ weight, torch.bmm(x, weight) and grouped products only. Keep these experts dense."
         )
+
+
+def _of_rows(left: Any, right: Any) -> Tensor:
+    """Return the batched product of a row, or a column, for each matrix, with these.
+
+    Raises:
+        TypeError: if they are not that.
+    """
+    if isinstance(left, Tensor) and right.transposed and left.shape[1] == 1:
+        y: Tensor = right.experts.product_of_rows(left.squeeze(1), expert_N=right.expert)
+        return y.unsqueeze(1)
+    if isinstance(right, Tensor) and not left.transposed and right.shape[2] == 1:
+        y = left.experts.product_of_rows(right.squeeze(2), expert_N=left.expert)
+        return y.unsqueeze(2)
+    raise TypeError("slim experts, picked for rows: they are multiplied with a row each")
 
 
 def _holder(root: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .grouped_pointwise import GroupedPointwise
 from .low_rank import LowRank
+from .products import Products
 from .sizes import (
     KeepRatio,
     OptionError,
@@ -128,3 +129,8 @@ class GroupedLowRank(StructuredLinear):
         # Called as modules: what other libraries add to one takes part.
         y: Tensor = self.grouped(x) + self.low_rank(x)
         return y
+
+    def product_by(self, x_NI: Tensor, by: Products) -> Tensor:
+        """Return the sum of both products, with the weights that `by` knows."""
+        grouped = self.grouped.product_by(x_NI, by.of("grouped"))
+        return grouped + self.low_rank.product_by(x_NI, by.of("low_rank"))

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from .compat import ACTIVATIONS
+from .products import Own, Products
 from .sizes import (
     KeepRatio,
     OptionError,
@@ -46,7 +47,7 @@ from .sizes import (
     common_divisors,
     groups_for_min_channels,
 )
-from .structured import StructuredLinear, take_channels
+from .structured import StructuredLinear
 
 # On a processor: gathered input that is read before it leaves the caches, and whose memory then
 # serves the next rows. Measured by benchmarks/bench_blocks.py.
@@ -176,43 +177,55 @@ class GroupedPointwise(StructuredLinear):
     def product(self, x: Tensor) -> Tensor:
         """Return the block's output for x (..., I), bias not added."""
         rows = x.reshape(-1, self.in_features)  # (N, I)
-        y = self._io(rows) if self.variant == "io" else self._residual(rows)
+        parts = [self.product_by(part_NI, Own(self)) for part_NI in self._parts(rows)]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts)
         return y.reshape(*x.shape[:-1], self.out_features)
 
-    def _io(self, x_NI: Tensor) -> Tensor:
-        rows, groups = x_NI.shape[0], self.groups
-        if groups == 1 and self.order is None:
-            return x_NI @ self.weight[0]
-        training = self.weight.requires_grad and torch.is_grad_enabled()
+    def product_by(self, x_NI: Tensor, by: Products) -> Tensor:
+        """Return the block's output for rows, with the weights that `by` knows."""
+        return self._io(x_NI, by) if self.variant == "io" else self._residual(x_NI, by)
+
+    def _parts(self, x_NI: Tensor) -> tuple[Tensor, ...]:
+        """Return the rows in parts whose gathered channels stay in a processor's caches."""
         # Not in a traced graph, which must hold for any number of rows, and not in training, where
         # the weight's gradient would be a sum of rounded parts.
-        if x_NI.device.type == "cpu" and not training and not torch.compiler.is_compiling():
-            part = max(1, _GATHER_BYTES // (2 * self.in_features * x_NI.element_size()))
-            if rows > part:
-                return torch.cat([self._io(rows_NI) for rows_NI in x_NI.split(part)])
-        seen = self._seen(x_NI).transpose(0, 1)  # (G, N, 2i)
-        if training:
-            seen = seen.contiguous()  # the weight's gradient reads it group by group
-        return torch.bmm(seen, self.weight).transpose(0, 1).reshape(rows, self.out_features)
+        if x_NI.device.type != "cpu" or self._is_training() or torch.compiler.is_compiling():
+            return (x_NI,)
+        if self.variant != "io" or (self.groups == 1 and self.order is None):
+            return (x_NI,)  # nothing is gathered
+        part = max(1, _GATHER_BYTES // (2 * self.in_features * x_NI.element_size()))
+        parts: tuple[Tensor, ...] = x_NI.split(part)
+        return parts
 
-    def _seen(self, x_NI: Tensor) -> Tensor:
+    def _is_training(self) -> bool:
+        return self.weight.requires_grad and torch.is_grad_enabled()
+
+    def _io(self, x_NI: Tensor, by: Products) -> Tensor:
+        seen = self._seen(x_NI, by).transpose(0, 1)  # (G, N, 2i)
+        if self._is_training():
+            seen = seen.contiguous()  # the weight's gradient reads it group by group
+        return by.bmm(seen, "weight").transpose(0, 1).reshape(x_NI.shape[0], self.out_features)
+
+    def _seen(self, x_NI: Tensor, by: Products) -> Tensor:
         """Return the channels that each group sees, (N, G, 2i)."""
         rows = x_NI.shape[0]
         if self.order is not None:
-            return take_channels(x_NI, self.order.flatten()).reshape(rows, *self.order.shape)
+            return by.take(x_NI, "order").reshape(rows, *self.order.shape)
+        if self.groups == 1:
+            return x_NI.unsqueeze(1)
         i = self.in_features // self.groups
         residue = x_NI.reshape(rows, i, self.groups).transpose(1, 2)
         return torch.cat((x_NI.reshape(rows, self.groups, i), residue), dim=-1)
 
-    def _residual(self, x_NI: Tensor) -> Tensor:
+    def _residual(self, x_NI: Tensor, by: Products) -> Tensor:
         rows, groups, o = x_NI.shape[0], self.groups, self.out_features // self.groups
         blocks = x_NI.reshape(rows, groups, self.in_features // groups).transpose(0, 1)  # (G, N, i)
-        h: Tensor = self.act(torch.bmm(blocks, self.weight))  # (G, N, o)
+        h: Tensor = self.act(by.bmm(blocks, "weight"))  # (G, N, o)
         h_NO = h.transpose(0, 1).reshape(rows, self.out_features)
         interleaved = h_NO.reshape(rows, o, groups).permute(2, 0, 1)  # (G, N, o)
         if self.second is None:
             return interleaved.transpose(0, 1).reshape(rows, self.out_features)
-        y: Tensor = self.act(torch.bmm(interleaved, self.second))
+        y: Tensor = self.act(by.bmm(interleaved, "second"))
         return y.transpose(0, 1).reshape(rows, self.out_features) + h_NO
 
     @torch.no_grad()

@@ -18,6 +18,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .products import Own, Products
 from .sizes import KeepRatio, OptionError, StaysDense, budget, check_rank
 from .structured import StructuredLinear, empty_linear
 
@@ -71,5 +72,8 @@ class LowRank(StructuredLinear):
 
     def product(self, x: Tensor) -> Tensor:
         """Return (x V) U."""
-        y: Tensor = self.up(self.down(x))
-        return y
+        return self.product_by(x, Own(self))
+
+    def product_by(self, x: Tensor, by: Products) -> Tensor:
+        """Return (x V) U, with the weights that `by` knows."""
+        return by.linear(by.linear(x, "down"), "up")

@@ -24,8 +24,9 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .products import Own, Products
 from .sizes import KeepRatio, OptionError, StaysDense, budget, check_rank
-from .structured import StructuredLinear, empty_linear, take_channels
+from .structured import StructuredLinear, empty_linear
 
 
 class PivotedLowRank(StructuredLinear):
@@ -104,5 +105,9 @@ class PivotedLowRank(StructuredLinear):
 
     def product(self, x: Tensor) -> Tensor:
         """Return [x P, x P C], each output put in its place."""
-        z = self.pivot(x)
-        return take_channels(torch.cat((z, self.rest(z)), dim=-1), self.order)
+        return self.product_by(x, Own(self))
+
+    def product_by(self, x: Tensor, by: Products) -> Tensor:
+        """Return the same with the weights that `by` knows."""
+        z = by.linear(x, "pivot")
+        return by.take(torch.cat((z, by.linear(z, "rest")), dim=-1), "order")

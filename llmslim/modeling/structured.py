@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import Conv1D
 
 from .compat import mark_initialized
+from .products import Products
 from .sizes import OptionError, StaysDense
 
 
@@ -168,6 +169,20 @@ class StructuredLinear(nn.Module, ABC):
     def product(self, x: Tensor) -> Tensor:
         """Return x times the block's matrix, x (..., I) -> (..., O), bias not added."""
 
+    def product_by(self, x_NI: Tensor, by: Products) -> Tensor:
+        """Return the block's product with weights that `by` knows by their names, (N, O).
+
+        A structure that has this multiplies the rows of all experts of a mixture at once.
+
+        Args:
+            x_NI: rows.
+            by: the block's own weights, or of each row those of its expert.
+
+        Raises:
+            NotImplementedError: if the structure multiplies in `product` only.
+        """
+        raise NotImplementedError
+
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., I) to (..., O)."""
         y = self.product(x)
@@ -239,19 +254,6 @@ def empty_linear(in_features: int, out_features: int, **kind: Any) -> nn.Linear:
     linear.weight = nn.Parameter(torch.empty(out_features, in_features, **kind))
     mark_initialized(linear)  # or an architecture draws it by its own rules
     return linear
-
-
-def take_channels(x: Tensor, order: Tensor) -> Tensor:
-    """Return the channels `order` (K,) of x (..., C), as (..., K).
-
-    Args:
-        x: values.
-        order: channels, int64.
-    """
-    if x.device.type == "cpu" and x.element_size() == 2:
-        # torch selects channels of two bytes one by one, and gathers them twice as fast.
-        return x.gather(-1, order.expand(*x.shape[:-1], -1))
-    return x.index_select(-1, order)
 
 
 def _transposed_linear(
