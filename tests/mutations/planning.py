@@ -115,7 +115,7 @@ MUTATIONS = (
         "if gone and stay:",
         "if False:",
         "a layer loses weights it shares",
-        "tests/test_experts.py::test_layers_that_share_are_dropped_together_only",
+        "tests/test_experts_plans.py::test_layers_that_share_are_dropped_together_only",
     ),
     change(
         "llmslim/planning/depth.py",
@@ -234,14 +234,14 @@ MUTATIONS = (
         "count = weights * max(1, site.experts) + bias",
         "count = weights + bias",
         "experts are counted as one",
-        "tests/test_experts.py::test_operations_are_those_of_the_experts_a_token_meets",
+        "tests/test_experts_plans.py::test_operations_are_those_of_the_experts_a_token_meets",
     ),
     change(
         "llmslim/editing/blocks.py",
         "for name in (site.name, *site.also):",
         "for name in (site.name,):",
         "layers that share a map no longer do",
-        "tests/test_experts.py::test_what_layers_share_is_replaced_once_and_seen_by_all",
+        "tests/test_experts_plans.py::test_what_layers_share_is_replaced_once_and_seen_by_all",
     ),
     change(
         "llmslim/editing/blocks.py",
