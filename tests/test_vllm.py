@@ -34,6 +34,21 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "learned order": [{"role": "mlp", **GROUPS, "channel_order": "learned"}],
     "low rank": [{"role": ["attention", "mlp"], "structure": "low_rank", **HALF}],
     "pivoted low rank": [{"role": ["attention", "mlp"], "structure": "pivoted_low_rank", **HALF}],
+    "block_shuffle, grouped_low_rank": [
+        {
+            "match": "*.down_proj",
+            "structure": "block_shuffle",
+            "init": "project",
+            "keep_ratio": 0.4,
+        },
+        {
+            "role": "mlp",
+            "structure": "grouped_low_rank",
+            "groups": 8,
+            "rank": 16,
+            "init": "project",
+        },
+    ],
     "narrower, each layer its own": [
         {"match": "*.1.mlp.*", "structure": "width", **HALF},
         {"match": "*.2.mlp.*", "structure": "width", "init": "project", "keep_ratio": 0.75},
