@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -214,3 +216,20 @@ def test_a_local_task_gives_what_the_harness_gives(dense: Path, tmp_path: Path) 
     wanted = by_hand["results"]["mine"]["acc,none"]
     (score,) = [one for one in found.tasks if one.metric == "acc"]
     assert (score.task, score.value, score.rows) == ("mine", wanted, 12)
+
+
+@pytest.mark.parametrize(
+    "text", [None, "doc_to_text: !function code.text\n", "- a\n", "include: other.yaml\n", "a: [\n"]
+)
+def test_a_file_that_is_no_task_is_refused_before_any_work(
+    text: str | None, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness = ModuleType("lm_eval")
+    harness.__spec__ = ModuleSpec("lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval", harness)
+    file = tmp_path / "task.yaml"
+    if text is not None:
+        file.write_text(text)
+    result = run("eval", dense, "--tasks", str(file))
+    assert result.exit_code == 1
+    assert "task.yaml" in result.stderr

@@ -7,12 +7,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from llmslim.errors import DataError
 from llmslim.report.scores import TaskScore
+from llmslim.storage import first_line
 
 
 def check_tasks(tasks: Iterable[str]) -> None:
-    """Refuse tasks where the harness is not installed, or a file of one is not there.
+    """Refuse tasks where the harness is not installed, or a file of one does not hold it.
 
     Raises:
         DataError: if so.
@@ -24,8 +27,8 @@ def check_tasks(tasks: Iterable[str]) -> None:
             "`pip install 'llmslim-toolkit[eval]'`."
         )
     for name in names:
-        if name.endswith((".yaml", ".yml")) and not Path(name).is_file():
-            raise DataError(f"tasks: {name}: no such file. Give a task's name, or its YAML file.")
+        if _is_file(name):
+            _read_task(Path(name))
 
 
 def score_task(
@@ -36,20 +39,20 @@ def score_task(
     Args:
         model: a causal language model.
         tokenizer: its tokenizer.
-        task: the name of one of the harness's tasks, or a YAML file with one's config.
+        task: the name of one of the harness's tasks, or a YAML file with one's config, all of it
+            in that file and none of it code.
         limit: rows to try, the first ones; all by default.
         batch_size: rows run together.
 
     Raises:
-        DataError: if there is no such task.
+        DataError: if there is no such task, or the file holds none.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
-    from lm_eval.utils import load_yaml_config
 
-    is_file = task.endswith((".yaml", ".yml"))
-    wanted: Any = load_yaml_config(task) if is_file else task
+    is_file = _is_file(task)
+    wanted: Any = _read_task(Path(task)) if is_file else task
     manager = TaskManager(include_defaults=not is_file)
     if not is_file and task not in manager.all_tasks:
         raise DataError(
@@ -81,3 +84,22 @@ def score_task(
 
 def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) else None
+
+
+def _is_file(task: str) -> bool:
+    return task.endswith((".yaml", ".yml"))
+
+
+def _read_task(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise DataError(f"tasks: {path}: no such file. Give a task's name, or its YAML file.")
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        # The harness would run the code that a tag `!function` names.
+        raise DataError(
+            f"tasks: {path}: {first_line(error)}. Give a task without code of its own."
+        ) from error
+    if not isinstance(config, dict) or "include" in config:
+        raise DataError(f"tasks: {path}: not one whole task. Give a file with all keys of one.")
+    return config
