@@ -80,9 +80,9 @@ class Job(NamedTuple):
 def recipe_of(start: str) -> Recipe:
     """Return kphi3's recipe at SmolLM2's width, with one way to start."""
     recipe = Recipe.load("kphi3").model_dump(exclude_unset=True)
-    recipe["replace"] = [
-        {**rule, "min_channels_per_group": CHANNELS, **STARTS[start]} for rule in recipe["replace"]
-    ]
+    del recipe["calibration"]  # the options say what to fit to
+    changes = {"min_channels_per_group": CHANNELS, "channel_order": "fixed", **STARTS[start]}
+    recipe["replace"] = [{**rule, **changes} for rule in recipe["replace"]]
     if STARTS[start]["init"] == "least_squares":
         recipe["refine"] = {"end_to_end": {}} if start.endswith("trained") else {}
     return Recipe.of(recipe)

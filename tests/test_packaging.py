@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
@@ -71,8 +72,12 @@ def test_the_wheels_metadata_is_the_projects(wheel):
     assert "\nName: llmslim-toolkit\n" in metadata
     assert f"\nVersion: {llmslim.__version__}\n" in metadata
     assert "\nLicense-Expression: Apache-2.0\n" in metadata
-    entry_points = wheel.read(name.replace("METADATA", "entry_points.txt")).decode()
-    assert entry_points.split() == ["[console_scripts]", "llmslim", "=", "llmslim.cli.main:main"]
+    found = ConfigParser()
+    found.read_string(wheel.read(name.replace("METADATA", "entry_points.txt")).decode())
+    assert {group: dict(found[group]) for group in found.sections()} == {
+        "console_scripts": {"llmslim": "llmslim.cli.main:main"},
+        "vllm.general_plugins": {"llmslim": "llmslim._autoregister:register_when_imported"},
+    }
 
 
 def test_recipes_are_found_in_an_unpacked_wheel(wheel, tmp_path):
