@@ -39,7 +39,9 @@ _KOSMOS = {"layers": 2, "embed_dim": 64, "ffn_dim": 96, "attention_heads": 4}
 _PARTS: dict[str, dict[str, Any]] = {
     "chameleon": {"vocabulary_map": {"<image>": 4}},
     "cosmos3_edge": _MROPE,
-    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"]}},
+    "deepseek_ocr2": {
+        "text_config": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2}
+    },
     "emu3": {"vocabulary_map": {"<image>": 4}},
     "ernie4_5_vl_moe": {"text_config": {"rope_parameters": _rope(3, 3, 2)}},
     "florence2": {

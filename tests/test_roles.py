@@ -226,7 +226,7 @@ def test_attention_is_odd_in_v_and_even_in_q_with_k(name: str) -> None:
 
 
 @_sweep(
-    *("bert", "blt", "dbrx", "jetmoe", "mamba", "modernbert-decoder", "rwkv", "xlm"),
+    *("bert", "blt", "dbrx", "jetmoe", "mamba", "modernbert-decoder", "moshi", "rwkv", "xlm"),
     without=NOT_BUILT,
 )
 def test_general_recipes_save_something_of_every_architecture(name: str) -> None:

@@ -119,7 +119,7 @@ def _calls(pieces: Pieces) -> tuple[Layers | None, Calls | None]:
         vocabulary = int(model.get_input_embeddings().num_embeddings)
         ids = torch.arange(_TOKENS, device=pieces.device)[None] % vocabulary
         return layers, record_calls(model, stack, [ids])
-    except (NotInPiecesError, TargetError, AttributeError):
+    except (NotInPiecesError, TargetError, AttributeError, NotImplementedError):
         return layers, None
     finally:
         for piece in first:

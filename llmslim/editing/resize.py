@@ -19,6 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import Conv1D
 
@@ -67,10 +68,10 @@ def width_field(model: Any, mlps: Sequence[Mlp], width: int) -> dict[str, Any] |
         real = text.attribute_map.get(field, field)
         if not hasattr(text, real) or isinstance(getattr(text, real), list):
             continue
-        set_config(text, {real: width})
         try:
+            set_config(text, {real: width})
             trial = _without_weights(type(model), type(config).from_dict(config.to_dict()))
-        except ValueError:  # a config may check its fields against each other
+        except (ValueError, StrictDataclassError):  # a config may check its fields, and their sums
             continue
         if resized is None:
             resized = _without_weights(type(model), copy.deepcopy(model.config))
