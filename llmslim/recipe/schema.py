@@ -212,7 +212,7 @@ class Recipe(Section):
                 once, each with file, line and key.
 
         Example:
-            >>> Recipe.load("kphi3").replace[0].options()
+            >>> Recipe.load("kphi3-3layer").replace[0].options()
             {'min_channels_per_group': 256, 'variant': 'io'}
         """
         from .load import load_recipe  # the reader builds on this schema
