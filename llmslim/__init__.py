@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from llmslim.healing.report import HealReport as HealReport
     from llmslim.modeling.grouped_pointwise import GroupedPointwise as GroupedPointwise
     from llmslim.modeling.low_rank import LowRank as LowRank
-    from llmslim.modeling.products import Products as Products
+    from llmslim.modeling.structured import Products as Products
     from llmslim.modeling.structured import StructuredLinear as StructuredLinear
     from llmslim.options import BenchOptions as BenchOptions
     from llmslim.options import ConvertOptions as ConvertOptions
@@ -81,8 +81,7 @@ _EXPORTS = {
     "llmslim.healing.report": "HealReport",
     "llmslim.modeling.grouped_pointwise": "GroupedPointwise",
     "llmslim.modeling.low_rank": "LowRank",
-    "llmslim.modeling.products": "Products",
-    "llmslim.modeling.structured": "StructuredLinear",
+    "llmslim.modeling.structured": "Products StructuredLinear",
     "llmslim.options": "BenchOptions ConvertOptions EvalOptions HealOptions",
     "llmslim.plugins": "register_init register_objective register_structure",
     "llmslim.recipe": "Heal Recipe",

@@ -188,6 +188,7 @@ def test_tasks_without_the_harness_name_the_extra(
 
 
 def test_a_local_task_gives_what_the_harness_gives(dense: Path, tmp_path: Path) -> None:
+    # Reason to skip: it brings forty packages; scripts/test --all installs them.
     lm_eval = pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
     rows = [{"a": f"w{n}", "b": f"w{n + 40}", "label": n % 2} for n in range(12)]
     (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))

@@ -22,6 +22,7 @@ from llmslim.modeling.low_rank import LowRank
 from llmslim.modeling.structured import StructuredLinear
 from llmslim.storage import write_checkpoint
 
+# Reason to skip: the default run does without these extras; scripts/test --all installs them.
 needs_onnx = pytest.mark.skipif(
     not all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")),
     reason="the extra `onnx`, or onnxruntime, is not installed",

@@ -22,8 +22,7 @@ from llmslim.modeling.grouped_low_rank import GroupedLowRank
 from llmslim.modeling.grouped_pointwise import GroupedPointwise
 from llmslim.modeling.low_rank import LowRank
 from llmslim.modeling.pivoted_low_rank import PivotedLowRank
-from llmslim.modeling.products import take_channels
-from llmslim.modeling.structured import StructuredLinear, build, structure_class
+from llmslim.modeling.structured import StructuredLinear, build, structure_class, take_channels
 
 torch.set_num_threads(1)  # on a busy machine tiny products wait for the second thread, not for work
 tried = settings(deadline=None, max_examples=60, derandomize=True)

@@ -109,6 +109,7 @@ def in_vllm(folder: Path, *, trusted: bool) -> list[int]:
     return tokens
 
 
+# Reason to skip: vLLM wants older versions than the other tests run with; scripts/vllm runs this.
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="no vLLM: run scripts/vllm")
 @pytest.mark.parametrize(

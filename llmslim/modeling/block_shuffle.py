@@ -23,9 +23,8 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .products import Own, Products
 from .sizes import KeepRatio, OptionError, StaysDense, budget, check_groups, common_divisors
-from .structured import StructuredLinear
+from .structured import Own, Products, StructuredLinear
 
 
 class BlockShuffle(StructuredLinear):

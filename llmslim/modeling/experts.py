@@ -13,13 +13,16 @@ structure will do. The rival, a module for each expert, would be thousands of sm
 transformers runs the experts of most architectures in one of several ways, which a config names.
 What two of them ask for is answered as well, and needs no loop over experts, so that it can be
 compiled and exported: `batched_mm`, which picks a matrix for each row, and `grouped_mm`, which
-sorts the rows by expert. A structure takes part if it has `product_by`.
+sorts the rows by expert. A structure takes part if it has `product_by`; it then multiplies with
+the weights of E blocks, stacked in one tensor each, by `Gathered` or `Sorted`. Where no graph is
+traced, a processor loops over the experts that have rows, where that is faster.
 
 What it leaves out: transformers' other kernels, which read the parameter's memory. Under these,
 and with a structure that takes no part, the module that holds the experts is kept on its loop, and
 the other layers are not.
 
-Shapes: E = experts, I = in_features, O = out_features, N = rows of x.
+Shapes: E = experts, I = in_features, O = out_features, N = rows of x, G = groups, K = channels in,
+C = channels chosen from.
 """
 
 from __future__ import annotations
@@ -30,9 +33,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .compat import GROUPED_PRODUCTS, ExpertsConfig, Initialized
-from .products import Gathered, Products, Sorted
-from .structured import StructuredLinear, build
+from .compat import GROUPED_PRODUCTS, ExpertsConfig, Initialized, grouped_product
+from .structured import Products, StructuredLinear, build, take_channels
 
 ANSWERED = ("batched_mm", "grouped_mm")
 """How transformers can run slim experts beside one by one."""
@@ -230,6 +232,87 @@ class Experts(Initialized, nn.Module):
 
     def _stacked(self) -> dict[str, Tensor]:
         return {**dict(self.named_parameters()), **dict(self.named_buffers())}
+
+
+class Gathered:
+    """Products of rows in any order, each with the weights of its own expert.
+
+    Args:
+        tensors: all experts' parameters and buffers by their names, E in front.
+        expert_N: the expert of each row.
+        inside: where in the block the names begin.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], expert_N: Tensor, inside: str = "") -> None:
+        self.tensors, self.expert_N, self.inside = tensors, expert_N, inside
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        """Multiply each row with a matrix of its own."""
+        weight_NOK = self.tensors[f"{self.inside}{name}.weight"][self.expert_N]
+        return torch.bmm(weight_NOK, x.unsqueeze(-1)).squeeze(-1)
+
+    def bmm(self, x_GNK: Tensor, name: str) -> Tensor:
+        """Multiply each row's groups with matrices of their own."""
+        weight_NGKO = self.tensors[self.inside + name][self.expert_N]
+        y_NG1O = torch.matmul(x_GNK.transpose(0, 1).unsqueeze(-2), weight_NGKO)
+        return y_NG1O.squeeze(-2).transpose(0, 1)
+
+    def take(self, x_NC: Tensor, name: str) -> Tensor:
+        """Choose each row's channels by an order of its own."""
+        return x_NC.gather(-1, self.tensors[self.inside + name].flatten(1)[self.expert_N])
+
+    def of(self, name: str) -> Gathered:
+        """Go inside."""
+        return Gathered(self.tensors, self.expert_N, f"{self.inside}{name}.")
+
+
+class Sorted:
+    """Products of rows that are sorted by expert.
+
+    Args:
+        tensors: all experts' parameters and buffers by their names, E in front.
+        end_E: where each expert's rows end.
+        inside: where in the block the names begin.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], end_E: Tensor, inside: str = "") -> None:
+        self.tensors, self.end_E, self.inside = tensors, end_E, inside
+        self.counts: list[int] | None = None
+        # Not in a traced graph, which must hold for any rows, and not where contents are not known.
+        if (
+            end_E.device.type == "cpu"
+            and type(end_E) is Tensor
+            and not torch.compiler.is_compiling()
+        ):
+            ends = end_E.tolist()
+            self.counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        """Multiply the rows of each expert with its matrix."""
+        return grouped_product(x, self.tensors[f"{self.inside}{name}.weight"].mT, self.end_E)
+
+    def bmm(self, x_GNK: Tensor, name: str) -> Tensor:
+        """Multiply the rows of each expert with its matrices."""
+        weight_EGKO = self.tensors[self.inside + name]
+        if self.counts is None:
+            pairs = zip(x_GNK, weight_EGKO.unbind(1), strict=True)
+            return torch.stack([grouped_product(x, weight, self.end_E) for x, weight in pairs])
+        parts = zip(x_GNK.split(self.counts, dim=1), weight_EGKO.unbind(), strict=True)
+        return torch.cat([torch.bmm(x, weight) for x, weight in parts if x.shape[1]], dim=1)
+
+    def take(self, x_NC: Tensor, name: str) -> Tensor:
+        """Choose the channels of each expert's rows by its order."""
+        order_EK = self.tensors[self.inside + name].flatten(1)
+        if self.counts is None:
+            row_N = torch.arange(x_NC.shape[0], device=x_NC.device)
+            expert_N = (row_N.unsqueeze(1) >= self.end_E).sum(1)
+            return x_NC.gather(-1, order_EK[expert_N])
+        parts = zip(x_NC.split(self.counts), order_EK.unbind(), strict=True)
+        return torch.cat([take_channels(x, order) for x, order in parts if len(x)])
+
+    def of(self, name: str) -> Sorted:
+        """Go inside."""
+        return Sorted(self.tensors, self.end_E, f"{self.inside}{name}.")
 
 
 class _Matrix:

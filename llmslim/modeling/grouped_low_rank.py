@@ -24,7 +24,6 @@ from torch import Tensor
 
 from .grouped_pointwise import GroupedPointwise
 from .low_rank import LowRank
-from .products import Products
 from .sizes import (
     KeepRatio,
     OptionError,
@@ -35,7 +34,7 @@ from .sizes import (
     common_divisors,
     exact_ratio,
 )
-from .structured import StructuredLinear
+from .structured import Products, StructuredLinear
 
 _GROUPED_SHARE = 12
 """The grouped part gets at most this fraction of the budget: 1 / 12."""

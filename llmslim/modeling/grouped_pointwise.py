@@ -37,7 +37,6 @@ import torch
 from torch import Tensor, nn
 
 from .compat import ACTIVATIONS
-from .products import Own, Products
 from .sizes import (
     KeepRatio,
     OptionError,
@@ -47,7 +46,7 @@ from .sizes import (
     common_divisors,
     groups_for_min_channels,
 )
-from .structured import StructuredLinear
+from .structured import Own, Products, StructuredLinear
 
 # On a processor: gathered input that is read before it leaves the caches, and whose memory then
 # serves the next rows. Measured by benchmarks/bench_blocks.py.

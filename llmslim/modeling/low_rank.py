@@ -18,9 +18,8 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .products import Own, Products
 from .sizes import KeepRatio, OptionError, StaysDense, budget, check_rank
-from .structured import StructuredLinear, empty_linear
+from .structured import Own, Products, StructuredLinear, empty_linear
 
 
 class LowRank(StructuredLinear):

@@ -4,7 +4,12 @@ A structure is a drop-in for `nn.Linear` whose matrix is cheaper than dense: a s
 `StructuredLinear` in its own file, beside this one or in another package (docs/plugins.md).
 It has a `name`, its `Options`, and methods that make, draw and multiply with its parameters.
 
-Shapes: I = in_features, O = out_features.
+A structure that writes its product as `product_by(x, by)`, in terms of `Products` with weights that
+it names, also serves the experts of a mixture, whose rows meet weights of their own (`experts.py`).
+`Own` takes the weights of the block at hand.
+
+Shapes: I = in_features, O = out_features, N = rows, G = groups, K = channels in, C = channels
+chosen from.
 """
 
 from __future__ import annotations
@@ -18,15 +23,30 @@ from contextlib import nullcontext
 from dataclasses import MISSING, fields
 from functools import cache
 from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Protocol, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
 from transformers import Conv1D
 
 from .compat import mark_initialized
-from .products import Products
 from .sizes import OptionError, StaysDense
+
+
+class Products(Protocol):
+    """Products with the weights of a block, by their names in it."""
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        """Return x (N, K) times an `nn.Linear`, (N, O)."""
+
+    def bmm(self, x_GNK: Tensor, name: str) -> Tensor:
+        """Return each of G matrices times its own, a parameter (G, K, O), as (G, N, O)."""
+
+    def take(self, x_NC: Tensor, name: str) -> Tensor:
+        """Return the channels that an index buffer of any shape names, one after the other."""
+
+    def of(self, name: str) -> Products:
+        """Return the products with the weights of a block inside this one."""
 
 
 class StructuredLinear(nn.Module, ABC):
@@ -181,6 +201,7 @@ class StructuredLinear(nn.Module, ABC):
         Raises:
             NotImplementedError: if the structure multiplies in `product` only.
         """
+        # Not abstract: a structure need not be one for mixtures, and `Experts` asks whether it is.
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -208,6 +229,34 @@ class StructuredLinear(nn.Module, ABC):
     def extra_repr(self) -> str:
         """Show the spec the way `nn.Linear` shows its sizes."""
         return ", ".join(f"{k}={v}" for k, v in self.spec().items() if k != "structure")
+
+
+class Own:
+    """Products with the weights of one block; its `nn.Linear` are called as modules.
+
+    Args:
+        block: the block.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        """Call the module: what other libraries add to one takes part."""
+        y: Tensor = getattr(self.block, name)(x)
+        return y
+
+    def bmm(self, x_GNK: Tensor, name: str) -> Tensor:
+        """Multiply."""
+        return torch.bmm(x_GNK, getattr(self.block, name))
+
+    def take(self, x_NC: Tensor, name: str) -> Tensor:
+        """Choose."""
+        return take_channels(x_NC, getattr(self.block, name).flatten())
+
+    def of(self, name: str) -> Own:
+        """Go inside."""
+        return Own(getattr(self.block, name))
 
 
 def option_values(options: Any) -> dict[str, Any]:
@@ -254,6 +303,19 @@ def empty_linear(in_features: int, out_features: int, **kind: Any) -> nn.Linear:
     linear.weight = nn.Parameter(torch.empty(out_features, in_features, **kind))
     mark_initialized(linear)  # or an architecture draws it by its own rules
     return linear
+
+
+def take_channels(x: Tensor, order: Tensor) -> Tensor:
+    """Return the channels `order` (K,) of x (..., C), as (..., K).
+
+    Args:
+        x: values.
+        order: channels, int64.
+    """
+    if x.device.type == "cpu" and x.element_size() == 2:
+        # torch selects channels of two bytes one by one, and gathers them twice as fast.
+        return x.gather(-1, order.expand(*x.shape[:-1], -1))
+    return x.index_select(-1, order)
 
 
 def _transposed_linear(

@@ -135,7 +135,7 @@ MUTATIONS = (
         "llmslim/modeling/experts.py",
         "ANSWERED if all(stack.takes_rows for stack in stacks) else ()",
         "ANSWERED",
-        "a plug-in's experts are asked for what they cannot do",
+        "a model with a plug-in's blocks stops: they multiply one expert's rows only",
         "tests/test_experts.py::test_what_slim_experts_cannot_do_leaves_them_on_their_loop",
     ),
     change(
@@ -174,21 +174,21 @@ MUTATIONS = (
         "tests/test_experts.py::test_another_operation_is_refused",
     ),
     change(
-        "llmslim/modeling/products.py",
+        "llmslim/modeling/experts.py",
         "expert_N = (row_N.unsqueeze(1) >= self.end_E).sum(1)",
         "expert_N = (row_N.unsqueeze(1) > self.end_E).sum(1)",
         "an exported graph takes the first row of an expert by another one's order",
         "tests/test_experts.py::test_rows_of_all_experts_at_once",
     ),
     change(
-        "llmslim/modeling/products.py",
+        "llmslim/modeling/experts.py",
         "parts = zip(x_GNK.split(self.counts, dim=1), weight_EGKO.unbind(), strict=True)",
         "parts = zip(x_GNK.split(self.counts, dim=1), weight_EGKO.flip(0).unbind(), strict=True)",
         "tokens meet the groups of another expert",
         "tests/test_experts.py::test_rows_of_all_experts_at_once",
     ),
     change(
-        "llmslim/modeling/products.py",
+        "llmslim/modeling/experts.py",
         "return x_NC.gather(-1, self.tensors[self.inside + name].flatten(1)[self.expert_N])",
         "return x_NC.gather(-1, self.tensors[self.inside + name].flatten(1)[0 * self.expert_N])",
         "rows picked from a batch read the first expert's channels",
@@ -363,7 +363,7 @@ MUTATIONS = (
         "tests/test_sizes.py::test_group_rule_is_the_reports",
     ),
     change(
-        "llmslim/modeling/products.py",
+        "llmslim/modeling/structured.py",
         "return x.gather(-1, order.expand(*x.shape[:-1], -1))",
         "return x.gather(-1, order.sort().values.expand(*x.shape[:-1], -1))",
         "channels of bfloat16 are taken in another order",
