@@ -71,7 +71,7 @@ def width_field(model: Any, mlps: Sequence[Mlp], width: int) -> dict[str, Any] |
         try:
             set_config(text, {real: width})
             trial = _without_weights(type(model), type(config).from_dict(config.to_dict()))
-        except (ValueError, StrictDataclassError):  # a config may check its fields, and their sums
+        except (ValueError, StrictDataclassError):  # a config may check its fields
             continue
         if resized is None:
             resized = _without_weights(type(model), copy.deepcopy(model.config))
