@@ -52,7 +52,15 @@ def measure(model: str, teacher: str | None, spec: Heal, length: int, steps: int
     before = resident()
     loaded = load_model(source, dtype="float32")
     dense = None if teacher is None else load_model(find(teacher), dtype="float32")
-    computed = healing_memory(loaded, spec, length=length, accumulate=1, bf16=False, teacher=dense)
+    computed = healing_memory(
+        loaded,
+        spec,
+        length=length,
+        accumulate=1,
+        bf16=False,
+        device=loaded.device,
+        teacher=dense,
+    )
     llmslim.heal(loaded, recipe=spec, data=text, teacher=dense)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"measured": peak - before, "computed": computed.peak, "process": before}
@@ -71,6 +79,7 @@ def on_a_gpu(config: str, recipe: str) -> None:
         length=spec.context_length,
         accumulate=-(-spec.batch_size // spec.micro_batch),
         bf16=True,
+        device=torch.device("cuda"),
     )
     click.echo(markdown([f"{recipe}, context {spec.context_length}", ""], found.facts()))
 

@@ -21,10 +21,15 @@ from llmslim.recipe import Heal
 ROWS, LENGTH, HIDDEN, LAYERS, VOCABULARY = 3, 16, 48, 4, 96
 
 
-def memory(model, teacher=None, accumulate=1, bf16=False, **options):
-    spec = Heal(micro_batch=ROWS, **options)
+def memory(model, teacher=None, accumulate=1, bf16=False, device="cpu", **options):
     return healing_memory(
-        model, spec, length=LENGTH, accumulate=accumulate, bf16=bf16, teacher=teacher
+        model,
+        Heal(micro_batch=ROWS, **options),
+        length=LENGTH,
+        accumulate=accumulate,
+        bf16=bf16,
+        device=torch.device(device),
+        teacher=teacher,
     )
 
 
@@ -121,7 +126,8 @@ def test_the_shipped_recipe_for_phi3_fits_24_gb():
         )
     llmslim.slim(model, "kphi3", init="random")
     assert sum(weight.numel() for weight in model.parameters()) == 851_512_320
-    found = healing_memory(model, config, length=4096, accumulate=1, bf16=True)
+    gpu = torch.device("cuda")
+    found = healing_memory(model, config, length=4096, accumulate=1, bf16=True, device=gpu)
     assert found.peak < 21.5 * 2**30  # an L4 has 22.5; one is CUDA's and what lies between
 
 

@@ -39,7 +39,7 @@ def predicted(step):
 
 @pytest.fixture(params=[2**24, 96 * 5], ids=["one chunk", "several chunks"])
 def chunks(request, monkeypatch):
-    monkeypatch.setattr(predictions, "CHUNK_NUMBERS", request.param)
+    monkeypatch.setattr(predictions, "CPU_CHUNK", request.param)
 
 
 def test_objectives_are_the_files():

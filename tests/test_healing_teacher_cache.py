@@ -68,8 +68,7 @@ def files(folder):
 def test_the_loss_and_its_gradient_are_those_of_a_live_teacher(
     tmp_path, monkeypatch, together, temperature, top_k
 ):
-    monkeypatch.setattr(predictions, "CHUNK_NUMBERS", 96 * 5)
-    monkeypatch.setattr(teacher_cache, "CHUNK_NUMBERS", 96 * 5)
+    monkeypatch.setattr(predictions, "CPU_CHUNK", 96 * 5)
     model, teacher, rows = slimmed(), tiny_model(seed=3), Patchy(5, 1)
     cache = filled(
         tmp_path / "w", teacher, rows, together=together, top_k=top_k, temperature=temperature

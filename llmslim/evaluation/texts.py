@@ -12,13 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from llmslim.anatomy.predictions import divergence
+from llmslim.anatomy.predictions import divergence, tokens_at_once
 from llmslim.errors import DataError
 from llmslim.progress import Progress, quietly
 from llmslim.report.scores import Estimate, TextScores
-
-_ROWS = 64
-"""Tokens whose logits are looked at together: float32 copies of all would be large."""
 
 
 @torch.no_grad()
@@ -66,7 +63,8 @@ def score_text(
 def _loss(logits_LV: Tensor, ids_L: Tensor) -> float:
     """Return the mean of -log p(next token) of one window."""
     total = 0.0
-    pairs = zip(logits_LV[:-1].split(_ROWS), ids_L[1:].split(_ROWS), strict=True)
+    chunk = tokens_at_once(logits_LV)
+    pairs = zip(logits_LV[:-1].split(chunk), ids_L[1:].split(chunk), strict=True)
     for logits_TV, ids_T in pairs:
         total += float(cross_entropy(logits_TV.float(), ids_T, reduction="sum"))
     return total / (len(ids_L) - 1)
@@ -74,8 +72,8 @@ def _loss(logits_LV: Tensor, ids_L: Tensor) -> float:
 
 def _compared(ours_LV: Tensor, theirs_LV: Tensor) -> tuple[float, float]:
     """Return the mean divergence from the other predictions, and the share of equal top tokens."""
-    total, same = 0.0, 0
-    for ours_TV, theirs_TV in zip(ours_LV.split(_ROWS), theirs_LV.split(_ROWS), strict=True):
+    total, same, chunk = 0.0, 0, tokens_at_once(ours_LV)
+    for ours_TV, theirs_TV in zip(ours_LV.split(chunk), theirs_LV.split(chunk), strict=True):
         log_p_TV, log_q_TV = (one.float().log_softmax(-1) for one in (theirs_TV, ours_TV))
         total += float(divergence(log_p_TV, log_q_TV).sum())
         same += int((ours_TV.argmax(-1) == theirs_TV.argmax(-1)).sum())

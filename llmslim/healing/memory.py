@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmslim.anatomy.predictions import CHUNK_NUMBERS
+from llmslim.anatomy.predictions import logits_at_once
 from llmslim.anatomy.sites import find_layers
 from llmslim.compat import CAST, FakeTensorMode, TorchDispatchMode, attention_of
 from llmslim.healing.packing_check import takes_position_ids
@@ -97,7 +97,14 @@ class Memory:
 
 
 def healing_memory(
-    model: Any, spec: Heal, *, length: int, accumulate: int, bf16: bool, teacher: Any = None
+    model: Any,
+    spec: Heal,
+    *,
+    length: int,
+    accumulate: int,
+    bf16: bool,
+    device: torch.device,
+    teacher: Any = None,
 ) -> Memory:
     """Compute the memory of a healing.
 
@@ -109,6 +116,7 @@ def healing_memory(
         length: tokens in a row.
         accumulate: passes of a step.
         bf16: whether the arithmetic is bfloat16.
+        device: where the training is.
         teacher: the dense model, if any, on any device.
     """
     weights = sum(weight.numel() for weight in model.parameters())
@@ -133,7 +141,7 @@ def healing_memory(
         again=again,
         passing=_PASSING * found.largest,
         logits=(3 if live else 2) * found.logits,
-        chunks=_CHUNKS[teacher is not None] * min(4 * CHUNK_NUMBERS, found.float_logits),
+        chunks=_CHUNKS[teacher is not None] * min(4 * logits_at_once(device), found.float_logits),
     )
 
 

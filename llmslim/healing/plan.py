@@ -198,6 +198,7 @@ def plan_healing(inputs: HealInputs) -> HealingPlan:
             length=len(text.train[0]["input_ids"]),
             accumulate=plan.accumulate,
             bf16=bf16,
+            device=state.device,
             teacher=inputs.teacher,
         )
     except Exception as error:  # models raise anything

@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llmslim.anatomy.predictions import CHUNK_NUMBERS
+from llmslim.anatomy.predictions import tokens_at_once
 from llmslim.errors import HealingError
 from llmslim.healing.objectives import TeacherTopK, next_tokens
 from llmslim.healing.rows import Collate
@@ -165,7 +165,7 @@ class TeacherCache:
         places_P = predicts_NL.flatten().nonzero().flatten().to(device)
         top_k = min(self.top_k, logits_TV.shape[1])
         kept: list[tuple[Tensor, ...]] = []
-        for places in places_P.split(max(1, CHUNK_NUMBERS // logits_TV.shape[1])):
+        for places in places_P.split(tokens_at_once(logits_TV)):
             logits_CV = logits_TV[places]
             scaled_CV = logits_CV.float() / self.temperature
             log_p_CK, tokens_CK = scaled_CV.log_softmax(-1).topk(top_k, dim=-1)
