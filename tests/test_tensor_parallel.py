@@ -36,27 +36,32 @@ LOW: dict[str, Any] = {"structure": "low_rank", "init": "project", "keep_ratio":
 PIVOTED: dict[str, Any] = LOW | {"structure": "pivoted_low_rank"}
 GROUPED: dict[str, Any] = {"structure": "grouped_pointwise", "init": "project", "groups": 4}
 PROGRAM = """
-import pathlib, sys
+import os, pathlib, sys
 import torch
+from torch import distributed, multiprocessing
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 import llmslim
 
-ids = torch.load(sys.argv[1])
-for folder in map(pathlib.Path, sys.argv[2:]):
-    shared = DistributedConfig(tp_plan="auto")
-    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=shared)
-    loss = model(ids, labels=ids, use_cache=False).loss
-    loss.backward()
-    with torch.no_grad():
-        logits = model(ids, use_cache=False).logits
-    weights = dict(model.named_parameters())
-    held = {n: (w.to_local() if isinstance(w, DTensor) else w).numel() for n, w in weights.items()}
-    slope = weights["model.layers.0.input_layernorm.weight"].grad
-    name = f"rank{torch.distributed.get_rank()}.pt"
-    torch.save({"logits": logits, "held": held, "slope": slope}, folder / name)
-torch.distributed.destroy_process_group()
+def load(rank, ids, folders):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}  # as torchrun does
+    for folder in map(pathlib.Path, folders):
+        shared = DistributedConfig(tp_plan="auto")
+        model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=shared)
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        with torch.no_grad():
+            logits = model(ids, use_cache=False).logits
+        weights = dict(model.named_parameters())
+        local = {n: w.to_local() if isinstance(w, DTensor) else w for n, w in weights.items()}
+        held = {name: weight.numel() for name, weight in local.items()}
+        slope = weights["model.layers.0.input_layernorm.weight"].grad
+        torch.save({"logits": logits, "held": held, "slope": slope}, folder / f"rank{rank}.pt")
+    distributed.destroy_process_group()
+
+# Forked, so that all is imported once.
+given = (torch.load(sys.argv[1]), sys.argv[2:])
+multiprocessing.start_processes(load, given, nprocs=2, start_method="fork")
 """
 
 
@@ -152,30 +157,19 @@ def dense_twin(model: Any) -> Any:
 
 
 def run_in_two_processes(folders: list[Path], home: Path) -> None:
-    """Do as torchrun does, without a third process."""
     torch.save(tokens(), home / "ids.pt")
-    command = [sys.executable, "-c", PROGRAM, str(home / "ids.pt"), *map(str, folders)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    shared |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    processes = [
-        subprocess.Popen(
-            command,
-            env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    try:
-        said = [process.communicate(timeout=240)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, errors in zip(processes, said, strict=True):
-        assert process.returncode == 0, errors[-3000:]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(home / "ids.pt"), *map(str, folders)],
+        env=os.environ | shared | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_two_processes_give_the_logits_of_the_dense_matrices(tmp_path: Path) -> None:

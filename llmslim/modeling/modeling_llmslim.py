@@ -51,7 +51,7 @@ _SLIM_FIELDS = ("llmslim", "base_model_type", "auto_map", "model_type", "archite
 
 
 class SlimModelMixin(Distributed):
-    """What a slim model does on top of its base class: build its blocks, refuse half a load."""
+    """What a slim model does beside its base class: build and shard blocks, refuse half a load."""
 
     all_tied_weights_keys: dict[str, str]
     base_model_prefix: str
