@@ -22,6 +22,7 @@ from transformers import (
     TrainingArguments,
     modeling_gguf_pytorch_utils,
 )
+from transformers.distributed import DistributedConfig
 
 from llmslim import compat
 from llmslim.healing.trainable import keep_activations
@@ -113,6 +114,13 @@ def test_rows_sorted_by_expert_are_multiplied(inner, outer, dtype, autocast):
             torch.testing.assert_close(one, other, **close)
 
 
+def test_parallel_plans_are_resolved_to_full_names():
+    assert modeling_compat._PLANS_BY_NAME
+    shared = DistributedConfig(tp_size=2)
+    plan, *_ = tiny_model("llama")._resolve_parallel_plans(shared)
+    assert plan["model.layers.3.mlp.up_proj"] == "colwise"
+
+
 def test_all_grouped_products_of_transformers_are_known(monkeypatch):
     asked = []
 
@@ -141,6 +149,7 @@ def test_all_grouped_products_of_transformers_are_known(monkeypatch):
         *("all_tied_weights_keys", "get_expanded_tied_weights_keys", "is_custom_code"),
         *("is_remote_code", "initialize_weights", "mark_tied_weights_as_initialized"),
         *("named_non_persistent_buffers", "tie_weights", "base_model_prefix"),
+        *("maybe_distribute_model", "tp_plan"),
     ],
 )
 def test_what_has_no_underscore_and_no_documentation_is_there(name):

@@ -66,10 +66,11 @@ SCRIPT = """
 import json, os, sys
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 from vllm import LLM, SamplingParams
-folder, prompt, new, trusted = json.loads(sys.argv[1])
+folder, prompt, new, trusted, devices = json.loads(sys.argv[1])
 model = LLM(
     folder, skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=128,
     max_num_seqs=4, kv_cache_memory_bytes=2**26, trust_remote_code=trusted,
+    tensor_parallel_size=devices,
 )
 wanted = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
 made = model.generate([{"prompt_token_ids": prompt}], wanted)
@@ -90,13 +91,19 @@ def dense(kind: str) -> Any:
     return tf.LlamaForCausalLM(tf.LlamaConfig(**sizes)).eval()
 
 
-def in_vllm(folder: Path, *, trusted: bool) -> list[int]:
-    """Return the new tokens, with llmslim as vLLM's plug-in or by the code beside the weights."""
-    given = json.dumps([str(folder), PROMPT, NEW, trusted])
+def run_vllm(
+    folder: Path, *, new: int = NEW, trusted: bool = False, devices: int = 1
+) -> tuple[list[int], str]:
+    """Return the new tokens, and all that was printed.
+
+    llmslim is vLLM's plug-in, or the code beside the weights is used. A device is a process.
+    """
+    given = json.dumps([str(folder), PROMPT, new, trusted, devices])
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, given],
         env=os.environ
         | {"HF_MODULES_CACHE": str(folder.parent / "code"), "VLLM_CPU_KVCACHE_SPACE": "1"}
+        | ({"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if devices > 1 else {})
         | ({"VLLM_PLUGINS": ""} if trusted else {}),
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -104,8 +111,20 @@ def in_vllm(folder: Path, *, trusted: bool) -> list[int]:
         check=False,
     )
     found = [line for line in done.stdout.splitlines() if line.startswith("tokens ")]
-    assert found, (done.stdout + done.stderr)[-3000:]
-    tokens: list[int] = json.loads(found[0].removeprefix("tokens "))
+    tokens: list[int] = json.loads(found[0].removeprefix("tokens ")) if found else []
+    return tokens, done.stdout + done.stderr
+
+
+def slim_and_tokens(name: str, folder: Path, new: int) -> list[int]:
+    """Write a slim model; return the tokens that transformers makes with it."""
+    model = dense(name)
+    llmslim.slim(model, {"name": name, "replace": RECIPES[name]})
+    ids = torch.tensor([PROMPT])
+    made = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, pad_token_id=0
+    )
+    write_checkpoint(model, folder)
+    tokens: list[int] = made[0, len(PROMPT) :].tolist()
     return tokens
 
 
@@ -121,14 +140,33 @@ def in_vllm(folder: Path, *, trusted: bool) -> list[int]:
     ],
 )
 def test_the_same_tokens(name: str, trusted: bool, tmp_path: Path) -> None:
-    model = dense(name)
-    llmslim.slim(model, {"name": name, "replace": RECIPES[name]})
-    ids = torch.tensor([PROMPT])
-    made = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, pad_token_id=0
-    )
-    folder = write_checkpoint(model, tmp_path / "slim")
-    assert in_vllm(folder, trusted=trusted) == made[0, len(PROMPT) :].tolist()
+    expected = slim_and_tokens(name, tmp_path / "slim", NEW)
+    found, printed = run_vllm(tmp_path / "slim", trusted=trusted)
+    assert found == expected, printed[-3000:]
+
+
+# Reason to skip: as above.
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="no vLLM: run scripts/vllm")
+@pytest.mark.parametrize(
+    "name",
+    ["low rank", "blocks beside dense projections", "narrower, each layer its own", "experts"],
+)
+def test_the_same_tokens_on_two_devices(name: str, tmp_path: Path) -> None:
+    """Few tokens: with two processes that wait for one another each takes a second or more."""
+    expected = slim_and_tokens(name, tmp_path / "slim", 6)
+    found, printed = run_vllm(tmp_path / "slim", new=6, devices=2)
+    assert found == expected, printed[-3000:]
+
+
+# Reason to skip: as above.
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="no vLLM: run scripts/vllm")
+def test_attention_that_two_devices_cannot_share_is_refused(tmp_path: Path) -> None:
+    slim_and_tokens("grouped", tmp_path / "slim", 1)
+    found, printed = run_vllm(tmp_path / "slim", new=1, devices=2)
+    assert not found
+    assert "ValueError: layers.0.self_attn: vLLM gives each of 2 devices" in printed
 
 
 class Registry:

@@ -8,14 +8,16 @@ These files travel inside checkpoints: they import torch and transformers only.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.integrations import moe
+from transformers.integrations import moe, tensor_parallel
 
 ACTIVATIONS: Any = ACT2FN
 """transformers' activations by the names that configs use; it exports no other table of them."""
@@ -125,6 +127,66 @@ def place_buffers(block: nn.Module) -> None:
                 setattr(module, name, torch.zeros_like(buffer, device=torch.get_default_device()))
 
 
+_PLANS_BY_NAME = (
+    hasattr(PreTrainedModel, "_resolve_parallel_plans")
+    and "local_params" in tensor_parallel.ALL_PARALLEL_STYLES
+)
+"""Whether transformers resolves a parallel plan to a style for each module of each layer."""
+
+
+class Distributed:
+    """What a model class does to change the parallel plans that transformers resolves.
+
+    The plan of a config has one name for a projection of all layers (`layers.*.mlp.up_proj`), of
+    which only some may be blocks. When a model is loaded, transformers makes one of full names.
+    """
+
+    def plan_of_blocks(self, plan: dict[str, str], devices: int) -> dict[str, str]:
+        """Return the plan to go by.
+
+        Args:
+            plan: the styles of the dense model's modules and parameters, each by its full name.
+            devices: how many share a layer.
+        """
+        raise NotImplementedError  # for the model class, which knows its blocks
+
+    def _resolve_parallel_plans(self, distributed_config: Any) -> tuple[dict[str, str], ...]:
+        tensors, experts, *others = super()._resolve_parallel_plans(distributed_config)  # type: ignore[misc]
+        return (
+            self.plan_of_blocks(tensors, distributed_config.tp_size),
+            self.plan_of_blocks(experts, distributed_config.ep_size),
+            *others,
+        )
+
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
+        """Shard a model as the base class does.
+
+        Raises:
+            ValueError: if this transformers has no styles for single modules.
+        """
+        shards = mesh_manager is not None and (
+            max(distributed_config.tp_size, distributed_config.ep_size) > 1
+        )
+        if shards and not _PLANS_BY_NAME:
+            raise ValueError(
+                f"transformers {transformers.__version__} shards no slim model (tensor or expert "
+                "parallelism). Install transformers 5.23 or newer."
+            )
+        return super().maybe_distribute_model(model, distributed_config, mesh_manager)  # type: ignore[misc]
+
+
+def is_built_by_vllm(model: Any) -> bool:
+    """Return whether vLLM's Transformers backend is building a model."""
+    return getattr(model.config, "_attn_implementation", None) in ("vllm", "vllm_mla")
+
+
+def devices_of_vllm() -> int:
+    """Return how many devices share each layer of the models that vLLM builds."""
+    devices: int = sys.modules["vllm.distributed"].get_tensor_model_parallel_world_size()
+    return devices
+
+
 _apart: dict[tuple[type, frozenset[str]], type] = {}
 
 
@@ -138,7 +200,7 @@ def keep_apart(model: Any, names: Iterable[str]) -> None:
         model: on its way to be a slim model.
         names: of its blocks.
     """
-    if getattr(model.config, "_attn_implementation", None) not in ("vllm", "vllm_mla"):
+    if not is_built_by_vllm(model):
         return
     holders: dict[str, set[str]] = {}
     for name in names:

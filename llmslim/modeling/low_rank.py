@@ -31,6 +31,8 @@ class LowRank(StructuredLinear):
     """
 
     name: ClassVar[str] = "low_rank"
+    input_linear: ClassVar[str] = "down"
+    output_linear: ClassVar[str] = "up"
 
     @dataclass(frozen=True)
     class Options:

@@ -24,6 +24,7 @@ These files travel inside checkpoints: they import torch and transformers only.
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,15 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .base_class import model_classes
 from .checkpoint_code import auto_map, check_plugins, plugin_of, structure_names, write_code
-from .compat import class_of_transformers, keep_apart, mark_initialized, place_buffers
+from .compat import (
+    Distributed,
+    class_of_transformers,
+    devices_of_vllm,
+    is_built_by_vllm,
+    keep_apart,
+    mark_initialized,
+    place_buffers,
+)
 from .configuration_llmslim import FORMAT, slim_config_class
 from .depth import build_kept, plain_class, restore_original
 from .structured import build
@@ -41,8 +50,8 @@ _SLIM_FIELDS = ("llmslim", "base_model_type", "auto_map", "model_type", "archite
 """Fields of a slim config that its base config does not have, or has otherwise."""
 
 
-class SlimModelMixin:
-    """What a slim model does on top of its base class: build its blocks, refuse half a load."""
+class SlimModelMixin(Distributed):
+    """What a slim model does beside its base class: build and shard blocks, refuse half a load."""
 
     all_tied_weights_keys: dict[str, str]
     base_model_prefix: str
@@ -61,6 +70,8 @@ class SlimModelMixin:
             build_kept(self, self._named_here(depth))
         here = {self._name_here(name): spec for name, spec in sites.items()}
         replace_sites(self, {name: spec for name, spec in here.items() if name})  # type: ignore[arg-type]
+        if is_built_by_vllm(self) and (devices := devices_of_vllm()) > 1:
+            shard_in_vllm(self, devices)
 
     def _is_inner(self, name: str) -> bool:
         return bool(self.base_model_prefix) and name.startswith(f"{self.base_model_prefix}.")
@@ -127,7 +138,11 @@ class SlimModelMixin:
 
         Otherwise loading would not recompute the tables that some models keep out of their files.
         """
-        base: Any = next(base for base in cls.__mro__ if not issubclass(base, SlimModelMixin))
+        base: Any = next(
+            base
+            for base in cls.__mro__
+            if issubclass(base, PreTrainedModel) and not issubclass(base, SlimModelMixin)
+        )
         return bool(base.is_custom_code())
 
     def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
@@ -144,6 +159,15 @@ class SlimModelMixin:
             super().mark_tied_weights_as_initialized(loading_info)  # type: ignore[misc]
         finally:
             self.all_tied_weights_keys = tied
+
+    def plan_of_blocks(self, plan: dict[str, str], devices: int) -> dict[str, str]:
+        """Return the parallel plan with blocks in the place of projections, see `sharded_plan`.
+
+        Args:
+            plan: the styles of the dense model's modules and parameters, each by its full name.
+            devices: how many share a layer.
+        """
+        return sharded_plan(self, plan, devices)[0]  # type: ignore[arg-type]
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Save as the base class does, and the files that load it again beside the weights."""
@@ -261,6 +285,116 @@ def _mark_parents(model: nn.Module, name: str) -> None:
         around: Any = model.get_submodule(".".join(parts[:depth]))
         if not isinstance(around, PreTrainedModel) and not any(True for _ in around.buffers(False)):
             mark_initialized(around)
+
+
+_COLUMNS = ("colwise", "packed_colwise", "colwise_gather_output", "colwise_rep")
+"""Styles of projections of which each device computes a share of the outputs."""
+_ROWS = ("rowwise", "rowwise_split_input", "rowwise_rep")
+"""Styles of projections of which each device multiplies a share of the inputs."""
+_OPEN = ("colwise", "packed_colwise", "rowwise")
+"""Those of them that leave activations sharded, or want them so."""
+_CLOSED = (*_COLUMNS, *_ROWS, "embedding_rowwise", "embedding_colwise")
+"""All others of these take whole activations and return whole ones."""
+_CLOSED_AROUND = ("moe_tp_experts", "all_reduce", "ep_dispatch_experts")
+"""Styles of modules that do so, whatever is inside."""
+_NOT_SHARDED = ("mla_kv_a_proj",)
+"""Styles that shard no weights: they do for a block as for a projection."""
+
+
+def sharded_plan(
+    model: nn.Module, plan: dict[str, str], devices: int, *, with_bias: bool = True
+) -> tuple[dict[str, str], set[str]]:
+    """Return a parallel plan for a model with blocks, and which modules every device holds whole.
+
+    Where a block has an `nn.Linear` of its own at the side that is to be sharded, that one is:
+    both of `low_rank`, between which activations are whole. Where it has none, or `devices` do not
+    divide a width into whole heads, whatever exchanges sharded activations with the block is whole,
+    too: the MLP, the attention.
+
+    Args:
+        model: with empty weights.
+        plan: the styles of the dense model's modules and parameters, each by its full name.
+        devices: how many share a layer.
+        with_bias: whether the bias of a block can be sharded beside its `nn.Linear`.
+    """
+    made, whole = dict(plan), set()
+    for name, module in model.named_modules():
+        style = plan.get(name, "")
+        is_block = hasattr(module, "spec") and style not in _NOT_SHARDED
+        if not style or not (is_block or isinstance(module, nn.Linear)):
+            continue
+        side = "output_linear" if style in _COLUMNS else "input_linear" if style in _ROWS else ""
+        linear = getattr(module, side, "") if is_block else name
+        has_bias = is_block and getattr(module, "bias", None) is not None
+        shards_bias = has_bias and style in _OPEN and style in _COLUMNS
+        can = linear and (with_bias or not shards_bias)
+        if not can or not _divides(devices, model, name, style):
+            whole.add(_closed_around(name, plan))
+        elif is_block:
+            del made[name]
+            made.pop(f"{name}.bias", None)
+            made |= {f"{name}.{linear}.weight": style, f"{name}.{linear}": style}
+            made |= {f"{name}.bias": style, name: "local_params"} if shards_bias else {}
+    inside = re.compile("|".join(rf"{re.escape(each)}(\..+)?" for each in whole) or "(?!)")
+    return {name: style for name, style in made.items() if not inside.fullmatch(name)}, whole
+
+
+def _divides(devices: int, model: nn.Module, name: str, style: str) -> bool:
+    """Return whether a sharded side of a projection or block has equal shares, of whole heads."""
+    if style not in _OPEN:
+        return True
+    module: Any = model.get_submodule(name)
+    size = module.in_features if style in _ROWS else module.out_features
+    # How transformers shards a dense attention is not for this to change.
+    holder = None if isinstance(module, nn.Linear) else model.get_submodule(name.rpartition(".")[0])
+    unit = (getattr(holder, "head_dim", None) or 1) * (2 if style == "packed_colwise" else 1)
+    return bool(size % (devices * unit) == 0)
+
+
+def _closed_around(name: str, plan: dict[str, str]) -> str:
+    """Return the smallest module around a block that takes and returns whole activations."""
+    if plan[name] in _CLOSED and plan[name] not in _OPEN:
+        return name
+    parts = name.split(".")
+    layer = next((index for index, part in enumerate(parts) if part.isdigit()), len(parts) - 3)
+    # A child of the layer: an attention may have modules of its own around its projections.
+    child = max(min(layer + 2, len(parts) - 1), 1)
+    lengths = range(max(len(parts) - 1, child), child - 1, -1)
+    around = [".".join(parts[:length]) for length in lengths]
+    return next((each for each in around if plan.get(each) in _CLOSED_AROUND), around[-1])
+
+
+class _Whole(nn.Module):
+    """A dense projection that vLLM does not take for one, and so neither joins nor shards."""
+
+    forward = nn.Linear.forward
+
+
+def shard_in_vllm(model: Any, devices: int) -> None:
+    """Give a model the plan by which vLLM shards it, in place.
+
+    Args:
+        model: with blocks, as vLLM builds it.
+        devices: how many share a layer.
+
+    Raises:
+        ValueError: if an attention has to be whole: vLLM gives each device some of its heads.
+    """
+    names = [name for name, _ in model.named_modules()]
+    styles = {name: model.tp_plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name)) for name in names}
+    plan = {name: style for name, style in styles.items() if style}
+    model.tp_plan, whole = sharded_plan(model, plan, devices, with_bias=False)
+    for name in sorted(whole):
+        modules = list(model.get_submodule(name).modules())
+        if any(isinstance(getattr(module, "layer_idx", None), int) for module in modules):
+            raise ValueError(
+                f"{name}: vLLM gives each of {devices} devices whole heads of an attention, and "
+                "its blocks cannot be sharded so: low_rank without biases can. Use one device for "
+                "each layer, or `llmslim export --dense`."
+            )
+        for module in modules:
+            if type(module) is nn.Linear:
+                module.__class__ = _Whole  # type: ignore[assignment]
 
 
 def site_weight(model: nn.Module, name: str) -> nn.Parameter:

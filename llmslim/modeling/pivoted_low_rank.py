@@ -41,6 +41,7 @@ class PivotedLowRank(StructuredLinear):
 
     name: ClassVar[str] = "pivoted_low_rank"
     buffer_names: ClassVar[tuple[str, ...]] = ("order",)
+    input_linear: ClassVar[str] = "pivot"
 
     @dataclass(frozen=True)
     class Options:

@@ -71,6 +71,11 @@ class StructuredLinear(nn.Module, ABC):
     differs from the defaults is stored in checkpoints."""
     buffer_names: ClassVar[tuple[str, ...]] = ()
     """Persistent integer buffers (fitted, never trained)."""
+    input_linear: ClassVar[str] = ""
+    """The `nn.Linear` that alone meets the input, if the block has one; then tensor parallelism
+    can shard the block over its inputs."""
+    output_linear: ClassVar[str] = ""
+    """The `nn.Linear` whose outputs are the block's, in their order: over its outputs likewise."""
 
     options: Any
     """This block's `Options`, resolved."""
