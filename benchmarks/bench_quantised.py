@@ -2,35 +2,62 @@
 
     python benchmarks/bench_quantised.py [--model FOLDER_OR_GGUF] [--keep 0.5]
         [--structures low_rank --structures width]
+        [--calibration wiki.valid.tokens.gz --test wiki.test.raw.gz] [--tokens 32768] [--windows 16]
 
-The MLPs of a model are given each structure without any data (`init: project`: only sizes count
-here), and written in bfloat16; each of bitsandbytes, torchao and quanto that is installed then
-quantises the checkpoint as its page says. Counted are all parameters, buffers and scales, in 10^6
-bytes; the embedding stays in bfloat16, and so does the head that is tied to it. Where a tool
-refuses, its error stands on stderr.
+The MLPs of a model are given each structure, and written in bfloat16; each of bitsandbytes, torchao
+and quanto that is installed then quantises the checkpoint as its page says. Where it passes weights
+by, a second row has what `llmslim.quantize_blocks` makes of these, in as many bits. Counted are all
+parameters, buffers and scales, in 10^6 bytes; the embedding stays in bfloat16, and so does the head
+that is tied to it. Where a tool refuses, its error stands on stderr.
+
+Sizes need no data (`init: project`). With `--calibration` blocks are fitted to that text, and with
+`--test` a second table has the perplexity of that text, all in bfloat16.
 """
 
 from __future__ import annotations
 
 import gc
-import importlib.util
 import warnings
 from collections.abc import Callable, Iterable
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import torch
-from _common import find, machine, markdown, set_up
+from _common import (
+    find,
+    first_windows,
+    fit_recipe,
+    machine,
+    markdown,
+    number,
+    perplexity,
+    read_tokenizer,
+    set_up,
+    windows,
+)
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import llmslim
+from llmslim import fitting
+from llmslim.editing.quantised import outside_linears
+from llmslim.recipe import Recipe
 from llmslim.storage.load import load_model
 
-STRUCTURES = ("low_rank", "pivoted_low_rank", "width", "grouped_pointwise")
+STRUCTURES = (
+    "low_rank",
+    "pivoted_low_rank",
+    "width",
+    "grouped_pointwise",
+    "grouped_low_rank",
+    "block_shuffle",
+)
+_LENGTH = 512
+"""Tokens of a window."""
 
 
 def load(folder: Path, **options: Any) -> Any:
@@ -95,19 +122,76 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def row(name: str, folder: Path, tools: Iterable[str]) -> list[str]:
-    """Return the sizes of one model, as cells."""
-    cells = [name, f"{megabytes(load(folder)):.1f}"]
-    for tool in tools:
-        _, widths, quantise = TOOLS[tool]
-        for bits in widths:
-            gc.collect()
-            try:
-                cells.append(f"{megabytes(quantise(folder, bits)):.1f}")
-            except Exception as error:  # each tool refuses in its own way
-                click.echo(f"{name}, {tool} {bits} bit: {error}", err=True)
-                cells.append("refused")
-    return cells
+class Column(NamedTuple):
+    """One way to load a checkpoint."""
+
+    name: str
+    bits: int
+    load: Callable[[Path, int], Any]
+
+
+class Measured(NamedTuple):
+    """What came of it."""
+
+    megabytes: float
+    perplexity: float | None
+
+
+def columns() -> list[Column]:
+    """Return the model as it is, and what each tool that is installed makes of it.
+
+    Raises:
+        UsageError: if there is no tool.
+    """
+    found = []
+    for tool, (package, widths, quantise) in TOOLS.items():
+        with suppress(PackageNotFoundError):
+            name = f"{tool} {version(package)}"
+            found += [Column(f"{name}, {bits} bit", bits, quantise) for bits in widths]
+    if not found:
+        raise click.UsageError("None of bitsandbytes, torchao and optimum-quanto is installed.")
+    return [Column("bfloat16", 16, lambda folder, _bits: load(folder)), *found]
+
+
+def measure(
+    name: str, folder: Path, column: Column, text_NL: Tensor | None, *, blocks: bool
+) -> Measured | None:
+    """Load and measure one model; None where a tool refuses.
+
+    Args:
+        name: of the model.
+        folder: its checkpoint.
+        column: how it is quantised.
+        text_NL: what it predicts.
+        blocks: whether its blocks are quantised, too.
+    """
+    gc.collect()
+    try:
+        model = column.load(folder, column.bits).eval()
+        if blocks:
+            llmslim.quantize_blocks(model, column.bits)
+        score = None if text_NL is None else perplexity(model, text_NL)
+    except Exception as error:  # each tool refuses in its own way
+        click.echo(f"{name}, {column.name}: {error}", err=True)
+        return None
+    return Measured(megabytes(model), score)
+
+
+def write(
+    name: str, source: Any, keep: float, calibration: fitting.TokenWindows | None, folder: Path
+) -> bool:
+    """Write the model with one structure, and return whether quantisers pass weights by."""
+    model: Any = load_model(source, dtype="bfloat16")
+    if name != "dense":
+        rule = {"role": "mlp", "structure": name, "keep_ratio": keep}
+        init = "project" if calibration is None else "least_squares"
+        recipe = Recipe.of({"name": "half", "init": init, "replace": [rule]})
+        if calibration is None:
+            llmslim.slim(model, recipe)
+        else:
+            fit_recipe(model, recipe, calibration)
+    model.save_pretrained(folder)
+    return any(True for _ in outside_linears(model))
 
 
 @click.command()
@@ -115,36 +199,61 @@ def row(name: str, folder: Path, tools: Iterable[str]) -> list[str]:
 @click.option("--keep", default=0.5, show_default=True, help="Share of the MLP weights kept.")
 @click.option("--threads", type=int, help="Threads of torch; its own default otherwise.")
 @click.option("--structures", multiple=True, default=STRUCTURES, help="Repeatable; all if none.")
-def main(model: str | None, keep: float, threads: int | None, structures: tuple[str, ...]) -> None:
-    """Print the size of a model in bfloat16, 8 and 4 bit, dense and with each structure.
-
-    Raises:
-        UsageError: if there is no tool.
-    """
+@click.option("--calibration", help="Text to fit to: .txt, .gz, .parquet …")
+@click.option("--tokens", default=32_768, show_default=True, help="Calibration tokens.")
+@click.option("--test", help="Text to score: .txt, .gz, .parquet …")
+@click.option("--windows", "count", default=16, show_default=True, help="Windows of that text.")
+def main(
+    model: str | None,
+    keep: float,
+    threads: int | None,
+    structures: tuple[str, ...],
+    calibration: str | None,
+    tokens: int,
+    test: str | None,
+    count: int,
+) -> None:
+    """Print sizes, and perplexities, in bfloat16, 8 and 4 bit, dense and with each structure."""
     set_up(threads)
     warnings.simplefilter("ignore")
-    tools = [
-        name
-        for name in TOOLS
-        if importlib.util.find_spec("optimum.quanto" if name == "quanto" else name)
-    ]
-    if not tools:
-        raise click.UsageError("None of bitsandbytes, torchao and optimum-quanto is installed.")
-    versions = ", ".join(f"{tool} {version(TOOLS[tool][0])}" for tool in tools)
-    click.echo(f"{machine('cpu')}; {versions}\n")
-    rows = []
+    ways, source = columns(), find(model)
+    text_NL = fit_to = None
+    if test:
+        text_NL = first_windows(test, count, _LENGTH, read_tokenizer(source))
+    if calibration:
+        held_out = max(1, tokens // _LENGTH // 16)
+        fit_to = fitting.TokenWindows(*windows((calibration,), tokens, _LENGTH, held_out, source))
+    click.echo(f"{machine('cpu')}\n")
+    rows: dict[str, list[Measured | None]] = {}
     for name in ("dense", *structures):
-        with TemporaryDirectory(prefix="llmslim-quantised-") as folder:
-            small: Any = load_model(find(model), dtype="bfloat16")
-            if name != "dense":
-                rule = {"role": "mlp", "structure": name, "keep_ratio": keep}
-                llmslim.slim(small, {"name": "half", "init": "project", "replace": [rule]})
-            small.save_pretrained(folder)
-            del small
-            rows.append(row(name, Path(folder), tools))
-            click.echo(" | ".join(rows[-1]), err=True)
-    heads = [f"{tool} {bits} bit" for tool in tools for bits in TOOLS[tool][1]]
-    click.echo(markdown(["MLPs", "bfloat16", *heads], rows))
+        with TemporaryDirectory(prefix="llmslim-quantised-") as path:
+            folder = Path(path)
+            passed_by = write(name, source, keep, fit_to, folder)
+            rows[name] = [measure(name, folder, way, text_NL, blocks=False) for way in ways]
+            if passed_by:
+                name = f"{name}, quantize_blocks"
+                found = [measure(name, folder, way, text_NL, blocks=True) for way in ways[1:]]
+                rows[name] = [None, *found]
+            click.echo(f"{name} done", err=True)
+    head = ["MLPs", *(way.name for way in ways)]
+    click.echo(markdown(head, table(rows, lambda each: f"{each.megabytes:.1f}")))
+    if test:
+        click.echo(f"\nPerplexity:\n\n{markdown(head, table(rows, _perplexity))}")
+
+
+def table(
+    rows: dict[str, list[Measured | None]], cell: Callable[[Measured], str]
+) -> list[list[str]]:
+    """Return rows of cells."""
+    return [
+        [name, *("-" if each is None else cell(each) for each in found)]
+        for name, found in rows.items()
+    ]
+
+
+def _perplexity(each: Measured) -> str:
+    assert each.perplexity is not None
+    return number(each.perplexity)
 
 
 if __name__ == "__main__":

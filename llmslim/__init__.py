@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from llmslim.api import verify as verify
     from llmslim.data import Windows as Windows
     from llmslim.editing.plans import Plan as Plan
+    from llmslim.editing.quantised import quantize_blocks as quantize_blocks
     from llmslim.errors import CheckpointError as CheckpointError
     from llmslim.errors import DataError as DataError
     from llmslim.errors import HealingError as HealingError
@@ -73,6 +74,7 @@ _EXPORTS = {
     "load plan plan_heal push save slim verify",
     "llmslim.data": "Windows",
     "llmslim.editing.plans": "Plan",
+    "llmslim.editing.quantised": "quantize_blocks",
     "llmslim.errors": "CheckpointError DataError HealingError PluginError RecipeError SizeError "
     "SlimError TargetError UnfinishedError",
     "llmslim.evaluation": "Estimate Evaluation TaskScore TextScores",

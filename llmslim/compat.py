@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import tree_map as tree_map
 from transformers import GenerationConfig, modeling_gguf_pytorch_utils
 from transformers.cache_utils import DynamicLayer as DynamicLayer
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -40,7 +41,8 @@ from llmslim.modeling.compat import model_mapping as model_mapping
 
 # FakeTensorMode: tensors of sizes and no contents, the only way to run a model's code so that
 # autograd saves what it would. TorchDispatchMode: sees each operation, which hooks do not.
-# DynamicLayer: the part of a cache that keeps all keys and values, known by its class alone.
+# tree_map: arguments of an operation have tensors in lists, too. DynamicLayer: the part of a cache
+# that keeps all keys and values, known by its class alone.
 
 CAST: Any = torch.ops.aten._to_copy.default
 """The operation behind `Tensor.to`, autocast's copies included."""
@@ -55,6 +57,20 @@ def returns_a_new_tensor(operation: Any) -> bool:
     """Return whether an operation changes none of its arguments and returns no view of one."""
     schema = operation._schema
     return not schema.is_mutable and [each.alias_info for each in schema.returns] == [None]
+
+
+def changes_arguments(operation: Any) -> bool:
+    """Return whether an operation writes to one of its arguments."""
+    return bool(operation._schema.is_mutable)
+
+
+PLAIN_FUNCTIONS: Any = torch._C._disabled_torch_function_impl
+"""`__torch_function__` of a class of tensors whose results are ordinary tensors."""
+
+
+def tensor_of_parts(cls: Any, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Any:
+    """Return a tensor of a class of one's own that has a shape and no memory."""
+    return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
 
 
 TIED_WEIGHTS = "_tied_weights_keys"

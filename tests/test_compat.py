@@ -190,6 +190,30 @@ def test_operations_are_seen():
     assert compat.GROUPED_PRODUCT in seen.found
 
 
+def test_a_class_of_tensors_without_memory_sees_operations():
+    class Parts(torch.Tensor):
+        __torch_function__ = compat.PLAIN_FUNCTIONS
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            return func(*compat.tree_map(lambda x: x.part if isinstance(x, cls) else x, args))
+
+    made = compat.tensor_of_parts(Parts, torch.Size((2, 3)), torch.float32, torch.device("cpu"))
+    made.part = torch.ones(2, 3)
+    assert made.shape == (2, 3)
+    assert type(torch.cat([made, made])) is torch.Tensor
+    assert torch.equal(torch.cat([made, made]), torch.ones(4, 3))
+
+
+def test_operations_that_write_are_known():
+    aten = torch.ops.aten
+    writing = (aten.add_.Tensor, aten.copy_.default, aten._foreach_mul_.Scalar)
+    assert all(map(compat.changes_arguments, writing))
+    assert not any(
+        map(compat.changes_arguments, (aten.add.Tensor, aten.view.default, aten.mm.default))
+    )
+
+
 def test_what_operations_return_is_known():
     aten = torch.ops.aten
     assert compat.returns_a_new_tensor(aten.mul.Tensor)

@@ -21,7 +21,8 @@ def weights_passed_by(rule: dict[str, Any]) -> int:
     """The number in the report's sentence; 0 where there is none."""
     recipe = {"name": "r", "init": "project", "replace": [{"match": "*.mlp.*", **rule}]}
     report = llmslim.plan(tiny_model("llama"), recipe).report()
-    found = [re.search(r"([\d,]+) weights in (\d+) blocks", each) for each in report.problems]
+    way = r"([\d,]+) weights in (\d+) blocks .* llmslim\.quantize_blocks\(model, bits=4\)"
+    found = [re.search(way, each) for each in report.problems]
     sentences = [each for each in found if each]
     assert len(sentences) <= 1
     assert all(each[2] == "12" for each in sentences)

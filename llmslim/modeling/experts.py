@@ -297,8 +297,10 @@ class Sorted:
         if self.counts is None:
             pairs = zip(x_GNK, weight_EGKO.unbind(1), strict=True)
             return torch.stack([grouped_product(x, weight, self.end_E) for x, weight in pairs])
-        parts = zip(x_GNK.split(self.counts, dim=1), weight_EGKO.unbind(), strict=True)
-        return torch.cat([torch.bmm(x, weight) for x, weight in parts if x.shape[1]], dim=1)
+        parts = enumerate(x_GNK.split(self.counts, dim=1))
+        # One by one: a quantised stack is dequantised as far as it is asked for.
+        each = [torch.bmm(x, weight_EGKO[expert]) for expert, x in parts if x.shape[1]]
+        return torch.cat(each, dim=1)
 
     def take(self, x_NC: Tensor, name: str) -> Tensor:
         """Choose the channels of each expert's rows by its order."""

@@ -170,7 +170,17 @@ class SlimModelMixin(Distributed):
         return sharded_plan(self, plan, devices)[0]  # type: ignore[arg-type]
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Save as the base class does, and the files that load it again beside the weights."""
+        """Save as the base class does, and the files that load it again beside the weights.
+
+        Raises:
+            ValueError: if blocks are quantised: no file format has their codes.
+        """
+        for name, parameter in self.named_parameters():  # type: ignore[attr-defined]
+            if getattr(parameter, "is_in_memory_only", False):
+                raise ValueError(
+                    f"{name}: quantised in memory; only weights of a floating type are saved. Save "
+                    "the model before quantize_blocks, and quantise it again when it is loaded."
+                )
         base, config = base_of(self)
         self.config.auto_map = auto_map(base, type(config))  # type: ignore[attr-defined]
         # Names are the module's own: model_type llmslim has no conversion to undo on loading.

@@ -2,16 +2,15 @@
 
 bitsandbytes, torchao and quanto quantise weights of `nn.Linear` modules. Blocks made of those go
 with the rest of a model; the weights of grouped blocks, and of all experts, are parameters
-of their own, which these tools pass by without a word.
+of their own, which these tools pass by without a word; `editing/quantised.py` quantises those.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import nn
-
 from llmslim.editing.plans import SitePlan
+from llmslim.editing.quantised import outside_linears
 from llmslim.errors import and_more
 from llmslim.modeling.structured import build
 
@@ -32,7 +31,8 @@ def unquantised(sites: Iterable[SitePlan]) -> list[str]:
     weights, names = sum(count for _, count in skipped), [site.name for site, _ in skipped]
     return [
         f"bitsandbytes, torchao and quanto quantise linear layers only: {weights:,} weights in "
-        f"{len(names)} blocks ({structures}) keep their type: {and_more(names, _SHOWN)}."
+        f"{len(names)} blocks ({structures}) keep their type: {and_more(names, _SHOWN)}. "
+        "llmslim.quantize_blocks(model, bits=4) quantises these."
     ]
 
 
@@ -43,9 +43,5 @@ def _structure(site: SitePlan) -> str:
 
 def _outside_linears(site: SitePlan) -> int:
     """Return how many weights of a block belong to no `nn.Linear`."""
-    return sum(
-        parameter.numel()
-        for module in build(site.spec, device="meta").modules()
-        for parameter in module.parameters(recurse=False)
-        if not isinstance(module, nn.Linear) and parameter.dim() > 1
-    )
+    block = build(site.spec, device="meta")
+    return sum(weight.numel() for _, _, weight in outside_linears(block))

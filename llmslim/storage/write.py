@@ -88,8 +88,11 @@ def write_checkpoint(
         CheckpointError: if it cannot be written, or does not load back as it is in memory.
     """
     with staged(out, overwrite) as partial:
-        with quiet():
-            model.save_pretrained(partial, max_shard_size=max_shard_size)
+        try:
+            with quiet():
+                model.save_pretrained(partial, max_shard_size=max_shard_size)
+        except ValueError as error:  # transformers' word for a model that no files can hold
+            raise CheckpointError(f"{out.name}: not written. {error}") from error
         write_companions(partial, trusted=model.is_remote_code(), **companions)
         write_manifest(partial, source=companions.get("source"))
         flush_all(partial)
