@@ -10,10 +10,8 @@ The rounding is that of ggml's Q4_0, in 8 bits too: blocks of 32 weights with a 
 4.5 or 8.5 bits a weight in all. NF4 as bitsandbytes has it takes as much memory; it rounds normally
 distributed weights a little worse (9.1 % against 8.6), those of SmolLM2 a little better.
 
-Rivals: bitsandbytes quantises single parameters (`nn.parametrize`), to 4 bit only; they lose their
-names, by which experts find them, and their scales stay behind where a model moves. torchao's
-tensors know no `bmm` on a CPU. quanto's dequantise all experts to take one, and are tuned for
-linear layers. What is left out: codes on disk, kernels that multiply with codes, training.
+Left out: codes on disk, kernels that multiply with codes, training. Why no library does it:
+docs/decisions.md.
 
 Shapes: D = first dimension, B = blocks in each of D, S = 32 weights in a block.
 Source: `quantize_row_q4_0_ref` of https://github.com/ggml-org/ggml; its scales are float16.
