@@ -115,7 +115,7 @@ def test_rows_sorted_by_expert_are_multiplied(inner, outer, dtype, autocast):
 
 
 def test_parallel_plans_are_resolved_to_full_names():
-    assert modeling_compat._PLANS_BY_NAME
+    assert modeling_compat._plans_by_name()
     shared = DistributedConfig(tp_size=2)
     plan, *_ = tiny_model("llama")._resolve_parallel_plans(shared)
     assert plan["model.layers.3.mlp.up_proj"] == "colwise"

@@ -274,3 +274,15 @@ def test_ci_and_the_readme_name_the_same_command():
     assert "\nscripts/demo" in readme
     for name in ("scripts/demo", "scripts/test"):
         assert os.access(ROOT / name, os.X_OK)
+
+
+def test_the_type_is_registered_while_transformers_is_half_imported():
+    # The module of all models imports that of the types on its way, before it has a class.
+    code = (
+        "import llmslim\n"
+        "import transformers.modeling_utils\n"
+        "from transformers import AutoConfig\n"
+        "print(AutoConfig.for_model('llmslim').model_type)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert ran.stdout.strip() == "llmslim", ran.stderr

@@ -246,7 +246,7 @@ def test_packed_outputs_have_two_halves_to_share(devices: int, fits: bool) -> No
 
 
 def test_a_transformers_without_such_plans_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat, "_PLANS_BY_NAME", False)
+    monkeypatch.setattr(compat, "_plans_by_name", lambda: False)
     model = slim(tiny_model("llama"), {"role": "mlp", **LOW})
     with pytest.raises(ValueError, match=r"shards no slim model .* 5\.23 or newer"):
         model.maybe_distribute_model(model, DistributedConfig(tp_size=2), object())

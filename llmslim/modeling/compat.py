@@ -15,9 +15,8 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.integrations import moe, tensor_parallel
+from transformers.integrations import moe
 
 ACTIVATIONS: Any = ACT2FN
 """transformers' activations by the names that configs use; it exports no other table of them."""
@@ -127,11 +126,15 @@ def place_buffers(block: nn.Module) -> None:
                 setattr(module, name, torch.zeros_like(buffer, device=torch.get_default_device()))
 
 
-_PLANS_BY_NAME = (
-    hasattr(PreTrainedModel, "_resolve_parallel_plans")
-    and "local_params" in tensor_parallel.ALL_PARALLEL_STYLES
-)
-"""Whether transformers resolves a parallel plan to a style for each module of each layer."""
+def _plans_by_name() -> bool:
+    """Return whether transformers resolves a parallel plan to a style for each module."""
+    # Imported here: this file is read while transformers reads the module of its models.
+    from transformers import PreTrainedModel
+    from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
+
+    return hasattr(PreTrainedModel, "_resolve_parallel_plans") and (
+        "local_params" in ALL_PARALLEL_STYLES
+    )
 
 
 class Distributed:
@@ -168,7 +171,7 @@ class Distributed:
         shards = mesh_manager is not None and (
             max(distributed_config.tp_size, distributed_config.ep_size) > 1
         )
-        if shards and not _PLANS_BY_NAME:
+        if shards and not _plans_by_name():
             raise ValueError(
                 f"transformers {transformers.__version__} shards no slim model (tensor or expert "
                 "parallelism). Install transformers 5.23 or newer."

@@ -28,7 +28,7 @@ MUTATIONS = (
     ),
     change(
         "llmslim/modeling/compat.py",
-        "if shards and not _PLANS_BY_NAME:",
+        "if shards and not _plans_by_name():",
         "if False:",
         "an older transformers fails in the first product",
         "tests/test_tensor_parallel.py::test_a_transformers_without_such_plans_is_refused",
