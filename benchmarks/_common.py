@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import math
 import platform
+import statistics
 import sys
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -182,6 +184,20 @@ def one_task_each(threads: int | None) -> ProcessPoolExecutor:
     Peak memory is a process's own, and it never goes down.
     """
     return ProcessPoolExecutor(1, get_context("spawn"), set_up, (threads,), max_tasks_per_child=1)
+
+
+def medians(runs: list[Callable[[], object]], rounds: int) -> list[float]:
+    """Return the median milliseconds of processor time of each, the first round left out.
+
+    The runs take turns, so that what else is on the machine meets all alike.
+    """
+    taken: list[list[float]] = [[] for _ in runs]
+    for _ in range(rounds + 1):
+        for run, seconds in zip(runs, taken, strict=True):
+            start = time.process_time()
+            run()
+            seconds.append(time.process_time() - start)
+    return [1e3 * statistics.median(seconds[1:]) for seconds in taken]
 
 
 def peak_gib(device: torch.device) -> float:

@@ -10,15 +10,12 @@ token and expert, so that it is timed with few tokens only.
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import click
 import torch
-from _common import machine, markdown, set_up
+from _common import machine, markdown, medians, set_up
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
@@ -53,17 +50,6 @@ def layer(label: str, dtype: torch.dtype, config: Qwen3MoeConfig) -> Qwen3MoeExp
             spec = {"structure": cls.name, "in_features": i, "out_features": o}
             set_module(experts, name, Experts(count, of={**spec, **option_values(options)}))
     return experts.to(dtype)
-
-
-def medians(runs: list[Callable[[], object]], rounds: int) -> list[float]:
-    """Return the median milliseconds of each, the first round left out."""
-    taken: list[list[float]] = [[] for _ in runs]
-    for _ in range(rounds + 1):
-        for run, seconds in zip(runs, taken, strict=True):
-            start = time.process_time()
-            run()
-            seconds.append(time.process_time() - start)
-    return [1e3 * statistics.median(seconds[1:]) for seconds in taken]
 
 
 @click.command()
