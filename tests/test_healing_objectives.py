@@ -9,11 +9,11 @@ from tiny import tiny_model
 from torch.nn import functional
 
 from llmslim.anatomy import predictions
+from llmslim.anatomy.predictions import summed_cross_entropy
 from llmslim.data import collate
 from llmslim.errors import HealingError
 from llmslim.healing import objective_named
 from llmslim.healing.objectives._step import Step
-from llmslim.healing.objectives.cross_entropy import summed_cross_entropy
 from llmslim.plugins import OBJECTIVES
 from llmslim.recipe import Heal
 

@@ -74,6 +74,22 @@ class _ChunkedSum(torch.autograd.Function):
         return grad_TV.mul_(outputs[0]), None
 
 
+def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the sum of -log p(target), in nats.
+
+    Args:
+        logits: (..., V), in any float type.
+        targets: the token that each should predict, (...); -100 for none.
+    """
+    targets_T = targets.reshape(-1)
+    return sum_over_tokens(
+        logits.reshape(len(targets_T), -1),
+        lambda logits_CV, where: cross_entropy(
+            logits_CV, targets_T[where], ignore_index=-100, reduction="sum"
+        ),
+    )
+
+
 def divergence(log_p_CV: Tensor, log_q_CV: Tensor) -> Tensor:
     """Return KL(p || q) of every token in nats, (C,).
 
@@ -99,6 +115,6 @@ def mean_loss(model: Any, ids_NL: Tensor) -> float:
     """
     total = 0.0
     for ids_L in ids_NL.to(model.device):
-        logits_TV = model(ids_L[None], use_cache=False).logits[0, :-1].float()
-        total += float(cross_entropy(logits_TV, ids_L[1:], reduction="sum"))
+        logits_LV = model(ids_L[None], use_cache=False).logits[0]
+        total += float(summed_cross_entropy(logits_LV[:-1], ids_L[1:]))
     return total / ids_NL[:, 1:].numel()

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from llmslim.anatomy.predictions import divergence, tokens_at_once
+from llmslim.anatomy.predictions import divergence, summed_cross_entropy, tokens_at_once
 from llmslim.errors import DataError
 from llmslim.progress import Progress, quietly
 from llmslim.report.scores import Estimate, TextScores
@@ -62,12 +61,7 @@ def score_text(
 
 def _loss(logits_LV: Tensor, ids_L: Tensor) -> float:
     """Return the mean of -log p(next token) of one window."""
-    total = 0.0
-    chunk = tokens_at_once(logits_LV)
-    pairs = zip(logits_LV[:-1].split(chunk), ids_L[1:].split(chunk), strict=True)
-    for logits_TV, ids_T in pairs:
-        total += float(cross_entropy(logits_TV.float(), ids_T, reduction="sum"))
-    return total / (len(ids_L) - 1)
+    return float(summed_cross_entropy(logits_LV[:-1], ids_L[1:])) / (len(ids_L) - 1)
 
 
 def _compared(ours_LV: Tensor, theirs_LV: Tensor) -> tuple[float, float]:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from llmslim.anatomy.predictions import summed_cross_entropy
 from llmslim.data import embedding_rows, longest_input, replace_surrogates
 from llmslim.healing.objectives import next_tokens
-from llmslim.healing.objectives.cross_entropy import summed_cross_entropy
 from llmslim.healing.restoring import evaluating
 from llmslim.healing.rows import Collate
 
