@@ -196,7 +196,7 @@ MUTATIONS = (
         "tests/test_healing_objectives.py::test_cross_entropy_is_transformers_own",
     ),
     change(
-        "llmslim/healing/objectives/cross_entropy.py",
+        "llmslim/anatomy/predictions.py",
         'reduction="sum"',
         'reduction="mean"',
         "a mean for each chunk",
