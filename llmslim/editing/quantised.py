@@ -106,7 +106,7 @@ class QuantizedWeight(Tensor):
         return type(self)(change(self.codes), change(self.scales), self.shape, dtype)
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        """Name the tensors inside, for torch.compile and whoever counts bytes."""
+        """Return the names of the tensors inside, as torch.compile asks for them, and the rest."""
         return ["codes", "scales"], (self.shape, self.dtype)
 
     @staticmethod

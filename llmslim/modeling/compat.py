@@ -9,7 +9,7 @@ These files travel inside checkpoints: they import torch and transformers only.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -144,14 +144,9 @@ class Distributed:
     which only some may be blocks. When a model is loaded, transformers makes one of full names.
     """
 
-    def plan_of_blocks(self, plan: dict[str, str], devices: int) -> dict[str, str]:
-        """Return the plan to go by.
-
-        Args:
-            plan: the styles of the dense model's modules and parameters, each by its full name.
-            devices: how many share a layer.
-        """
-        raise NotImplementedError  # for the model class, which knows its blocks
+    plan_of_blocks: Callable[[dict[str, str], int], dict[str, str]]
+    """From the styles of the dense model's modules and parameters, each by its full name, and the
+    number of devices that share a layer, to the plan to go by; a method of the model class."""
 
     def _resolve_parallel_plans(self, distributed_config: Any) -> tuple[dict[str, str], ...]:
         tensors, experts, *others = super()._resolve_parallel_plans(distributed_config)  # type: ignore[misc]

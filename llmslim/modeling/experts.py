@@ -298,7 +298,7 @@ class Sorted:
             pairs = zip(x_GNK, weight_EGKO.unbind(1), strict=True)
             return torch.stack([grouped_product(x, weight, self.end_E) for x, weight in pairs])
         parts = enumerate(x_GNK.split(self.counts, dim=1))
-        # One by one: a quantised stack is dequantised as far as it is asked for.
+        # Indexed one by one: of a quantised stack, only experts that have tokens are dequantised.
         each = [torch.bmm(x, weight_EGKO[expert]) for expert, x in parts if x.shape[1]]
         return torch.cat(each, dim=1)
 

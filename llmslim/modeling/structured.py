@@ -206,8 +206,7 @@ class StructuredLinear(nn.Module, ABC):
         Raises:
             NotImplementedError: if the structure multiplies in `product` only.
         """
-        # Not abstract: a structure need not be one for mixtures, and `Experts` asks whether it is.
-        raise NotImplementedError
+        raise NotImplementedError  # no stub: only structures for mixtures have it; `Experts` asks
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., I) to (..., O)."""

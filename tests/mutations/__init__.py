@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import (
     conversion,
+    elsewhere,
     fitting,
     front,
     healing,
@@ -22,7 +23,7 @@ MUTATIONS = tuple(
     mutation
     for part in (
         *(models, planning, init, fitting, storage, conversion, text, healing),
-        *(recipes, reports, front),
+        *(recipes, reports, front, elsewhere),
     )
     for mutation in part.MUTATIONS
 )
