@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import every_architecture
 import pytest
 import torch
 from helpers_checkpoint import tiny_tokenizer
@@ -22,6 +23,8 @@ from llmslim.data import Windows, calibration_windows, sampling
 from llmslim.data import conversations as talks
 from llmslim.data.windows import OWN_TEXT
 from llmslim.errors import DataError
+
+CLASSES = every_architecture.config_classes()
 
 
 @pytest.fixture
@@ -268,3 +271,26 @@ def test_no_text_opens_with_a_special_token():
     found = {ids[0] for ids, _ in prompts}
     assert len(found) > 80
     assert not found & set(tokenizer.all_special_ids)
+
+
+@pytest.mark.parametrize(
+    "name", ["mistral", "gpt_oss", "inkling_text", "deepseek_v3", "falcon", "gemma2", "mixtral"]
+)
+def test_a_copy_for_one_token_at_a_time_predicts_what_the_model_does(name, exact):
+    """Heads in groups, with sinks, with a bias for each head, without groups, and old code."""
+    model = every_architecture.tiny_model(CLASSES[name])
+    ids = torch.randint(3, 90, (2, 10), generator=torch.Generator().manual_seed(1))
+    cache, found = None, []
+    with torch.inference_mode(), sampling.for_sampling(model) as sampler:
+        for position in range(10):
+            step = ids[:, position : position + 1]
+            output = sampler(step, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            found.append(output.logits[:, -1])
+        assert sampler.config is not model.config
+        weights = zip(sampler.parameters(), model.parameters(), strict=True)
+        assert all(one is other for one, other in weights)
+    torch.testing.assert_close(torch.stack(found, 1), every_architecture.logits(model))
+    groups = [getattr(module, "num_key_value_groups", 1) for module in sampler.modules()]
+    made_for_it = sampler.config._attn_implementation == "llmslim_one_query"
+    assert made_for_it == (max(groups) > 1) == (name not in {"falcon", "deepseek_v3"})

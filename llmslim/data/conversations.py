@@ -47,7 +47,9 @@ from .vocabulary import check_ids, embedding_rows, longest_input, stop_tokens
 
 _LONGEST = 256  # tokens of one conversation; the cost of a token grows with those before it
 _LONGEST_QUESTION = 96
-ROWS = 128
+ROWS = 64
+"""How many are sampled together on a CPU, at most; more would be wasted in the last batch."""
+_ROWS_ELSEWHERE = 256  # where a step takes hardly longer with more rows
 _SHORT, _FEWEST_ROWS = 128, 8  # tokens of a conversation; conversations sampled together
 _VERSION = 1  # raise it with every change of what is sampled: it is part of the cache's key
 
@@ -102,7 +104,8 @@ def sampled_conversations(
         tokens: how many to sample, templates counted, up to the end of a batch.
         seed: the same seed gives the same conversations, on the same kind of machine.
         cache: folder to keep them in; in the user's cache if not given.
-        at_once: how many are sampled together, at most, and kept together; 128 by default.
+        at_once: how many are sampled together, at most, and kept together; by default as many as
+            `rows_for` ever gives.
         progress: called with tokens done, tokens in all, and what is done now.
 
     Returns:
@@ -120,7 +123,10 @@ def sampled_conversations(
         check_ids(frame.ids, tokenizer, embedding_rows(model), "data: self: the chat template")
         framed = [sorted(frame.stops), frame.before, frame.between]
     longest = min(_LONGEST, longest_input(model) or _LONGEST)
-    rows = min(at_once or ROWS, max(1, CACHE_BYTES // (longest * _key_value_bytes(model))))
+    rows = min(
+        at_once or rows_for(1e9, model.device),
+        max(1, CACHE_BYTES // (longest * _key_value_bytes(model))),
+    )
     sizes = longest, _LONGEST_QUESTION, rows
     key = fingerprint(model, tokenizer, _VERSION, sizes, seed, framed)
     found: list[list[Message]] = []
@@ -146,16 +152,17 @@ def sampled_conversations(
     return f"{key} {number}", found
 
 
-def rows_for(tokens: int) -> int:
+def rows_for(tokens: float, device: torch.device) -> int:
     """Return how many conversations to sample together where so many tokens are wanted.
 
     No more than are needed: a conversation is rarely shorter than 128 tokens.
 
     Example:
-        >>> rows_for(1), rows_for(8192), rows_for(10**6)
-        (8, 64, 128)
+        >>> rows_for(1, torch.device("cpu")), rows_for(1e6, torch.device("cpu"))
+        (8, 64)
     """
-    return min(ROWS, max(_FEWEST_ROWS, math.ceil(tokens / _SHORT)))
+    most = ROWS if device.type == "cpu" else _ROWS_ELSEWHERE
+    return min(most, max(_FEWEST_ROWS, math.ceil(tokens / _SHORT)))
 
 
 def can_converse(model: Any, tokenizer: Any) -> bool:

@@ -300,7 +300,7 @@ class _Opener:
             tokens,
             self.spec.seed,
             cache=self.cache,
-            at_once=rows_for(tokens),
+            at_once=rows_for(tokens, self.teacher.device),
             progress=self.progress,
         )
         if not conversations:

@@ -22,6 +22,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from llmslim.atomic import new_file
 from llmslim.compat import CONFIG_ORIGIN
@@ -44,6 +47,8 @@ _MOST_ROWS = 256
 CACHE_BYTES = 2**31
 """How much memory the key-value cache may take."""
 _GREEDY = 4
+_ONE_QUERY = "llmslim_one_query"
+_POSITIONS = {"position_ids", "cache_position"}
 _SHRINK_AT = 0.75  # ended rows leave the batch when at most this share has not ended
 _ALGORITHM = 2  # raise it with every change of what is sampled: it is part of the cache's key
 
@@ -238,19 +243,25 @@ def draw(logits_BV: Tensor, greedy_B: Tensor, generator: torch.Generator) -> Ten
 
 @contextmanager
 def for_sampling(model: Any) -> Iterator[Any]:
-    """Give the model in evaluation mode, or a copy in bfloat16 where that is faster."""
+    """Give the model in evaluation mode, or a copy for one token at a time where that is faster.
+
+    On a CPU a copy shares the weights; a copy of a float32 model is in bfloat16 where the machine
+    is fast at it.
+    """
     on_cpu = model.device.type == "cpu"
     fast = on_cpu and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    if model.dtype == torch.float32 and (fast or model.device.type == "cuda"):
-        # Entered as copied already, the weights are not copied in float32 on the way.
-        narrow = {
+    narrow = model.dtype == torch.float32 and (fast or model.device.type == "cuda")
+    if narrow or on_cpu:
+        # Entered as copied already, weights are shared, or narrowed without a copy in float32.
+        known = {
             id(old): nn.Parameter(old.detach().to(torch.bfloat16), requires_grad=False)
+            if narrow
+            else old
             for old in model.parameters()
         }
-        sampler = copy.deepcopy(model, narrow).eval()
+        sampler = copy.deepcopy(model, known).eval()
         if on_cpu:
-            # On a CPU the fused kernel is made for many queries; for one it takes twice as long.
-            sampler.set_attn_implementation("eager")
+            _attend_with_one_query(sampler)
         yield sampler
         return
     training = {module: module.training for module in model.modules()}
@@ -260,6 +271,48 @@ def for_sampling(model: Any) -> Iterator[Any]:
     finally:
         for module, mode in training.items():
             module.training = mode
+
+
+def _attend_with_one_query(model: Any) -> None:
+    """Let a model attend by products made for one query, where its class leaves that open.
+
+    transformers' own copy the keys and values of a group for each of its heads, for every token;
+    on a CPU that is most of the time. For one query the heads of a group can be its queries.
+    """
+    AttentionInterface.register(_ONE_QUERY, _one_query)
+    AttentionMaskInterface.register(_ONE_QUERY, eager_mask)
+    groups = "num_key_value_groups"
+    grouped = [module for module in model.modules() if getattr(module, groups, 1) > 1]
+    open_to_it = grouped and all(_eager(module) is not None for module in grouped)
+    model.set_attn_implementation(_ONE_QUERY if open_to_it else "eager")
+
+
+def _eager(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
+    """Return the attention in plain products that an attention module's file has."""
+    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+
+
+def _one_query(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Attend as transformers' eager attention does: query (B, heads, 1, D) to (B, 1, heads, D)."""
+    eager = _eager(module)
+    assert eager is not None  # as _attend_with_one_query has made sure
+    rows, heads, queries, _ = query.shape
+    groups = heads // key.shape[1]
+    # A mask or another tensor may differ from head to head: biases of positions, sinks.
+    by_head = any(
+        isinstance(value, Tensor) for name, value in options.items() if name not in _POSITIONS
+    ) or (attention_mask is not None and attention_mask.shape[1] > 1)
+    if groups == 1 or queries > 1 or by_head:
+        return eager(module, query, key, value, attention_mask, **options)
+    was, module.num_key_value_groups = module.num_key_value_groups, 1
+    try:
+        grouped = query.view(rows, key.shape[1], groups, -1)
+        out, weights = eager(module, grouped, key, value, attention_mask, **options)
+    finally:
+        module.num_key_value_groups = was
+    return out.transpose(1, 2).reshape(rows, 1, heads, -1), weights
 
 
 def cache_folder(what: str = "self") -> Path:

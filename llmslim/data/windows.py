@@ -254,7 +254,7 @@ def _conversations(
     """Return windows of conversations that the dense model writes: as many as wanted, or fewer."""
     encoder = Encoder(tokenizer)
     pool = wanted * (spec.sequence_length - (leading_token(tokenizer) is not None))
-    at_once = rows_for(pool)
+    at_once = rows_for(pool, model.device)
 
     def texts() -> Iterator[list[str]]:
         if not can_converse(model, tokenizer):

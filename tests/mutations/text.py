@@ -182,6 +182,20 @@ MUTATIONS = (
     ),
     change(
         "llmslim/data/sampling.py",
+        "query.view(rows, key.shape[1], groups, -1)",
+        "query.view(rows, groups, key.shape[1], -1).transpose(1, 2)",
+        "heads attend to the keys of other groups when text is sampled",
+        "tests/test_sampling.py::test_a_copy_for_one_token_at_a_time_predicts_what_the_model_does",
+    ),
+    change(
+        "llmslim/data/sampling.py",
+        "queries > 1 or by_head",
+        "queries > 1",
+        "a bias for each head is taken for one of a group when text is sampled",
+        "tests/test_sampling.py::test_a_copy_for_one_token_at_a_time_predicts_what_the_model_does",
+    ),
+    change(
+        "llmslim/data/sampling.py",
         "at_B1, right=True)",
         "at_B1)",
         "a token of probability 0 may be drawn",
