@@ -126,7 +126,7 @@ class Heal(Section):
     """Rows of one step, over all processes."""
     micro_batch: Count = 1
     """Rows in memory at once, in each process."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
     """Peak learning rate."""
     block_learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate of what surgery changed; as `learning_rate` where not given."""
