@@ -9,6 +9,7 @@ runs it with the oldest and the newest versions that llmslim may be installed wi
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_map as tree_map
-from transformers import GenerationConfig, modeling_gguf_pytorch_utils
+from transformers import AttentionInterface, GenerationConfig, modeling_gguf_pytorch_utils
 from transformers.cache_utils import DynamicLayer as DynamicLayer
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -31,6 +32,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.initialization import no_init_weights
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import LoadStateDictConfig, remove_tied_weights_from_state_dict
 
@@ -108,6 +110,19 @@ def attention_of(config: Any) -> str | None:
 def supports_flash_attention(model: Any) -> bool:
     """Return whether a model's code has a place for FlashAttention."""
     return bool(getattr(model, "_supports_flash_attn", False))
+
+
+def plain_attention(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
+    """Return the attention in plain products that an attention module's file has, if it has one."""
+    # The register of attentions has all but this one, which differs from model to model.
+    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+
+
+def register_attention(name: str, attend: Callable[..., tuple[Tensor, Tensor | None]]) -> None:
+    """Let models attend by a function that takes masks as plain attention does."""
+    AttentionInterface.register(name, attend)
+    # Without a mask registered for it an attention gets none; only that register is not exported.
+    AttentionMaskInterface.register(name, eager_mask)
 
 
 def forget_initialized(module: nn.Module) -> None:

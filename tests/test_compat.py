@@ -246,6 +246,28 @@ def test_how_attention_is_computed(how):
     assert not compat.supports_flash_attention(nn.Linear(1, 1))
 
 
+def test_models_attend_by_a_registered_function_with_plain_masks():
+    masks = []
+
+    def attend(module, query, key, value, attention_mask, **options):
+        masks.append(attention_mask)
+        plain = compat.plain_attention(module)
+        return plain(module, query, key, value, attention_mask, **options)
+
+    model = tiny_model("llama")
+    ids = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        compat.register_attention("of_this_test", attend)
+        model.set_attn_implementation("of_this_test")
+        torch.testing.assert_close(model(ids).logits, expected)
+    above = torch.ones(6, 6).triu(1).bool()
+    assert len(masks) == model.config.num_hidden_layers
+    for mask in masks:
+        assert torch.equal(mask[0, 0] != 0, above)
+    assert compat.plain_attention(nn.Linear(1, 1)) is None
+
+
 def test_marks_and_tables_are_attributes_of_modules(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)

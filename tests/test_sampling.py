@@ -19,6 +19,7 @@ from helpers_data import (
 from helpers_healing_data import CHATML
 from tiny import ARCHITECTURES, logits, tiny_model
 
+from llmslim.compat import attention_of
 from llmslim.data import Windows, calibration_windows, sampling
 from llmslim.data import conversations as talks
 from llmslim.data.windows import OWN_TEXT
@@ -292,5 +293,5 @@ def test_a_copy_for_one_token_at_a_time_predicts_what_the_model_does(name, exact
         assert all(one is other for one, other in weights)
     torch.testing.assert_close(torch.stack(found, 1), every_architecture.logits(model))
     groups = [getattr(module, "num_key_value_groups", 1) for module in sampler.modules()]
-    made_for_it = sampler.config._attn_implementation == "llmslim_one_query"
+    made_for_it = attention_of(sampler.config) == "llmslim_one_query"
     assert made_for_it == (max(groups) > 1) == (name not in {"falcon", "deepseek_v3"})

@@ -22,7 +22,6 @@ import hashlib
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -32,11 +31,9 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from llmslim.atomic import new_file
-from llmslim.compat import CONFIG_ORIGIN
+from llmslim.compat import CONFIG_ORIGIN, plain_attention, register_attention
 from llmslim.errors import DataError
 from llmslim.progress import Progress
 
@@ -279,24 +276,18 @@ def _attend_with_one_query(model: Any) -> None:
     transformers' own copy the keys and values of a group for each of its heads, for every token;
     on a CPU that is most of the time. For one query the heads of a group can be its queries.
     """
-    AttentionInterface.register(_ONE_QUERY, _one_query)
-    AttentionMaskInterface.register(_ONE_QUERY, eager_mask)
+    register_attention(_ONE_QUERY, _one_query)
     groups = "num_key_value_groups"
     grouped = [module for module in model.modules() if getattr(module, groups, 1) > 1]
-    open_to_it = grouped and all(_eager(module) is not None for module in grouped)
+    open_to_it = grouped and all(plain_attention(module) for module in grouped)
     model.set_attn_implementation(_ONE_QUERY if open_to_it else "eager")
-
-
-def _eager(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
-    """Return the attention in plain products that an attention module's file has."""
-    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
 
 
 def _one_query(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
     """Attend as transformers' eager attention does: query (B, heads, 1, D) to (B, 1, heads, D)."""
-    eager = _eager(module)
+    eager = plain_attention(module)
     assert eager is not None  # as _attend_with_one_query has made sure
     rows, heads, queries, _ = query.shape
     groups = heads // key.shape[1]
