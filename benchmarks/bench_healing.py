@@ -16,8 +16,8 @@ tells what became of all else. Tokens per second are those of training, padding 
 from __future__ import annotations
 
 import itertools
-import json
 import tempfile
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from _common import find, first_windows, machine, markdown, number, perplexity, 
 from torch import Tensor
 
 import llmslim
-from llmslim.storage.write import REPORT
+from llmslim.report.read import read_report
 
 
 @click.command()
@@ -70,8 +70,8 @@ def main(
     tokenizer = read_tokenizer(find(teacher))
     texts = [first_windows(test, count, length, tokenizer) for test in tests]
     dense, before = (_scores(which, texts) for which in (teacher, slim))
-    lines = [["dense", *[""] * 8, *map(number, dense), ""]]
-    lines.append(["before", *[""] * 8, *_multiples(before, dense), ""])
+    lines = [["dense", *[""] * 9, *map(number, dense), ""]]
+    lines.append(["before", *[""] * 9, *_multiples(before, dense), ""])
     with ExitStack() as stack:
         kept = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for setting in itertools.product(counts, objectives, trains, rows, rates):
@@ -102,6 +102,7 @@ def main(
                     train,
                     str(of_a_step),
                     f"{rate:g}",
+                    f"{report['trained_parameters']:,}",
                     f"{report['loss_before']:.3f}",
                     f"{report['loss_after']:.3f}",
                     f"{report['loss_teacher']:.3f}",
@@ -111,17 +112,19 @@ def main(
                 ]
             )
             click.echo(" | ".join(lines[-1]), err=True)
-    header = ["tokens", "objective", "trained", "rows", "rate", "before", "after", "dense", "gap"]
+    header = ["tokens", "objective", "trained", "rows", "rate", "parameters"]
+    header += ["before", "after", "dense", "gap closed"]
     names = [Path(test).name for test in tests]
     click.echo(f"rows of {length} tokens; {machine()}\n")
     click.echo(markdown([*header, *names, "tokens/s"], lines))
 
 
-def _heal(slim: str, out: Path, **options: Any) -> dict[str, Any]:
+def _heal(slim: str, out: Path, **options: Any) -> Mapping[str, Any]:
     """Heal, or continue, or do nothing where it was done; return what the report says of it."""
     if not out.exists():
         llmslim.heal(slim, out, resume=True, **options)
-    found: dict[str, Any] = json.loads((out / REPORT).read_bytes())["healing"]
+    found = read_report(out).healing
+    assert found is not None  # `heal` has written it
     return found
 
 

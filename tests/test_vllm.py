@@ -26,6 +26,11 @@ from llmslim.modeling.modeling_llmslim import replace_sites
 from llmslim.modeling.pivoted_low_rank import PivotedLowRank
 from llmslim.storage.write import write_checkpoint
 
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None,
+    # Reason to skip: vLLM wants older versions than the other tests; scripts/vllm runs these.
+    reason="no vLLM: run scripts/vllm",
+)
 PROMPT, NEW = list(range(3, 35)), 24
 HALF: dict[str, Any] = {"init": "project", "keep_ratio": 0.5}
 GROUPS: dict[str, Any] = {"init": "project", "structure": "grouped_pointwise", "groups": 4}
@@ -128,9 +133,8 @@ def slim_and_tokens(name: str, folder: Path, new: int) -> list[int]:
     return tokens
 
 
-# Reason to skip: vLLM wants older versions than the other tests run with; scripts/vllm runs this.
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="no vLLM: run scripts/vllm")
+@needs_vllm
 @pytest.mark.parametrize(
     ("name", "trusted"),
     [
@@ -145,9 +149,8 @@ def test_the_same_tokens(name: str, trusted: bool, tmp_path: Path) -> None:
     assert found == expected, printed[-3000:]
 
 
-# Reason to skip: as above.
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="no vLLM: run scripts/vllm")
+@needs_vllm
 @pytest.mark.parametrize(
     "name",
     ["low rank", "blocks beside dense projections", "narrower, each layer its own", "experts"],
@@ -159,9 +162,8 @@ def test_the_same_tokens_on_two_devices(name: str, tmp_path: Path) -> None:
     assert found == expected, printed[-3000:]
 
 
-# Reason to skip: as above.
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="no vLLM: run scripts/vllm")
+@needs_vllm
 def test_attention_that_two_devices_cannot_share_is_refused(tmp_path: Path) -> None:
     slim_and_tokens("grouped", tmp_path / "slim", 1)
     found, printed = run_vllm(tmp_path / "slim", new=1, devices=2)

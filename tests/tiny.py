@@ -37,6 +37,10 @@ _CONFIGS |= {  # their code changes what the head gives
     "cohere": lambda: tf.CohereConfig(**_GATED, logit_scale=0.25),
 }
 
+MIXTRAL = dict.fromkeys(("hidden_size", "intermediate_size"), 16) | {"num_hidden_layers": 1}
+MIXTRAL |= {"vocab_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+"""Sizes of a tiny Mixtral."""
+
 
 def few(names: Iterable[str], usual: Collection[str] = ("llama", "phi3", "gpt2")) -> list[Any]:
     """Return names as parameters of a test, all but the usual ones marked slow.

@@ -49,7 +49,7 @@ _LONGEST = 256  # tokens of one conversation; the cost of a token grows with tho
 _LONGEST_QUESTION = 96
 ROWS = 64
 """How many are sampled together on a CPU, at most; more would be wasted in the last batch."""
-_ROWS_ELSEWHERE = 256  # where a step takes hardly longer with more rows
+_ROWS_ELSEWHERE = 128
 _SHORT, _FEWEST_ROWS = 128, 8  # tokens of a conversation; conversations sampled together
 _VERSION = 1  # raise it with every change of what is sampled: it is part of the cache's key
 
@@ -158,8 +158,10 @@ def rows_for(tokens: float, device: torch.device) -> int:
     No more than are needed: a conversation is rarely shorter than 128 tokens.
 
     Example:
-        >>> rows_for(1, torch.device("cpu")), rows_for(1e6, torch.device("cpu"))
-        (8, 64)
+        >>> [rows_for(tokens, torch.device("cpu")) for tokens in (1, 4096, 1e6)]
+        [8, 32, 64]
+        >>> rows_for(1e6, torch.device("cuda"))
+        128
     """
     most = ROWS if device.type == "cpu" else _ROWS_ELSEWHERE
     return min(most, max(_FEWEST_ROWS, math.ceil(tokens / _SHORT)))

@@ -277,9 +277,9 @@ def _attend_with_one_query(model: Any) -> None:
     on a CPU that is most of the time. For one query the heads of a group can be its queries.
     """
     register_attention(_ONE_QUERY, _one_query)
-    groups = "num_key_value_groups"
-    grouped = [module for module in model.modules() if getattr(module, groups, 1) > 1]
-    open_to_it = grouped and all(plain_attention(module) for module in grouped)
+    attentions = [each for each in model.modules() if hasattr(each, "num_key_value_groups")]
+    grouped = any(each.num_key_value_groups > 1 for each in attentions)
+    open_to_it = grouped and all(plain_attention(each) for each in attentions)
     model.set_attn_implementation(_ONE_QUERY if open_to_it else "eager")
 
 

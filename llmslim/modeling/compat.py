@@ -1,7 +1,7 @@
 """What the modeling files use of transformers beside its documented interface.
 
 Everything of that kind is in this file, or in `llmslim/compat.py` where only the installed package
-needs it; `tests/test_compat.py` holds each of them against the transformers that is installed.
+needs it; `tests/test_modeling_compat.py` holds each of them against the installed transformers.
 
 These files travel inside checkpoints: they import torch and transformers only.
 """
